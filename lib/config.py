@@ -1,0 +1,79 @@
+"""The shape of a model: one frozen dataclass, and the two shapes the course runs.
+
+Read this first. Every other module takes its sizes from a `ModelConfig`, and a file of weights
+carries the config it was trained with, so that weights and code cannot disagree in silence.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of a Llama-style decoder. Raises ValueError when they do not fit together."""
+
+    vocab_size: int  # V
+    num_layers: int  # L
+    num_heads: int  # H
+    num_kv_heads: int  # G, divides H
+    d_model: int  # C
+    d_ff: int  # F, the width inside the MLP
+    max_seq_len: int  # tokens, prompt and generated together
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    dropout: float = 0.0  # probability; acts in training only
+
+    def __post_init__(self):
+        for name in (
+            "vocab_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "d_model",
+            "d_ff",
+            "max_seq_len",
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
+        if self.d_model % self.num_heads:
+            raise ValueError(
+                f"d_model: expected a multiple of num_heads = {self.num_heads}, got {self.d_model}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"head_dim: expected an even number (RoPE turns pairs), got {self.head_dim}"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads: expected a divisor of num_heads = {self.num_heads}, "
+                f"got {self.num_kv_heads}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: expected a probability in [0, 1), got {self.dropout}")
+
+    @property
+    def head_dim(self) -> int:  # D
+        return self.d_model // self.num_heads
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one key/value head, H / G."""
+        return self.num_heads // self.num_kv_heads
+
+
+# Small enough to work by hand and to test in milliseconds.
+TINY = ModelConfig(
+    vocab_size=256, num_layers=2, num_heads=4, num_kv_heads=2, d_model=32, d_ff=64, max_seq_len=128
+)
+
+# The shape of the weights in data/: 1.67 M parameters that have read Moby-Dick.
+MOBY = ModelConfig(
+    vocab_size=256,
+    num_layers=4,
+    num_heads=6,
+    num_kv_heads=2,
+    d_model=192,
+    d_ff=512,
+    max_seq_len=512,
+    dropout=0.1,
+)

@@ -1,0 +1,199 @@
+"""The meter: what did this call cost, in bytes, FLOPs and calls?
+
+    cost = measure(lambda: model(token_ids, positions, attend))
+    cost.peak_bytes, cost.flops["attention"], cost.calls["Block"]
+
+Under every line of torch code runs a stream of small operations. A `TorchDispatchMode` sees each
+one with its inputs and outputs, and that is all a meter needs: memory is the outputs' storages
+while they live, FLOPs follow from the shapes. On the CPU everything but seconds is exact and the
+same on every run. On a GPU memory is the peak of torch's own allocator.
+
+What it does not see: scratch space inside one operation, and memory that numpy or Python hold.
+"""
+
+import os
+import platform
+import statistics
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one call cost, beyond what was there before it."""
+
+    value: Any  # what the call returned
+    peak_bytes: int  # most bytes alive at one time
+    saved_bytes: int  # most bytes that autograd held for the backward pass at one time
+    flops: Counter  # "attention" and "projection"; one multiply-add is two FLOPs
+    calls: Counter  # of torch modules, by class name
+    timeline: list[int]  # bytes alive after each operation, and after the call
+
+
+def measure(function: Callable[[], Any]) -> Cost:
+    """Run `function()` once under the meter.
+
+    Bytes count only storages made during the call: parameters, inputs and gradients allocated
+    earlier are free.
+    """
+    meter = _Meter()
+    on_cuda = torch.cuda.is_available()
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        cuda_bytes_before = torch.cuda.memory_allocated()
+    calls = Counter()
+    hook = register_module_forward_pre_hook(lambda module, _: calls.update([type(module).__name__]))
+    try:
+        with meter, saved_tensors_hooks(meter.hold, lambda held: held.tensor):
+            value = function()
+    finally:
+        hook.remove()
+    meter.timeline.append(meter.live_bytes)
+    peak_bytes = max(meter.timeline)
+    if on_cuda and meter.saw_cuda:
+        peak_bytes = torch.cuda.max_memory_allocated() - cuda_bytes_before
+    return Cost(value, peak_bytes, meter.peak_held_bytes, meter.flops, calls, meter.timeline)
+
+
+def median_seconds(function: Callable[[], Any], repeats: int = 5) -> float:
+    """Median wall-clock time of `function()` over `repeats` runs, after one that is not counted."""
+    seconds = []
+    for _ in range(1 + repeats):
+        start = time.perf_counter()
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
+def machine_facts() -> dict:
+    """Where a measurement was made: processor, cores, torch threads, GPU if any, and versions:
+    plain values for a results json."""
+    return {
+        "processor": _processor_name(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+    }
+
+
+def _processor_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(
+                line.split(":")[1].strip() for line in file if line.startswith("model name")
+            )
+    except (OSError, StopIteration):  # not Linux, or a processor that gives no name
+        return platform.processor() or platform.machine()
+
+
+class _Meter(TorchDispatchMode):
+    """Keeps the number of bytes alive by hearing of every storage's birth and death."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages = {}  # address -> weak reference; forgets a storage when it dies
+        self.new = set()  # addresses of those made during the call
+        self.live_bytes = 0
+        self.timeline = []
+        self.flops = Counter()
+        self.holders = Counter()  # address -> how many times autograd holds it
+        self.held_bytes = self.peak_held_bytes = 0
+        self.saw_cuda = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        # An output may share its storage with an input (a view, an in-place update): meet the
+        # inputs first.
+        if (
+            func is not torch.ops.aten.lift_fresh.default
+        ):  # torch.tensor(...) shows its new data as an input
+            for tensor in _tensors((args, kwargs)):
+                self._meet(tensor.untyped_storage(), is_new=False)
+        out = func(*args, **kwargs)
+        for tensor in _tensors(out):
+            self._meet(tensor.untyped_storage(), is_new=True)
+            self.saw_cuda |= tensor.is_cuda
+        self.flops.update(_count_flops(func, args, out))
+        self.timeline.append(self.live_bytes)
+        return out
+
+    def _meet(self, storage: torch.UntypedStorage, is_new: bool):
+        address = storage._cdata  # of the storage object, which stays when the storage is resized
+        if address in self.storages:
+            return
+        num_bytes = storage.nbytes()
+
+        def forget(_):
+            del self.storages[address]
+            if is_new:
+                self.new.remove(address)
+                self.live_bytes -= num_bytes
+
+        self.storages[address] = weakref.ref(storage, forget)
+        if is_new:
+            self.new.add(address)
+            self.live_bytes += num_bytes
+
+    def hold(self, tensor: torch.Tensor) -> "_Held":
+        return _Held(self, tensor)
+
+
+class _Held:
+    """A tensor in autograd's hands. Counts its storage once, however often it is saved, while any
+    holder lives."""
+
+    def __init__(self, meter: _Meter, tensor: torch.Tensor):
+        self.meter = meter
+        self.tensor = tensor.detach()  # an output that held itself would never be freed
+        self.storage = tensor.untyped_storage()
+        self.is_counted = self.storage._cdata in meter.new
+        if self.is_counted:
+            meter.holders[self.storage._cdata] += 1
+            if meter.holders[self.storage._cdata] == 1:
+                meter.held_bytes += self.storage.nbytes()
+                meter.peak_held_bytes = max(meter.peak_held_bytes, meter.held_bytes)
+
+    def __del__(self):
+        if self.is_counted:
+            self.meter.holders[self.storage._cdata] -= 1
+            if self.meter.holders[self.storage._cdata] == 0:
+                self.meter.held_bytes -= self.storage.nbytes()
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _count_flops(func, args: tuple, out: Any) -> dict[str, int]:
+    """FLOPs of one operation, by kind. Only matrix products count; a causal mask saves nothing
+    here.
+
+    Products of plain matrices are projections: one weight for all tokens. Batched products are
+    attention: each sequence and head brings its own matrices. The fused kernels do two such
+    products forward, and five backward, since they compute the scores again rather than store them.
+    """
+    name = func._schema.name.removeprefix("aten::")
+    if name in ("mm", "addmm", "bmm", "baddbmm"):
+        left = args[1] if "add" in name else args[0]
+        return {"attention" if "bmm" in name else "projection": 2 * out.numel() * left.shape[-1]}
+    if name.startswith("_scaled_dot_product"):
+        is_backward = "backward" in name
+        q, k = args[1:3] if is_backward else args[0:2]  # (B, H, T, D), (B, G, S, D)
+        return {"attention": (5 if is_backward else 2) * 2 * q.numel() * k.shape[-2]}
+    return {}

@@ -1,0 +1,245 @@
+"""Chapter 1: the model, a Llama-style decoder with one seam.
+
+The model computes queries, keys and values, and hands them to `attend(layer, q, k, v) -> out`,
+which the caller passes in. Where keys and values live, and how attention reads them, is decided
+there and nowhere else: every later chapter is a new `attend`, and this file is never edited again.
+
+    q (..., T, H, D)    k, v (..., T, G, D)    out (..., T, H, D)
+
+Leading dimensions are free: (B, T) for a batch, (N,) for a flat ragged one.
+
+RMSNorm: https://arxiv.org/abs/1910.07467. RoPE: https://arxiv.org/abs/2104.09864. SwiGLU:
+https://arxiv.org/abs/2002.05202. Grouped KV heads: https://arxiv.org/abs/2305.13245. All as in
+Llama: https://arxiv.org/abs/2302.13971.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lib.config import ModelConfig
+from lib.text import DATA
+
+WEIGHTS = DATA / "moby_dick.pt"
+
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Transformer(nn.Module):
+    """`embed`, then `blocks`, then `unembed`. A call of `embed` is what the course counts as a
+    forward call."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.unembed = nn.Sequential(
+            nn.RMSNorm(config.d_model, eps=config.norm_eps),
+            nn.Linear(config.d_model, config.vocab_size, bias=False),
+        )
+        self._init_weights()
+
+    def forward(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, attend: Attend
+    ) -> torch.Tensor:
+        """Logits for the token after each token.
+
+        token_ids: int64 (..., T). positions: int64, each token's place in its own sequence; (...,
+        T), or (T,) for all alike. Returns (..., T, V). Raises ValueError when the shapes differ, an
+        id is not in the vocabulary or a position is past max_seq_len.
+        """
+        check_token_ids(token_ids, positions, self.config)
+        x = self.embed(token_ids)  # (..., T, C)
+        for block in self.blocks:
+            x = block(x, positions, attend)
+        return self.unembed(x)  # (..., T, V)
+
+    def _init_weights(self):
+        # Normal(0, 0.02) as in GPT-2; the two matrices that write into the residual stream are
+        # smaller, so that the stream's variance does not grow with the number of layers.
+        residual_std = 0.02 / (2 * self.config.num_layers) ** 0.5
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(parameter, std=residual_std if is_residual else 0.02)
+
+
+class Block(nn.Module):
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.mlp = SwiGLU(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """x (..., T, C), positions (..., T) -> (..., T, C)."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), positions, attend))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class Attention(nn.Module):
+    """The projections around `attend`. Has no idea where keys and values are kept."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim, self.rope_theta = layer, config.head_dim, config.rope_theta
+        self.q_proj = nn.Linear(config.d_model, config.num_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.d_model, config.num_kv_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.d_model, config.num_kv_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.d_model, bias=False)
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (..., T, H, D)
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (..., T, G, D)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (..., T, G, D)
+        q, k = rotate(q, positions, self.rope_theta), rotate(k, positions, self.rope_theta)
+        out = attend(self.layer, q, k, v)  # (..., T, H, D)
+        assert out.shape == q.shape, (
+            f"attend: expected out {tuple(q.shape)}, got {tuple(out.shape)}"
+        )
+        return self.o_proj(out.flatten(-2))  # (..., T, C)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)): an MLP whose hidden units are switched by a gate."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def rotate(x: torch.Tensor, positions: torch.Tensor, theta: float) -> torch.Tensor:
+    """RoPE: turn each pair (i, i + D/2) of x (..., T, heads, D) by an angle that grows with its
+    token's position.
+
+    positions (..., T). Pair i turns by position * theta^(-2i/D) radians (RoFormer, section 3.2.2;
+    the pairing of halves is Llama's in its published weights). A query and a key then meet at an
+    angle that depends on their distance alone, which is why a key can be cached: its rotation never
+    has to be undone.
+    """
+    D = x.shape[-1]
+    # Angles want more digits than half precision has.
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    frequencies = theta ** (-torch.arange(0, D, 2, dtype=dtype, device=x.device) / D)  # (D/2,)
+    angles = positions[..., None, None] * frequencies  # (..., T, 1, D/2)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x.chunk(2, dim=-1)  # (..., T, heads, D/2)
+    return torch.cat(
+        (first * cos - second * sin, second * cos + first * sin), dim=-1
+    )  # (..., T, heads, D)
+
+
+def attend_causal(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Causal attention, spelled out: every token looks at itself and at those before it.
+
+    q (..., T, H, D); k, v (..., T, G, D), where query head h reads KV head h // (H / G). Returns
+    (..., T, H, D). Holds all (..., H, T, T) scores at once: memory grows with T².
+
+    >>> q = k = torch.zeros(2, 1, 1)  # two tokens, one head of size 1: all scores are equal
+    >>> attend_causal(0, q, k, v=torch.tensor([2.0, 4.0]).view(2, 1, 1)).flatten()
+    tensor([2., 3.])
+    """
+    T, H, D = q.shape[-3:]
+    group_size = H // k.shape[-2]
+    k = k.repeat_interleave(group_size, dim=-2)  # (..., T, H, D)
+    v = v.repeat_interleave(group_size, dim=-2)  # (..., T, H, D)
+    q, k, v = q.transpose(-3, -2), k.transpose(-3, -2), v.transpose(-3, -2)  # (..., H, T, D)
+
+    scores = q @ k.transpose(-2, -1) / D**0.5  # (..., H, T, T)
+    is_future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(diagonal=1)  # (T, T)
+    scores = scores.masked_fill(is_future, float("-inf"))
+    out = scores.softmax(dim=-1) @ v  # (..., H, T, D)
+    return out.transpose(-3, -2)  # (..., T, H, D)
+
+
+def attend_fused(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The same function as `attend_causal` by torch's fused kernel, which never stores the scores:
+    memory O(T)."""
+    # Exactly one leading dimension: with any other number torch silently takes a path that stores
+    # the scores. And is_causal instead of a mask, which would itself be T x T.
+    flat = [
+        x.reshape(-1, *x.shape[-3:]).transpose(1, 2) for x in (q, k, v)
+    ]  # (B, H, T, D), k and v (B, G, T, D)
+    is_grouped = q.shape[-2] != k.shape[-2]
+    out = F.scaled_dot_product_attention(
+        *flat, is_causal=True, enable_gqa=is_grouped
+    )  # (B, H, T, D)
+    return out.transpose(1, 2).reshape(q.shape)  # (..., T, H, D)
+
+
+def check_token_ids(token_ids: torch.Tensor, positions: torch.Tensor, config: ModelConfig):
+    """Raise ValueError, saying what was expected and what came, unless the model can take these
+    tokens."""
+    if token_ids.dim() < 1 or token_ids.dtype != torch.int64:
+        raise ValueError(
+            f"token_ids: expected int64 (..., T), got {token_ids.dtype} {tuple(token_ids.shape)}"
+        )
+    if positions.shape not in (token_ids.shape, token_ids.shape[-1:]):
+        raise ValueError(
+            f"positions: expected {tuple(token_ids.shape)} or {tuple(token_ids.shape[-1:])}, "
+            f"as token_ids, got {tuple(positions.shape)}"
+        )
+    if token_ids.is_cuda or token_ids.numel() == 0:
+        return  # looking at values would make the CPU wait for the GPU; CUDA has its own assertion
+    for name, ids, limit in (
+        ("token_ids", token_ids, config.vocab_size),
+        ("positions", positions, config.max_seq_len),
+    ):
+        low, high = (int(bound) for bound in ids.aminmax())
+        if low < 0 or high >= limit:
+            raise ValueError(f"{name}: expected values in [0, {limit}), got {low} to {high}")
+
+
+def save_model(model: Transformer, path: Path):
+    """Write config and weights to one file, whole or not at all."""
+    partial = path.with_suffix(".partial")
+    torch.save({"config": asdict(model.config), "weights": model.state_dict()}, partial)
+    partial.replace(path)
+
+
+def load_model(path: Path = WEIGHTS) -> Transformer:
+    """The model in a file of `save_model`, on the CPU, ready to generate.
+
+    Raises FileNotFoundError, or ValueError naming the first weight that is missing, unknown or
+    misshapen.
+    """
+    if not path.exists():
+        raise FileNotFoundError(
+            f"weights: expected {path}, found nothing. Restore them with `git checkout data`, "
+            "or train them with `python -m lib.training`."
+        )
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(saved, dict) or set(saved) != {"config", "weights"}:
+        raise ValueError(
+            f"{path}: expected a file with 'config' and 'weights', as save_model writes"
+        )
+    model = Transformer(ModelConfig(**saved["config"]))
+    load_weights(model, saved["weights"])
+    return model.eval()
+
+
+def load_weights(model: Transformer, weights: dict[str, torch.Tensor]):
+    """Copy `weights` into `model`. Raises ValueError naming the first that is missing, unknown or
+    misshapen."""
+    expected = model.state_dict()
+    for name in [*expected, *weights]:
+        shapes = [tuple(w[name].shape) if name in w else "nothing" for w in (expected, weights)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"weights of another model: {name}: expected {shapes[0]}, got {shapes[1]}"
+            )
+    model.load_state_dict(weights)

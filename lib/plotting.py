@@ -1,0 +1,162 @@
+"""The figures. `draw_*` shows a structure, `plot_*` a measurement; both read the live object.
+
+A colour means the same thing in every chapter, and never colour alone: what is wasted or computed again is hatched
+grey too, a prediction is dashed, a measurement has markers. Each function returns the axes it drew on.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from lib.text import decode
+
+QUERY, KEY, VALUE = "#E69F00", "#0072B2", "#009E73"
+NEW = "#0072B2"  # computed or written now
+WASTED = {"facecolor": "#DDDDDD", "edgecolor": "#8C8C8C", "hatch": "////"}  # or computed again
+PREDICTED = {"color": "black", "linestyle": "--"}
+
+
+def use_course_style():
+    """Make every figure drawn from here on look like the course's."""
+    plt.style.use(Path(__file__).with_name("course.mplstyle"))
+
+
+def plot_measured(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str,
+    predicted: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
+    log: bool = False,
+    ax: Axes | None = None,
+) -> Axes:
+    """Lines with markers, each named at its end; predictions dashed and black beneath them.
+
+    series and predicted: name -> (x values, y values).
+    """
+    ax = ax or plt.subplots()[1]
+    if log:
+        ax.loglog(base=2)
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: quantity(y)))
+    else:
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: quantity(y)))
+    for name, (x, y) in (predicted or {}).items():
+        ax.plot(x, y, **PREDICTED, zorder=3)
+        _label_end(ax, name, x, y, "black")
+    for name, (x, y) in series.items():
+        (line,) = ax.plot(x, y, marker="o")
+        _label_end(ax, name, x, y, line.get_color())
+    if not log:
+        ax.set_ylim(bottom=0)
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    return ax
+
+
+def plot_next_token(
+    probs: torch.Tensor, *, title: str, num_tokens: int = 8, ax: Axes | None = None
+) -> Axes:
+    """Bars for the most probable of the next tokens: probs (V,)."""
+    ax = ax or plt.subplots()[1]
+    top_probs, token_ids = probs.topk(num_tokens)
+    names = [repr(decode(token_id.view(1))) for token_id in token_ids]
+    bars = ax.barh(names, top_probs, color=NEW, height=0.7)
+    ax.bar_label(bars, fmt="%.3f", padding=3)
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    ax.set_xlim(0, max(1.12 * float(top_probs[0]), 0.01))
+    ax.set(xlabel="probability", title=title)
+    ax.tick_params(axis="y", labelfontfamily="monospace")
+    return ax
+
+
+def draw_attention(
+    weights: torch.Tensor, tokens: Sequence[str], *, title: str, ax: Axes | None = None
+) -> Axes:
+    """The attention weights (T, T) of one head: a row for each query, a column for each key."""
+    ax = ax or plt.subplots(figsize=(5.2, 4.6))[1]
+    T = len(tokens)
+    tint = LinearSegmentedColormap.from_list("tint", ["white", KEY])
+    ax.imshow(weights, cmap=tint, vmin=0, vmax=1)
+    for t in range(T):
+        for s in range(T):
+            if s > t:
+                ax.add_patch(Rectangle((s - 0.5, t - 0.5), 1, 1, **WASTED))
+            else:
+                colour = "white" if weights[t, s] > 0.55 else "black"
+                ax.text(s, t, f"{weights[t, s]:.2f}", ha="center", va="center", color=colour)
+    ax.set_xticks(range(T), tokens, fontfamily="monospace", color=KEY)
+    ax.set_yticks(range(T), tokens, fontfamily="monospace", color="#9C6B00")
+    ax.grid(False)
+    ax.set(xlabel="key token (hatched: the future, masked)", ylabel="query token", title=title)
+    return ax
+
+
+def draw_recompute(prompt_len: int, num_new_tokens: int, *, ax: Axes | None = None) -> Axes:
+    """What each step of `generate_recompute` runs through the model: tokens met before, and tokens met first."""
+    ax = ax or plt.subplots(figsize=(7.0, 3.6))[1]
+    num_new = num_again = 0
+    for step in range(num_new_tokens):
+        for token in range(prompt_len + step):
+            is_new = step == 0 or token == prompt_len + step - 1
+            num_new, num_again = num_new + is_new, num_again + (not is_new)
+            look = {"facecolor": NEW, "edgecolor": "white"} if is_new else WASTED
+            ax.add_patch(Rectangle((token - 0.5, step + 0.5), 1, 1, **look))
+    ax.set_xlim(-0.5, prompt_len + num_new_tokens - 1.5)
+    ax.set_ylim(num_new_tokens + 0.5, 0.5)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.grid(False)
+    ax.set(
+        xlabel="position of the token in the text",
+        ylabel="step",
+        title=f"{num_again} of the {num_new + num_again} tokens run through the model had been there before",
+    )
+    looks = [Patch(facecolor=NEW, label="first time"), Patch(**WASTED, label="computed again")]
+    ax.legend(handles=looks, loc="upper right")
+    return ax
+
+
+def plot_loss_curve(result: dict, *, ax: Axes | None = None) -> Axes:
+    """The run that `python -m lib.training` wrote to data/results/training.json."""
+    ax = ax or plt.subplots()[1]
+    losses = torch.tensor(result["train_nats_per_byte"])
+    width = max(1, len(losses) // 100)  # steps averaged to one point
+    smooth = losses[: len(losses) // width * width].view(-1, width).mean(dim=1)
+    steps = torch.arange(len(smooth)) * width + width / 2
+    ax.plot(steps, smooth, color="#8C8C8C")
+    held_out_steps, held_out = zip(*result["held_out_nats_per_byte"])
+    ax.plot(held_out_steps[1:], held_out[1:], color=NEW, marker="o", markersize=4)
+    _label_end(ax, "training,\nwith dropout", steps, smooth, "#6E6E6E")
+    _label_end(ax, "held out", held_out_steps, held_out, NEW)
+    ax.set_ylim(top=min(3.0, float(losses.max())))
+    minutes = result["seconds"] / 60
+    ax.set(
+        xlabel=f"training step ({minutes:.0f} minutes in all)",
+        ylabel="loss (nats per byte)",
+        title=f"The shipped model reaches {held_out[-1]:.3f} nats per byte on text it never saw",
+    )
+    return ax
+
+
+def quantity(value: float) -> str:
+    """A number with a decimal prefix, for axes.
+
+    >>> [quantity(value) for value in (0, 0.25, 1500, 2_000_000, 3e9)]
+    ['0', '0.25', '1.5 k', '2 M', '3 G']
+    """
+    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {prefix}"
+    return f"{value:.3g}"
+
+
+def _label_end(ax: Axes, name: str, x: Sequence[float], y: Sequence[float], colour: str):
+    ax.annotate(name, (x[-1], y[-1]), (6, 0), textcoords="offset points", va="center", color=colour)

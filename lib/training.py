@@ -1,0 +1,231 @@
+"""Chapter 2: the loss, the loop, and the command that made the weights in data/.
+
+    python -m lib.training            # about 90 minutes on one core; interrupt it and run it again
+    to go on
+
+A `Trainer` holds everything that training carries from one step to the next: weights, optimizer,
+random state and the loss curve. Save it after any step, load it, and the steps that follow are the
+same to the bit.
+"""
+
+import argparse
+import json
+import math
+import os
+import shlex
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from lib.config import MOBY
+from lib.meter import machine_facts
+from lib.model import WEIGHTS, Attend, Transformer, attend_fused, save_model
+from lib.text import DATA, encode, load_book, random_batch, split_book, windows
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    num_steps: int = 5000
+    batch_size: int = 8  # sequences
+    seq_len: int = 512  # tokens
+    learning_rate: float = 3e-3  # the peak, after the warm-up
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+    seed: int = 0
+
+
+def next_token_loss(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy, in nats per token, of predicting each token from those before it.
+
+    logits (B, T, V), where logits[:, t] predicts the token after t; token_ids (B, T). The last
+    logits predict a token that is not there, so the mean is over B * (T - 1) predictions. Returns a
+    scalar.
+
+    >>> logits = torch.tensor([[[0.0, 9.0], [9.0, 0.0], [0.0, 0.0]]])  # 1, then 0, then no idea
+    >>> next_token_loss(logits, torch.tensor([[0, 1, 0]])).round(decimals=4)
+    tensor(0.0001)
+    """
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), token_ids[:, 1:].flatten())
+
+
+def learning_rate(step: int, config: TrainingConfig) -> float:
+    """Linear warm-up, then half a cosine from the peak down to zero."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / (config.num_steps - config.warmup_steps)  # from 0 to 1
+    return config.learning_rate * (1 + math.cos(math.pi * done)) / 2
+
+
+class Trainer:
+    """A training run, one `step()` at a time."""
+
+    def __init__(self, model: Transformer, token_ids: torch.Tensor, config: TrainingConfig):
+        """token_ids (T,): the text to train on."""
+        if config.seq_len > model.config.max_seq_len:
+            raise ValueError(
+                f"seq_len: expected at most max_seq_len = {model.config.max_seq_len} of the model, "
+                f"got {config.seq_len}"
+            )
+        self.model, self.token_ids, self.config = model, token_ids, config
+        self.num_steps_done = 0
+        self.losses = []  # nats per token, one a step
+        self.generator = torch.Generator().manual_seed(config.seed)  # draws the batches
+        # Matrices are decayed towards zero, gains of RMSNorm are not.
+        matrices = [p for p in model.parameters() if p.dim() == 2]
+        gains = [p for p in model.parameters() if p.dim() < 2]
+        groups = [{"params": matrices}, {"params": gains, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(
+            groups, betas=(0.9, 0.95), weight_decay=config.weight_decay
+        )
+
+    def step(self, attend: Attend = attend_fused) -> float:
+        """One batch: forward, backward, update. Returns the loss in nats per token."""
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.num_steps_done, self.config)
+        batch = random_batch(
+            self.token_ids, self.config.batch_size, self.config.seq_len, self.generator
+        )
+        positions = torch.arange(self.config.seq_len)
+
+        loss = next_token_loss(self.model(batch, positions, attend), batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+        self.num_steps_done += 1
+        self.losses.append(loss.item())
+        return self.losses[-1]
+
+    def state_dict(self) -> dict:
+        return {
+            "config": asdict(self.config),
+            "num_steps_done": self.num_steps_done,
+            "losses": self.losses,
+            "weights": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "batch_rng": self.generator.get_state(),
+            "dropout_rng": torch.get_rng_state(),
+        }
+
+    def load_state_dict(self, state: dict):
+        """Go on from a `state_dict()`. Raises ValueError when it belongs to a run with other
+        settings."""
+        if state["config"] != asdict(self.config):
+            raise ValueError(
+                f"training state: expected a run of {asdict(self.config)}, got {state['config']}"
+            )
+        self.num_steps_done, self.losses = state["num_steps_done"], state["losses"]
+        self.model.load_state_dict(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["batch_rng"])
+        torch.set_rng_state(state["dropout_rng"])
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: Transformer, token_ids: torch.Tensor, seq_len: int, batch_size: int = 8
+) -> float:
+    """Mean loss over all of token_ids (T,), in nats per token, each predicted from at most seq_len
+    - 1 before it."""
+    model.eval()
+    total, count = 0.0, 0
+    for batch in windows(token_ids, batch_size, seq_len):
+        loss = next_token_loss(model(batch, torch.arange(seq_len), attend_fused), batch)
+        total, count = total + loss.item() * len(batch), count + len(batch)
+    return total / count
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        prog="python -m lib.training", description="Train the weights of data/."
+    )
+    parser.add_argument("--steps", type=int, default=TrainingConfig.num_steps)
+    parser.add_argument("--seed", type=int, default=TrainingConfig.seed)
+    parser.add_argument(
+        "--threads", type=int, default=1, help="more is rarely faster for a model this small"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=WEIGHTS, help="the weights; default %(default)s"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=DATA / "results", help="loss curve, json and picture"
+    )
+    args = parser.parse_args()
+    train(
+        TrainingConfig(num_steps=args.steps, seed=args.seed), args.threads, args.out, args.results
+    )
+
+
+def train(
+    config: TrainingConfig, num_threads: int, out: Path, results: Path, evaluate_every: int = 250
+):
+    """Train MOBY on the book; write the weights to `out`, the curve to `results`. Goes on where it
+    was interrupted."""
+    torch.set_num_threads(num_threads)
+    torch.manual_seed(config.seed)
+    train_ids, held_out_ids = split_book(encode(load_book()))
+    trainer = Trainer(Transformer(MOBY), train_ids, config)
+    state_path = out.with_suffix(".state.pt")
+    held_out, seconds = [], 0.0  # [step, nats per byte]; over all sessions
+    if state_path.exists():
+        state = torch.load(state_path, weights_only=True)
+        trainer.load_state_dict(state["trainer"])
+        held_out, seconds = state["held_out"], state["seconds"]
+    else:
+        held_out = [[0, held_out_loss(trainer.model, held_out_ids, config.seq_len)]]
+
+    start = time.perf_counter() - seconds
+    bar = tqdm(
+        total=config.num_steps,
+        initial=trainer.num_steps_done,
+        file=sys.stdout,
+        unit="step",
+        mininterval=5,
+    )
+    while trainer.num_steps_done < config.num_steps:
+        bar.set_postfix(
+            train=f"{trainer.step():.3f}", held_out=f"{held_out[-1][1]:.3f}", refresh=False
+        )
+        bar.update()
+        if (
+            trainer.num_steps_done % evaluate_every == 0
+            or trainer.num_steps_done == config.num_steps
+        ):
+            held_out.append(
+                [trainer.num_steps_done, held_out_loss(trainer.model, held_out_ids, config.seq_len)]
+            )
+            seconds = time.perf_counter() - start
+            state = {"trainer": trainer.state_dict(), "held_out": held_out, "seconds": seconds}
+            torch.save(state, state_path.with_suffix(".partial"))
+            os.replace(state_path.with_suffix(".partial"), state_path)
+    bar.close()
+
+    save_model(trainer.model, out)
+    result = {
+        "command": shlex.join(["python", "-m", "lib.training", *sys.argv[1:]]),
+        "machine": machine_facts(),
+        "model": asdict(trainer.model.config),
+        "training": asdict(config),
+        "seconds": round(seconds),
+        "held_out_nats_per_byte": held_out,
+        "train_nats_per_byte": [round(loss, 4) for loss in trainer.losses],
+    }
+    results.mkdir(parents=True, exist_ok=True)
+    (results / "training.json").write_text(json.dumps(result) + "\n")
+    state_path.unlink()
+    print(
+        f"held-out loss {held_out[-1][1]:.3f} nats per byte after {seconds / 60:.0f} minutes; "
+        f"weights in {out}"
+    )
+
+
+if __name__ == "__main__":
+    main()
