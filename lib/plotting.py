@@ -1,7 +1,8 @@
 """The figures. `draw_*` shows a structure, `plot_*` a measurement; both read the live object.
 
-A colour means the same thing in every chapter, and never colour alone: what is wasted or computed again is hatched
-grey too, a prediction is dashed, a measurement has markers. Each function returns the axes it drew on.
+A colour means the same thing in every chapter, and never colour alone: what is wasted or computed
+again is hatched grey too, a prediction is dashed, a measurement has markers. Each function returns
+the axes it drew on.
 """
 
 from collections.abc import Mapping, Sequence
@@ -100,7 +101,8 @@ def draw_attention(
 
 
 def draw_recompute(prompt_len: int, num_new_tokens: int, *, ax: Axes | None = None) -> Axes:
-    """What each step of `generate_recompute` runs through the model: tokens met before, and tokens met first."""
+    """What each step of `generate_recompute` runs through the model: tokens met before, and tokens
+    met first."""
     ax = ax or plt.subplots(figsize=(7.0, 3.6))[1]
     num_new = num_again = 0
     for step in range(num_new_tokens):
@@ -117,7 +119,7 @@ def draw_recompute(prompt_len: int, num_new_tokens: int, *, ax: Axes | None = No
     ax.set(
         xlabel="position of the token in the text",
         ylabel="step",
-        title=f"{num_again} of the {num_new + num_again} tokens run through the model had been there before",
+        title=f"{num_again} of the {num_new + num_again} tokens computed were known already",
     )
     looks = [Patch(facecolor=NEW, label="first time"), Patch(**WASTED, label="computed again")]
     ax.legend(handles=looks, loc="upper right")

@@ -1,0 +1,160 @@
+"""Make the notebooks from the chapter texts.
+
+    python -m lib.course.build            # every chapter, or those named:
+    solutions/01_generation.py python -m lib.course.build --check    # exits 1 where a notebook is
+    not what its text would give
+
+A chapter is one text file, solutions/NN_name.py, in jupytext's percent format. From it come two
+notebooks:
+
+    notebooks/NN_name.ipynb    what students open: no outputs
+    solutions/NN_name.ipynb    run from the first cell to the last, outputs and figures kept
+
+The same text gives the same notebook, to the byte but for what running it measured.
+"""
+
+import argparse
+import hashlib
+import sys
+import time
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[2]
+MAX_BYTES = 500_000  # of an executed notebook: it is read online
+
+
+class BuildError(Exception):
+    """A chapter that cannot be built, or a notebook that is out of date."""
+
+
+def chapter_texts(root: Path = ROOT) -> list[Path]:
+    """Every chapter text, in order. Raises BuildError when there is none: a check of nothing is no
+    check."""
+    paths = sorted((root / "solutions").glob("[0-9][0-9]_*.py"))
+    if not paths:
+        raise BuildError(f"expected chapter texts NN_name.py in {root / 'solutions'}, found none")
+    return paths
+
+
+def notebook_paths(text: Path) -> tuple[Path, Path]:
+    """Where the student's and the executed notebook of a chapter text belong."""
+    return text.parents[1] / "notebooks" / f"{text.stem}.ipynb", text.with_suffix(".ipynb")
+
+
+def student_notebook(text: Path) -> nbformat.NotebookNode:
+    """The chapter as students get it: its cells, no outputs, fixed ids."""
+    notebook = jupytext.reads(text.read_text(encoding="utf-8"), fmt="py:percent")
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    seen = {}
+    for cell in notebook.cells:
+        # From the text of the cell, so that a new cell leaves the ids of the others alone.
+        digest = hashlib.sha256(f"{cell.cell_type}\n{cell.source}".encode()).hexdigest()[:10]
+        seen[digest] = seen.get(digest, 0) + 1
+        cell.id = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
+        cell.metadata = {}
+    nbformat.validate(notebook)
+    return notebook
+
+
+def execute(notebook: nbformat.NotebookNode, name: str) -> nbformat.NotebookNode:
+    """A copy of `notebook`, run from top to bottom. Raises BuildError when a cell fails or writes
+    to stderr."""
+    notebook = nbformat.from_dict(notebook)
+    metadata = notebook.metadata.copy()
+    try:
+        NotebookClient(notebook, timeout=300, kernel_name="python3", record_timing=False).execute()
+    except CellExecutionError as error:
+        raise BuildError(f"{name}: a cell failed\n{error}") from None
+    notebook.metadata = metadata  # without the versions of the kernel that happened to run it
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if output.get("name") == "stderr":
+                raise BuildError(f"{name}: expected nothing on stderr, got: {output.text}")
+    num_bytes = len(nbformat.writes(notebook).encode())
+    if num_bytes > MAX_BYTES:
+        raise BuildError(f"{name}: expected at most {MAX_BYTES} bytes, got {num_bytes}")
+    return notebook
+
+
+def build(text: Path):
+    """Write both notebooks of one chapter, whole or not at all."""
+    student = student_notebook(text)
+    executed = execute(student, text.stem)
+    for path, notebook in zip(notebook_paths(text), (student, executed)):
+        partial = path.with_suffix(".partial")
+        partial.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+
+def check(text: Path):
+    """Raise BuildError unless both notebooks of a chapter are what its text gives, the second one
+    executed."""
+    expected = student_notebook(text)
+    for path in notebook_paths(text):
+        if not path.exists():
+            raise BuildError(f"expected {path}, found nothing: run `make notebooks`")
+        notebook = nbformat.read(path, as_version=4)
+        if path.parent == text.parent:
+            check_executed(notebook, path)
+            notebook = without_outputs(notebook)
+        if notebook != expected:
+            raise BuildError(f"{path} is not what {text.name} gives: run `make notebooks`")
+
+
+def check_executed(notebook: nbformat.NotebookNode, path: Path):
+    """Raise BuildError unless every code cell was run once, in order, and none failed."""
+    code_cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    if [cell.execution_count for cell in code_cells] != list(range(1, len(code_cells) + 1)):
+        raise BuildError(f"{path}: expected every cell run once, in order: run `make notebooks`")
+    if any(output.output_type == "error" for cell in code_cells for output in cell.outputs):
+        raise BuildError(f"{path}: expected no cell to fail: run `make notebooks`")
+
+
+def without_outputs(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    notebook = nbformat.from_dict(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.execution_count, cell.outputs = None, []
+    return notebook
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m lib.course.build", description="Make the notebooks from the chapter texts."
+    )
+    parser.add_argument(
+        "chapters", nargs="*", type=Path, help="chapter texts, as solutions/01_x.py (default: all)"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit 1 where a notebook is stale"
+    )
+    args = parser.parse_args()
+    try:
+        texts = [path.resolve() for path in args.chapters] or chapter_texts()
+        if args.check:
+            for text in texts:
+                check(text)
+            print(f"{len(texts)} chapter(s) checked: their notebooks are up to date")
+            return 0
+        for text in tqdm(texts, unit="chapter", file=sys.stdout, disable=None):
+            start = time.perf_counter()
+            build(text)
+            print(f"{text.stem}: built in {time.perf_counter() - start:.0f} s")
+    except BuildError as error:
+        print(error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
