@@ -96,8 +96,8 @@ def checkpoint_recursive(
     """`run_blocks` in memory O(log L), for O(L log L) block calls.
 
     Halve: checkpoint the first half, go into the second. The backward pass comes out of the second
-    half, runs the first again, and that run halves in turn. Never more than one edge a halving is
-    kept, and one block's inside.
+    half, runs the first again, and that run halves in turn. Kept at any time are one edge and its
+    gradient for each halving, and the inside of one block.
     """
     if len(blocks) == 1:
         return checkpoint(lambda x: run_blocks(blocks, x, positions, attend), x)

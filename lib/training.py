@@ -11,7 +11,6 @@ same to the bit.
 import argparse
 import json
 import math
-import os
 import shlex
 import sys
 import time
@@ -22,10 +21,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from lib import plotting
 from lib.config import MOBY
 from lib.meter import machine_facts
 from lib.model import WEIGHTS, Attend, Transformer, attend_fused, save_model
 from lib.text import DATA, encode, load_book, random_batch, split_book, windows
+
+EVALUATE_EVERY = 250  # steps
+SAVE_EVERY = 50  # steps
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,8 @@ def next_token_loss(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tens
     scalar.
 
     >>> logits = torch.tensor([[[0.0, 9.0], [9.0, 0.0], [0.0, 0.0]]])  # 1, then 0, then no idea
-    >>> next_token_loss(logits, torch.tensor([[0, 1, 0]])).round(decimals=4)
-    tensor(0.0001)
+    >>> round(next_token_loss(logits, torch.tensor([[0, 1, 0]])).item(), 4)
+    0.0001
     """
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), token_ids[:, 1:].flatten())
 
@@ -58,7 +61,7 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
     """Linear warm-up, then half a cosine from the peak down to zero."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / (config.num_steps - config.warmup_steps)  # from 0 to 1
+    done = (step - config.warmup_steps) / (config.num_steps - config.warmup_steps)  # 0 to 1
     return config.learning_rate * (1 + math.cos(math.pi * done)) / 2
 
 
@@ -164,49 +167,38 @@ def main():
     )
 
 
-def train(
-    config: TrainingConfig, num_threads: int, out: Path, results: Path, evaluate_every: int = 250
-):
-    """Train MOBY on the book; write the weights to `out`, the curve to `results`. Goes on where it
-    was interrupted."""
+def train(config: TrainingConfig, num_threads: int, out: Path, results: Path):
+    """Train MOBY on the book; write weights to `out`, the curve (json, picture) to `results`.
+
+    Its state is written beside `out` every SAVE_EVERY steps, and found there by the next call.
+    """
     torch.set_num_threads(num_threads)
     torch.manual_seed(config.seed)
     train_ids, held_out_ids = split_book(encode(load_book()))
     trainer = Trainer(Transformer(MOBY), train_ids, config)
+    held_out, seconds = [], 0.0  # [step, nats per byte] each; of all sessions together
     state_path = out.with_suffix(".state.pt")
-    held_out, seconds = [], 0.0  # [step, nats per byte]; over all sessions
     if state_path.exists():
         state = torch.load(state_path, weights_only=True)
         trainer.load_state_dict(state["trainer"])
         held_out, seconds = state["held_out"], state["seconds"]
-    else:
-        held_out = [[0, held_out_loss(trainer.model, held_out_ids, config.seq_len)]]
-
     start = time.perf_counter() - seconds
-    bar = tqdm(
-        total=config.num_steps,
-        initial=trainer.num_steps_done,
-        file=sys.stdout,
-        unit="step",
-        mininterval=5,
-    )
-    while trainer.num_steps_done < config.num_steps:
-        bar.set_postfix(
-            train=f"{trainer.step():.3f}", held_out=f"{held_out[-1][1]:.3f}", refresh=False
-        )
-        bar.update()
-        if (
-            trainer.num_steps_done % evaluate_every == 0
-            or trainer.num_steps_done == config.num_steps
-        ):
-            held_out.append(
-                [trainer.num_steps_done, held_out_loss(trainer.model, held_out_ids, config.seq_len)]
-            )
+
+    bar = tqdm(range(trainer.num_steps_done, config.num_steps), file=sys.stdout, mininterval=5)
+    for step in bar:
+        if step % EVALUATE_EVERY == 0:
+            held_out.append([step, held_out_loss(trainer.model, held_out_ids, config.seq_len)])
+        loss = trainer.step()
+        bar.set_postfix(train=f"{loss:.3f}", held_out=f"{held_out[-1][1]:.3f}", refresh=False)
+        if (step + 1) % SAVE_EVERY == 0:
             seconds = time.perf_counter() - start
             state = {"trainer": trainer.state_dict(), "held_out": held_out, "seconds": seconds}
-            torch.save(state, state_path.with_suffix(".partial"))
-            os.replace(state_path.with_suffix(".partial"), state_path)
-    bar.close()
+            partial = state_path.with_suffix(".partial")
+            torch.save(state, partial)
+            partial.replace(state_path)
+    loss = held_out_loss(trainer.model, held_out_ids, config.seq_len)
+    held_out.append([config.num_steps, loss])
+    seconds = time.perf_counter() - start
 
     save_model(trainer.model, out)
     result = {
@@ -220,11 +212,10 @@ def train(
     }
     results.mkdir(parents=True, exist_ok=True)
     (results / "training.json").write_text(json.dumps(result) + "\n")
-    state_path.unlink()
-    print(
-        f"held-out loss {held_out[-1][1]:.3f} nats per byte after {seconds / 60:.0f} minutes; "
-        f"weights in {out}"
-    )
+    plotting.use_course_style()
+    plotting.plot_loss_curve(result).figure.savefig(results / "training.png")
+    state_path.unlink(missing_ok=True)
+    print(f"held-out loss {loss:.3f} nats per byte after {seconds / 60:.0f} minutes, {out}")
 
 
 if __name__ == "__main__":

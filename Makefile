@@ -1,0 +1,48 @@
+# Each command sets up what it needs: the first takes a few minutes, the next ones seconds.
+#
+#   make lab         open the course at chapter 1; flags for Jupyter: make lab ARGS="--port 9000"
+#   make test        run all tests
+#   make table       measure the table on this machine
+#   make notebooks   rebuild notebooks/ and solutions/*.ipynb from solutions/*.py
+
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+
+.PHONY: lab test table notebooks
+.DEFAULT_GOAL := lab
+
+lab: .venv/course
+	@$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/01_generation.ipynb \
+	  $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
+
+test: .venv/dev
+	@$(BIN)/ruff format --check . && $(BIN)/ruff check .
+	@$(BIN)/python -m pytest $(ARGS)
+
+table: .venv/course
+	@$(BIN)/python -m lib.table $(ARGS)
+
+notebooks: .venv/dev
+	@$(BIN)/python -m lib.course.build $(ARGS)
+
+# The two environments are one: `course` is what a reader needs, `dev` adds what tests and builds need.
+.venv/course: requirements.txt pyproject.toml
+	@$(call install,-r requirements.txt)
+	@touch $@
+
+.venv/dev: .venv/course
+	@$(call install,-e .[dev])
+	@touch $@
+
+define install
+command -v $(PYTHON) >/dev/null 2>&1 || \
+  { echo "Python: expected $(PYTHON) on the PATH, found none. Install Python 3.10 or later, or name it: make PYTHON=..."; exit 1; }; \
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+  { echo "Python: expected 3.10 or later, got $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12"; exit 1; }; \
+[ -x $(BIN)/pip ] || $(PYTHON) -m venv .venv >/dev/null 2>&1 || \
+  { rm -rf .venv; echo "Python: $(PYTHON) -m venv failed. On Debian and Ubuntu: apt install python3-venv"; exit 1; }; \
+echo "Installing into .venv, a few minutes the first time ..."; \
+$(BIN)/pip install --disable-pip-version-check $(1) >.venv/install.log 2>&1 || \
+  { echo "Installing failed: $$(grep -m1 '^ERROR' .venv/install.log || echo 'is there a network?') (all of it: .venv/install.log)"; exit 1; }
+endef

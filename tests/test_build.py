@@ -1,0 +1,112 @@
+import shutil
+
+import nbformat
+import pytest
+
+from lib.course import build
+from lib.course.build import BuildError, chapter_texts, check, notebook_paths, student_notebook
+
+CHAPTER = """# %% [markdown]
+# # 9. A chapter
+
+# %%
+answer = 6 * 7
+answer
+
+# %%
+answer
+"""
+
+
+@pytest.fixture
+def chapter(tmp_path):
+    """A small chapter in a tree of its own, built."""
+    (tmp_path / "solutions").mkdir(), (tmp_path / "notebooks").mkdir()
+    text = tmp_path / "solutions" / "09_small.py"
+    text.write_text(CHAPTER)
+    build.build(text)
+    return text
+
+
+def test_students_get_the_text_without_outputs_and_readers_get_it_run(chapter):
+    student, executed = (nbformat.read(path, as_version=4) for path in notebook_paths(chapter))
+    assert [cell.source for cell in student.cells] == [cell.source for cell in executed.cells]
+    assert student.cells[1].outputs == [] and student.cells[1].execution_count is None
+    assert executed.cells[1].outputs[0].data["text/plain"] == "42"
+    check(chapter)
+
+
+def test_the_same_text_gives_the_same_bytes(chapter):
+    before = [path.read_bytes() for path in notebook_paths(chapter)]
+    build.build(chapter)
+    assert [path.read_bytes() for path in notebook_paths(chapter)] == before
+
+
+def test_a_new_cell_leaves_the_ids_of_the_others_alone(chapter):
+    before = [cell.id for cell in student_notebook(chapter).cells]
+    assert len(set(before)) == len(before)
+    chapter.write_text("# %%\nfirst = 1\n\n" + CHAPTER)
+    assert [cell.id for cell in student_notebook(chapter).cells][1:] == before
+
+
+def edit(path, old, new):
+    assert old in path.read_text(), "the test edits nothing"
+    path.write_text(path.read_text().replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda text, student, executed: edit(text, "6 * 7", "6 * 8"), "is not what"),
+        (lambda text, student, executed: edit(student, "6 * 7", "6 * 8"), "is not what"),
+        (lambda text, student, executed: edit(executed, "6 * 7", "6 * 8"), "is not what"),
+        (lambda text, student, executed: student.unlink(), "found nothing"),
+        (lambda text, student, executed: executed.unlink(), "found nothing"),
+        (lambda text, student, executed: shutil.copy(student, executed), "every cell run once"),
+        (lambda text, student, executed: shutil.copy(executed, student), "is not what"),
+    ],
+)
+def test_a_stale_notebook_is_found(chapter, spoil, message):
+    spoil(chapter, *notebook_paths(chapter))
+    with pytest.raises(BuildError, match=message):
+        check(chapter)
+
+
+def test_a_check_of_nothing_fails(tmp_path):
+    with pytest.raises(BuildError, match="expected chapter texts .* found none"):
+        chapter_texts(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("1 / 0", "a cell failed"),
+        ("import sys; print('oh', file=sys.stderr)", "expected nothing on stderr, got: oh"),
+        ("print('x' * 600_000)", "expected at most 500000 bytes"),
+    ],
+)
+def test_a_chapter_that_fails_or_is_noisy_or_too_large_is_not_built(chapter, line, message):
+    before = [path.read_bytes() for path in notebook_paths(chapter)]
+    chapter.write_text(CHAPTER + f"\n# %%\n{line}\n")
+    with pytest.raises(BuildError, match=message):
+        build.build(chapter)
+    assert [path.read_bytes() for path in notebook_paths(chapter)] == before
+    assert not list(chapter.parents[1].rglob("*.partial"))
+
+
+@pytest.mark.parametrize("text", chapter_texts(), ids=lambda path: path.stem)
+def test_the_notebooks_are_what_their_text_gives(text):
+    check(text)
+
+
+@pytest.mark.parametrize("text", chapter_texts(), ids=lambda path: path.stem)
+def test_an_untouched_notebook_runs_to_its_end_and_writes_nothing_to_stderr(text):
+    build.execute(student_notebook(text), text.stem)
+
+
+@pytest.mark.parametrize("text", chapter_texts(), ids=lambda path: path.stem)
+def test_code_cells_are_at_most_80_columns_wide(text):
+    for cell in student_notebook(text).cells:
+        if cell.cell_type == "code":
+            for line in cell.source.split("\n"):
+                assert len(line) <= 80, line

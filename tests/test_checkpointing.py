@@ -1,0 +1,171 @@
+import math
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from helpers import assert_close, random_model
+
+from lib.checkpointing import (
+    checkpoint,
+    checkpoint_recursive,
+    checkpoint_segments,
+    run_blocks,
+)
+from lib.meter import measure
+from lib.model import attend_causal, attend_fused
+
+POSITIONS = torch.arange(16)
+
+
+def in_segments(num_segments):
+    return lambda *args: checkpoint_segments(*args, num_segments)
+
+
+def torch_checkpoint(blocks, x, positions, attend):
+    """The oracle: one block per segment, by torch's own."""
+    for block in blocks:
+        x = torch.utils.checkpoint.checkpoint(block, x, positions, attend, use_reentrant=False)
+    return x
+
+
+def gradients(model, run, attend=attend_fused, x=None):
+    """Loss, gradient of x and of every parameter of the blocks, with the dropout of one seed."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(1)
+    if x is None:
+        x = torch.randn(2, 16, model.config.d_model, requires_grad=True)
+    x.grad = None
+    torch.manual_seed(2)
+    loss = run(model.blocks, x, POSITIONS, attend).square().sum()
+    loss.backward()
+    rng_after = torch.get_rng_state()
+    return [loss.detach(), x.grad, *(p.grad for p in model.blocks.parameters()), rng_after]
+
+
+WAYS = {
+    "one segment": in_segments(1),
+    "two segments": in_segments(2),
+    "three segments of five blocks": in_segments(3),
+    "one block a segment": in_segments(5),
+    "recursive": checkpoint_recursive,
+    "torch's own": torch_checkpoint,
+}
+
+
+@pytest.mark.parametrize("attend", [attend_causal, attend_fused])
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_are_equal_to_the_bit_and_none_is_missing(way, attend):
+    model = random_model(num_layers=5, dropout=0.3).train()
+    expected = gradients(model, run_blocks, attend)
+    got = gradients(model, WAYS[way], attend)
+    assert len(got) == 3 + len(list(model.blocks.parameters()))
+    for i, (a, b) in enumerate(zip(got, expected)):
+        assert a is not None and torch.equal(a, b), f"tensor {i} of {len(got)} differs"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_parameters_get_their_gradient_when_the_input_wants_none(way):
+    model = random_model(num_layers=5, dropout=0.3).train()
+    x = torch.randn(2, 16, 32)
+    expected = gradients(model, run_blocks, x=x)
+    got = gradients(model, WAYS[way], x=x)
+    assert got[1] is None
+    for a, b in zip(got[2:], expected[2:]):
+        assert a is not None and torch.equal(a, b)
+
+
+def test_frozen_parameters_stay_without_a_gradient():
+    model = random_model(num_layers=2)
+    model.blocks[0].requires_grad_(False)
+    expected = gradients(model, run_blocks)
+    got = gradients(model, in_segments(2))
+    for a, b in zip(got, expected):
+        assert (a is None and b is None) or torch.equal(a, b)
+    model.requires_grad_(False)
+    assert torch.equal(gradients(model, in_segments(2))[1], gradients(model, run_blocks)[1])
+
+
+def test_gradients_add_to_those_already_there():
+    model = random_model(num_layers=2)
+    x = torch.randn(1, 16, 32)
+    for _ in range(2):
+        checkpoint_segments(model.blocks, x, POSITIONS, attend_fused, 2).sum().backward()
+    twice = [p.grad.clone() for p in model.blocks.parameters()]
+    model.zero_grad(set_to_none=True)
+    for _ in range(2):
+        run_blocks(model.blocks, x, POSITIONS, attend_fused).sum().backward()
+    for got, parameter in zip(twice, model.blocks.parameters()):
+        assert torch.equal(got, parameter.grad)
+
+
+def test_nothing_is_kept_where_no_gradient_is_wanted():
+    model = random_model()
+    with torch.no_grad():
+        out = checkpoint_segments(model.blocks, torch.randn(1, 16, 32), POSITIONS, attend_fused, 1)
+    assert out.grad_fn is None
+
+
+@pytest.mark.parametrize("num_segments", [0, 6, -1])
+def test_more_segments_than_blocks_or_none_are_refused(num_segments):
+    model = random_model(num_layers=5)
+    with pytest.raises(ValueError, match=f"expected 1 to 5, .*got {num_segments}"):
+        checkpoint_segments(model.blocks, torch.randn(1, 2, 32), POSITIONS[:2], None, num_segments)
+
+
+def step_cost(num_layers, run):
+    """The cost of forward and backward over the blocks alone, with gradients allocated before."""
+    model = random_model(num_layers=num_layers)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    x = torch.randn(1, 16, 32, requires_grad=True)
+    x.grad = torch.zeros_like(x)
+    return measure(lambda: run(model.blocks, x, POSITIONS, attend_fused).sum().backward())
+
+
+EDGE = 16 * 32 * 4  # bytes of one x
+
+
+@pytest.mark.parametrize("num_layers, num_segments", [(6, 2), (6, 3), (6, 6), (7, 3)])
+def test_forward_keeps_the_edges_and_nothing_else(num_layers, num_segments):
+    model = random_model(num_layers=num_layers)
+    x = torch.randn(1, 16, 32) * 1.0
+    x.requires_grad_()
+    run = in_segments(num_segments)
+    cost = measure(lambda: run(model.blocks, x, POSITIONS, attend_fused))
+    assert cost.saved_bytes == (num_segments - 1) * EDGE  # the first edge is x, there before
+    plain = measure(lambda: run_blocks(model.blocks, x, POSITIONS, attend_fused))
+    assert plain.saved_bytes > num_layers * 10 * EDGE  # the control: all that was inside
+
+
+@pytest.mark.parametrize("num_segments", [1, 2, 4])
+def test_each_block_runs_once_more_and_only_matrix_work_of_a_forward_pass_is_added(num_segments):
+    plain, ours = step_cost(4, run_blocks), step_cost(4, in_segments(num_segments))
+    model = random_model(num_layers=4)
+    x = torch.randn(1, 16, 32)
+    forward = measure(lambda: run_blocks(model.blocks, x, POSITIONS, attend_fused))
+    assert ours.calls["Block"] == 2 * plain.calls["Block"] == 8
+    for kind in ("attention", "projection"):
+        assert ours.flops[kind] - plain.flops[kind] == forward.flops[kind]
+
+
+def test_memory_of_sqrt_segments_grows_with_the_root_of_the_depth():
+    peaks = [step_cost(L, in_segments(math.isqrt(L))).peak_bytes for L in (4, 16, 64)]
+    assert peaks[2] - peaks[1] == 2 * (peaks[1] - peaks[0]) > 0
+    plain = [step_cost(L, run_blocks).peak_bytes for L in (4, 16, 64)]
+    assert plain[2] - plain[1] == 4 * (plain[1] - plain[0]) > 0
+
+
+def test_memory_of_recursion_grows_by_an_edge_and_its_gradient_a_doubling():
+    costs = {L: step_cost(L, checkpoint_recursive) for L in (4, 8, 16, 32)}
+    for L in (4, 8, 16):
+        assert costs[2 * L].saved_bytes - costs[L].saved_bytes == EDGE
+        assert costs[2 * L].peak_bytes - costs[L].peak_bytes == 2 * EDGE
+    # Each halving runs its first half once more: L + L + L/2 · log2(L) block calls.
+    for L, cost in costs.items():
+        assert cost.calls["Block"] == 2 * L + L // 2 * int(math.log2(L))
+
+
+def test_any_function_of_a_tensor_can_be_checkpointed():
+    x = torch.randn(5, requires_grad=True)
+    checkpoint(lambda x: x.exp().sin(), x).sum().backward()
+    assert_close(x.grad, x.detach().exp().cos() * x.detach().exp())

@@ -1,0 +1,180 @@
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import random_model
+
+from lib.meter import machine_facts, measure, median_seconds
+from lib.model import attend_causal, attend_fused
+from lib.training import next_token_loss
+
+
+def test_peak_is_what_lives_at_one_time():
+    def work():
+        a = torch.zeros(1000)  # 4,000 bytes
+        b = a + 1  # 8,000 alive
+        del a
+        c = b * 2  # 8,000 again
+        return c[:10]  # a view: its storage is all of c
+
+    cost = measure(work)
+    assert cost.peak_bytes == 8000
+    assert cost.timeline[-1] == 4000 and cost.timeline[0] == 4000 and max(cost.timeline) == 8000
+    assert cost.value.shape == (10,)
+
+
+def test_what_was_there_before_is_free():
+    x, weight = torch.zeros(100, 100), torch.nn.Parameter(torch.zeros(100, 100))
+    assert measure(lambda: x.T[:5].view(5, 100)).peak_bytes == 0
+    assert measure(lambda: x.add_(1)).peak_bytes == 0
+    assert measure(lambda: (weight.detach(), x.unsqueeze(0).expand(3, -1, -1))).peak_bytes == 0
+    assert measure(lambda: x @ weight).peak_bytes == 40_000
+
+
+def test_new_data_counts_however_it_is_made():
+    assert measure(lambda: torch.tensor([1.0, 2.0, 3.0])).peak_bytes == 12
+    assert measure(lambda: torch.arange(5)).peak_bytes == 40
+    assert measure(lambda: torch.zeros(4, dtype=torch.bool)).peak_bytes == 4
+    assert measure(lambda: None).peak_bytes == 0
+
+
+def test_saved_bytes_are_what_autograd_holds():
+    x = torch.zeros(100, requires_grad=True)
+    assert measure(lambda: x * x).saved_bytes == 0  # saves x twice, and x was there before
+    assert measure(lambda: x + 1).saved_bytes == 0  # saves nothing
+    assert measure(lambda: x.exp()).saved_bytes == 400  # saves its output
+    assert measure(lambda: x.exp().exp()).saved_bytes == 800
+    assert measure(lambda: (y := x.exp()) * y).saved_bytes == 400  # thrice, one storage
+    assert measure(lambda: x.detach().exp()).saved_bytes == 0
+    with torch.no_grad():
+        assert measure(lambda: x.exp()).saved_bytes == 0
+
+
+def test_saved_bytes_are_given_back_by_the_backward_pass():
+    x = torch.zeros(100, requires_grad=True)
+
+    def two_steps():
+        for _ in range(2):
+            x.exp().sum().backward()
+
+    assert measure(two_steps).saved_bytes == 400
+
+
+def test_flops_of_products_are_counted_by_kind():
+    a, b = torch.zeros(3, 5), torch.zeros(5, 7)
+    assert measure(lambda: a @ b).flops == {"projection": 2 * 3 * 5 * 7}
+    assert measure(lambda: F.linear(a, b.T, torch.zeros(7))).flops == {"projection": 2 * 3 * 5 * 7}
+    batched = measure(lambda: torch.zeros(2, 4, 3, 5) @ torch.zeros(2, 4, 5, 7))
+    assert batched.flops == {"attention": 2 * 8 * 3 * 5 * 7}
+    assert measure(lambda: torch.zeros(9) * 2).flops == {}
+
+
+@pytest.mark.parametrize("G", [1, 2, 4])
+def test_flops_of_fused_attention_are_two_products_forward_and_five_backward(G):
+    B, T, H, D = 2, 6, 4, 8
+    q, k, v = (torch.randn(B, T, heads, D, requires_grad=True) for heads in (H, G, G))
+    product = 2 * B * H * T * T * D
+    assert measure(lambda: attend_fused(0, q, k, v)).flops == {"attention": 2 * product}
+    assert measure(lambda: attend_causal(0, q, k, v)).flops == {"attention": 2 * product}
+    both = measure(lambda: attend_fused(0, q, k, v).sum().backward())
+    assert both.flops == {"attention": 7 * product}
+    both = measure(lambda: attend_causal(0, q, k, v).sum().backward())
+    assert both.flops == {"attention": 6 * product}
+
+
+def training_step(attend=attend_fused):
+    model = random_model()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    token_ids = torch.randint(256, (3, 20), generator=torch.Generator().manual_seed(0))
+    return lambda: next_token_loss(model(token_ids, torch.arange(20), attend), token_ids).backward()
+
+
+def test_backward_projections_are_twice_the_forward_ones():
+    step = training_step()
+    model, token_ids = random_model(), torch.zeros(3, 20, dtype=torch.int64)
+    with torch.no_grad():
+        forward = measure(lambda: model(token_ids, torch.arange(20), attend_fused))
+    assert measure(step).flops["projection"] == 3 * forward.flops["projection"]
+
+
+def test_five_runs_measure_the_same():
+    first, *others = [measure(training_step()) for _ in range(5)]
+    assert all(other == first for other in others)
+
+
+def test_calls_are_counted_by_class_and_the_hook_is_taken_off_again():
+    model, token_ids = random_model(num_layers=3), torch.zeros(4, dtype=torch.int64)
+    run = lambda: model(token_ids, torch.arange(4), attend_fused)  # noqa: E731
+    calls = measure(run).calls
+    assert (calls["Embedding"], calls["Block"], calls["Transformer"]) == (1, 3, 1)
+    run()
+    assert calls["Block"] == 3
+    with pytest.raises(ZeroDivisionError):
+        measure(lambda: 1 / 0)
+    assert not torch.nn.modules.module._global_forward_pre_hooks
+
+
+def test_nothing_is_written_to_stderr(capfd):
+    measure(training_step())
+    median_seconds(lambda: None)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_median_seconds_is_not_misled_by_one_slow_run():
+    delays = iter([0.05, 0.001, 0.05, 0.001, 0.001, 0.001])  # the first is not counted
+    assert median_seconds(lambda: time.sleep(next(delays)), repeats=5) < 0.03
+
+
+def test_machine_facts_are_plain_values():
+    facts = machine_facts()
+    assert facts["torch"] == torch.__version__ and facts["cores"] >= 1 and facts["processor"]
+
+
+ALLOCATOR = """
+import sys
+import torch
+from torch.profiler import ProfilerActivity, profile
+sys.path.insert(0, "tests")
+from test_meter import attend_causal, attend_fused, measure, training_step
+
+def allocator_peak(function):
+    with profile(profile_memory=True, activities=[ProfilerActivity.CPU]) as prof:
+        function()
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+x = torch.randn(50, 60)
+for function in (
+    training_step(attend_fused),
+    lambda: (x @ x.T).softmax(-1) @ x,
+    lambda: [x.sin() for _ in range(4)],
+):
+    print(measure(function).peak_bytes, allocator_peak(function))
+"""
+
+
+def test_peak_is_that_of_the_allocator_to_the_byte():
+    # In a process of its own: the profiler writes to stderr.
+    result = subprocess.run(
+        [sys.executable, "-c", ALLOCATOR], capture_output=True, text=True, check=True
+    )
+    lines = result.stdout.split("\n")[:-1]
+    assert len(lines) == 3
+    for line in lines:
+        ours, allocator = line.split()
+        assert ours == allocator, line
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_memory_is_the_peak_of_its_allocator():
+    x = torch.zeros(1 << 20, device="cuda")
+    assert measure(lambda: (x + 1) * 2).peak_bytes >= 2 * x.nbytes
+    assert measure(lambda: torch.zeros(100) + 1).peak_bytes == 800  # on the CPU, exact as ever

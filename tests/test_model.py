@@ -1,0 +1,238 @@
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_close, random_model
+
+from lib.config import TINY, ModelConfig
+from lib.model import (
+    WEIGHTS,
+    Transformer,
+    attend_causal,
+    attend_fused,
+    load_model,
+    load_weights,
+    rotate,
+    save_model,
+)
+
+BOTH = pytest.mark.parametrize("attend", [attend_causal, attend_fused])
+
+
+def naive_attention(q, k, v):
+    """One query at a time, one head at a time: q (T, H, D), k and v (T, G, D)."""
+    T, H, D = q.shape
+    group_size = H // k.shape[1]
+    out = torch.empty_like(q)
+    for h in range(H):
+        for t in range(T):
+            scores = torch.stack([q[t, h] @ k[s, h // group_size] for s in range(t + 1)]) / D**0.5
+            out[t, h] = scores.softmax(0) @ v[: t + 1, h // group_size]
+    return out
+
+
+@BOTH
+@pytest.mark.parametrize("T, H, G, D", [(1, 1, 1, 2), (7, 4, 2, 6), (17, 6, 1, 5), (16, 3, 3, 8)])
+def test_attention_is_what_it_is_one_query_at_a_time(attend, T, H, G, D):
+    generator = torch.Generator().manual_seed(T)
+    q, k, v = (
+        torch.randn(T, heads, D, generator=generator, dtype=torch.float64) for heads in (H, G, G)
+    )
+    assert_close(attend(0, q, k, v), naive_attention(q, k, v))
+
+
+@BOTH
+def test_attention_takes_any_leading_dimensions(attend):
+    q, k, v = (torch.randn(2, 3, 5, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    out = attend(0, q, k, v)
+    for i in range(2):
+        for j in range(3):
+            assert_close(out[i, j], naive_attention(q[i, j], k[i, j], v[i, j]))
+
+
+@BOTH
+def test_nothing_looks_into_the_future(attend):
+    model, token_ids = random_model(dtype=torch.float64), torch.randint(256, (1, 20))
+    changed = token_ids.clone()
+    changed[0, 12] = (changed[0, 12] + 1) % 256
+    before, after = (model(ids, torch.arange(20), attend) for ids in (token_ids, changed))
+    assert_close(before[:, :12], after[:, :12])
+    assert (before[:, 12:] - after[:, 12:]).abs().amax(-1).min() > 1e-3
+
+
+def test_the_model_takes_a_batch_or_a_flat_sequence_alike():
+    model, token_ids = random_model(), torch.randint(256, (3, 11))
+    batch = model(token_ids, torch.arange(11), attend_fused)
+    assert batch.shape == (3, 11, 256)
+    for i in range(3):
+        assert_close(model(token_ids[i], torch.arange(11), attend_fused), batch[i])
+
+
+def test_logits_are_those_of_a_llama_of_the_same_weights():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = random_model(rope_theta=5000.0)
+    config = model.config
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.d_model,
+            intermediate_size=config.d_ff,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            max_position_embeddings=config.max_seq_len,
+            rms_norm_eps=config.norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            tie_word_embeddings=False,
+            attention_bias=False,
+        )
+    ).eval()
+    ours = {
+        name.replace("model.", "", 1)
+        .replace("embed_tokens", "embed")
+        .replace("layers", "blocks")
+        .replace("self_attn", "attention")
+        .replace("post_attention_layernorm", "mlp_norm")
+        .replace("input_layernorm", "attention_norm")
+        .replace("lm_head", "unembed.1"): weight
+        for name, weight in llama.state_dict().items()
+    }
+    ours["unembed.0.weight"] = ours.pop("norm.weight")
+    for name, weight in ours.items():  # norms of one would hide a norm in the wrong place
+        if "norm" in name or name == "unembed.0.weight":
+            weight.uniform_(0.5, 1.5)
+        else:
+            weight.mul_(4)
+    load_weights(model, ours)
+
+    token_ids = torch.randint(256, (2, 50))
+    with torch.no_grad():
+        expected = llama(token_ids).logits
+        got = model(token_ids, torch.arange(50), attend_causal)
+    assert expected.std() > 0.1, "logits too small to tell right from wrong"
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_rotation_depends_on_distance_alone_and_keeps_length():
+    q, k = torch.randn(2, 1, 1, 8, dtype=torch.float64)
+
+    def score(q_position, k_position):
+        turned = [
+            rotate(x, torch.tensor([p]), 100.0) for x, p in ((q, q_position), (k, k_position))
+        ]
+        return (turned[0] * turned[1]).sum()
+
+    assert_close(score(3, 1), score(103, 101))
+    assert (score(3, 1) - score(3, 2)).abs() > 1e-3
+    assert_close(rotate(q, torch.tensor([7]), 100.0).norm(), q.norm())
+    assert torch.equal(rotate(q, torch.tensor([0]), 100.0), q)
+
+
+def test_half_precision_rotates_far_positions_as_well_as_near_ones():
+    x = torch.randn(1, 1, 8)
+    far = torch.tensor([100_000])
+    assert_close(rotate(x.bfloat16(), far, 10000.0), rotate(x, far, 10000.0).bfloat16())
+
+
+def test_dropout_acts_in_training_only():
+    model, token_ids = random_model(dropout=0.5), torch.randint(256, (1, 9))
+    logits = [model(token_ids, torch.arange(9), attend_fused) for _ in range(2)]
+    assert torch.equal(*logits)
+    model.train()
+    logits = [model(token_ids, torch.arange(9), attend_fused) for _ in range(2)]
+    assert not torch.equal(*logits)
+
+
+@pytest.mark.parametrize(
+    "token_ids, positions, message",
+    [
+        (torch.tensor([0, 256]), torch.arange(2), r"token_ids: expected values in \[0, 256\)"),
+        (torch.tensor([-1, 5]), torch.arange(2), "got -1 to 5"),
+        (torch.tensor([0.0, 1.0]), torch.arange(2), "expected int64"),
+        (torch.tensor(3), torch.tensor(0), r"expected int64 \(..., T\)"),
+        (torch.zeros(2, 5, dtype=torch.int64), torch.arange(4), r"positions: expected \(2, 5\)"),
+        (torch.zeros(2, dtype=torch.int64), torch.tensor([127, 128]), r"positions: .* \[0, 128\)"),
+    ],
+)
+def test_tokens_that_the_model_cannot_take_are_refused(token_ids, positions, message):
+    with pytest.raises(ValueError, match=message):
+        random_model()(token_ids, positions, attend_fused)
+
+
+def test_an_attend_that_returns_another_shape_is_named():
+    with pytest.raises(AssertionError, match=r"attend: expected out \(3, 4, 8\), got \(3, 2, 8\)"):
+        random_model()(torch.tensor([1, 2, 3]), torch.arange(3), lambda layer, q, k, v: v)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"num_heads": 5}, "multiple of num_heads = 5, got 32"),
+        ({"num_kv_heads": 3}, "divisor of num_heads = 4, got 3"),
+        ({"d_model": 12}, "even number"),
+        ({"num_layers": 0}, "num_layers: expected an integer of at least 1, got 0"),
+        ({"d_ff": 2.5}, "d_ff: expected an integer"),
+        ({"dropout": 1.0}, "dropout"),
+    ],
+)
+def test_sizes_that_do_not_fit_together_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **change)
+
+
+def test_a_saved_model_comes_back_whole(tmp_path):
+    model = random_model(dropout=0.25)
+    save_model(model, tmp_path / "weights.pt")
+    loaded = load_model(tmp_path / "weights.pt")
+    assert loaded.config == model.config and not loaded.training
+    for got, expected in zip(loaded.parameters(), model.parameters()):
+        assert torch.equal(got, expected)
+    assert [path.name for path in tmp_path.iterdir()] == ["weights.pt"]
+
+
+def test_missing_weights_say_where_they_were_looked_for(tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected .*nowhere.pt, found nothing"):
+        load_model(tmp_path / "nowhere.pt")
+
+
+def test_a_file_that_holds_no_model_is_refused(tmp_path):
+    torch.save({"something": torch.zeros(2)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="expected a file with 'config' and 'weights'"):
+        load_model(tmp_path / "other.pt")
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda w: w.pop("embed.weight"), r"embed.weight: expected \(256, 32\), got nothing"),
+        (lambda w: w.update(extra=torch.zeros(3)), r"extra: expected nothing, got \(3,\)"),
+        (
+            lambda w: w.update({"blocks.1.mlp.up_proj.weight": torch.zeros(65, 32)}),
+            r"blocks.1.mlp.up_proj.weight: expected \(64, 32\), got \(65, 32\)",
+        ),
+    ],
+)
+def test_weights_of_another_model_are_named(spoil, message):
+    model = random_model()
+    weights = dict(model.state_dict())
+    spoil(weights)
+    with pytest.raises(ValueError, match=message):
+        load_weights(model, weights)
+
+
+def test_the_shipped_weights_are_of_the_promised_size():
+    model = load_model()
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert 1e6 <= num_parameters <= 3e6
+    assert WEIGHTS.stat().st_size < 10e6
+    assert isinstance(model, Transformer) and isinstance(model.config, ModelConfig)
+
+
+def test_gradients_reach_every_parameter():
+    model, token_ids = random_model(), torch.randint(256, (2, 9))
+    logits = model(token_ids, torch.arange(9), attend_causal)
+    F.cross_entropy(logits.flatten(0, 1), torch.randint(256, (18,))).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name

@@ -1,0 +1,110 @@
+import json
+import math
+from collections import Counter
+
+import pytest
+
+from lib import table
+from lib.meter import Cost
+from lib.table import ALONG_L, ALONG_N, COLUMNS, Cell, Growth, Sweep, fit, growth_exponent, render
+
+
+def made_up_sweep(column: str) -> Sweep:
+    """Costs that follow theory exactly, beside a constant where only growth is looked at."""
+    theory = COLUMNS[column].theory
+    costs = {}
+    for size in ALONG_N + ALONG_L:
+        costs[size] = Cost(
+            value=None,
+            peak_bytes=7000 + 100 * theory["peak memory"](*size),
+            saved_bytes=0,
+            flops=Counter(
+                attention=500 + theory["attention FLOPs"](*size),
+                projection=90 + theory["projection FLOPs"](*size),
+            ),
+            calls=Counter(
+                Embedding=int(theory["forward calls"](*size)),
+                Block=int(theory["block calls"](*size)),
+            ),
+            timeline=[],
+        )
+    factors = {q: float(g.factor) for q, g in theory.items() if g.factor != 1 and "FLOPs" in q}
+    return Sweep(column, costs, factors, seconds=0.5)
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_costs_that_follow_theory_are_nowhere_out(column):
+    cells = fit(made_up_sweep(column))
+    assert [cell for cell in cells if cell.is_out] == []
+    assert "✗" not in render(cells)
+
+
+@pytest.mark.parametrize(
+    "spoil, quantity, axis",
+    [
+        (lambda costs: costs[256, 4].flops.update(attention=10**7), "attention FLOPs", "N"),
+        (lambda costs: costs[32, 64].flops.update(projection=10**6), "projection FLOPs", "L"),
+        (lambda costs: costs[64, 4].calls.update(Embedding=1), "forward calls", "count"),
+        (lambda costs: costs[32, 16].calls.subtract(Block=1), "block calls", "count"),
+        (lambda costs: object.__setattr__(costs[32, 64], "peak_bytes", 1), "peak memory", "L"),
+    ],
+)
+def test_a_cost_off_theory_is_out_and_marked(spoil, quantity, axis):
+    sweep = made_up_sweep("recompute")
+    spoil(sweep.costs)
+    out = [cell for cell in fit(sweep) if cell.is_out]
+    assert {(cell.quantity, cell.axis) for cell in out} == {(quantity, axis)}
+    assert "✗" in render(fit(sweep))
+
+
+def test_a_factor_must_be_exact_and_an_exponent_within_a_tenth():
+    assert Cell("x", "attention FLOPs", "factor", 2, 2.001).is_out
+    assert not Cell("x", "attention FLOPs", "factor", 2, 2.0).is_out
+    assert Cell("x", "peak memory", "N", 1, 1.11).is_out
+    assert not Cell("x", "peak memory", "N", 1, 1.09).is_out
+    assert Cell("x", "peak memory", "L", 0, 0.01).is_out  # theory 0 means equal bytes
+    assert Cell("x", "peak memory", "N", 1, math.nan).is_out
+    assert not Cell("x", "seconds", "seconds", None, 3.2).is_out
+
+
+def test_exponents_ignore_what_does_not_grow():
+    for p in (0.5, 1, 2, 3):
+        values = [1000 + 3 * x**p for x in (4, 16, 64)]
+        assert growth_exponent(values, ratio=4) == pytest.approx(p)
+    assert growth_exponent([5, 5, 5], ratio=2) == 0
+    assert math.isnan(growth_exponent([5, 4, 6], ratio=2))
+
+
+def test_growth_reads_as_one_would_write_it():
+    assert str(Growth(1, 0.5)) == "N √L" and str(Growth(2, 1, factor=2)) == "2 N² L"
+    assert Growth(2, 0.5, factor=2)(3, 16) == 72
+
+
+def test_the_command_measures_every_column_and_agrees_with_theory(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("sys.argv", ["table", "--json", str(tmp_path / "table.json")])
+    assert table.main() == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    assert "| N √L " in out and "| 2 N² L " in out and "| N³ L " in out and "✗" not in out
+    result = json.loads((tmp_path / "table.json").read_text())
+    assert result["machine"]["torch"]
+    assert {cell["column"] for cell in result["cells"]} == set(COLUMNS)
+    for cell in result["cells"]:
+        assert set(cell) == {"column", "quantity", "axis", "theory", "measured"}
+
+
+def test_the_command_exits_with_an_error_where_a_cell_is_out(monkeypatch, capfd):
+    wrong = table.Column(
+        table.training, {**COLUMNS["training"].theory, "peak memory": Growth(2, 1)}
+    )
+    monkeypatch.setitem(table.COLUMNS, "training", wrong)
+    monkeypatch.setattr("sys.argv", ["table", "--columns", "training"])
+    assert table.main() == 1
+    assert "out: training, peak memory (N): theory 2, measured 1.0" in capfd.readouterr().out
+
+
+def test_an_unknown_column_is_named_with_those_there_are(monkeypatch, capfd):
+    monkeypatch.setattr("sys.argv", ["table", "--columns", "magic"])
+    with pytest.raises(SystemExit):
+        table.main()
+    assert "invalid choice: 'magic'" in capfd.readouterr().err

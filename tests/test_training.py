@@ -1,0 +1,146 @@
+import json
+
+import pytest
+import torch
+from helpers import assert_close, random_model
+
+from lib import training
+from lib.config import TINY
+from lib.model import WEIGHTS, load_model
+from lib.text import DATA, encode, load_book, split_book
+from lib.training import Trainer, TrainingConfig, held_out_loss, learning_rate, next_token_loss
+
+SHORT = TrainingConfig(num_steps=6, batch_size=2, seq_len=16, warmup_steps=2)
+
+
+def test_the_loss_is_minus_the_mean_log_probability_of_each_next_token():
+    logits = torch.randn(3, 7, 11, dtype=torch.float64)
+    token_ids = torch.randint(11, (3, 7))
+    log_probs = []
+    for b in range(3):
+        for t in range(6):
+            log_probs.append(logits[b, t].softmax(0)[token_ids[b, t + 1]].log())
+    assert_close(next_token_loss(logits, token_ids), -torch.stack(log_probs).mean())
+
+
+def test_held_out_loss_predicts_each_token_of_a_text_once():
+    model, token_ids = random_model(), torch.randint(256, (31,))  # 3 windows of 11, overlapping
+    singles = [
+        next_token_loss(logits, window)
+        for window in (token_ids[start : start + 11].view(1, 11) for start in (0, 10, 20))
+        for logits in [model(window, torch.arange(11), training.attend_fused)]
+    ]
+    expected = torch.stack(singles).mean().item()
+    assert held_out_loss(model, token_ids, seq_len=11, batch_size=2) == pytest.approx(expected)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero():
+    config = TrainingConfig(num_steps=100, warmup_steps=10, learning_rate=0.5)
+    rates = [learning_rate(step, config) for step in range(101)]
+    assert rates[0] == pytest.approx(0.05) and max(rates) == rates[9] == rates[10] == 0.5
+    assert rates[10:] == sorted(rates[10:], reverse=True) and rates[100] == pytest.approx(0)
+
+
+def test_one_batch_can_be_learned_by_heart():
+    token_ids = torch.randint(256, (17,), generator=torch.Generator().manual_seed(0))
+    config = TrainingConfig(num_steps=80, batch_size=1, seq_len=17, warmup_steps=5)
+    trainer = Trainer(random_model(), token_ids, config)
+    losses = [trainer.step() for _ in range(80)]
+    assert losses[-1] < 0.1 < losses[0], losses[-1]
+
+
+def test_gains_are_not_decayed():
+    trainer = Trainer(random_model(), torch.zeros(16, dtype=torch.int64), SHORT)
+    decay = {
+        id(parameter): group["weight_decay"]
+        for group in trainer.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    for parameter in trainer.model.parameters():
+        assert decay[id(parameter)] == (0.1 if parameter.dim() == 2 else 0.0)
+
+
+def new_trainer() -> Trainer:
+    model = random_model(dropout=0.3)
+    torch.manual_seed(4)  # dropout's
+    return Trainer(model, torch.arange(200) % 256, SHORT)
+
+
+def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(tmp_path):
+    whole = new_trainer()
+    for _ in range(6):
+        whole.step()
+
+    first = new_trainer()
+    for _ in range(3):
+        first.step()
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second = Trainer(random_model(seed=9, dropout=0.3), torch.arange(200) % 256, SHORT)
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for _ in range(3):
+        second.step()
+    assert second.losses == whole.losses
+    for got, expected in zip(second.model.parameters(), whole.model.parameters()):
+        assert torch.equal(got, expected)
+
+
+def test_the_state_of_a_run_with_other_settings_is_refused():
+    other = Trainer(random_model(), torch.arange(200), TrainingConfig(seq_len=16, seed=5))
+    with pytest.raises(ValueError, match="expected a run of .*'seed': 0.*got .*'seed': 5"):
+        new_trainer().load_state_dict(other.state_dict())
+
+
+def test_passages_longer_than_the_model_can_read_are_refused():
+    with pytest.raises(ValueError, match="seq_len: expected at most max_seq_len = 128"):
+        Trainer(random_model(), torch.arange(200), TrainingConfig(seq_len=129))
+
+
+@pytest.fixture
+def small_run(monkeypatch):
+    """`train` on a tiny model and a short text, saving after every second step."""
+    monkeypatch.setattr(training, "MOBY", TINY)
+    monkeypatch.setattr(training, "load_book", lambda: "Call me Ishmael. " * 40)
+    monkeypatch.setattr(training, "SAVE_EVERY", 2)
+    monkeypatch.setattr(training, "EVALUATE_EVERY", 2)
+    num_threads = torch.get_num_threads()
+    yield lambda folder: training.train(SHORT, 1, folder / "weights.pt", folder / "results")
+    torch.set_num_threads(num_threads)
+
+
+def test_the_command_writes_weights_curve_and_picture(small_run, tmp_path, capfd):
+    small_run(tmp_path)
+    assert load_model(tmp_path / "weights.pt").config == TINY
+    result = json.loads((tmp_path / "results" / "training.json").read_text())
+    assert [step for step, _ in result["held_out_nats_per_byte"]] == [0, 2, 4, 6]
+    assert len(result["train_nats_per_byte"]) == 6
+    assert result["machine"]["torch"] == torch.__version__ and "lib.training" in result["command"]
+    assert (tmp_path / "results" / "training.png").stat().st_size > 5000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results", "weights.pt"]
+    assert capfd.readouterr().err == ""
+
+
+def test_the_command_goes_on_where_it_was_interrupted(small_run, tmp_path, monkeypatch):
+    (tmp_path / "whole").mkdir(), (tmp_path / "halves").mkdir()
+    small_run(tmp_path / "whole")
+    step = Trainer.step
+
+    def interrupted_step(self):
+        if self.num_steps_done == 5:
+            raise KeyboardInterrupt
+        return step(self)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "step", interrupted_step)
+        small_run(tmp_path / "halves")
+    small_run(tmp_path / "halves")
+    whole, halves = (load_model(tmp_path / name / "weights.pt") for name in ("whole", "halves"))
+    for got, expected in zip(halves.parameters(), whole.parameters()):
+        assert torch.equal(got, expected)
+
+
+def test_the_shipped_weights_reach_the_loss_that_their_results_claim():
+    result = json.loads((DATA / "results" / "training.json").read_text())
+    _, held_out_ids = split_book(encode(load_book()))
+    loss = held_out_loss(load_model(WEIGHTS), held_out_ids, result["training"]["seq_len"])
+    assert loss == pytest.approx(result["held_out_nats_per_byte"][-1][1], abs=1e-4)
+    assert loss <= 1.37, f"expected at most 1.37 nats per byte held out, got {loss}"
