@@ -1,9 +1,9 @@
 """Chapter 2: keep less, compute it again.
 
-Training keeps every activation of every block until the backward pass has used it: memory grows
-with N·L. `checkpoint` keeps only what goes into a piece of the network, and computes the inside
-again when the backward pass gets there. Cutting L blocks into √L segments then needs memory for √L
-edges and the inside of one segment.
+Training keeps every activation of every block until the backward pass has used it:
+memory grows with N·L. `checkpoint` keeps only what goes into a piece of the network,
+and computes the inside again when the backward pass gets there. Cutting L blocks into
+√L segments then needs memory for √L edges and the inside of one segment.
 
     Training Deep Nets with Sublinear Memory Cost, https://arxiv.org/abs/1604.06174
 
@@ -32,36 +32,42 @@ class Checkpoint(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):
         (x,) = ctx.saved_tensors
-        # A fresh leaf, so that the graph built below ends here and not in the blocks before.
+        # A fresh leaf: the graph built below ends here, not in the blocks before.
         x = x.detach().requires_grad_(ctx.needs_input_grad[1])
-        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), torch.enable_grad():
+        with (
+            torch.random.fork_rng(devices=[x.device] if x.is_cuda else []),
+            torch.enable_grad(),
+        ):
             _set_rng_state(x, ctx.rng_state)  # dropout must drop what it dropped before
             out = ctx.run(x)
-        if out.requires_grad:
-            torch.autograd.backward(
-                out, grad_out
-            )  # adds to each parameter's .grad at once, holding none back
+        if out.requires_grad:  # adds to each parameter's .grad at once, holds none back
+            torch.autograd.backward(out, grad_out)
         return None, x.grad, None
 
 
-def checkpoint(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """`run(x)`, without keeping what happens inside; the backward pass runs it a second time.
+def checkpoint(
+    run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+) -> torch.Tensor:
+    """`run(x)`, keeping nothing of its inside: the backward pass runs it again.
 
-    Gradients are those of `run(x)`, to the bit: for x, and for every parameter that `run` uses, in
-    its `.grad`. Call `.backward()`, then: `torch.autograd.grad` does not see what happens in here.
-    Dropout repeats itself, since the random state is put back. Returns what `run` returns, one
-    tensor.
+    Gradients are those of `run(x)`, to the bit: for x, and for every parameter that
+    `run` uses, in its `.grad`. Call `.backward()`, then: `torch.autograd.grad` does not
+    see what happens in here. Dropout repeats itself, since the random state is put
+    back. Returns what `run` returns, one tensor.
     """
-    # Autograd runs a backward only where an input wants a gradient. If x wants none (it came from
-    # data, or from a frozen layer), the parameters inside still do: an empty tensor that wants one
-    # stands in for them.
+    # Autograd runs a backward only where an input wants a gradient. If x wants none (it
+    # came from data, or from a frozen layer), the parameters inside still do: an empty
+    # tensor that wants one stands in for them.
     return Checkpoint.apply(run, x, torch.empty(0, requires_grad=True))
 
 
 def run_blocks(
-    blocks: Sequence[nn.Module], x: torch.Tensor, positions: torch.Tensor, attend: Attend
+    blocks: Sequence[nn.Module],
+    x: torch.Tensor,
+    positions: torch.Tensor,
+    attend: Attend,
 ) -> torch.Tensor:
-    """x (..., T, C) through all `blocks`, keeping everything: what `Transformer.forward` does."""
+    """x (..., T, C) through all `blocks`, keeping everything, as Transformer does."""
     for block in blocks:
         x = block(x, positions, attend)
     return x
@@ -74,30 +80,36 @@ def checkpoint_segments(
     attend: Attend,
     num_segments: int,
 ) -> torch.Tensor:
-    """`run_blocks`, keeping x at the edges of `num_segments` segments, as equal as can be.
+    """`run_blocks`, keeping x at the edges of `num_segments` nearly equal segments.
 
     Raises ValueError unless 1 <= num_segments <= len(blocks).
     """
     num_blocks = len(blocks)
     if not 1 <= num_segments <= num_blocks:
         raise ValueError(
-            f"num_segments: expected 1 to {num_blocks}, the number of blocks, got {num_segments}"
+            f"num_segments: expected 1 to {num_blocks}, the number of blocks, "
+            f"got {num_segments}"
         )
     edges = [segment * num_blocks // num_segments for segment in range(num_segments + 1)]
     for start, end in zip(edges, edges[1:]):
         segment = blocks[start:end]
-        x = checkpoint(lambda x, segment=segment: run_blocks(segment, x, positions, attend), x)
+        x = checkpoint(
+            lambda x, segment=segment: run_blocks(segment, x, positions, attend), x
+        )
     return x
 
 
 def checkpoint_recursive(
-    blocks: Sequence[nn.Module], x: torch.Tensor, positions: torch.Tensor, attend: Attend
+    blocks: Sequence[nn.Module],
+    x: torch.Tensor,
+    positions: torch.Tensor,
+    attend: Attend,
 ) -> torch.Tensor:
     """`run_blocks` in memory O(log L), for O(L log L) block calls.
 
-    Halve: checkpoint the first half, go into the second. The backward pass comes out of the second
-    half, runs the first again, and that run halves in turn. Kept at any time are one edge and its
-    gradient for each halving, and the inside of one block.
+    Halve: checkpoint the first half, go into the second. The backward pass comes out of
+    the second half, runs the first again, and that run halves in turn. Kept at any time
+    are one edge and its gradient for each halving, and the inside of one block.
     """
     if len(blocks) == 1:
         return checkpoint(lambda x: run_blocks(blocks, x, positions, attend), x)
@@ -108,7 +120,9 @@ def checkpoint_recursive(
 
 
 def _get_rng_state(x: torch.Tensor) -> list[torch.Tensor]:
-    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(x.device)] if x.is_cuda else [])
+    return [torch.get_rng_state()] + (
+        [torch.cuda.get_rng_state(x.device)] if x.is_cuda else []
+    )
 
 
 def _set_rng_state(x: torch.Tensor, states: list[torch.Tensor]):

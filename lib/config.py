@@ -1,7 +1,8 @@
 """The shape of a model: one frozen dataclass, and the two shapes the course runs.
 
-Read this first. Every other module takes its sizes from a `ModelConfig`, and a file of weights
-carries the config it was trained with, so that weights and code cannot disagree in silence.
+Read this first. Every other module takes its sizes from a `ModelConfig`, and a file of
+weights carries the config it was trained with, so that weights and code cannot disagree
+in silence.
 """
 
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of a Llama-style decoder. Raises ValueError when they do not fit together."""
+    """Sizes of a Llama-style decoder. Raises ValueError where they do not fit."""
 
     vocab_size: int  # V
     num_layers: int  # L
@@ -34,14 +35,18 @@ class ModelConfig:
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
+                raise ValueError(
+                    f"{name}: expected an integer of at least 1, got {value!r}"
+                )
         if self.d_model % self.num_heads:
             raise ValueError(
-                f"d_model: expected a multiple of num_heads = {self.num_heads}, got {self.d_model}"
+                f"d_model: expected a multiple of num_heads = {self.num_heads}, "
+                f"got {self.d_model}"
             )
         if self.head_dim % 2:
             raise ValueError(
-                f"head_dim: expected an even number (RoPE turns pairs), got {self.head_dim}"
+                f"head_dim: expected an even number (RoPE turns pairs), "
+                f"got {self.head_dim}"
             )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
@@ -49,7 +54,9 @@ class ModelConfig:
                 f"got {self.num_kv_heads}"
             )
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: expected a probability in [0, 1), got {self.dropout}")
+            raise ValueError(
+                f"dropout: expected a probability in [0, 1), got {self.dropout}"
+            )
 
     @property
     def head_dim(self) -> int:  # D
@@ -63,7 +70,13 @@ class ModelConfig:
 
 # Small enough to work by hand and to test in milliseconds.
 TINY = ModelConfig(
-    vocab_size=256, num_layers=2, num_heads=4, num_kv_heads=2, d_model=32, d_ff=64, max_seq_len=128
+    vocab_size=256,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    d_model=32,
+    d_ff=64,
+    max_seq_len=128,
 )
 
 # The shape of the weights in data/: 1.67 M parameters that have read Moby-Dick.

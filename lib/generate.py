@@ -1,8 +1,9 @@
 """Chapter 1: generate text by recomputing everything.
 
-A language model gives probabilities for one next token. To write N of them, ask N times, each time
-with all the text so far. That is the whole of `generate_recompute`, and also what is wrong with it:
-step t does the work of all steps before it again. Chapter 3 keeps what can be kept.
+A language model gives probabilities for one next token. To write N of them, ask N
+times, each time with all the text so far. That is the whole of `generate_recompute`,
+and also what is wrong with it: step t does the work of all steps before it again.
+Chapter 3 keeps what can be kept.
 
 Read lib/model.py and lib/text.py before.
 """
@@ -14,30 +15,33 @@ from lib.model import Attend, Transformer, attend_fused
 
 
 def next_token_probs(
-    logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0
+    logits: torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
 ) -> torch.Tensor:
     """Probabilities of the next token.
 
-    logits (..., V). In this order: divide by `temperature`; keep the `top_k` largest; of what is
-    left, keep the smallest set of most probable tokens whose probabilities sum to at least `top_p`
-    (nucleus sampling, https://arxiv.org/abs/1904.09751). What is not kept has probability 0, the
-    rest sums to 1. Temperature 0 is greedy: probability 1 for the largest logit. Returns (..., V).
+    logits (..., V). In this order: divide by `temperature`; keep the `top_k` largest;
+    of what is left, keep the smallest set of most probable tokens whose probabilities
+    sum to at least `top_p` (nucleus sampling, https://arxiv.org/abs/1904.09751). What
+    is not kept has probability 0, the rest sums to 1. Temperature 0 is greedy:
+    probability 1 for the largest logit. Returns (..., V).
 
-    >>> next_token_probs(torch.tensor([0.5, 0.3, 0.2]).log(), top_p=0.6)  # 0.5 alone is too little
+    >>> logits = torch.tensor([0.5, 0.3, 0.2]).log()
+    >>> next_token_probs(logits, top_p=0.6)  # 0.5 alone is too little
     tensor([0.6250, 0.3750, 0.0000])
     """
     check_sampling(temperature, top_k, top_p)
-    V = logits.shape[-1]
     if temperature == 0:
-        return torch.nn.functional.one_hot(logits.argmax(dim=-1), V).to(logits.dtype)  # (..., V)
-    ranked, token_ids = (logits / temperature).sort(
-        dim=-1, descending=True, stable=True
-    )  # (..., V)
+        largest = logits.argmax(dim=-1, keepdim=True)  # (..., 1)
+        return torch.zeros_like(logits).scatter(-1, largest, 1.0)  # (..., V)
+    logits = logits / temperature
+    ranked, token_ids = logits.sort(dim=-1, descending=True, stable=True)  # (..., V)
     probs = ranked[..., :top_k].softmax(dim=-1)  # (..., min(top_k, V))
-    # A token is outside the nucleus when those more probable than it already reach top_p.
-    mass_before = probs.cumsum(dim=-1) - probs
-    # At top_p = 1 nothing is outside, whatever the rounding of the sum.
-    if top_p < 1:
+    if top_p < 1:  # at 1 nothing is left out, whatever the rounding of the sum
+        # A token is left out when those more probable than it reach top_p already.
+        mass_before = probs.cumsum(dim=-1) - probs
         probs = probs.masked_fill(mass_before >= top_p, 0.0)
     probs = probs / probs.sum(dim=-1, keepdim=True)
     return torch.zeros_like(logits).scatter(-1, token_ids[..., :top_k], probs)  # (..., V)
@@ -63,11 +67,11 @@ def generate_recompute(
     generator: torch.Generator | None = None,
     attend: Attend = attend_fused,
 ) -> torch.Tensor:
-    """Prompt and continuation, with one forward call over all of the text for each new token.
+    """Prompt and continuation: for each new token, a forward call over all the text.
 
-    prompt_ids (T,), or (B, T) for B prompts of one length. Returns (T + num_new_tokens,), or (B,
-    ...). Raises ValueError for an empty prompt, or when the text would outgrow the model's
-    max_seq_len.
+    prompt_ids (T,), or (B, T) for B prompts of one length. Returns the same with
+    num_new_tokens more. Raises ValueError for an empty prompt, or when the text would
+    outgrow the model's max_seq_len.
     """
     check_generation(model.config, prompt_ids, num_new_tokens)
     check_sampling(temperature, top_k, top_p)
@@ -81,14 +85,14 @@ def generate_recompute(
 
 
 def attention_flops(config: ModelConfig, prompt_len: int, num_new_tokens: int) -> int:
-    """FLOPs that attention costs `generate_recompute` for one prompt of `prompt_len` tokens,
-    exactly.
+    """FLOPs that `generate_recompute` spends on attention, exactly, for one prompt.
 
-    With T tokens and one query head of one layer, q @ k.T and weights @ v are 2·T·T·D FLOPs each:
-    one multiplication and one addition for each of T·T·D pairs, the masked future included.
+    With T tokens and one query head of one layer, q @ k.T and weights @ v are 2·T·T·D
+    FLOPs each: one multiplication and one addition for each of T·T·D pairs, the masked
+    future included.
 
-    >>> one_head = ModelConfig(256, 1, 1, 1, d_model=2, d_ff=4, max_seq_len=8)  # one layer, D = 2
-    >>> attention_flops(one_head, prompt_len=1, num_new_tokens=2)  # 8 with T = 1, 32 with T = 2
+    >>> one_head = ModelConfig(256, 1, 1, 1, d_model=2, d_ff=4, max_seq_len=8)  # D = 2
+    >>> attention_flops(one_head, prompt_len=1, num_new_tokens=2)  # T = 1, then T = 2
     40
     """
     total = 0
@@ -98,11 +102,13 @@ def attention_flops(config: ModelConfig, prompt_len: int, num_new_tokens: int) -
 
 
 def projection_flops(config: ModelConfig, prompt_len: int, num_new_tokens: int) -> int:
-    """The same for everything but attention: each token, at each step, meets every weight matrix
-    once."""
-    attention = config.d_model * config.head_dim * 2 * (config.num_heads + config.num_kv_heads)
+    """The same for the rest: each token, at each step, meets every weight matrix once."""
+    attention = (
+        config.d_model * config.head_dim * 2 * (config.num_heads + config.num_kv_heads)
+    )
     mlp = 3 * config.d_model * config.d_ff
-    num_weights = config.num_layers * (attention + mlp) + config.d_model * config.vocab_size
+    unembed = config.d_model * config.vocab_size
+    num_weights = config.num_layers * (attention + mlp) + unembed
     num_tokens = sum(range(prompt_len, prompt_len + num_new_tokens))
     return 2 * num_weights * num_tokens
 
@@ -125,7 +131,8 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float):
     """Raise ValueError for a setting that has no meaning."""
     if not 0 <= temperature < float("inf"):
         raise ValueError(
-            f"temperature: expected a number of at least 0 (0 is greedy), got {temperature}"
+            f"temperature: expected a number of at least 0 (0 is greedy), "
+            f"got {temperature}"
         )
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k: expected at least 1, or None for all, got {top_k}")

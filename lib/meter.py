@@ -3,12 +3,14 @@
     cost = measure(lambda: model(token_ids, positions, attend))
     cost.peak_bytes, cost.flops["attention"], cost.calls["Block"]
 
-Under every line of torch code runs a stream of small operations. A `TorchDispatchMode` sees each
-one with its inputs and outputs, and that is all a meter needs: memory is the outputs' storages
-while they live, FLOPs follow from the shapes. On the CPU everything but seconds is exact and the
-same on every run. On a GPU memory is the peak of torch's own allocator.
+Under every line of torch code runs a stream of small operations. A `TorchDispatchMode`
+sees each one with its inputs and outputs, and that is all a meter needs: memory is the
+outputs' storages while they live, FLOPs follow from the shapes. On the CPU everything
+but seconds is exact and the same on every run. On a GPU memory is the peak of torch's
+own allocator.
 
-What it does not see: scratch space inside one operation, and memory that numpy or Python hold.
+What it does not see: scratch space inside one operation, and memory that numpy or
+Python hold.
 """
 
 import os
@@ -44,8 +46,8 @@ class Cost:
 def measure(function: Callable[[], Any]) -> Cost:
     """Run `function()` once under the meter.
 
-    Bytes count only storages made during the call: parameters, inputs and gradients allocated
-    earlier are free.
+    Bytes count only storages made during the call: parameters, inputs and gradients
+    allocated earlier are free.
     """
     meter = _Meter()
     on_cuda = torch.cuda.is_available()
@@ -53,7 +55,9 @@ def measure(function: Callable[[], Any]) -> Cost:
         torch.cuda.reset_peak_memory_stats()
         cuda_bytes_before = torch.cuda.memory_allocated()
     calls = Counter()
-    hook = register_module_forward_pre_hook(lambda module, _: calls.update([type(module).__name__]))
+    hook = register_module_forward_pre_hook(
+        lambda module, _: calls.update([type(module).__name__])
+    )
     try:
         with meter, saved_tensors_hooks(meter.hold, lambda held: held.tensor):
             value = function()
@@ -63,11 +67,13 @@ def measure(function: Callable[[], Any]) -> Cost:
     peak_bytes = max(meter.timeline)
     if on_cuda and meter.saw_cuda:
         peak_bytes = torch.cuda.max_memory_allocated() - cuda_bytes_before
-    return Cost(value, peak_bytes, meter.peak_held_bytes, meter.flops, calls, meter.timeline)
+    return Cost(
+        value, peak_bytes, meter.peak_held_bytes, meter.flops, calls, meter.timeline
+    )
 
 
 def median_seconds(function: Callable[[], Any], repeats: int = 5) -> float:
-    """Median wall-clock time of `function()` over `repeats` runs, after one that is not counted."""
+    """Median wall-clock time of `repeats` runs, after one that is not counted."""
     seconds = []
     for _ in range(1 + repeats):
         start = time.perf_counter()
@@ -79,8 +85,7 @@ def median_seconds(function: Callable[[], Any], repeats: int = 5) -> float:
 
 
 def machine_facts() -> dict:
-    """Where a measurement was made: processor, cores, torch threads, GPU if any, and versions:
-    plain values for a results json."""
+    """Where a measurement was made: plain values for a results json."""
     return {
         "processor": _processor_name(),
         "cores": os.cpu_count(),
@@ -96,7 +101,9 @@ def _processor_name() -> str:
     try:
         with open("/proc/cpuinfo") as file:
             return next(
-                line.split(":")[1].strip() for line in file if line.startswith("model name")
+                line.split(":")[1].strip()
+                for line in file
+                if line.startswith("model name")
             )
     except (OSError, StopIteration):  # not Linux, or a processor that gives no name
         return platform.processor() or platform.machine()
@@ -118,8 +125,8 @@ class _Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        # An output may share its storage with an input (a view, an in-place update): meet the
-        # inputs first.
+        # An output may share its storage with an input (a view, an in-place update):
+        # meet the inputs first.
         if (
             func is not torch.ops.aten.lift_fresh.default
         ):  # torch.tensor(...) shows its new data as an input
@@ -134,7 +141,7 @@ class _Meter(TorchDispatchMode):
         return out
 
     def _meet(self, storage: torch.UntypedStorage, is_new: bool):
-        address = storage._cdata  # of the storage object, which stays when the storage is resized
+        address = storage._cdata  # of the storage object: stays when the data moves
         if address in self.storages:
             return
         num_bytes = storage.nbytes()
@@ -155,8 +162,7 @@ class _Meter(TorchDispatchMode):
 
 
 class _Held:
-    """A tensor in autograd's hands. Counts its storage once, however often it is saved, while any
-    holder lives."""
+    """A tensor in autograd's hands; its storage counts once, however often it is held."""
 
     def __init__(self, meter: _Meter, tensor: torch.Tensor):
         self.meter = meter
@@ -181,17 +187,23 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 
 
 def _count_flops(func, args: tuple, out: Any) -> dict[str, int]:
-    """FLOPs of one operation, by kind. Only matrix products count; a causal mask saves nothing
-    here.
+    """FLOPs of one operation, by kind.
 
-    Products of plain matrices are projections: one weight for all tokens. Batched products are
-    attention: each sequence and head brings its own matrices. The fused kernels do two such
-    products forward, and five backward, since they compute the scores again rather than store them.
+    Only matrix products count, and in full: a causal mask saves nothing here.
+
+    Products of plain matrices are projections: one weight for all tokens. Batched
+    products are attention: each sequence and head brings its own matrices. The fused
+    kernels do two such products forward, and five backward, since they compute the
+    scores again rather than store them.
     """
     name = func._schema.name.removeprefix("aten::")
     if name in ("mm", "addmm", "bmm", "baddbmm"):
         left = args[1] if "add" in name else args[0]
-        return {"attention" if "bmm" in name else "projection": 2 * out.numel() * left.shape[-1]}
+        return {
+            "attention" if "bmm" in name else "projection": 2
+            * out.numel()
+            * left.shape[-1]
+        }
     if name.startswith("_scaled_dot_product"):
         is_backward = "backward" in name
         q, k = args[1:3] if is_backward else args[0:2]  # (B, H, T, D), (B, G, S, D)

@@ -1,16 +1,17 @@
 """Chapter 1: the model, a Llama-style decoder with one seam.
 
-The model computes queries, keys and values, and hands them to `attend(layer, q, k, v) -> out`,
-which the caller passes in. Where keys and values live, and how attention reads them, is decided
-there and nowhere else: every later chapter is a new `attend`, and this file is never edited again.
+The model computes queries, keys and values, and hands them to `attend(layer, q, k, v)
+-> out`, which the caller passes in. Where keys and values live, and how attention reads
+them, is decided there and nowhere else: every later chapter is a new `attend`, and this
+file is never edited again.
 
     q (..., T, H, D)    k, v (..., T, G, D)    out (..., T, H, D)
 
 Leading dimensions are free: (B, T) for a batch, (N,) for a flat ragged one.
 
-RMSNorm: https://arxiv.org/abs/1910.07467. RoPE: https://arxiv.org/abs/2104.09864. SwiGLU:
-https://arxiv.org/abs/2002.05202. Grouped KV heads: https://arxiv.org/abs/2305.13245. All as in
-Llama: https://arxiv.org/abs/2302.13971.
+RMSNorm: https://arxiv.org/abs/1910.07467. RoPE: https://arxiv.org/abs/2104.09864.
+SwiGLU: https://arxiv.org/abs/2002.05202. Grouped KV heads:
+https://arxiv.org/abs/2305.13245. All as in Llama: https://arxiv.org/abs/2302.13971.
 """
 
 from collections.abc import Callable
@@ -30,14 +31,18 @@ Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Transformer(nn.Module):
-    """`embed`, then `blocks`, then `unembed`. A call of `embed` is what the course counts as a
-    forward call."""
+    """`embed`, then `blocks`, then `unembed`.
+
+    A call of `embed` is what the course counts as a forward call.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.blocks = nn.ModuleList(
+            Block(config, layer) for layer in range(config.num_layers)
+        )
         self.unembed = nn.Sequential(
             nn.RMSNorm(config.d_model, eps=config.norm_eps),
             nn.Linear(config.d_model, config.vocab_size, bias=False),
@@ -49,9 +54,10 @@ class Transformer(nn.Module):
     ) -> torch.Tensor:
         """Logits for the token after each token.
 
-        token_ids: int64 (..., T). positions: int64, each token's place in its own sequence; (...,
-        T), or (T,) for all alike. Returns (..., T, V). Raises ValueError when the shapes differ, an
-        id is not in the vocabulary or a position is past max_seq_len.
+        token_ids: int64 (..., T). positions: int64, each token's place in its own
+        sequence; (..., T), or (T,) for all alike. Returns (..., T, V). Raises
+        ValueError when the shapes differ, an id is not in the vocabulary or a position
+        is past max_seq_len.
         """
         check_token_ids(token_ids, positions, self.config)
         x = self.embed(token_ids)  # (..., T, C)
@@ -60,8 +66,9 @@ class Transformer(nn.Module):
         return self.unembed(x)  # (..., T, V)
 
     def _init_weights(self):
-        # Normal(0, 0.02) as in GPT-2; the two matrices that write into the residual stream are
-        # smaller, so that the stream's variance does not grow with the number of layers.
+        # Normal(0, 0.02) as in GPT-2; the two matrices that write into the residual
+        # stream are smaller, so that the stream's variance does not grow with the
+        # number of layers.
         residual_std = 0.02 / (2 * self.config.num_layers) ** 0.5
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
@@ -80,7 +87,9 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, positions: torch.Tensor, attend: Attend
+    ) -> torch.Tensor:
         """x (..., T, C), positions (..., T) -> (..., T, C)."""
         x = x + self.dropout(self.attention(self.attention_norm(x), positions, attend))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
@@ -91,17 +100,34 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.layer, self.head_dim, self.rope_theta = layer, config.head_dim, config.rope_theta
-        self.q_proj = nn.Linear(config.d_model, config.num_heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.d_model, config.num_kv_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.d_model, config.num_kv_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.d_model, bias=False)
+        self.layer, self.head_dim, self.rope_theta = (
+            layer,
+            config.head_dim,
+            config.rope_theta,
+        )
+        self.q_proj = nn.Linear(
+            config.d_model, config.num_heads * config.head_dim, bias=False
+        )
+        self.k_proj = nn.Linear(
+            config.d_model, config.num_kv_heads * config.head_dim, bias=False
+        )
+        self.v_proj = nn.Linear(
+            config.d_model, config.num_kv_heads * config.head_dim, bias=False
+        )
+        self.o_proj = nn.Linear(
+            config.num_heads * config.head_dim, config.d_model, bias=False
+        )
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, positions: torch.Tensor, attend: Attend
+    ) -> torch.Tensor:
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (..., T, H, D)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (..., T, G, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (..., T, G, D)
-        q, k = rotate(q, positions, self.rope_theta), rotate(k, positions, self.rope_theta)
+        q, k = (
+            rotate(q, positions, self.rope_theta),
+            rotate(k, positions, self.rope_theta),
+        )
         out = attend(self.layer, q, k, v)  # (..., T, H, D)
         assert out.shape == q.shape, (
             f"attend: expected out {tuple(q.shape)}, got {tuple(out.shape)}"
@@ -123,33 +149,34 @@ class SwiGLU(nn.Module):
 
 
 def rotate(x: torch.Tensor, positions: torch.Tensor, theta: float) -> torch.Tensor:
-    """RoPE: turn each pair (i, i + D/2) of x (..., T, heads, D) by an angle that grows with its
-    token's position.
+    """RoPE: turn each pair (i, i + D/2) of x by an angle that grows with the position.
 
-    positions (..., T). Pair i turns by position * theta^(-2i/D) radians (RoFormer, section 3.2.2;
-    the pairing of halves is Llama's in its published weights). A query and a key then meet at an
-    angle that depends on their distance alone, which is why a key can be cached: its rotation never
-    has to be undone.
+    x (..., T, heads, D), positions (..., T). Pair i turns by position * theta^(-2i/D)
+    radians (RoFormer, section 3.2.2; the pairing of halves is that of Llama's published
+    weights). A query and a key then meet at an angle that depends on their distance
+    alone, which is why a key can be cached: its rotation never has to be undone.
     """
     D = x.shape[-1]
     # Angles want more digits than half precision has.
     dtype = torch.promote_types(x.dtype, torch.float32)
-    frequencies = theta ** (-torch.arange(0, D, 2, dtype=dtype, device=x.device) / D)  # (D/2,)
-    angles = positions[..., None, None] * frequencies  # (..., T, 1, D/2)
+    exponents = -torch.arange(0, D, 2, dtype=dtype, device=x.device) / D  # (D/2,)
+    angles = positions[..., None, None] * theta**exponents  # (..., T, 1, D/2)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     first, second = x.chunk(2, dim=-1)  # (..., T, heads, D/2)
-    return torch.cat(
-        (first * cos - second * sin, second * cos + first * sin), dim=-1
-    )  # (..., T, heads, D)
+    turned = first * cos - second * sin, second * cos + first * sin
+    return torch.cat(turned, dim=-1)  # (..., T, heads, D)
 
 
-def attend_causal(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Causal attention, spelled out: every token looks at itself and at those before it.
+def attend_causal(
+    layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    """Causal attention, spelled out: each token looks at itself and those before it.
 
-    q (..., T, H, D); k, v (..., T, G, D), where query head h reads KV head h // (H / G). Returns
-    (..., T, H, D). Holds all (..., H, T, T) scores at once: memory grows with T².
+    q (..., T, H, D); k, v (..., T, G, D), where query head h reads KV head h // (H /
+    G). Returns (..., T, H, D). Holds all (..., H, T, T) scores at once: memory grows
+    with T².
 
-    >>> q = k = torch.zeros(2, 1, 1)  # two tokens, one head of size 1: all scores are equal
+    >>> q = k = torch.zeros(2, 1, 1)  # T = 2, H = D = 1: all scores are equal
     >>> attend_causal(0, q, k, v=torch.tensor([2.0, 4.0]).view(2, 1, 1)).flatten()
     tensor([2., 3.])
     """
@@ -157,51 +184,55 @@ def attend_causal(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor)
     group_size = H // k.shape[-2]
     k = k.repeat_interleave(group_size, dim=-2)  # (..., T, H, D)
     v = v.repeat_interleave(group_size, dim=-2)  # (..., T, H, D)
-    q, k, v = q.transpose(-3, -2), k.transpose(-3, -2), v.transpose(-3, -2)  # (..., H, T, D)
+    q, k, v = (x.transpose(-3, -2) for x in (q, k, v))  # (..., H, T, D)
 
     scores = q @ k.transpose(-2, -1) / D**0.5  # (..., H, T, T)
-    is_future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(diagonal=1)  # (T, T)
+    t = torch.arange(T, device=q.device)
+    is_future = t > t.unsqueeze(-1)  # (T, T): the key's column after the query's row
     scores = scores.masked_fill(is_future, float("-inf"))
     out = scores.softmax(dim=-1) @ v  # (..., H, T, D)
     return out.transpose(-3, -2)  # (..., T, H, D)
 
 
-def attend_fused(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """The same function as `attend_causal` by torch's fused kernel, which never stores the scores:
-    memory O(T)."""
-    # Exactly one leading dimension: with any other number torch silently takes a path that stores
-    # the scores. And is_causal instead of a mask, which would itself be T x T.
-    flat = [
-        x.reshape(-1, *x.shape[-3:]).transpose(1, 2) for x in (q, k, v)
-    ]  # (B, H, T, D), k and v (B, G, T, D)
+def attend_fused(
+    layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    """`attend_causal` by torch's fused kernel, which stores no scores: memory O(T)."""
+    # One leading dimension: with any other number torch takes, without a word, a path
+    # that stores the scores. And is_causal: a mask would itself have T x T entries.
+    q4, k4, v4 = (x.reshape(-1, *x.shape[-3:]).transpose(1, 2) for x in (q, k, v))
     is_grouped = q.shape[-2] != k.shape[-2]
     out = F.scaled_dot_product_attention(
-        *flat, is_causal=True, enable_gqa=is_grouped
-    )  # (B, H, T, D)
+        q4, k4, v4, is_causal=True, enable_gqa=is_grouped
+    )
     return out.transpose(1, 2).reshape(q.shape)  # (..., T, H, D)
 
 
-def check_token_ids(token_ids: torch.Tensor, positions: torch.Tensor, config: ModelConfig):
-    """Raise ValueError, saying what was expected and what came, unless the model can take these
-    tokens."""
+def check_token_ids(
+    token_ids: torch.Tensor, positions: torch.Tensor, config: ModelConfig
+):
+    """Raise ValueError unless a model of `config` can take these tokens."""
     if token_ids.dim() < 1 or token_ids.dtype != torch.int64:
         raise ValueError(
-            f"token_ids: expected int64 (..., T), got {token_ids.dtype} {tuple(token_ids.shape)}"
+            f"token_ids: expected int64 (..., T), "
+            f"got {token_ids.dtype} {tuple(token_ids.shape)}"
         )
     if positions.shape not in (token_ids.shape, token_ids.shape[-1:]):
         raise ValueError(
-            f"positions: expected {tuple(token_ids.shape)} or {tuple(token_ids.shape[-1:])}, "
-            f"as token_ids, got {tuple(positions.shape)}"
+            f"positions: expected {tuple(token_ids.shape)} as token_ids, or "
+            f"{tuple(token_ids.shape[-1:])}, got {tuple(positions.shape)}"
         )
     if token_ids.is_cuda or token_ids.numel() == 0:
-        return  # looking at values would make the CPU wait for the GPU; CUDA has its own assertion
+        return  # looking at values would make the CPU wait; CUDA asserts by itself
     for name, ids, limit in (
         ("token_ids", token_ids, config.vocab_size),
         ("positions", positions, config.max_seq_len),
     ):
         low, high = (int(bound) for bound in ids.aminmax())
         if low < 0 or high >= limit:
-            raise ValueError(f"{name}: expected values in [0, {limit}), got {low} to {high}")
+            raise ValueError(
+                f"{name}: expected values in [0, {limit}), got {low} to {high}"
+            )
 
 
 def save_model(model: Transformer, path: Path):
@@ -214,13 +245,13 @@ def save_model(model: Transformer, path: Path):
 def load_model(path: Path = WEIGHTS) -> Transformer:
     """The model in a file of `save_model`, on the CPU, ready to generate.
 
-    Raises FileNotFoundError, or ValueError naming the first weight that is missing, unknown or
-    misshapen.
+    Raises FileNotFoundError, or ValueError naming the first weight that is missing,
+    unknown or misshapen.
     """
     if not path.exists():
         raise FileNotFoundError(
-            f"weights: expected {path}, found nothing. Restore them with `git checkout data`, "
-            "or train them with `python -m lib.training`."
+            f"weights: expected {path}, found nothing. Restore them with "
+            "`git checkout data`, or train them with `python -m lib.training`."
         )
     saved = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(saved, dict) or set(saved) != {"config", "weights"}:
@@ -233,11 +264,15 @@ def load_model(path: Path = WEIGHTS) -> Transformer:
 
 
 def load_weights(model: Transformer, weights: dict[str, torch.Tensor]):
-    """Copy `weights` into `model`. Raises ValueError naming the first that is missing, unknown or
-    misshapen."""
+    """Copy `weights` into `model`.
+
+    Raises ValueError naming the first that is missing, unknown or misshapen.
+    """
     expected = model.state_dict()
     for name in [*expected, *weights]:
-        shapes = [tuple(w[name].shape) if name in w else "nothing" for w in (expected, weights)]
+        shapes = [
+            tuple(w[name].shape) if name in w else "nothing" for w in (expected, weights)
+        ]
         if shapes[0] != shapes[1]:
             raise ValueError(
                 f"weights of another model: {name}: expected {shapes[0]}, got {shapes[1]}"

@@ -1,10 +1,11 @@
-"""The figures. `draw_*` shows a structure, `plot_*` a measurement; both read the live object.
+"""The figures: `draw_*` shows a structure, `plot_*` a measurement, from the live object.
 
-A colour means the same thing in every chapter, and never colour alone: what is wasted or computed
-again is hatched grey too, a prediction is dashed, a measurement has markers. Each function returns
-the axes it drew on.
+A colour means the same thing in every chapter, and never colour alone: what is wasted
+or computed again is hatched grey too, a prediction is dashed, a measurement has
+markers. Each function returns the axes it drew on.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,14 +13,17 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from lib.text import decode
 
 QUERY, KEY, VALUE = "#E69F00", "#0072B2", "#009E73"
 NEW = "#0072B2"  # computed or written now
-WASTED = {"facecolor": "#DDDDDD", "edgecolor": "#8C8C8C", "hatch": "////"}  # or computed again
+# Or computed again.
+WASTED = {"facecolor": "#DDDDDD", "edgecolor": "#8C8C8C", "hatch": "////"}
 PREDICTED = {"color": "black", "linestyle": "--"}
 
 
@@ -38,26 +42,26 @@ def plot_measured(
     log: bool = False,
     ax: Axes | None = None,
 ) -> Axes:
-    """Lines with markers, each named at its end; predictions dashed and black beneath them.
+    """Lines with markers, each named at its end; predictions dashed and black.
 
     series and predicted: name -> (x values, y values).
     """
     ax = ax or plt.subplots()[1]
     if log:
-        ax.loglog(base=2)
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
         ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: quantity(y)))
-    else:
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: quantity(y)))
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: quantity(y)))
     for name, (x, y) in (predicted or {}).items():
         ax.plot(x, y, **PREDICTED, zorder=3)
-        _label_end(ax, name, x, y, "black")
-    for name, (x, y) in series.items():
-        (line,) = ax.plot(x, y, marker="o")
-        _label_end(ax, name, x, y, line.get_color())
+        middle = (x[len(x) // 2], y[len(x) // 2])  # the ends belong to what is measured
+        ax.annotate(name, middle, (8, -10), textcoords="offset points", va="top")
+    lines = {name: ax.plot(x, y, marker="o")[0] for name, (x, y) in series.items()}
     if not log:
         ax.set_ylim(bottom=0)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    _label_ends(ax, lines)
     return ax
 
 
@@ -81,7 +85,7 @@ def plot_next_token(
 def draw_attention(
     weights: torch.Tensor, tokens: Sequence[str], *, title: str, ax: Axes | None = None
 ) -> Axes:
-    """The attention weights (T, T) of one head: a row for each query, a column for each key."""
+    """Attention weights (T, T) of one head: a row for a query, a column for a key."""
     ax = ax or plt.subplots(figsize=(5.2, 4.6))[1]
     T = len(tokens)
     tint = LinearSegmentedColormap.from_list("tint", ["white", KEY])
@@ -92,17 +96,24 @@ def draw_attention(
                 ax.add_patch(Rectangle((s - 0.5, t - 0.5), 1, 1, **WASTED))
             else:
                 colour = "white" if weights[t, s] > 0.55 else "black"
-                ax.text(s, t, f"{weights[t, s]:.2f}", ha="center", va="center", color=colour)
+                ax.text(
+                    s, t, f"{weights[t, s]:.2f}", ha="center", va="center", color=colour
+                )
     ax.set_xticks(range(T), tokens, fontfamily="monospace", color=KEY)
     ax.set_yticks(range(T), tokens, fontfamily="monospace", color="#9C6B00")
     ax.grid(False)
-    ax.set(xlabel="key token (hatched: the future, masked)", ylabel="query token", title=title)
+    ax.set(
+        xlabel="key token (hatched: the future, masked)",
+        ylabel="query token",
+        title=title,
+    )
     return ax
 
 
-def draw_recompute(prompt_len: int, num_new_tokens: int, *, ax: Axes | None = None) -> Axes:
-    """What each step of `generate_recompute` runs through the model: tokens met before, and tokens
-    met first."""
+def draw_recompute(
+    prompt_len: int, num_new_tokens: int, *, ax: Axes | None = None
+) -> Axes:
+    """The tokens that each step of `generate_recompute` runs through the model."""
     ax = ax or plt.subplots(figsize=(7.0, 3.6))[1]
     num_new = num_again = 0
     for step in range(num_new_tokens):
@@ -119,11 +130,39 @@ def draw_recompute(prompt_len: int, num_new_tokens: int, *, ax: Axes | None = No
     ax.set(
         xlabel="position of the token in the text",
         ylabel="step",
-        title=f"{num_again} of the {num_new + num_again} tokens computed were known already",
+        title=f"{num_again} of {num_new + num_again} tokens had been computed before",
     )
-    looks = [Patch(facecolor=NEW, label="first time"), Patch(**WASTED, label="computed again")]
+    looks = [
+        Patch(facecolor=NEW, label="first time"),
+        Patch(**WASTED, label="computed again"),
+    ]
     ax.legend(handles=looks, loc="upper right")
     return ax
+
+
+def plot_table(sweeps: Sequence) -> Figure:
+    """What lib/table.py measured: memory over layers, and attention's work over tokens.
+
+    sweeps: of `table.sweep`, one a column.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
+    plot_measured(
+        {sweep.column: sweep.along("L", "peak memory") for sweep in sweeps},
+        xlabel="layers, L (with 32 tokens)",
+        ylabel="peak memory (bytes)",
+        title="Checkpoints turn L into √L",
+        log=True,
+        ax=left,
+    )
+    plot_measured(
+        {sweep.column: sweep.along("N", "attention FLOPs") for sweep in sweeps},
+        xlabel="tokens, N (with 4 layers)",
+        ylabel="FLOPs in attention",
+        title="Recomputing turns N² into N³",
+        log=True,
+        ax=right,
+    )
+    return figure
 
 
 def plot_loss_curve(result: dict, *, ax: Axes | None = None) -> Axes:
@@ -133,17 +172,16 @@ def plot_loss_curve(result: dict, *, ax: Axes | None = None) -> Axes:
     width = max(1, len(losses) // 100)  # steps averaged to one point
     smooth = losses[: len(losses) // width * width].view(-1, width).mean(dim=1)
     steps = torch.arange(len(smooth)) * width + width / 2
-    ax.plot(steps, smooth, color="#8C8C8C")
+    (train,) = ax.plot(steps, smooth, color="#8C8C8C")
     held_out_steps, held_out = zip(*result["held_out_nats_per_byte"])
-    ax.plot(held_out_steps[1:], held_out[1:], color=NEW, marker="o", markersize=4)
-    _label_end(ax, "training,\nwith dropout", steps, smooth, "#6E6E6E")
-    _label_end(ax, "held out", held_out_steps, held_out, NEW)
+    (test,) = ax.plot(held_out_steps, held_out, color=NEW, marker="o", markersize=4)
     ax.set_ylim(top=min(3.0, float(losses.max())))
+    _label_ends(ax, {"training (dropout)": train, "held out": test})
     minutes = result["seconds"] / 60
     ax.set(
         xlabel=f"training step ({minutes:.0f} minutes in all)",
         ylabel="loss (nats per byte)",
-        title=f"The shipped model reaches {held_out[-1]:.3f} nats per byte on text it never saw",
+        title=f"{held_out[-1]:.3f} nats per byte on text it never saw",
     )
     return ax
 
@@ -160,5 +198,20 @@ def quantity(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _label_end(ax: Axes, name: str, x: Sequence[float], y: Sequence[float], colour: str):
-    ax.annotate(name, (x[-1], y[-1]), (6, 0), textcoords="offset points", va="center", color=colour)
+def _label_ends(ax: Axes, lines: Mapping[str, Line2D]):
+    """Name each line at its right end, in its colour, names at least a line apart."""
+    ax.autoscale_view()
+    ends = {name: line.get_xydata()[-1] for name, line in lines.items()}
+    lowest_free = -math.inf  # in points
+    for name in sorted(ends, key=lambda name: ends[name][1]):
+        height = ax.transData.transform(ends[name])[1] * 72 / ax.figure.dpi
+        shift = max(0.0, lowest_free - height)
+        lowest_free = height + shift + 12
+        ax.annotate(
+            name,
+            ends[name],
+            (6, shift),
+            textcoords="offset points",
+            va="center",
+            color=lines[name].get_color(),
+        )

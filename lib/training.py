@@ -1,11 +1,10 @@
 """Chapter 2: the loss, the loop, and the command that made the weights in data/.
 
-    python -m lib.training            # about 90 minutes on one core; interrupt it and run it again
-    to go on
+    python -m lib.training    # interrupt it, run it again, and it goes on
 
-A `Trainer` holds everything that training carries from one step to the next: weights, optimizer,
-random state and the loss curve. Save it after any step, load it, and the steps that follow are the
-same to the bit.
+A `Trainer` holds all that training carries from one step to the next: weights, optimizer,
+random state and loss curve. Save it after any step and load it, and the steps that follow
+are the same to the bit.
 """
 
 import argparse
@@ -44,13 +43,14 @@ class TrainingConfig:
 
 
 def next_token_loss(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy, in nats per token, of predicting each token from those before it.
+    """Mean cross entropy, in nats per token, of predicting each token from those before
+    it.
 
-    logits (B, T, V), where logits[:, t] predicts the token after t; token_ids (B, T). The last
-    logits predict a token that is not there, so the mean is over B * (T - 1) predictions. Returns a
-    scalar.
+    logits (B, T, V), where logits[:, t] predicts the token after t; token_ids (B, T).
+    The last logits predict a token that is not there, so the mean is over B * (T - 1)
+    predictions. Returns a scalar.
 
-    >>> logits = torch.tensor([[[0.0, 9.0], [9.0, 0.0], [0.0, 0.0]]])  # 1, then 0, then no idea
+    >>> logits = torch.tensor([[[0.0, 9.0], [9.0, 0.0], [0.0, 0.0]]])  # 1, 0, no idea
     >>> round(next_token_loss(logits, torch.tensor([[0, 1, 0]])).item(), 4)
     0.0001
     """
@@ -61,19 +61,22 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
     """Linear warm-up, then half a cosine from the peak down to zero."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / (config.num_steps - config.warmup_steps)  # 0 to 1
+    num_steps_after = config.num_steps - config.warmup_steps
+    done = (step - config.warmup_steps) / num_steps_after  # from 0 to 1
     return config.learning_rate * (1 + math.cos(math.pi * done)) / 2
 
 
 class Trainer:
     """A training run, one `step()` at a time."""
 
-    def __init__(self, model: Transformer, token_ids: torch.Tensor, config: TrainingConfig):
+    def __init__(
+        self, model: Transformer, token_ids: torch.Tensor, config: TrainingConfig
+    ):
         """token_ids (T,): the text to train on."""
         if config.seq_len > model.config.max_seq_len:
             raise ValueError(
-                f"seq_len: expected at most max_seq_len = {model.config.max_seq_len} of the model, "
-                f"got {config.seq_len}"
+                f"seq_len: expected at most max_seq_len = {model.config.max_seq_len} "
+                f"of the model, got {config.seq_len}"
             )
         self.model, self.token_ids, self.config = model, token_ids, config
         self.num_steps_done = 0
@@ -119,11 +122,12 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict):
-        """Go on from a `state_dict()`. Raises ValueError when it belongs to a run with other
-        settings."""
+        """Go on from a `state_dict()`. Raises ValueError when it belongs to a run with
+        other settings."""
         if state["config"] != asdict(self.config):
             raise ValueError(
-                f"training state: expected a run of {asdict(self.config)}, got {state['config']}"
+                f"training state: expected a run of {asdict(self.config)}, "
+                f"got {state['config']}"
             )
         self.num_steps_done, self.losses = state["num_steps_done"], state["losses"]
         self.model.load_state_dict(state["weights"])
@@ -136,8 +140,8 @@ class Trainer:
 def held_out_loss(
     model: Transformer, token_ids: torch.Tensor, seq_len: int, batch_size: int = 8
 ) -> float:
-    """Mean loss over all of token_ids (T,), in nats per token, each predicted from at most seq_len
-    - 1 before it."""
+    """Mean loss over all of token_ids (T,), in nats per token, each predicted from at
+    most seq_len - 1 before it."""
     model.eval()
     total, count = 0.0, 0
     for batch in windows(token_ids, batch_size, seq_len):
@@ -153,24 +157,35 @@ def main():
     parser.add_argument("--steps", type=int, default=TrainingConfig.num_steps)
     parser.add_argument("--seed", type=int, default=TrainingConfig.seed)
     parser.add_argument(
-        "--threads", type=int, default=1, help="more is rarely faster for a model this small"
+        "--threads",
+        type=int,
+        default=1,
+        help="more is rarely faster for a model this small",
     )
     parser.add_argument(
         "--out", type=Path, default=WEIGHTS, help="the weights; default %(default)s"
     )
     parser.add_argument(
-        "--results", type=Path, default=DATA / "results", help="loss curve, json and picture"
+        "--results",
+        type=Path,
+        default=DATA / "results",
+        help="loss curve, json and picture",
     )
     args = parser.parse_args()
     train(
-        TrainingConfig(num_steps=args.steps, seed=args.seed), args.threads, args.out, args.results
+        TrainingConfig(num_steps=args.steps, seed=args.seed),
+        args.threads,
+        args.out,
+        args.results,
     )
 
 
 def train(config: TrainingConfig, num_threads: int, out: Path, results: Path):
-    """Train MOBY on the book; write weights to `out`, the curve (json, picture) to `results`.
+    """Train MOBY on the book; write weights to `out`, the curve (json, picture) to
+    `results`.
 
-    Its state is written beside `out` every SAVE_EVERY steps, and found there by the next call.
+    Its state is written beside `out` every SAVE_EVERY steps, and found there by the
+    next call.
     """
     torch.set_num_threads(num_threads)
     torch.manual_seed(config.seed)
@@ -184,15 +199,25 @@ def train(config: TrainingConfig, num_threads: int, out: Path, results: Path):
         held_out, seconds = state["held_out"], state["seconds"]
     start = time.perf_counter() - seconds
 
-    bar = tqdm(range(trainer.num_steps_done, config.num_steps), file=sys.stdout, mininterval=5)
+    bar = tqdm(
+        range(trainer.num_steps_done, config.num_steps), file=sys.stdout, mininterval=5
+    )
     for step in bar:
         if step % EVALUATE_EVERY == 0:
-            held_out.append([step, held_out_loss(trainer.model, held_out_ids, config.seq_len)])
+            held_out.append(
+                [step, held_out_loss(trainer.model, held_out_ids, config.seq_len)]
+            )
         loss = trainer.step()
-        bar.set_postfix(train=f"{loss:.3f}", held_out=f"{held_out[-1][1]:.3f}", refresh=False)
+        bar.set_postfix(
+            train=f"{loss:.3f}", held_out=f"{held_out[-1][1]:.3f}", refresh=False
+        )
         if (step + 1) % SAVE_EVERY == 0:
             seconds = time.perf_counter() - start
-            state = {"trainer": trainer.state_dict(), "held_out": held_out, "seconds": seconds}
+            state = {
+                "trainer": trainer.state_dict(),
+                "held_out": held_out,
+                "seconds": seconds,
+            }
             partial = state_path.with_suffix(".partial")
             torch.save(state, partial)
             partial.replace(state_path)
@@ -215,7 +240,9 @@ def train(config: TrainingConfig, num_threads: int, out: Path, results: Path):
     plotting.use_course_style()
     plotting.plot_loss_curve(result).figure.savefig(results / "training.png")
     state_path.unlink(missing_ok=True)
-    print(f"held-out loss {loss:.3f} nats per byte after {seconds / 60:.0f} minutes, {out}")
+    print(
+        f"held-out loss {loss:.3f} nats per byte after {seconds / 60:.0f} minutes: {out}"
+    )
 
 
 if __name__ == "__main__":

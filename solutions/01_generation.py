@@ -34,8 +34,7 @@ torch.set_num_threads(1)  # a model this small is rarely faster on two
 # ## Every token costs more than the last
 #
 # The course comes with a small model that has read *Moby-Dick*: a decoder built
-# like Llama, and trained in under two hours on one core of a laptop-sized
-# machine. Here it is.
+# like Llama, trained on one core of one processor. Here it is.
 
 # %%
 lm = model.load_model()
@@ -66,7 +65,7 @@ print(text.decode(story_ids))
 #
 # Now the machinery's price. How long does the model take for **one** more
 # token, when the text is 32 tokens long, 64, and so on up to 512? We take the
-# median of five runs each.
+# median of 15 runs each.
 
 # %%
 book_ids = text.encode(text.load_book())
@@ -77,11 +76,11 @@ def one_step(num_tokens):
     token_ids = book_ids[:num_tokens]
     return lm(token_ids, torch.arange(num_tokens), model.attend_fused)
 
-
 # %%
 lengths = [32, 64, 128, 256, 512]
 milliseconds = [
-    1000 * meter.median_seconds(lambda: one_step(length)) for length in lengths
+    1000 * meter.median_seconds(lambda: one_step(length), repeats=15)
+    for length in lengths
 ]
 
 # %%
@@ -92,6 +91,7 @@ plotting.plot_measured(
     ylabel="time for one more token (ms)",
     title=f"Token 512 takes {ratio:.0f} times as long as token 32",
 );
+
 # %% [markdown]
 # *A line that rises with the length of the text: the time for one more token.*
 #
@@ -169,19 +169,21 @@ weights_of_a = scores_of_a.exp() / scores_of_a.exp().sum()
 weights_of_a, weights_of_a @ v[:3]
 
 # %% [markdown]
-# All six at once are three lines. The mask sets the future's scores to -∞, so
+# All six at once are four lines. The mask sets the future's scores to -∞, so
 # its weights become 0: a model that could see the next token while it learns to
 # predict it would learn to copy.
 
 # %%
 scores = q @ k.T / math.sqrt(2)  # (6, 6)
-is_future = torch.ones(6, 6, dtype=torch.bool).triu(diagonal=1)
+t = torch.arange(6)
+is_future = t > t[:, None]  # (6, 6): the key's column is after the query's row
 weights = scores.masked_fill(is_future, -math.inf).softmax(dim=-1)
 
 # %%
 plotting.draw_attention(
     weights, tokens, title="Each token averages over itself and the past"
 );
+
 # %% [markdown]
 # *A triangle of weights: row `a` has three numbers, those we computed by hand;
 # the last row has six.*
@@ -213,14 +215,16 @@ difference = one_step(101)[:100] - one_step(100)
 print(f"largest difference: {difference.abs().max():.1e}")
 
 # %% [markdown]
-# The difference is rounding: sums of another length are added in another order.
-# Every step of generation computes these rows again, and gets what it had.
+# None, or a trifle of rounding: a processor may add up a sum of another length
+# in another order. Every step of generation computes these rows again, and gets
+# what it had.
 #
 # Here is the picture for a prompt of 8 tokens and 16 new ones. Each row is a
 # step of the loop, each square a token that goes through the model.
 
 # %%
 plotting.draw_recompute(prompt_len=8, num_new_tokens=16);
+
 # %% [markdown]
 # *A staircase, nearly all of it hatched: what is computed again. One solid
 # square a row is new.*
@@ -237,6 +241,7 @@ print(text.decode(book_ids[: len(prompt_ids)]))
 plotting.plot_next_token(
     logits.softmax(dim=-1), title="The model's guesses for the next byte"
 );
+
 # %% [markdown]
 # *Bars for the eight most probable next bytes.*
 #
@@ -327,14 +332,12 @@ show_source(generate.attention_flops)
 # %%
 first_id = book_ids[:1]
 cost = meter.measure(lambda: generate.generate_recompute(lm, first_id, 64))
-print(f"attention:   {cost.flops['attention']:13,} FLOPs measured")
-print(
-    f"             {generate.attention_flops(lm.config, 1, 64):13,} predicted"
-)
-print(f"projections: {cost.flops['projection']:13,} FLOPs measured")
-print(
-    f"             {generate.projection_flops(lm.config, 1, 64):13,} predicted"
-)
+predictions = {
+    "attention": generate.attention_flops(lm.config, 1, 64),
+    "projection": generate.projection_flops(lm.config, 1, 64),
+}
+for kind, predicted in predictions.items():
+    print(f"{kind:10} {cost.flops[kind]:13,} FLOPs, predicted {predicted:13,}")
 
 # %% [markdown]
 # Equal to the last digit. Now for several lengths, attention alone:
@@ -358,6 +361,7 @@ plotting.plot_measured(
     title="The attention of a whole text grows like N³",
     log=True,
 );
+
 # %% [markdown]
 # *Measured points on a dashed line of predictions, both axes doubling: N³.*
 #
@@ -383,15 +387,14 @@ for N in [32, 512, 4096]:
 # %%
 narrow = config.ModelConfig(
     vocab_size=256, num_layers=2, num_heads=2, num_kv_heads=1,
-    d_model=16, d_ff=48, max_seq_len=1 << 20,
-)  # fmt: skip
+    d_model=16, d_ff=48, max_seq_len=1024,
+)
 narrow_lm = model.Transformer(narrow).eval()
 
 
 def predicted_total(shape, N):
     attention = generate.attention_flops(shape, 1, N)
     return attention + generate.projection_flops(shape, 1, N)
-
 
 # %%
 Ns = [16, 32, 64, 128, 256, 512]
@@ -417,17 +420,14 @@ plotting.plot_measured(
     log=True,
 );
 
-
 # %%
 def slope(shape, N):
     return math.log2(predicted_total(shape, 2 * N) / predicted_total(shape, N))
 
 
 for N in [16, 256, 4096]:
-    print(
-        f"N = {N:4}: slope {slope(narrow, N):.2f} in the narrow model, ", end=""
-    )
-    print(f"{slope(lm.config, N):.2f} in ours")
+    print(f"N = {N:4}: slope {slope(narrow, N):.2f} (narrow), ", end="")
+    print(f"{slope(lm.config, N):.2f} (ours)")
 
 # %% [markdown]
 # *Two dashed predictions that steepen, and measured points on the lower one.*
@@ -442,7 +442,6 @@ for N in [16, 256, 4096]:
 # Work is one price, memory the other. `attend_causal` holds a score for each
 # pair of tokens in each head, at 4 bytes. While it masks them there are two
 # such tensors: 8·H·T² bytes. Let us see what a step needs at its peak.
-
 
 # %%
 @torch.no_grad()
@@ -465,6 +464,7 @@ plotting.plot_measured(
     title=f"Storing scores takes {stored[-1] / fused[-1]:.1f} times the memory",
     log=True,
 );
+
 # %% [markdown]
 # *Stored scores climb towards the dashed 8·H·T², four times as much for twice
 # the text; fused attention doubles.*
@@ -493,21 +493,18 @@ cells = table.fit(sweep)
 Markdown(table.render(cells))
 
 # %%
-Ns = [N for N, _ in table.ALONG_N]
-quantities = ["peak memory", "projection FLOPs", "attention FLOPs"]
-growth = {
-    quantity: [
-        table.QUANTITIES[quantity](sweep.costs[size]) for size in table.ALONG_N
-    ]
-    for quantity in quantities
-}
+growth = {}
+for quantity in ["peak memory", "projection FLOPs", "attention FLOPs"]:
+    Ns, values = sweep.along("N", quantity)
+    growth[quantity] = Ns, [value / values[0] for value in values]
 plotting.plot_measured(
-    {name: (Ns, [y / ys[0] for y in ys]) for name, ys in growth.items()},
+    growth,
     xlabel="tokens generated, N",
     ylabel=f"times as much as at N = {Ns[0]}",
     title="Recompute: memory grows like N, attention like N³",
     log=True,
 );
+
 # %% [markdown]
 # *Three lines from one point, with slopes 1, 2 and 3.*
 #

@@ -6,19 +6,34 @@ from lib.config import ModelConfig
 from lib.model import Transformer
 
 # Largest difference that rounding explains, by dtype: absolute, for values of about 1.
-TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+TOLERANCES = {
+    torch.float64: 1e-12,
+    torch.float32: 2e-5,
+    torch.float16: 2e-3,
+    torch.bfloat16: 2e-2,
+}
 
 
 def assert_close(got: torch.Tensor, expected: torch.Tensor):
     """Same shape, and equal up to the rounding of the coarser of the two dtypes."""
-    assert got.shape == expected.shape, f"expected {tuple(expected.shape)}, got {tuple(got.shape)}"
+    assert got.shape == expected.shape, (
+        f"expected {tuple(expected.shape)}, got {tuple(got.shape)}"
+    )
     tolerance = max(TOLERANCES[got.dtype], TOLERANCES[expected.dtype])
-    difference = (got.double() - expected.double()).abs().max().item() if got.numel() else 0.0
-    assert difference <= tolerance, f"expected at most {tolerance} apart, got {difference}"
+    difference = (
+        (got.double() - expected.double()).abs().max().item() if got.numel() else 0.0
+    )
+    assert difference <= tolerance, (
+        f"expected at most {tolerance} apart, got {difference}"
+    )
 
 
-def random_model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes) -> Transformer:
-    """A small random model in eval mode; weights large enough for logits that differ."""
+def random_model(
+    seed: int = 0, dtype: torch.dtype = torch.float32, **changes
+) -> Transformer:
+    """A small random model in eval mode; weights large enough for logits that
+    differ.
+    """
     sizes = {
         "vocab_size": 256,
         "num_layers": 2,

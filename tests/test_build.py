@@ -4,7 +4,13 @@ import nbformat
 import pytest
 
 from lib.course import build
-from lib.course.build import BuildError, chapter_texts, check, notebook_paths, student_notebook
+from lib.course.build import (
+    BuildError,
+    chapter_texts,
+    check,
+    notebook_paths,
+    student_notebook,
+)
 
 CHAPTER = """# %% [markdown]
 # # 9. A chapter
@@ -29,8 +35,12 @@ def chapter(tmp_path):
 
 
 def test_students_get_the_text_without_outputs_and_readers_get_it_run(chapter):
-    student, executed = (nbformat.read(path, as_version=4) for path in notebook_paths(chapter))
-    assert [cell.source for cell in student.cells] == [cell.source for cell in executed.cells]
+    student, executed = (
+        nbformat.read(path, as_version=4) for path in notebook_paths(chapter)
+    )
+    assert [cell.source for cell in student.cells] == [
+        cell.source for cell in executed.cells
+    ]
     assert student.cells[1].outputs == [] and student.cells[1].execution_count is None
     assert executed.cells[1].outputs[0].data["text/plain"] == "42"
     check(chapter)
@@ -58,11 +68,20 @@ def edit(path, old, new):
     "spoil, message",
     [
         (lambda text, student, executed: edit(text, "6 * 7", "6 * 8"), "is not what"),
-        (lambda text, student, executed: edit(student, "6 * 7", "6 * 8"), "is not what"),
-        (lambda text, student, executed: edit(executed, "6 * 7", "6 * 8"), "is not what"),
+        (
+            lambda text, student, executed: edit(student, "6 * 7", "6 * 8"),
+            "is not what",
+        ),
+        (
+            lambda text, student, executed: edit(executed, "6 * 7", "6 * 8"),
+            "is not what",
+        ),
         (lambda text, student, executed: student.unlink(), "found nothing"),
         (lambda text, student, executed: executed.unlink(), "found nothing"),
-        (lambda text, student, executed: shutil.copy(student, executed), "every cell run once"),
+        (
+            lambda text, student, executed: shutil.copy(student, executed),
+            "every cell run once",
+        ),
         (lambda text, student, executed: shutil.copy(executed, student), "is not what"),
     ],
 )
@@ -81,11 +100,16 @@ def test_a_check_of_nothing_fails(tmp_path):
     "line, message",
     [
         ("1 / 0", "a cell failed"),
-        ("import sys; print('oh', file=sys.stderr)", "expected nothing on stderr, got: oh"),
+        (
+            "import sys; print('oh', file=sys.stderr)",
+            "expected nothing on stderr, got: oh",
+        ),
         ("print('x' * 600_000)", "expected at most 500000 bytes"),
     ],
 )
-def test_a_chapter_that_fails_or_is_noisy_or_too_large_is_not_built(chapter, line, message):
+def test_a_chapter_that_fails_or_is_noisy_or_too_large_is_not_built(
+    chapter, line, message
+):
     before = [path.read_bytes() for path in notebook_paths(chapter)]
     chapter.write_text(CHAPTER + f"\n# %%\n{line}\n")
     with pytest.raises(BuildError, match=message):

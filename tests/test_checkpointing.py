@@ -24,12 +24,16 @@ def in_segments(num_segments):
 def torch_checkpoint(blocks, x, positions, attend):
     """The oracle: one block per segment, by torch's own."""
     for block in blocks:
-        x = torch.utils.checkpoint.checkpoint(block, x, positions, attend, use_reentrant=False)
+        x = torch.utils.checkpoint.checkpoint(
+            block, x, positions, attend, use_reentrant=False
+        )
     return x
 
 
 def gradients(model, run, attend=attend_fused, x=None):
-    """Loss, gradient of x and of every parameter of the blocks, with the dropout of one seed."""
+    """Loss, gradient of x and of every parameter of the blocks, with the dropout of one
+    seed.
+    """
     model.zero_grad(set_to_none=True)
     torch.manual_seed(1)
     if x is None:
@@ -39,7 +43,12 @@ def gradients(model, run, attend=attend_fused, x=None):
     loss = run(model.blocks, x, POSITIONS, attend).square().sum()
     loss.backward()
     rng_after = torch.get_rng_state()
-    return [loss.detach(), x.grad, *(p.grad for p in model.blocks.parameters()), rng_after]
+    return [
+        loss.detach(),
+        x.grad,
+        *(p.grad for p in model.blocks.parameters()),
+        rng_after,
+    ]
 
 
 WAYS = {
@@ -82,7 +91,9 @@ def test_frozen_parameters_stay_without_a_gradient():
     for a, b in zip(got, expected):
         assert (a is None and b is None) or torch.equal(a, b)
     model.requires_grad_(False)
-    assert torch.equal(gradients(model, in_segments(2))[1], gradients(model, run_blocks)[1])
+    assert torch.equal(
+        gradients(model, in_segments(2))[1], gradients(model, run_blocks)[1]
+    )
 
 
 def test_gradients_add_to_those_already_there():
@@ -101,7 +112,9 @@ def test_gradients_add_to_those_already_there():
 def test_nothing_is_kept_where_no_gradient_is_wanted():
     model = random_model()
     with torch.no_grad():
-        out = checkpoint_segments(model.blocks, torch.randn(1, 16, 32), POSITIONS, attend_fused, 1)
+        out = checkpoint_segments(
+            model.blocks, torch.randn(1, 16, 32), POSITIONS, attend_fused, 1
+        )
     assert out.grad_fn is None
 
 
@@ -109,11 +122,15 @@ def test_nothing_is_kept_where_no_gradient_is_wanted():
 def test_more_segments_than_blocks_or_none_are_refused(num_segments):
     model = random_model(num_layers=5)
     with pytest.raises(ValueError, match=f"expected 1 to 5, .*got {num_segments}"):
-        checkpoint_segments(model.blocks, torch.randn(1, 2, 32), POSITIONS[:2], None, num_segments)
+        checkpoint_segments(
+            model.blocks, torch.randn(1, 2, 32), POSITIONS[:2], None, num_segments
+        )
 
 
 def step_cost(num_layers, run):
-    """The cost of forward and backward over the blocks alone, with gradients allocated before."""
+    """The cost of forward and backward over the blocks alone, with gradients allocated
+    before.
+    """
     model = random_model(num_layers=num_layers)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -132,13 +149,17 @@ def test_forward_keeps_the_edges_and_nothing_else(num_layers, num_segments):
     x.requires_grad_()
     run = in_segments(num_segments)
     cost = measure(lambda: run(model.blocks, x, POSITIONS, attend_fused))
-    assert cost.saved_bytes == (num_segments - 1) * EDGE  # the first edge is x, there before
+    assert (
+        cost.saved_bytes == (num_segments - 1) * EDGE
+    )  # the first edge is x, there before
     plain = measure(lambda: run_blocks(model.blocks, x, POSITIONS, attend_fused))
     assert plain.saved_bytes > num_layers * 10 * EDGE  # the control: all that was inside
 
 
 @pytest.mark.parametrize("num_segments", [1, 2, 4])
-def test_each_block_runs_once_more_and_only_matrix_work_of_a_forward_pass_is_added(num_segments):
+def test_each_block_runs_once_more_and_only_matrix_work_of_a_forward_pass_is_added(
+    num_segments,
+):
     plain, ours = step_cost(4, run_blocks), step_cost(4, in_segments(num_segments))
     model = random_model(num_layers=4)
     x = torch.randn(1, 16, 32)

@@ -40,7 +40,9 @@ def naive_probs(logits, temperature, top_k, top_p):
     st.sampled_from([0.05, 0.5, 0.9, 1.0]),
 )
 def test_probabilities_are_those_of_the_definition(seed, temperature, top_k, top_p):
-    logits = 3 * torch.randn(20, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    logits = 3 * torch.randn(
+        20, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     got = next_token_probs(logits, temperature, top_k, top_p)
     expected = naive_probs(logits, temperature, top_k, top_p)
     assert_close(got, torch.tensor(expected, dtype=torch.float64))
@@ -71,7 +73,10 @@ def test_equally_probable_tokens_are_kept_as_many_as_asked_for():
 @pytest.mark.parametrize(
     "setting, message",
     [
-        ({"temperature": -0.1}, "temperature: expected a number of at least 0 .*, got -0.1"),
+        (
+            {"temperature": -0.1},
+            "temperature: expected a number of at least 0 .*, got -0.1",
+        ),
         ({"temperature": float("nan")}, "temperature"),
         ({"top_k": 0}, "top_k: expected at least 1"),
         ({"top_p": 0.0}, r"top_p: expected a number in \(0, 1\], got 0.0"),
@@ -110,7 +115,11 @@ def test_both_ways_to_attend_write_the_same_text(seed):
     model = random_model(seed, dtype=torch.float64)
     stories = [
         generate_recompute(
-            model, torch.tensor([3, 5]), 30, generator=torch.Generator().manual_seed(1), attend=a
+            model,
+            torch.tensor([3, 5]),
+            30,
+            generator=torch.Generator().manual_seed(1),
+            attend=a,
         )
         for a in (attend_causal, attend_fused)
     ]
@@ -123,13 +132,17 @@ def test_a_batch_of_prompts_generates_what_each_would_alone():
     got = generate_recompute(model, prompts, 8, temperature=0)
     assert got.shape == (2, 11)
     for i in range(2):
-        assert torch.equal(got[i], generate_recompute(model, prompts[i], 8, temperature=0))
+        assert torch.equal(
+            got[i], generate_recompute(model, prompts[i], 8, temperature=0)
+        )
 
 
 def test_the_same_seed_gives_the_same_text_and_the_prompt_stays():
     model, prompt_ids = random_model(), torch.tensor([9, 8, 7])
     first, again, other = (
-        generate_recompute(model, prompt_ids, 20, generator=torch.Generator().manual_seed(s))
+        generate_recompute(
+            model, prompt_ids, 20, generator=torch.Generator().manual_seed(s)
+        )
         for s in (1, 1, 2)
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
@@ -137,19 +150,32 @@ def test_the_same_seed_gives_the_same_text_and_the_prompt_stays():
 
 
 def test_no_new_tokens_is_the_prompt():
-    assert generate_recompute(random_model(), torch.tensor([9, 8]), 0).tolist() == [9, 8]
+    assert generate_recompute(random_model(), torch.tensor([9, 8]), 0).tolist() == [
+        9,
+        8,
+    ]
 
 
 @pytest.mark.parametrize(
     "prompt_ids, num_new_tokens, message",
     [
-        (torch.tensor([], dtype=torch.int64), 3, "prompt_ids: expected at least one token"),
+        (
+            torch.tensor([], dtype=torch.int64),
+            3,
+            "prompt_ids: expected at least one token",
+        ),
         (torch.tensor([1]), -1, "num_new_tokens: expected at least 0, got -1"),
-        (torch.zeros(100, dtype=torch.int64), 29, "max_seq_len = 128 tokens, got 100 .* 29 new"),
+        (
+            torch.zeros(100, dtype=torch.int64),
+            29,
+            "max_seq_len = 128 tokens, got 100 .* 29 new",
+        ),
         (torch.tensor([300]), 1, r"token_ids: expected values in \[0, 256\), got 300"),
     ],
 )
-def test_prompts_that_cannot_be_continued_are_refused(prompt_ids, num_new_tokens, message):
+def test_prompts_that_cannot_be_continued_are_refused(
+    prompt_ids, num_new_tokens, message
+):
     with pytest.raises(ValueError, match=message):
         generate_recompute(random_model(), prompt_ids, num_new_tokens)
 
@@ -161,10 +187,17 @@ def test_text_may_fill_the_model_to_the_last_token():
 
 @pytest.mark.parametrize("attend", [attend_causal, attend_fused])
 @pytest.mark.parametrize("prompt_len, num_new_tokens", [(1, 1), (1, 9), (5, 4)])
-@pytest.mark.parametrize("sizes", [{}, {"num_layers": 3, "num_heads": 8, "num_kv_heads": 1}])
+@pytest.mark.parametrize(
+    "sizes", [{}, {"num_layers": 3, "num_heads": 8, "num_kv_heads": 1}]
+)
 def test_work_is_predicted_to_the_last_flop(attend, prompt_len, num_new_tokens, sizes):
-    model, prompt_ids = random_model(**sizes), torch.zeros(prompt_len, dtype=torch.int64)
-    cost = measure(lambda: generate_recompute(model, prompt_ids, num_new_tokens, attend=attend))
+    model, prompt_ids = (
+        random_model(**sizes),
+        torch.zeros(prompt_len, dtype=torch.int64),
+    )
+    cost = measure(
+        lambda: generate_recompute(model, prompt_ids, num_new_tokens, attend=attend)
+    )
     predicted = attention_flops(model.config, prompt_len, num_new_tokens)
     assert cost.flops["attention"] == predicted
     predicted = projection_flops(model.config, prompt_len, num_new_tokens)

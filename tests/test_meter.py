@@ -22,7 +22,11 @@ def test_peak_is_what_lives_at_one_time():
 
     cost = measure(work)
     assert cost.peak_bytes == 8000
-    assert cost.timeline[-1] == 4000 and cost.timeline[0] == 4000 and max(cost.timeline) == 8000
+    assert (
+        cost.timeline[-1] == 4000
+        and cost.timeline[0] == 4000
+        and max(cost.timeline) == 8000
+    )
     assert cost.value.shape == (10,)
 
 
@@ -30,7 +34,10 @@ def test_what_was_there_before_is_free():
     x, weight = torch.zeros(100, 100), torch.nn.Parameter(torch.zeros(100, 100))
     assert measure(lambda: x.T[:5].view(5, 100)).peak_bytes == 0
     assert measure(lambda: x.add_(1)).peak_bytes == 0
-    assert measure(lambda: (weight.detach(), x.unsqueeze(0).expand(3, -1, -1))).peak_bytes == 0
+    assert (
+        measure(lambda: (weight.detach(), x.unsqueeze(0).expand(3, -1, -1))).peak_bytes
+        == 0
+    )
     assert measure(lambda: x @ weight).peak_bytes == 40_000
 
 
@@ -43,7 +50,9 @@ def test_new_data_counts_however_it_is_made():
 
 def test_saved_bytes_are_what_autograd_holds():
     x = torch.zeros(100, requires_grad=True)
-    assert measure(lambda: x * x).saved_bytes == 0  # saves x twice, and x was there before
+    assert (
+        measure(lambda: x * x).saved_bytes == 0
+    )  # saves x twice, and x was there before
     assert measure(lambda: x + 1).saved_bytes == 0  # saves nothing
     assert measure(lambda: x.exp()).saved_bytes == 400  # saves its output
     assert measure(lambda: x.exp().exp()).saved_bytes == 800
@@ -66,7 +75,9 @@ def test_saved_bytes_are_given_back_by_the_backward_pass():
 def test_flops_of_products_are_counted_by_kind():
     a, b = torch.zeros(3, 5), torch.zeros(5, 7)
     assert measure(lambda: a @ b).flops == {"projection": 2 * 3 * 5 * 7}
-    assert measure(lambda: F.linear(a, b.T, torch.zeros(7))).flops == {"projection": 2 * 3 * 5 * 7}
+    assert measure(lambda: F.linear(a, b.T, torch.zeros(7))).flops == {
+        "projection": 2 * 3 * 5 * 7
+    }
     batched = measure(lambda: torch.zeros(2, 4, 3, 5) @ torch.zeros(2, 4, 5, 7))
     assert batched.flops == {"attention": 2 * 8 * 3 * 5 * 7}
     assert measure(lambda: torch.zeros(9) * 2).flops == {}
@@ -90,7 +101,9 @@ def training_step(attend=attend_fused):
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     token_ids = torch.randint(256, (3, 20), generator=torch.Generator().manual_seed(0))
-    return lambda: next_token_loss(model(token_ids, torch.arange(20), attend), token_ids).backward()
+    return lambda: next_token_loss(
+        model(token_ids, torch.arange(20), attend), token_ids
+    ).backward()
 
 
 def test_backward_projections_are_twice_the_forward_ones():
@@ -131,7 +144,9 @@ def test_median_seconds_is_not_misled_by_one_slow_run():
 
 def test_machine_facts_are_plain_values():
     facts = machine_facts()
-    assert facts["torch"] == torch.__version__ and facts["cores"] >= 1 and facts["processor"]
+    assert (
+        facts["torch"] == torch.__version__ and facts["cores"] >= 1 and facts["processor"]
+    )
 
 
 ALLOCATOR = """
@@ -144,7 +159,8 @@ from test_meter import attend_causal, attend_fused, measure, training_step
 def allocator_peak(function):
     with profile(profile_memory=True, activities=[ProfilerActivity.CPU]) as prof:
         function()
-    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events = prof.profiler.kineto_results.events()
+    events = [event for event in events if event.name() == "[memory]"]
     live = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         live += event.nbytes()
@@ -177,4 +193,6 @@ def test_peak_is_that_of_the_allocator_to_the_byte():
 def test_on_a_gpu_memory_is_the_peak_of_its_allocator():
     x = torch.zeros(1 << 20, device="cuda")
     assert measure(lambda: (x + 1) * 2).peak_bytes >= 2 * x.nbytes
-    assert measure(lambda: torch.zeros(100) + 1).peak_bytes == 800  # on the CPU, exact as ever
+    assert (
+        measure(lambda: torch.zeros(100) + 1).peak_bytes == 800
+    )  # on the CPU, exact as ever

@@ -27,17 +27,23 @@ def naive_attention(q, k, v):
     out = torch.empty_like(q)
     for h in range(H):
         for t in range(T):
-            scores = torch.stack([q[t, h] @ k[s, h // group_size] for s in range(t + 1)]) / D**0.5
+            scores = (
+                torch.stack([q[t, h] @ k[s, h // group_size] for s in range(t + 1)])
+                / D**0.5
+            )
             out[t, h] = scores.softmax(0) @ v[: t + 1, h // group_size]
     return out
 
 
 @BOTH
-@pytest.mark.parametrize("T, H, G, D", [(1, 1, 1, 2), (7, 4, 2, 6), (17, 6, 1, 5), (16, 3, 3, 8)])
+@pytest.mark.parametrize(
+    "T, H, G, D", [(1, 1, 1, 2), (7, 4, 2, 6), (17, 6, 1, 5), (16, 3, 3, 8)]
+)
 def test_attention_is_what_it_is_one_query_at_a_time(attend, T, H, G, D):
     generator = torch.Generator().manual_seed(T)
     q, k, v = (
-        torch.randn(T, heads, D, generator=generator, dtype=torch.float64) for heads in (H, G, G)
+        torch.randn(T, heads, D, generator=generator, dtype=torch.float64)
+        for heads in (H, G, G)
     )
     assert_close(attend(0, q, k, v), naive_attention(q, k, v))
 
@@ -100,7 +106,10 @@ def test_logits_are_those_of_a_llama_of_the_same_weights():
         for name, weight in llama.state_dict().items()
     }
     ours["unembed.0.weight"] = ours.pop("norm.weight")
-    for name, weight in ours.items():  # norms of one would hide a norm in the wrong place
+    for (
+        name,
+        weight,
+    ) in ours.items():  # norms of one would hide a norm in the wrong place
         if "norm" in name or name == "unembed.0.weight":
             weight.uniform_(0.5, 1.5)
         else:
@@ -120,7 +129,8 @@ def test_rotation_depends_on_distance_alone_and_keeps_length():
 
     def score(q_position, k_position):
         turned = [
-            rotate(x, torch.tensor([p]), 100.0) for x, p in ((q, q_position), (k, k_position))
+            rotate(x, torch.tensor([p]), 100.0)
+            for x, p in ((q, q_position), (k, k_position))
         ]
         return (turned[0] * turned[1]).sum()
 
@@ -148,12 +158,24 @@ def test_dropout_acts_in_training_only():
 @pytest.mark.parametrize(
     "token_ids, positions, message",
     [
-        (torch.tensor([0, 256]), torch.arange(2), r"token_ids: expected values in \[0, 256\)"),
+        (
+            torch.tensor([0, 256]),
+            torch.arange(2),
+            r"token_ids: expected values in \[0, 256\)",
+        ),
         (torch.tensor([-1, 5]), torch.arange(2), "got -1 to 5"),
         (torch.tensor([0.0, 1.0]), torch.arange(2), "expected int64"),
         (torch.tensor(3), torch.tensor(0), r"expected int64 \(..., T\)"),
-        (torch.zeros(2, 5, dtype=torch.int64), torch.arange(4), r"positions: expected \(2, 5\)"),
-        (torch.zeros(2, dtype=torch.int64), torch.tensor([127, 128]), r"positions: .* \[0, 128\)"),
+        (
+            torch.zeros(2, 5, dtype=torch.int64),
+            torch.arange(4),
+            r"positions: expected \(2, 5\)",
+        ),
+        (
+            torch.zeros(2, dtype=torch.int64),
+            torch.tensor([127, 128]),
+            r"positions: .* \[0, 128\)",
+        ),
     ],
 )
 def test_tokens_that_the_model_cannot_take_are_refused(token_ids, positions, message):
@@ -162,7 +184,9 @@ def test_tokens_that_the_model_cannot_take_are_refused(token_ids, positions, mes
 
 
 def test_an_attend_that_returns_another_shape_is_named():
-    with pytest.raises(AssertionError, match=r"attend: expected out \(3, 4, 8\), got \(3, 2, 8\)"):
+    with pytest.raises(
+        AssertionError, match=r"attend: expected out \(3, 4, 8\), got \(3, 2, 8\)"
+    ):
         random_model()(torch.tensor([1, 2, 3]), torch.arange(3), lambda layer, q, k, v: v)
 
 
@@ -206,8 +230,14 @@ def test_a_file_that_holds_no_model_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (lambda w: w.pop("embed.weight"), r"embed.weight: expected \(256, 32\), got nothing"),
-        (lambda w: w.update(extra=torch.zeros(3)), r"extra: expected nothing, got \(3,\)"),
+        (
+            lambda w: w.pop("embed.weight"),
+            r"embed.weight: expected \(256, 32\), got nothing",
+        ),
+        (
+            lambda w: w.update(extra=torch.zeros(3)),
+            r"extra: expected nothing, got \(3,\)",
+        ),
         (
             lambda w: w.update({"blocks.1.mlp.up_proj.weight": torch.zeros(65, 32)}),
             r"blocks.1.mlp.up_proj.weight: expected \(64, 32\), got \(65, 32\)",

@@ -4,16 +4,24 @@ from collections import Counter
 
 import pytest
 
-from lib import table
+from lib import columns, table
+from lib.columns import COLUMNS, Growth
 from lib.meter import Cost
-from lib.table import ALONG_L, ALONG_N, COLUMNS, Cell, Growth, Sweep, fit, growth_exponent, render
+from lib.table import (
+    SIZES,
+    Cell,
+    Sweep,
+    fit,
+    growth_exponent,
+    render,
+)
 
 
 def made_up_sweep(column: str) -> Sweep:
-    """Costs that follow theory exactly, beside a constant where only growth is looked at."""
+    """Costs that follow theory exactly, beside a constant."""
     theory = COLUMNS[column].theory
     costs = {}
-    for size in ALONG_N + ALONG_L:
+    for size in SIZES["N"] + SIZES["L"]:
         costs[size] = Cost(
             value=None,
             peak_bytes=7000 + 100 * theory["peak memory"](*size),
@@ -28,7 +36,9 @@ def made_up_sweep(column: str) -> Sweep:
             ),
             timeline=[],
         )
-    factors = {q: float(g.factor) for q, g in theory.items() if g.factor != 1 and "FLOPs" in q}
+    factors = {
+        q: float(g.factor) for q, g in theory.items() if g.factor != 1 and "FLOPs" in q
+    }
     return Sweep(column, costs, factors, seconds=0.5)
 
 
@@ -42,11 +52,27 @@ def test_costs_that_follow_theory_are_nowhere_out(column):
 @pytest.mark.parametrize(
     "spoil, quantity, axis",
     [
-        (lambda costs: costs[256, 4].flops.update(attention=10**7), "attention FLOPs", "N"),
-        (lambda costs: costs[32, 64].flops.update(projection=10**6), "projection FLOPs", "L"),
-        (lambda costs: costs[64, 4].calls.update(Embedding=1), "forward calls", "count"),
+        (
+            lambda costs: costs[256, 4].flops.update(attention=10**7),
+            "attention FLOPs",
+            "N",
+        ),
+        (
+            lambda costs: costs[32, 64].flops.update(projection=10**6),
+            "projection FLOPs",
+            "L",
+        ),
+        (
+            lambda costs: costs[64, 4].calls.update(Embedding=1),
+            "forward calls",
+            "count",
+        ),
         (lambda costs: costs[32, 16].calls.subtract(Block=1), "block calls", "count"),
-        (lambda costs: object.__setattr__(costs[32, 64], "peak_bytes", 1), "peak memory", "L"),
+        (
+            lambda costs: object.__setattr__(costs[32, 64], "peak_bytes", 1),
+            "peak memory",
+            "L",
+        ),
     ],
 )
 def test_a_cost_off_theory_is_out_and_marked(spoil, quantity, axis):
@@ -80,9 +106,13 @@ def test_growth_reads_as_one_would_write_it():
     assert Growth(2, 0.5, factor=2)(3, 16) == 72
 
 
-def test_the_command_measures_every_column_and_agrees_with_theory(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("sys.argv", ["table", "--json", str(tmp_path / "table.json")])
+def test_the_command_measures_every_column_and_agrees_with_theory(
+    tmp_path, monkeypatch, capfd
+):
+    paths = ["--json", f"{tmp_path}/table.json", "--figure", f"{tmp_path}/table.png"]
+    monkeypatch.setattr("sys.argv", ["table", *paths])
     assert table.main() == 0
+    assert (tmp_path / "table.png").stat().st_size > 5000
     out, err = capfd.readouterr()
     assert err == ""
     assert "| N √L " in out and "| 2 N² L " in out and "| N³ L " in out and "✗" not in out
@@ -94,13 +124,15 @@ def test_the_command_measures_every_column_and_agrees_with_theory(tmp_path, monk
 
 
 def test_the_command_exits_with_an_error_where_a_cell_is_out(monkeypatch, capfd):
-    wrong = table.Column(
-        table.training, {**COLUMNS["training"].theory, "peak memory": Growth(2, 1)}
+    wrong = columns.Column(
+        columns.training, {**COLUMNS["training"].theory, "peak memory": Growth(2, 1)}
     )
-    monkeypatch.setitem(table.COLUMNS, "training", wrong)
+    monkeypatch.setitem(COLUMNS, "training", wrong)
     monkeypatch.setattr("sys.argv", ["table", "--columns", "training"])
     assert table.main() == 1
-    assert "out: training, peak memory (N): theory 2, measured 1.0" in capfd.readouterr().out
+    assert (
+        "out: training, peak memory (N): theory 2, measured 1.0" in capfd.readouterr().out
+    )
 
 
 def test_an_unknown_column_is_named_with_those_there_are(monkeypatch, capfd):

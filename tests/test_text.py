@@ -47,7 +47,8 @@ def test_train_and_held_out_are_the_whole_and_do_not_overlap():
 def test_a_batch_is_made_of_passages_and_is_the_same_for_the_same_seed():
     token_ids = torch.arange(50) * 3
     first, again, other = (
-        random_batch(token_ids, 500, 8, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+        random_batch(token_ids, 500, 8, torch.Generator().manual_seed(seed))
+        for seed in (1, 1, 2)
     )
     assert first.shape == (500, 8)
     assert (first.diff(dim=1) == 3).all()

@@ -8,7 +8,13 @@ from lib import training
 from lib.config import TINY
 from lib.model import WEIGHTS, load_model
 from lib.text import DATA, encode, load_book, split_book
-from lib.training import Trainer, TrainingConfig, held_out_loss, learning_rate, next_token_loss
+from lib.training import (
+    Trainer,
+    TrainingConfig,
+    held_out_loss,
+    learning_rate,
+    next_token_loss,
+)
 
 SHORT = TrainingConfig(num_steps=6, batch_size=2, seq_len=16, warmup_steps=2)
 
@@ -24,21 +30,28 @@ def test_the_loss_is_minus_the_mean_log_probability_of_each_next_token():
 
 
 def test_held_out_loss_predicts_each_token_of_a_text_once():
-    model, token_ids = random_model(), torch.randint(256, (31,))  # 3 windows of 11, overlapping
+    model, token_ids = (
+        random_model(),
+        torch.randint(256, (31,)),
+    )  # 3 windows of 11, overlapping
     singles = [
         next_token_loss(logits, window)
         for window in (token_ids[start : start + 11].view(1, 11) for start in (0, 10, 20))
         for logits in [model(window, torch.arange(11), training.attend_fused)]
     ]
     expected = torch.stack(singles).mean().item()
-    assert held_out_loss(model, token_ids, seq_len=11, batch_size=2) == pytest.approx(expected)
+    assert held_out_loss(model, token_ids, seq_len=11, batch_size=2) == pytest.approx(
+        expected
+    )
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
     config = TrainingConfig(num_steps=100, warmup_steps=10, learning_rate=0.5)
     rates = [learning_rate(step, config) for step in range(101)]
     assert rates[0] == pytest.approx(0.05) and max(rates) == rates[9] == rates[10] == 0.5
-    assert rates[10:] == sorted(rates[10:], reverse=True) and rates[100] == pytest.approx(0)
+    assert rates[10:] == sorted(rates[10:], reverse=True) and rates[100] == pytest.approx(
+        0
+    )
 
 
 def test_one_batch_can_be_learned_by_heart():
@@ -86,7 +99,9 @@ def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(tmp_path):
 
 def test_the_state_of_a_run_with_other_settings_is_refused():
     other = Trainer(random_model(), torch.arange(200), TrainingConfig(seq_len=16, seed=5))
-    with pytest.raises(ValueError, match="expected a run of .*'seed': 0.*got .*'seed': 5"):
+    with pytest.raises(
+        ValueError, match="expected a run of .*'seed': 0.*got .*'seed': 5"
+    ):
         new_trainer().load_state_dict(other.state_dict())
 
 
@@ -103,7 +118,9 @@ def small_run(monkeypatch):
     monkeypatch.setattr(training, "SAVE_EVERY", 2)
     monkeypatch.setattr(training, "EVALUATE_EVERY", 2)
     num_threads = torch.get_num_threads()
-    yield lambda folder: training.train(SHORT, 1, folder / "weights.pt", folder / "results")
+    yield lambda folder: training.train(
+        SHORT, 1, folder / "weights.pt", folder / "results"
+    )
     torch.set_num_threads(num_threads)
 
 
@@ -113,7 +130,10 @@ def test_the_command_writes_weights_curve_and_picture(small_run, tmp_path, capfd
     result = json.loads((tmp_path / "results" / "training.json").read_text())
     assert [step for step, _ in result["held_out_nats_per_byte"]] == [0, 2, 4, 6]
     assert len(result["train_nats_per_byte"]) == 6
-    assert result["machine"]["torch"] == torch.__version__ and "lib.training" in result["command"]
+    assert (
+        result["machine"]["torch"] == torch.__version__
+        and "lib.training" in result["command"]
+    )
     assert (tmp_path / "results" / "training.png").stat().st_size > 5000
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results", "weights.pt"]
     assert capfd.readouterr().err == ""
@@ -133,7 +153,9 @@ def test_the_command_goes_on_where_it_was_interrupted(small_run, tmp_path, monke
         patch.setattr(Trainer, "step", interrupted_step)
         small_run(tmp_path / "halves")
     small_run(tmp_path / "halves")
-    whole, halves = (load_model(tmp_path / name / "weights.pt") for name in ("whole", "halves"))
+    whole, halves = (
+        load_model(tmp_path / name / "weights.pt") for name in ("whole", "halves")
+    )
     for got, expected in zip(halves.parameters(), whole.parameters()):
         assert torch.equal(got, expected)
 

@@ -7,5 +7,5 @@ from IPython.display import Code
 
 
 def show_source(function: Callable) -> Code:
-    """The source of a function, in colours. Chapters show library code with it, and paste none."""
+    """The source of a function, in colours: chapters show code, and paste none."""
     return Code(inspect.getsource(function), language="python")

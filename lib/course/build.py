@@ -1,14 +1,13 @@
 """Make the notebooks from the chapter texts.
 
-    python -m lib.course.build            # every chapter, or those named:
-    solutions/01_generation.py python -m lib.course.build --check    # exits 1 where a notebook is
-    not what its text would give
+    python -m lib.course.build            # every chapter, or those that are named
+    python -m lib.course.build --check    # exits 1 where a notebook is stale
 
-A chapter is one text file, solutions/NN_name.py, in jupytext's percent format. From it come two
-notebooks:
+A chapter is one text file, solutions/NN_name.py, in jupytext's percent format. From it
+come two notebooks:
 
     notebooks/NN_name.ipynb    what students open: no outputs
-    solutions/NN_name.ipynb    run from the first cell to the last, outputs and figures kept
+    solutions/NN_name.ipynb    run from the first cell to the last, outputs kept
 
 The same text gives the same notebook, to the byte but for what running it measured.
 """
@@ -37,31 +36,41 @@ class BuildError(Exception):
 
 
 def chapter_texts(root: Path = ROOT) -> list[Path]:
-    """Every chapter text, in order. Raises BuildError when there is none: a check of nothing is no
-    check."""
+    """Every chapter text, in order. BuildError when there is none to build or check."""
     paths = sorted((root / "solutions").glob("[0-9][0-9]_*.py"))
     if not paths:
-        raise BuildError(f"expected chapter texts NN_name.py in {root / 'solutions'}, found none")
+        raise BuildError(
+            f"expected chapter texts NN_name.py in {root / 'solutions'}, found none"
+        )
     return paths
 
 
 def notebook_paths(text: Path) -> tuple[Path, Path]:
     """Where the student's and the executed notebook of a chapter text belong."""
-    return text.parents[1] / "notebooks" / f"{text.stem}.ipynb", text.with_suffix(".ipynb")
+    return text.parents[1] / "notebooks" / f"{text.stem}.ipynb", text.with_suffix(
+        ".ipynb"
+    )
 
 
 def student_notebook(text: Path) -> nbformat.NotebookNode:
     """The chapter as students get it: its cells, no outputs, fixed ids."""
     notebook = jupytext.reads(text.read_text(encoding="utf-8"), fmt="py:percent")
     notebook.metadata = {
-        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "kernelspec": {
+            "display_name": "Python 3",
+            "language": "python",
+            "name": "python3",
+        },
         "language_info": {"name": "python"},
     }
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     seen = {}
     for cell in notebook.cells:
-        # From the text of the cell, so that a new cell leaves the ids of the others alone.
-        digest = hashlib.sha256(f"{cell.cell_type}\n{cell.source}".encode()).hexdigest()[:10]
+        # From the text of the cell, so that a new cell leaves the ids of the others
+        # alone.
+        digest = hashlib.sha256(f"{cell.cell_type}\n{cell.source}".encode()).hexdigest()[
+            :10
+        ]
         seen[digest] = seen.get(digest, 0) + 1
         cell.id = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
         cell.metadata = {}
@@ -70,19 +79,27 @@ def student_notebook(text: Path) -> nbformat.NotebookNode:
 
 
 def execute(notebook: nbformat.NotebookNode, name: str) -> nbformat.NotebookNode:
-    """A copy of `notebook`, run from top to bottom. Raises BuildError when a cell fails or writes
-    to stderr."""
+    """A copy of `notebook`, run from top to bottom.
+
+    Raises BuildError when a cell fails or writes to stderr, or the result is too large.
+    """
     notebook = nbformat.from_dict(notebook)
     metadata = notebook.metadata.copy()
     try:
-        NotebookClient(notebook, timeout=300, kernel_name="python3", record_timing=False).execute()
+        NotebookClient(
+            notebook, timeout=300, kernel_name="python3", record_timing=False
+        ).execute()
     except CellExecutionError as error:
         raise BuildError(f"{name}: a cell failed\n{error}") from None
-    notebook.metadata = metadata  # without the versions of the kernel that happened to run it
+    notebook.metadata = (
+        metadata  # without the versions of the kernel that happened to run it
+    )
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             if output.get("name") == "stderr":
-                raise BuildError(f"{name}: expected nothing on stderr, got: {output.text}")
+                raise BuildError(
+                    f"{name}: expected nothing on stderr, got: {output.text}"
+                )
             if "image/png" in output.get("data", {}):
                 output.data["image/png"] = _shrink_png(output.data["image/png"])
     num_bytes = len(nbformat.writes(notebook).encode())
@@ -92,8 +109,12 @@ def execute(notebook: nbformat.NotebookNode, name: str) -> nbformat.NotebookNode
 
 
 def _shrink_png(encoded: str) -> str:
-    """The same picture in 64 colours, a quarter of the size: enough for lines on white."""
-    picture = Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB").quantize(64)
+    """The same picture in 64 colours, a quarter of the size: enough for lines on
+    white.
+    """
+    picture = (
+        Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB").quantize(64)
+    )
     file = io.BytesIO()
     picture.save(file, "png", optimize=True)
     return base64.b64encode(file.getvalue()).decode()
@@ -110,8 +131,8 @@ def build(text: Path):
 
 
 def check(text: Path):
-    """Raise BuildError unless both notebooks of a chapter are what its text gives, the second one
-    executed."""
+    """Raise BuildError unless both notebooks of a chapter are what its text gives, the
+    second one executed."""
     expected = student_notebook(text)
     for path in notebook_paths(text):
         if not path.exists():
@@ -121,15 +142,25 @@ def check(text: Path):
             check_executed(notebook, path)
             notebook = without_outputs(notebook)
         if notebook != expected:
-            raise BuildError(f"{path} is not what {text.name} gives: run `make notebooks`")
+            raise BuildError(
+                f"{path} is not what {text.name} gives: run `make notebooks`"
+            )
 
 
 def check_executed(notebook: nbformat.NotebookNode, path: Path):
-    """Raise BuildError unless every code cell was run once, in order, and none failed."""
+    """Raise BuildError unless every code cell was run once, in order, and none
+    failed.
+    """
     code_cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    if [cell.execution_count for cell in code_cells] != list(range(1, len(code_cells) + 1)):
-        raise BuildError(f"{path}: expected every cell run once, in order: run `make notebooks`")
-    if any(output.output_type == "error" for cell in code_cells for output in cell.outputs):
+    if [cell.execution_count for cell in code_cells] != list(
+        range(1, len(code_cells) + 1)
+    ):
+        raise BuildError(
+            f"{path}: expected every cell run once, in order: run `make notebooks`"
+        )
+    if any(
+        output.output_type == "error" for cell in code_cells for output in cell.outputs
+    ):
         raise BuildError(f"{path}: expected no cell to fail: run `make notebooks`")
 
 
@@ -143,13 +174,19 @@ def without_outputs(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m lib.course.build", description="Make the notebooks from the chapter texts."
+        prog="python -m lib.course.build",
+        description="Make the notebooks from the chapter texts.",
     )
     parser.add_argument(
-        "chapters", nargs="*", type=Path, help="chapter texts, as solutions/01_x.py (default: all)"
+        "chapters",
+        nargs="*",
+        type=Path,
+        help="chapter texts, as solutions/01_x.py (default: all)",
     )
     parser.add_argument(
-        "--check", action="store_true", help="change nothing; exit 1 where a notebook is stale"
+        "--check",
+        action="store_true",
+        help="change nothing; exit 1 where a notebook is stale",
     )
     args = parser.parse_args()
     try:

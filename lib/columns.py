@@ -1,0 +1,131 @@
+"""The columns of the table: each way to run the model, and what theory says it costs.
+
+lib/table.py measures them. A chapter that finds a new way to run the model adds one entry
+to COLUMNS. What makes theory visible on a small model:
+
+- Attention is fused: stored scores alone would be N² bytes.
+- Training runs the blocks alone, and its loss is the sum of their output: unembedding and
+  cross entropy do not depend on L and are the same with checkpoints and without.
+- Gradients are allocated before the meter starts: they too are the same in every column.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from lib import checkpointing, generate
+from lib.config import ModelConfig
+from lib.model import Transformer, attend_fused
+
+
+@dataclass(frozen=True)
+class Growth:
+    """factor · N^a · L^b. A factor counts forward passes: checkpointing adds one."""
+
+    N: float
+    L: float
+    factor: int = 1
+
+    def __call__(self, num_tokens: int, num_layers: int) -> float:
+        return self.factor * num_tokens**self.N * num_layers**self.L
+
+    def __str__(self) -> str:
+        """
+        >>> str(Growth(2, 0.5, factor=2)), str(Growth(0, 0))
+        ('2 N² √L', '1')
+        """
+        powers = {0: "", 0.5: "√{}", 1: "{}", 2: "{}²", 3: "{}³"}
+        factor = "" if self.factor == 1 else str(self.factor)
+        terms = [factor, powers[self.N].format("N"), powers[self.L].format("L")]
+        return " ".join(term for term in terms if term) or "1"
+
+
+@dataclass(frozen=True)
+class Column:
+    setup: Callable[[int, int], Callable[[], None]]  # (N, L) -> the call to measure
+    theory: dict[str, Growth]  # by quantity
+
+
+def random_model(num_layers: int) -> Transformer:
+    """d_model 64, random weights: says nothing, but costs what such a model costs."""
+    torch.manual_seed(0)
+    return Transformer(
+        ModelConfig(256, num_layers, 4, 2, d_model=64, d_ff=192, max_seq_len=512)
+    )
+
+
+def training(num_tokens: int, num_layers: int) -> Callable[[], None]:
+    return _training_step(num_tokens, num_layers, checkpointing.run_blocks)
+
+
+def checkpointed(num_tokens: int, num_layers: int) -> Callable[[], None]:
+    def run(blocks, x, positions, attend):
+        num_segments = math.isqrt(len(blocks))
+        return checkpointing.checkpoint_segments(
+            blocks, x, positions, attend, num_segments
+        )
+
+    return _training_step(num_tokens, num_layers, run)
+
+
+def recompute(num_tokens: int, num_layers: int) -> Callable[[], None]:
+    model = random_model(num_layers).eval()
+    prompt_ids = torch.zeros(1, dtype=torch.int64)
+    return lambda: generate.generate_recompute(
+        model, prompt_ids, num_tokens, temperature=0
+    )
+
+
+def forward(num_tokens: int, num_layers: int) -> Callable:
+    """Half a training step, the unit of a factor: no column of its own."""
+    return _blocks_call(num_tokens, random_model(num_layers), checkpointing.run_blocks)
+
+
+def _training_step(num_tokens: int, num_layers: int, run: Callable) -> Callable:
+    model = random_model(num_layers)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    call = _blocks_call(num_tokens, model, run)
+    return lambda: call().sum().backward()
+
+
+def _blocks_call(num_tokens: int, model: Transformer, run: Callable) -> Callable:
+    token_ids = torch.zeros(1, num_tokens, dtype=torch.int64)
+    positions = torch.arange(num_tokens)
+    return lambda: run(model.blocks, model.embed(token_ids), positions, attend_fused)
+
+
+COLUMNS = {
+    "training": Column(
+        training,
+        {
+            "peak memory": Growth(1, 1),
+            "attention FLOPs": Growth(2, 1),
+            "projection FLOPs": Growth(1, 1),
+            "forward calls": Growth(0, 0),
+            "block calls": Growth(0, 1),
+        },
+    ),
+    "checkpointed": Column(
+        checkpointed,
+        {
+            "peak memory": Growth(1, 0.5),
+            "attention FLOPs": Growth(2, 1, factor=2),
+            "projection FLOPs": Growth(1, 1, factor=2),
+            "forward calls": Growth(0, 0),
+            "block calls": Growth(0, 1, factor=2),
+        },
+    ),
+    "recompute": Column(
+        recompute,
+        {
+            "peak memory": Growth(1, 0),
+            "attention FLOPs": Growth(3, 1),
+            "projection FLOPs": Growth(2, 1),
+            "forward calls": Growth(1, 0),
+            "block calls": Growth(1, 1),
+        },
+    ),
+}
