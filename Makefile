@@ -32,7 +32,7 @@ notebooks: .venv/dev
 	@touch $@
 
 .venv/dev: .venv/course
-	@$(call install,-e .[dev])
+	@$(call install,-e '.[dev]')
 	@touch $@
 
 define install
@@ -41,7 +41,7 @@ command -v $(PYTHON) >/dev/null 2>&1 || \
 $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
   { echo "Python: expected 3.10 or later, got $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12"; exit 1; }; \
 [ -x $(BIN)/pip ] || $(PYTHON) -m venv .venv >/dev/null 2>&1 || \
-  { rm -rf .venv; echo "Python: $(PYTHON) -m venv failed. On Debian and Ubuntu: apt install python3-venv"; exit 1; }; \
+  { echo "Python: $(PYTHON) -m venv failed. On Debian and Ubuntu: apt install python3-venv"; exit 1; }; \
 echo "Installing into .venv, a few minutes the first time ..."; \
 $(BIN)/pip install --disable-pip-version-check $(1) >.venv/install.log 2>&1 || \
   { echo "Installing failed: $$(grep -m1 '^ERROR' .venv/install.log || echo 'is there a network?') (all of it: .venv/install.log)"; exit 1; }

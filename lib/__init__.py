@@ -11,21 +11,14 @@ Activations are (B, T, C); q is (B, T, H, D); k and v are (B, S, G, D); scores a
 (B, H, T, S). Tokens come before heads on purpose: a paged cache then changes the index
 and nothing else.
 
-Triton decides when it is first imported whether its kernels are compiled or
-interpreted, and parts of torch import it. So the decision is made here, before anything
-else of this package runs.
+Triton decides when it is first imported whether its kernels are compiled or interpreted,
+and parts of torch import it. So the decision is made here, before anything else of this
+package runs: without a GPU they are interpreted.
 """
 
 import os
-import sys
 
 import torch
 
-if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
-    if "triton" in sys.modules:
-        raise ImportError(
-            "triton was imported before lib, so it can no longer switch to its "
-            "interpreter, and there is no GPU to compile for. Restart the kernel and "
-            "import lib first, or set TRITON_INTERPRET=1 before starting."
-        )
-    os.environ["TRITON_INTERPRET"] = "1"
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -52,8 +52,9 @@ def checkpoint(
 
     Gradients are those of `run(x)`, to the bit: for x, and for every parameter that
     `run` uses, in its `.grad`. Call `.backward()`, then: `torch.autograd.grad` does not
-    see what happens in here. Dropout repeats itself, since the random state is put
-    back. Returns what `run` returns, one tensor.
+    see what happens in here. Dropout repeats itself, since the random state (of the
+    CPU, or of x's GPU) is put back; autocast is not. Returns what `run` returns, one
+    tensor.
     """
     # Autograd runs a backward only where an input wants a gradient. If x wants none (it
     # came from data, or from a frozen layer), the parameters inside still do: an empty
@@ -111,7 +112,7 @@ def checkpoint_recursive(
     the second half, runs the first again, and that run halves in turn. Kept at any time
     are one edge and its gradient for each halving, and the inside of one block.
     """
-    if len(blocks) == 1:
+    if len(blocks) <= 1:
         return checkpoint(lambda x: run_blocks(blocks, x, positions, attend), x)
     middle = len(blocks) // 2
     first, second = blocks[:middle], blocks[middle:]

@@ -62,11 +62,6 @@ class ModelConfig:
     def head_dim(self) -> int:  # D
         return self.d_model // self.num_heads
 
-    @property
-    def group_size(self) -> int:
-        """Query heads that share one key/value head, H / G."""
-        return self.num_heads // self.num_kv_heads
-
 
 # Small enough to work by hand and to test in milliseconds.
 TINY = ModelConfig(

@@ -5,54 +5,14 @@ times, each time with all the text so far. That is the whole of `generate_recomp
 and also what is wrong with it: step t does the work of all steps before it again.
 Chapter 3 keeps what can be kept.
 
-Read lib/model.py and lib/text.py before.
+Read lib/model.py and lib/sampling.py before.
 """
 
 import torch
 
+from lib import sampling
 from lib.config import ModelConfig
 from lib.model import Attend, Transformer, attend_fused
-
-
-def next_token_probs(
-    logits: torch.Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-) -> torch.Tensor:
-    """Probabilities of the next token.
-
-    logits (..., V). In this order: divide by `temperature`; keep the `top_k` largest;
-    of what is left, keep the smallest set of most probable tokens whose probabilities
-    sum to at least `top_p` (nucleus sampling, https://arxiv.org/abs/1904.09751). What
-    is not kept has probability 0, the rest sums to 1. Temperature 0 is greedy:
-    probability 1 for the largest logit. Returns (..., V).
-
-    >>> logits = torch.tensor([0.5, 0.3, 0.2]).log()
-    >>> next_token_probs(logits, top_p=0.6)  # 0.5 alone is too little
-    tensor([0.6250, 0.3750, 0.0000])
-    """
-    check_sampling(temperature, top_k, top_p)
-    if temperature == 0:
-        largest = logits.argmax(dim=-1, keepdim=True)  # (..., 1)
-        return torch.zeros_like(logits).scatter(-1, largest, 1.0)  # (..., V)
-    logits = logits / temperature
-    ranked, token_ids = logits.sort(dim=-1, descending=True, stable=True)  # (..., V)
-    probs = ranked[..., :top_k].softmax(dim=-1)  # (..., min(top_k, V))
-    if top_p < 1:  # at 1 nothing is left out, whatever the rounding of the sum
-        # A token is left out when those more probable than it reach top_p already.
-        mass_before = probs.cumsum(dim=-1) - probs
-        probs = probs.masked_fill(mass_before >= top_p, 0.0)
-    probs = probs / probs.sum(dim=-1, keepdim=True)
-    return torch.zeros_like(logits).scatter(-1, token_ids[..., :top_k], probs)  # (..., V)
-
-
-def sample(probs: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Draw one token from each distribution: probs (..., V) -> token ids (...)."""
-    token_ids = torch.multinomial(
-        probs.reshape(-1, probs.shape[-1]), num_samples=1, generator=generator
-    )
-    return token_ids.view(probs.shape[:-1])  # (...)
 
 
 @torch.no_grad()
@@ -73,13 +33,15 @@ def generate_recompute(
     num_new_tokens more. Raises ValueError for an empty prompt, or when the text would
     outgrow the model's max_seq_len.
     """
-    check_generation(model.config, prompt_ids, num_new_tokens)
-    check_sampling(temperature, top_k, top_p)
+    check_generation(model, prompt_ids, num_new_tokens)
+    sampling.check_sampling(temperature, top_k, top_p)
+
     token_ids = prompt_ids
     for _ in range(num_new_tokens):
         positions = torch.arange(token_ids.shape[-1], device=token_ids.device)
         logits = model(token_ids, positions, attend)[..., -1, :]  # (..., V)
-        next_ids = sample(next_token_probs(logits, temperature, top_k, top_p), generator)
+        probs = sampling.next_token_probs(logits, temperature, top_k, top_p)  # (..., V)
+        next_ids = sampling.sample(probs, generator)  # (...)
         token_ids = torch.cat([token_ids, next_ids.unsqueeze(-1)], dim=-1)  # (..., T + 1)
     return token_ids
 
@@ -113,28 +75,17 @@ def projection_flops(config: ModelConfig, prompt_len: int, num_new_tokens: int) 
     return 2 * num_weights * num_tokens
 
 
-def check_generation(config: ModelConfig, prompt_ids: torch.Tensor, num_new_tokens: int):
-    """Raise ValueError unless there is a prompt, and room for what follows."""
+def check_generation(model: Transformer, prompt_ids: torch.Tensor, num_new_tokens: int):
+    """Raise ValueError unless there is a prompt, room for more, and no dropout."""
     prompt_len = prompt_ids.shape[-1] if prompt_ids.dim() else 0
     if prompt_len == 0:
         raise ValueError("prompt_ids: expected at least one token, got none")
     if num_new_tokens < 0:
         raise ValueError(f"num_new_tokens: expected at least 0, got {num_new_tokens}")
-    if prompt_len + num_new_tokens > config.max_seq_len:
+    if prompt_len + num_new_tokens > model.config.max_seq_len:
         raise ValueError(
-            f"expected at most max_seq_len = {config.max_seq_len} tokens, "
+            f"expected at most max_seq_len = {model.config.max_seq_len} tokens, "
             f"got {prompt_len} in the prompt + {num_new_tokens} new"
         )
-
-
-def check_sampling(temperature: float, top_k: int | None, top_p: float):
-    """Raise ValueError for a setting that has no meaning."""
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(
-            f"temperature: expected a number of at least 0 (0 is greedy), "
-            f"got {temperature}"
-        )
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k: expected at least 1, or None for all, got {top_k}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p: expected a number in (0, 1], got {top_p}")
+    if model.training and model.config.dropout > 0:
+        raise ValueError("model: expected eval mode, got training mode, with dropout")

@@ -20,7 +20,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy
@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_leaves
 class Cost:
     """What one call cost, beyond what was there before it."""
 
-    value: Any  # what the call returned
+    value: Any = field(compare=False)  # what the call returned
     peak_bytes: int  # most bytes alive at one time
     saved_bytes: int  # most bytes that autograd held for the backward pass at one time
     flops: Counter  # "attention" and "projection"; one multiply-add is two FLOPs
@@ -192,7 +192,8 @@ def _count_flops(func, args: tuple, out: Any) -> dict[str, int]:
     Only matrix products count, and in full: a causal mask saves nothing here.
 
     Products of plain matrices are projections: one weight for all tokens. Batched
-    products are attention: each sequence and head brings its own matrices. The fused
+    products are attention: each sequence and head brings its own matrices. (`einsum` and
+    products with vectors do not fit this rule; the model has none.) The fused
     kernels do two such products forward, and five backward, since they compute the
     scores again rather than store them.
     """

@@ -181,6 +181,7 @@ def attend_causal(
     tensor([2., 3.])
     """
     T, H, D = q.shape[-3:]
+    assert k.shape[-3] == T, f"expected {T} keys, one a query, got {k.shape[-3]}"
     group_size = H // k.shape[-2]
     k = k.repeat_interleave(group_size, dim=-2)  # (..., T, H, D)
     v = v.repeat_interleave(group_size, dim=-2)  # (..., T, H, D)
@@ -197,7 +198,9 @@ def attend_causal(
 def attend_fused(
     layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> torch.Tensor:
-    """`attend_causal` by torch's fused kernel, which stores no scores: memory O(T)."""
+    """`attend_causal` by torch's fused kernel, which on a CPU stores no scores: O(T)."""
+    T, S = q.shape[-3], k.shape[-3]
+    assert S == T, f"expected {T} keys, one a query, got {S}"
     # One leading dimension: with any other number torch takes, without a word, a path
     # that stores the scores. And is_causal: a mask would itself have T x T entries.
     q4, k4, v4 = (x.reshape(-1, *x.shape[-3:]).transpose(1, 2) for x in (q, k, v))
@@ -222,8 +225,12 @@ def check_token_ids(
             f"positions: expected {tuple(token_ids.shape)} as token_ids, or "
             f"{tuple(token_ids.shape[-1:])}, got {tuple(positions.shape)}"
         )
-    if token_ids.is_cuda or token_ids.numel() == 0:
-        return  # looking at values would make the CPU wait; CUDA asserts by itself
+    if positions.dtype != torch.int64:
+        raise ValueError(f"positions: expected int64, got {positions.dtype}")
+    if token_ids.numel() == 0:
+        raise ValueError(f"token_ids: expected some, got {tuple(token_ids.shape)}")
+    if token_ids.is_cuda:
+        return  # looking at values would make the CPU wait for the GPU at every call
     for name, ids, limit in (
         ("token_ids", token_ids, config.vocab_size),
         ("positions", positions, config.max_seq_len),
@@ -245,21 +252,24 @@ def save_model(model: Transformer, path: Path):
 def load_model(path: Path = WEIGHTS) -> Transformer:
     """The model in a file of `save_model`, on the CPU, ready to generate.
 
-    Raises FileNotFoundError, or ValueError naming the first weight that is missing,
-    unknown or misshapen.
+    Raises FileNotFoundError, or ValueError that says what is wrong with the file.
     """
+    path = Path(path)
     if not path.exists():
         raise FileNotFoundError(
-            f"weights: expected {path}, found nothing. Restore them with "
-            "`git checkout data`, or train them with `python -m lib.training`."
+            f"weights: expected {path}, found nothing. In data/, "
+            f"`git checkout {path.name}` restores those of the course."
         )
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(saved, dict) or set(saved) != {"config", "weights"}:
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        config, weights = ModelConfig(**saved["config"]), saved["weights"]
+    except Exception as error:
         raise ValueError(
-            f"{path}: expected a file with 'config' and 'weights', as save_model writes"
-        )
-    model = Transformer(ModelConfig(**saved["config"]))
-    load_weights(model, saved["weights"])
+            f"{path}: expected a file with 'config' and 'weights', as save_model writes, "
+            f"got {type(error).__name__}: {error}"
+        ) from error
+    model = Transformer(config)
+    load_weights(model, weights)
     return model.eval()
 
 

@@ -2,7 +2,7 @@
 
 A colour means the same thing in every chapter, and never colour alone: what is wasted
 or computed again is hatched grey too, a prediction is dashed, a measurement has
-markers. Each function returns the axes it drew on.
+markers. Each function returns what it drew on.
 """
 
 import math
@@ -17,8 +17,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
-
-from lib.text import decode
 
 QUERY, KEY, VALUE = "#E69F00", "#0072B2", "#009E73"
 NEW = "#0072B2"  # computed or written now
@@ -47,21 +45,24 @@ def plot_measured(
     series and predicted: name -> (x values, y values).
     """
     ax = ax or plt.subplots()[1]
+    ends = {}
     if log:
+        values = [value for _, y in series.values() for value in y]
         ax.set_xscale("log", base=2)
-        ax.set_yscale("log")
+        ax.set_yscale("log", base=10 if max(values) > 100 * min(values) else 2)
         ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         ax.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        ax.set_xticks(next(iter(series.values()))[0])
     ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: quantity(y)))
     for name, (x, y) in (predicted or {}).items():
-        ax.plot(x, y, **PREDICTED, zorder=3)
-        middle = (x[len(x) // 2], y[len(x) // 2])  # the ends belong to what is measured
-        ax.annotate(name, middle, (8, -10), textcoords="offset points", va="top")
-    lines = {name: ax.plot(x, y, marker="o")[0] for name, (x, y) in series.items()}
+        (ends[name],) = ax.plot(x, y, **PREDICTED, zorder=3)
+    for name, (x, y) in series.items():
+        (ends[name],) = ax.plot(x, y, marker="o")
     if not log:
         ax.set_ylim(bottom=0)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    _label_ends(ax, lines)
+    _label_ends(ax, ends)
     return ax
 
 
@@ -71,12 +72,15 @@ def plot_next_token(
     """Bars for the most probable of the next tokens: probs (V,)."""
     ax = ax or plt.subplots()[1]
     top_probs, token_ids = probs.topk(num_tokens)
-    names = [repr(decode(token_id.view(1))) for token_id in token_ids]
-    bars = ax.barh(names, top_probs, color=NEW, height=0.7)
+    names = [_byte_name(int(token_id)) for token_id in token_ids]
+    bars = ax.barh(range(num_tokens), top_probs, color=NEW, height=0.7)
+    rest = ax.barh(num_tokens, 1 - float(top_probs.sum()), height=0.7, **WASTED)
+    ax.set_yticks(range(num_tokens + 1), [*names, f"other {len(probs) - num_tokens}"])
     ax.bar_label(bars, fmt="%.3f", padding=3)
+    ax.bar_label(rest, fmt="%.3f", padding=3)
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
-    ax.set_xlim(0, max(1.12 * float(top_probs[0]), 0.01))
+    ax.margins(x=0.1)
     ax.set(xlabel="probability", title=title)
     ax.tick_params(axis="y", labelfontfamily="monospace")
     return ax
@@ -99,8 +103,8 @@ def draw_attention(
                 ax.text(
                     s, t, f"{weights[t, s]:.2f}", ha="center", va="center", color=colour
                 )
-    ax.set_xticks(range(T), tokens, fontfamily="monospace", color=KEY)
-    ax.set_yticks(range(T), tokens, fontfamily="monospace", color="#9C6B00")
+    ax.set_xticks(range(T), tokens, fontfamily="monospace")
+    ax.set_yticks(range(T), tokens, fontfamily="monospace")
     ax.grid(False)
     ax.set(
         xlabel="key token (hatched: the future, masked)",
@@ -198,15 +202,24 @@ def quantity(value: float) -> str:
     return f"{value:.3g}"
 
 
+def _byte_name(token_id: int) -> str:
+    """A byte as Python writes it: 'a', or a number where it is no character alone."""
+    return repr(chr(token_id)) if token_id < 128 else f"'\\x{token_id:02x}'"
+
+
 def _label_ends(ax: Axes, lines: Mapping[str, Line2D]):
     """Name each line at its right end, in its colour, names at least a line apart."""
     ax.autoscale_view()
     ends = {name: line.get_xydata()[-1] for name, line in lines.items()}
+    right = max(x for x, _ in ends.values())
     lowest_free = -math.inf  # in points
     for name in sorted(ends, key=lambda name: ends[name][1]):
         height = ax.transData.transform(ends[name])[1] * 72 / ax.figure.dpi
         shift = max(0.0, lowest_free - height)
-        lowest_free = height + shift + 12
+        if ends[name][0] < right:
+            shift = -12.0  # below the lines that go on
+        else:
+            lowest_free = height + shift + 12
         ax.annotate(
             name,
             ends[name],

@@ -192,6 +192,8 @@ def main() -> int:
         "--figure", type=Path, metavar="PATH", help="draw the growth there"
     )
     args = parser.parse_args()
+    if hasattr(sys.stdout, "reconfigure"):  # a Windows pipe may not know √
+        sys.stdout.reconfigure(encoding="utf-8")
     torch.set_num_threads(1)  # faster than two for a model this small
 
     num_sizes = len(SIZES["N"] + SIZES["L"]) * len(args.columns)

@@ -26,17 +26,17 @@ def decode(token_ids: torch.Tensor) -> str:
     the replacement mark.
 
     >>> decode(torch.tensor([226, 128, 148, 226]))  # a dash, and a third of a dash
-    '—\\ufffd'
+    '—�'
     """
-    return bytes(token_ids.tolist()).decode("utf-8", errors="replace")
+    return bytes(token_ids.flatten().tolist()).decode("utf-8", errors="replace")
 
 
 def load_book(path: Path = BOOK) -> str:
     """The whole book. Raises FileNotFoundError that says where it was looked for."""
     if not path.exists():
         raise FileNotFoundError(
-            f"the book: expected {path}, found nothing. It is part of the repository: "
-            "run inside a clone, or restore it with `git checkout data`."
+            f"the book: expected {path}, found nothing. It is part of the "
+            f"repository: `git checkout {path.name}` in data/ restores it."
         )
     return path.read_text(encoding="utf-8")
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from lib import plotting
 from lib.config import MOBY
 from lib.meter import machine_facts
-from lib.model import WEIGHTS, Attend, Transformer, attend_fused, save_model
+from lib.model import WEIGHTS, Transformer, attend_fused, save_model
 from lib.text import DATA, encode, load_book, random_batch, split_book, windows
 
 EVALUATE_EVERY = 250  # steps
@@ -73,9 +73,9 @@ class Trainer:
         self, model: Transformer, token_ids: torch.Tensor, config: TrainingConfig
     ):
         """token_ids (T,): the text to train on."""
-        if config.seq_len > model.config.max_seq_len:
+        if not 2 <= config.seq_len <= model.config.max_seq_len:
             raise ValueError(
-                f"seq_len: expected at most max_seq_len = {model.config.max_seq_len} "
+                f"seq_len: expected 2 to max_seq_len = {model.config.max_seq_len} "
                 f"of the model, got {config.seq_len}"
             )
         self.model, self.token_ids, self.config = model, token_ids, config
@@ -90,7 +90,7 @@ class Trainer:
             groups, betas=(0.9, 0.95), weight_decay=config.weight_decay
         )
 
-    def step(self, attend: Attend = attend_fused) -> float:
+    def step(self) -> float:
         """One batch: forward, backward, update. Returns the loss in nats per token."""
         self.model.train()
         for group in self.optimizer.param_groups:
@@ -100,7 +100,7 @@ class Trainer:
         )
         positions = torch.arange(self.config.seq_len)
 
-        loss = next_token_loss(self.model(batch, positions, attend), batch)
+        loss = next_token_loss(self.model(batch, positions, attend_fused), batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
@@ -112,7 +112,7 @@ class Trainer:
 
     def state_dict(self) -> dict:
         return {
-            "config": asdict(self.config),
+            "settings": self.settings(),
             "num_steps_done": self.num_steps_done,
             "losses": self.losses,
             "weights": self.model.state_dict(),
@@ -121,13 +121,16 @@ class Trainer:
             "dropout_rng": torch.get_rng_state(),
         }
 
+    def settings(self) -> dict:
+        """What has to be the same for a saved run to go on."""
+        return {"model": asdict(self.model.config), "training": asdict(self.config)}
+
     def load_state_dict(self, state: dict):
-        """Go on from a `state_dict()`. Raises ValueError when it belongs to a run with
-        other settings."""
-        if state["config"] != asdict(self.config):
+        """Go on from a `state_dict()`. Raises ValueError when it is of another run."""
+        if state["settings"] != self.settings():
             raise ValueError(
-                f"training state: expected a run of {asdict(self.config)}, "
-                f"got {state['config']}"
+                f"training state: expected a run of {self.settings()}, "
+                f"got {state['settings']}"
             )
         self.num_steps_done, self.losses = state["num_steps_done"], state["losses"]
         self.model.load_state_dict(state["weights"])

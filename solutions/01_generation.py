@@ -6,40 +6,47 @@
 # from the start. In this chapter we build that loop, read *Moby-Dick* with it,
 # and measure what it costs: **each token costs more than the last**.
 #
-# **You need:** Python, tensors in torch (shapes, `@`, `softmax`), and 45
+# **You need:** Python, tensors in torch (shapes, `@`, `softmax`), and 75
 # minutes. No GPU.
 #
 # **You will be able to**
 #
 # - turn text into tokens and back, and not crash on half a character,
-# - compute causal attention by hand, on six tokens,
+# - compute causal attention by hand, and in a dozen lines,
 # - turn logits into probabilities with temperature, top-k and top-p,
 # - write the generation loop, and predict its FLOPs exactly,
 # - say why attention need not store its scores, and measure what that saves.
+#
+# **How it works.** Five cells ask you to write a function. Below each stands
+# `check(...)`, which tells you in one line what is wrong. Once it says
+# *passed*, your function takes the library's place, and the rest of the page
+# runs on your code. If you skip one, the page runs on the library's.
 
 # %%
 import math
 
-import matplotlib.pyplot as plt
 import torch
 from IPython.display import Markdown
 
-from lib import config, generate, meter, model, plotting, table, text
-from lib.course import show_source
+from lib import config, generate, meter, model, plotting, sampling, table, text
+from lib.config import ModelConfig
+from lib.course.check import check
+from lib.generate import check_generation
+from lib.model import Attend, Transformer, attend_fused
+from lib.sampling import check_sampling
 
 plotting.use_course_style()
-torch.set_num_threads(1)  # a model this small is rarely faster on two
+torch.set_num_threads(1)  # steadier timings
 
 # %% [markdown]
 # ## Every token costs more than the last
 #
 # The course comes with a small model that has read *Moby-Dick*: a decoder built
-# like Llama, trained on one core of one processor. Here it is.
+# like Llama, with four layers, six heads, and vectors of 192 numbers.
 
 # %%
 lm = model.load_model()
 print(f"{sum(p.numel() for p in lm.parameters()):,} parameters")
-lm.config
 
 # %% [markdown]
 # We give it the beginning of a sentence and ask for 200 more tokens. A token is
@@ -48,24 +55,19 @@ lm.config
 # %%
 prompt = "The whale rose slowly from the"
 prompt_ids = text.encode(prompt)
+dice = torch.Generator().manual_seed(1851)
 story_ids = generate.generate_recompute(
-    lm,
-    prompt_ids,
-    200,
-    temperature=0.7,
-    top_p=0.95,
-    generator=torch.Generator().manual_seed(1851),
+    lm, prompt_ids, 200, temperature=0.7, top_p=0.95, generator=dice
 )
 print(text.decode(story_ids))
 
 # %% [markdown]
-# It has learned to spell, to punctuate, and to sound like Melville, and it has
-# little idea what it is saying. For this course that is enough: whether the
-# *machinery* is right can be seen to the last digit.
+# It sounds a little like Melville, and it has little idea what it is saying.
+# That is enough: this course is about the machinery.
 #
-# Now the machinery's price. How long does the model take for **one** more
-# token, when the text is 32 tokens long, 64, and so on up to 512? We take the
-# median of 15 runs each.
+# Now the machinery's price. How long does **one** more token take when the text
+# is 32 tokens long, 64, and so on up to 512? The model is given the tokens,
+# their positions, and a way to attend, of which more below.
 
 # %%
 book_ids = text.encode(text.load_book())
@@ -74,7 +76,8 @@ book_ids = text.encode(text.load_book())
 @torch.no_grad()
 def one_step(num_tokens):
     token_ids = book_ids[:num_tokens]
-    return lm(token_ids, torch.arange(num_tokens), model.attend_fused)
+    return lm(token_ids, torch.arange(num_tokens), attend_fused)
+
 
 # %%
 lengths = [32, 64, 128, 256, 512]
@@ -86,56 +89,75 @@ milliseconds = [
 # %%
 ratio = milliseconds[-1] / milliseconds[0]
 plotting.plot_measured(
-    {"one step": (lengths, milliseconds)},
+    {"": (lengths, milliseconds)},
     xlabel="text so far (tokens)",
     ylabel="time for one more token (ms)",
-    title=f"Token 512 takes {ratio:.0f} times as long as token 32",
+    title=f"A step on 512 tokens takes {ratio:.0f} times as long as on 32",
 );
 
 # %% [markdown]
-# *A line that rises with the length of the text: the time for one more token.*
+# *The longer the text, the longer the next token takes.*
 #
-# Your curve has your machine's numbers on it, but it rises on every machine.
-# One more byte of text is one more byte of text, wherever it stands. Why should
-# the 512th cost more than the 32nd? To answer that we need to know what the
-# model does with the text, so we follow six tokens through it by hand.
+# The numbers are your machine's. The short lengths lie closer together than the
+# work in them does: a call has a fixed overhead. But why should a step depend
+# on the length at all? One new byte is asked for, at 512 as at 32. To find out
+# we follow six tokens through the model by hand.
 
 # %% [markdown]
 # ## A token is a byte
 #
-# Models read numbers. Large ones use a vocabulary of some hundred thousand
-# pieces of words; ours has 256 entries, the values of a byte. Text becomes
-# tokens by its UTF-8 encoding, and nothing needs to be trained for that.
+# Models read numbers. Large ones use a vocabulary of tens or hundreds of
+# thousands of pieces of words; ours has 256 entries, the values of a byte. Text
+# becomes tokens by its UTF-8 encoding, and nothing has to be trained for that.
 
 # %%
-token_ids = text.encode("whales")
-token_ids
-
-# %%
-text.decode(token_ids)
+text.encode("whales")
 
 # %% [markdown]
-# One thing can go wrong. Not every character is one byte: Melville's dash is
-# three. A model that writes bytes may stop in the middle.
+# One thing can go wrong on the way back. Not every character is one byte:
+# Melville's dash is three. A model that writes bytes may stop in the middle, or
+# write bytes that are no text at all.
 
 # %%
 dash = text.encode("—")
-dash, text.decode(dash), text.decode(dash[:2])
+dash
 
 # %% [markdown]
-# `decode` puts the mark � where the bytes are no character. It must not crash:
-# generation is a loop, and an error at step 400 would lose the other 399.
+# ### Exercise 1.1 · `decode` ★ (5 minutes)
+#
+# Turn token ids back into text. What is no character becomes the mark �
+# (U+FFFD): one broken byte must not hide the rest.
+
+# %% exercise="decode"
+from lib.text import decode
 
 # %%
-show_source(text.decode)
+check(decode)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# `bytes(...)` takes a list of numbers from 0 to 255, and `tensor.tolist()`
+# gives one.
+#
+# </details>
+# <details><summary>Hint 2</summary>
+#
+# `bytes.decode` has a parameter that says what to do with errors:
+# `"…".encode()[:2].decode("utf-8", errors=...)`.
+#
+# </details>
+
+# %%
+text.decode(dash), text.decode(dash[:2]), text.decode(text.encode("whales"))
 
 # %% [markdown]
 # ## Attention, on six tokens by hand
 #
 # Inside the model each token becomes a vector. Most of the work treats every
-# token alone: a matrix times the token's vector, the same matrix for all. One
-# operation lets tokens see each other, and that is **attention**. Each token
-# brings three vectors:
+# token alone: a matrix times its vector, the same matrix for all. One operation
+# lets tokens see each other, and that is **attention**. Each token brings three
+# vectors, its own vector times three learned matrices:
 #
 # - a **query**: what am I looking for?
 # - a **key**: what can be found at me?
@@ -176,7 +198,7 @@ weights_of_a, weights_of_a @ v[:3]
 # %%
 scores = q @ k.T / math.sqrt(2)  # (6, 6)
 t = torch.arange(6)
-is_future = t > t[:, None]  # (6, 6): the key's column is after the query's row
+is_future = t > t[:, None]  # (6, 6): the key's column after the query's row
 weights = scores.masked_fill(is_future, -math.inf).softmax(dim=-1)
 
 # %%
@@ -185,17 +207,39 @@ plotting.draw_attention(
 );
 
 # %% [markdown]
-# *A triangle of weights: row `a` has three numbers, those we computed by hand;
-# the last row has six.*
+# *Row `a` has the three weights we computed by hand, and no weight on what
+# comes after it.* Try row `l` yourself: its query is (2, 0).
 #
-# The library's `attend_causal` does this for any number of heads: H sets of
-# queries, each with its own weights. (In our model 6 query heads share 2 heads
-# of keys and values, three to one. Chapter 3 will be glad of that.) The letters
-# in the comments are the same all through the course: T tokens, H query heads,
-# G key/value heads, D numbers per head.
+# ### Exercise 1.2 · `attend_causal` ★★ (15 minutes)
+#
+# The same for any number of heads at once. A **head** is a set of queries with
+# its own weights; our model has H = 6. Three neighbours share one head of keys
+# and values (G = 2), and the lines that copy those are given. The letters in
+# the comments hold all through the course: T tokens, H query heads, G key/value
+# heads, D numbers per head; `...` stands for any dimensions in front. `layer`
+# says which layer is asking: not needed here, chapter 3 uses it. Torch's own
+# attention is not allowed, and no tensor of T × T × D numbers.
+
+# %% exercise="attend_causal" given="1"
+from lib.model import attend_causal
 
 # %%
-show_source(model.attend_causal)
+check(attend_causal)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# With tokens and heads exchanged, `k.transpose(-2, -1)` is (..., H, D, T), and
+# `@` makes all scores, (..., H, T, T), in one product. Then come the four lines
+# from above.
+#
+# </details>
+# <details><summary>Hint 2</summary>
+#
+# The result of weights `@ v` is (..., H, T, D). The caller wants tokens before
+# heads: `transpose(-3, -2)`.
+#
+# </details>
 
 # %%
 out = model.attend_causal(0, q[:, None], k[:, None], v[:, None])  # one head
@@ -204,10 +248,16 @@ torch.allclose(out[:, 0], weights @ v)
 # %% [markdown]
 # ## What was computed once is computed again
 #
+# The rest of the model, in three sentences. A **layer** (or block) is attention
+# and then an MLP, two matrices with a nonlinearity between, each added to the
+# token's vector. Four layers follow each other, and one last matrix turns each
+# vector into 256 **logits**. Attention itself ignores order; before it, queries
+# and keys are rotated by an angle that grows with their position.
+#
 # Look at the triangle once more. Row `a` uses `w`, `h`, `a` and nothing that
 # comes later. So when a seventh token arrives, the first six rows stay as they
-# are. That holds for the whole model, since every other operation treats
-# tokens one by one. We check it on the real one: the logits for 100 tokens of
+# are, and since everything else treats tokens one by one, so does everything
+# computed from them, in every layer. We check it: the logits for 100 tokens of
 # the book, once read alone and once as the beginning of 101.
 
 # %%
@@ -216,87 +266,131 @@ print(f"largest difference: {difference.abs().max():.1e}")
 
 # %% [markdown]
 # None, or a trifle of rounding: a processor may add up a sum of another length
-# in another order. Every step of generation computes these rows again, and gets
+# in another order. Each step of generation computes these rows again, and gets
 # what it had.
 #
-# Here is the picture for a prompt of 8 tokens and 16 new ones. Each row is a
-# step of the loop, each square a token that goes through the model.
+# Here is the picture for a prompt of 8 tokens and 16 new ones. A row is a step
+# of the loop, a square a token that goes through the model. (The last token
+# drawn has no square: nobody asks what follows it.)
 
 # %%
 plotting.draw_recompute(prompt_len=8, num_new_tokens=16);
 
 # %% [markdown]
-# *A staircase, nearly all of it hatched: what is computed again. One solid
-# square a row is new.*
+# *After the first step, one square a row is new. All others are hatched:
+# computed before.*
 
 # %% [markdown]
 # ## From logits to a token
 #
-# The model's output is a row of 256 numbers for each token, the **logits**. The
-# last row speaks about the next token. `softmax` makes probabilities of them.
+# Row t of the logits speaks about token t + 1. In training, where the next
+# token is known, all rows are useful. In generation only the last one is.
+# `softmax` makes probabilities of it.
 
 # %%
-logits = one_step(len(prompt_ids))[-1]  # of the book's first tokens
-print(text.decode(book_ids[: len(prompt_ids)]))
+logits = one_step(30)[-1]
+print(text.decode(book_ids[:30]))
 plotting.plot_next_token(
     logits.softmax(dim=-1), title="The model's guesses for the next byte"
 );
 
 # %% [markdown]
-# *Bars for the eight most probable next bytes.*
+# *The eight most probable bytes, and all others together.*
 #
 # How to choose? Always taking the largest (**greedy**) tends to go round in
 # circles. Drawing from all 256 now and then draws nonsense: each unlikely byte
-# is unlikely, but there are many of them. Three settings lie between:
+# is unlikely, but the last bar shows what they weigh together. Three settings
+# lie between:
 #
 # - **temperature**: divide the logits first. Below 1 the likely become
 #   likelier; 0 stands for greedy.
 # - **top-k**: keep the k most probable.
 # - **top-p**: keep the fewest that together reach probability p.
+#
+# ### Exercise 1.3 · `next_token_probs` ★★ (15 minutes)
+#
+# From logits to probabilities, in that order. The draw itself, `sample`, is
+# given. Any number of rows may come at once.
+
+# %% exercise="next_token_probs" given="1"
+from lib.sampling import next_token_probs
 
 # %%
-show_source(generate.next_token_probs)
+check(next_token_probs)
 
 # %% [markdown]
-# What the three settings leave of the same logits:
+# <details><summary>Hint 1</summary>
+#
+# Sort the logits from largest to smallest, cut, then put the probabilities back
+# where they belong: `torch.zeros_like(logits).scatter(-1, token_ids, probs)`.
+#
+# </details>
+# <details><summary>Hint 2</summary>
+#
+# With `probs` sorted, `probs.cumsum(-1) - probs` is what the more probable
+# tokens have together. A token is left out if that is already `top_p` or more.
+#
+# </details>
+
+# %% [markdown]
+# What the settings leave of the logits above:
 
 # %%
 settings = [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.5}]
 for setting in settings:
-    probs = generate.next_token_probs(logits, **setting)
+    probs = sampling.next_token_probs(logits, **setting)
     name = ", ".join(f"{k}={v}" for k, v in setting.items()) or "as they are"
     print(f"{name:16} {int((probs > 0).sum()):3} bytes left, ", end="")
     print(f"the most probable has {probs.max():.2f}")
 
 # %% [markdown]
-# And what they do to the text. Greedy first, then the model's own
-# probabilities, then what we used above.
+# ## The loop
+#
+# ### Exercise 1.4 · `generate_recompute` ★★ (15 minutes)
+#
+# Everything is in place. For each new token: call `model(token_ids, positions,
+# attend)` with all of the text, at positions 0, 1, 2, …; take the last row of
+# its logits; `sampling.next_token_probs`, with the three settings;
+# `sampling.sample`, with the generator; append. One call a token, and nothing
+# kept for a backward pass.
+
+# %% exercise="generate_recompute" given="1"
+from lib.generate import generate_recompute
 
 # %%
-for setting in [{"temperature": 0}, {}, {"temperature": 0.7, "top_p": 0.95}]:
+check(generate_recompute)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# The logits are (..., T, V). `logits[..., -1, :]` is their last row, whether
+# there is one prompt or a batch of them.
+#
+# </details>
+# <details><summary>Hint 2</summary>
+#
+# `torch.cat([token_ids, next_ids.unsqueeze(-1)], dim=-1)` appends.
+#
+# </details>
+
+# %% [markdown]
+# The same prompt, four ways:
+
+# %%
+nucleus = {"temperature": 0.7, "top_p": 0.95}
+for setting in [{"temperature": 0}, {}, {"top_k": 5}, nucleus]:
+    dice = torch.Generator().manual_seed(0)
     sample_ids = generate.generate_recompute(
-        lm,
-        prompt_ids,
-        120,
-        generator=torch.Generator().manual_seed(0),
-        **setting,
+        lm, prompt_ids, 100, generator=dice, **setting
     )
     print(setting, "\n   ", repr(text.decode(sample_ids)), "\n")
 
 # %% [markdown]
-# ## The loop
-#
-# Everything is in place: encode, then for each new token one call of the model
-# with all of the text, one draw, one token appended.
-
-# %%
-show_source(generate.generate_recompute)
-
-# %% [markdown]
 # `attend` is a parameter: where keys and values live, and how attention reads
-# them, is not the model's business. Today there are two ways to attend. Both
-# compute the same function, so they must write the same text. We compare them
-# in double precision, where rounding cannot tip a choice.
+# them, is not the model's business. Today there are two ways to attend, yours
+# and torch's **fused** one, which comes up again below. They compute the same
+# function, so they must write the same text. We compare in double precision,
+# where rounding is very unlikely to tip a choice.
 
 # %%
 double_lm = model.load_model().double()
@@ -311,23 +405,47 @@ torch.equal(*stories)
 # %% [markdown]
 # ## Predict the work, then measure it
 #
-# A **FLOP** is one addition or multiplication. A product of an (m × k) and a
-# (k × n) matrix takes 2·m·k·n of them. With T tokens in the text, a step makes
+# By the usual convention the product of an (m × k) and a (k × n) matrix takes
+# 2·m·k·n **FLOPs**, a multiplication and an addition for each of m·k·n pairs,
+# and only matrix products are counted. With T tokens in the text, a step makes
 #
-# - for **attention**, in each layer and head: T·T scores of D products each,
-#   then T·T weights times D values: 4·T²·D;
+# - for **attention**, in each layer and head: `q @ k.T`, 2·T·T·D, and
+#   `weights @ v`, 2·T·T·D. The masked half is counted too;
 # - for the **projections**, the matrices that each token meets alone: 2 for
-#   each weight and token.
+#   each of their weights and each token. (Looking up a token's first vector is
+#   no product.)
 #
-# To write N tokens, sum over T = 1 … N. The sum of T² grows like N³, and the
-# sum of T like N².
+# To write N tokens from a prompt of one, sum over T = 1 … N. The sum of T²
+# grows like N³, and the sum of T like N².
+#
+# ### Exercise 1.5 · `attention_flops` ★★ (10 minutes)
+#
+# Predict attention's FLOPs for a whole generation, exactly. `config` has
+# `num_layers`, `num_heads` and `head_dim`.
+
+# %% exercise="attention_flops"
+from lib.generate import attention_flops
 
 # %%
-show_source(generate.attention_flops)
+check(attention_flops)
 
 # %% [markdown]
-# That is a prediction. The **meter** counts what really happens: `measure` runs
-# a function and sees every operation torch performs on the way.
+# <details><summary>Hint 1</summary>
+#
+# The first step has `prompt_len` tokens, and each step has one more than the
+# one before. How many has the last?
+#
+# </details>
+# <details><summary>Hint 2</summary>
+#
+# A loop over T is fine. Query heads count, shared keys or not: each has scores
+# of its own.
+#
+# </details>
+
+# %% [markdown]
+# The **meter** counts what happens: `measure` runs a function and sees every
+# operation torch performs on the way.
 
 # %%
 first_id = book_ids[:1]
@@ -355,7 +473,7 @@ measured == predicted
 # %%
 plotting.plot_measured(
     {"measured": (Ns, measured)},
-    predicted={"": (Ns, predicted)},
+    predicted={"predicted": (Ns, predicted)},
     xlabel="tokens generated, N",
     ylabel="FLOPs in attention",
     title="The attention of a whole text grows like N³",
@@ -363,16 +481,20 @@ plotting.plot_measured(
 );
 
 # %% [markdown]
-# *Measured points on a dashed line of predictions, both axes doubling: N³.*
+# *Measured points on the prediction. On two logarithmic axes a power N^p is a
+# straight line of slope p; here, 3.*
 #
-# Twice the text should cost 2³ = 8 times as much. It does, nearly: the sum of
-# T² is N³/3 + N²/2 + N/6, and the smaller terms still show at 128.
+# Twice the text should cost 2³ = 8 times as much. The sum of T² is
+# N³/3 + N²/2 + N/6, and the smaller terms still show:
+
+# %%
+[round(b / a, 2) for a, b in zip(measured, measured[1:])]
 
 # %% [markdown]
 # ## An honest look: the cube is not there at first
 #
-# N³ is the attention alone. In a model like ours the projections cost far more,
-# for any text that fits into it:
+# N³ is attention alone. In a model like ours the projections cost more, for any
+# text that fits into it:
 
 # %%
 for N in [32, 512, 4096]:
@@ -381,38 +503,38 @@ for N in [32, 512, 4096]:
     print(f"N = {N:4}: {share:6.1%} of the work is attention (predicted)")
 
 # %% [markdown]
-# So the slope of the *total* starts at 2 and bends towards 3. In a narrow model
-# the bend comes early enough to be measured.
+# So the slope of the *total* starts at 2 and bends towards 3. For a token,
+# attention costs T times the width d of the model, and the projections d times
+# d. In a narrow model the bend comes early enough to be measured.
 
 # %%
-narrow = config.ModelConfig(
+narrow = ModelConfig(
     vocab_size=256, num_layers=2, num_heads=2, num_kv_heads=1,
     d_model=16, d_ff=48, max_seq_len=1024,
 )
-narrow_lm = model.Transformer(narrow).eval()
+narrow_lm = Transformer(narrow).eval()
 
 
 def predicted_total(shape, N):
     attention = generate.attention_flops(shape, 1, N)
     return attention + generate.projection_flops(shape, 1, N)
 
+
 # %%
 Ns = [16, 32, 64, 128, 256, 512]
-totals = [
-    meter.measure(
-        lambda: generate.generate_recompute(narrow_lm, first_id, N)
-    ).flops.total()
-    for N in Ns
-]
+totals = []
+for N in Ns:
+    run = lambda: generate.generate_recompute(narrow_lm, first_id, N)
+    totals.append(meter.measure(run).flops.total())
 totals == [predicted_total(narrow, N) for N in Ns]
 
 # %%
 far = [16 * 2**i for i in range(9)]  # to 4096: too slow to run, easy to predict
 plotting.plot_measured(
-    {"narrow model, measured": (Ns, totals)},
+    {"measured": (Ns, totals)},
     predicted={
-        name: (far, [predicted_total(shape, N) for N in far])
-        for name, shape in {"narrow": narrow, "ours": lm.config}.items()
+        "narrow model": (far, [predicted_total(narrow, N) for N in far]),
+        "our model": (far, [predicted_total(lm.config, N) for N in far]),
     },
     xlabel="tokens generated, N",
     ylabel="FLOPs in all",
@@ -420,28 +542,48 @@ plotting.plot_measured(
     log=True,
 );
 
+# %% [markdown]
+# *Two predictions that steepen, and measured points on the lower one. Their
+# slopes:*
+
 # %%
 def slope(shape, N):
     return math.log2(predicted_total(shape, 2 * N) / predicted_total(shape, N))
 
 
 for N in [16, 256, 4096]:
-    print(f"N = {N:4}: slope {slope(narrow, N):.2f} (narrow), ", end="")
-    print(f"{slope(lm.config, N):.2f} (ours)")
+    print(f"N = {N:4}: {slope(narrow, N):.2f} in the narrow model, ", end="")
+    print(f"{slope(lm.config, N):.2f} in ours")
 
 # %% [markdown]
-# *Two dashed predictions that steepen, and measured points on the lower one.*
-#
-# Whoever tells you that generation "is cubic" should tell you from what length
-# on. What does hold at every length: each step does the work of all steps
-# before it again.
+# Who says that generation by recompute "is cubic" should say from what length
+# on. What holds at every length is the staircase: a step repeats the whole step
+# before it, and adds one row.
 
 # %% [markdown]
 # ## Scores need not be stored
 #
 # Work is one price, memory the other. `attend_causal` holds a score for each
 # pair of tokens in each head, at 4 bytes. While it masks them there are two
-# such tensors: 8·H·T² bytes. Let us see what a step needs at its peak.
+# such tensors: 8·H·T² bytes.
+#
+# Must they be there all at once? Take `a` again. Its output is a fraction,
+# Σ exp(score)·value over Σ exp(score), and both sums can be run up one key at a
+# time. Nothing of a key is needed once it has been added.
+
+# %%
+top, bottom = torch.zeros(2), torch.zeros(())
+for s in range(3):
+    weight = (q[2] @ k[s] / math.sqrt(2)).exp()
+    top, bottom = top + weight * v[s], bottom + weight
+top / bottom, weights_of_a @ v[:3]
+
+# %% [markdown]
+# That is the idea of a fused kernel: it goes through the keys in tiles, with
+# two running sums for each query (and a running maximum, so that `exp` cannot
+# overflow), and never has all scores at once. `attend_fused` calls torch's. In
+# chapter 5 we write our own. What a step needs at its peak, weights of the
+# model not counted:
 
 # %%
 @torch.no_grad()
@@ -454,25 +596,20 @@ stored = [peak_bytes(T, model.attend_causal) for T in lengths]
 fused = [peak_bytes(T, model.attend_fused) for T in lengths]
 
 # %%
+prediction = [8 * lm.config.num_heads * T**2 for T in lengths]
 plotting.plot_measured(
     {"scores stored": (lengths, stored), "fused": (lengths, fused)},
-    predicted={
-        "8·H·T²": (lengths, [8 * lm.config.num_heads * T**2 for T in lengths])
-    },
+    predicted={"8·H·T²": (lengths, prediction)},
     xlabel="text so far, T (tokens)",
     ylabel="peak memory of one step (bytes)",
-    title=f"Storing scores takes {stored[-1] / fused[-1]:.1f} times the memory",
+    title=f"At T = 512 stored scores need {stored[-1] / fused[-1]:.1f}x memory",
     log=True,
 );
 
 # %% [markdown]
-# *Stored scores climb towards the dashed 8·H·T², four times as much for twice
-# the text; fused attention doubles.*
-#
-# `attend_fused` computes the same function, by a kernel of torch that works
-# through the keys tile by tile, keeps a running maximum and a running sum, and
-# never has all scores at once. Its memory grows with T. How that is possible is
-# the subject of chapter 5, where we write such a kernel ourselves.
+# *Below T = 100 or so both peak somewhere else, in the MLP. Then stored scores
+# approach 8·H·T², four times as much for twice the text; fused attention stays
+# with twice as much.*
 
 # %%
 for T, a, b in zip(lengths, stored, fused):
@@ -482,10 +619,11 @@ for T, a, b in zip(lengths, stored, fused):
 # ## The first column of the table
 #
 # Each chapter adds a column to one table: how do memory and work grow with the
-# tokens N and the layers L? Theory says, for generating by recompute: memory N
-# (one step's, then it is free again), attention N³·L, projections N²·L, and N
-# calls of the model. `table.sweep` measures small random models at three
-# lengths and three depths, and `table.fit` reads off the exponents.
+# tokens N and the layers L? For generating by recompute, with fused attention,
+# theory says: memory N (a layer's activations are free again when the next one
+# runs), attention N³·L, projections N²·L, and N calls of the model, each of L
+# layers. `table.sweep` measures small random models at three lengths and three
+# depths, and `table.fit` reads off the exponents.
 
 # %%
 sweep = table.sweep("recompute")
@@ -501,31 +639,35 @@ plotting.plot_measured(
     growth,
     xlabel="tokens generated, N",
     ylabel=f"times as much as at N = {Ns[0]}",
-    title="Recompute: memory grows like N, attention like N³",
+    title="Recompute: memory grows like N, projections N², attention N³",
     log=True,
 );
 
 # %% [markdown]
 # *Three lines from one point, with slopes 1, 2 and 3.*
 #
-# The same table for all columns: `make table`, in a terminal.
+# The exponents fall short of 2 and 3 by a hair, for the smaller terms again.
+# `make table`, in a terminal, prints all columns there are.
+
+# %%
+check.summary()
 
 # %% [markdown]
 # ## What is still wrong
 #
-# To write N tokens the model ran this many through itself, for a text of 512:
+# A text of 512 tokens, written from one:
 
 # %%
 N = 512
 run = sum(range(1, N + 1))
-print(f"{run:,} tokens computed to write {N}: {run / N:.1f} times each")
+print(f"{run:,} tokens computed to write {N}: {run / N:.1f} for each")
 
 # %% [markdown]
-# The rows of attention's triangle never change once they are computed, and what
-# the next row needs of the tokens before it are their keys and values. They
-# were there. We threw them away. Chapter 3 keeps them. First, chapter 2 looks
-# at the opposite case, training, where *everything* is kept, and asks what
-# happens if we throw some of it away on purpose.
+# The rows of attention's triangle never change once they are computed, and all
+# that the next row needs of the tokens before it are their keys and values. We
+# computed them, and threw them away. Chapter 3 keeps them. First, chapter 2
+# looks at the opposite case, training, where *everything* is kept, and asks
+# what happens if some of it is thrown away on purpose.
 #
 # ## In five sentences
 #
@@ -550,17 +692,18 @@ print(f"{run:,} tokens computed to write {N}: {run / N:.1f} times each")
 #    and p is 0.5?
 # 4. You double the length of a text. By what does attention's part of one step
 #    grow? Its part of the whole generation?
-# 5. The model has 10 more layers. Which rows of the table change, and how?
+# 5. The model gets 10 more layers. Which rows of the table change?
 #
 # <details><summary>Answers</summary>
 #
-# 1. A character may take several bytes, and the loop may stop between them.
+# 1. A character may take several bytes, and generation may stop between them.
 # 2. The last row. Row t speaks about token t + 1, which is there already:
 #    useful in training, thrown away in generation.
 # 3. That one token: the fewest that reach p, and never none.
 # 4. By 4, and by nearly 8.
-# 5. Both FLOP rows and the block calls grow in proportion. Peak memory stays: a
-#    layer's activations are free again when the next one runs.
+# 5. Both FLOP rows, the block calls and the seconds grow. Forward calls do not,
+#    and neither does peak memory: a layer's activations are free again when the
+#    next one runs. (The weights, which the table does not count, do grow.)
 #
 # </details>
 #

@@ -1,7 +1,11 @@
+import base64
+import inspect
+import io
 import shutil
 
 import nbformat
 import pytest
+from PIL import Image
 
 from lib.course import build
 from lib.course.build import (
@@ -11,6 +15,7 @@ from lib.course.build import (
     notebook_paths,
     student_notebook,
 )
+from lib.text import decode
 
 CHAPTER = """# %% [markdown]
 # # 9. A chapter
@@ -89,6 +94,68 @@ def test_a_stale_notebook_is_found(chapter, spoil, message):
     spoil(chapter, *notebook_paths(chapter))
     with pytest.raises(BuildError, match=message):
         check(chapter)
+
+
+def test_an_executed_notebook_with_a_failed_cell_is_found(chapter):
+    _, path = notebook_paths(chapter)
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[1].outputs = [nbformat.v4.new_output("error", ename="E", evalue="")]
+    nbformat.write(notebook, path)
+    with pytest.raises(BuildError, match="expected no cell to fail"):
+        check(chapter)
+
+
+def test_a_notebook_that_somebody_worked_in_is_not_overwritten(chapter):
+    student, executed = notebook_paths(chapter)
+    shutil.copy(executed, student)
+    with pytest.raises(BuildError, match="somebody worked in it"):
+        build.build(chapter)
+
+
+def test_figures_are_kept_small_and_readable(chapter):
+    code = "import matplotlib.pyplot as plt\nplt.plot(range(99));"
+    chapter.write_text(CHAPTER + f"\n# %%\n{code}\n")
+    build.build(chapter)
+    executed = nbformat.read(notebook_paths(chapter)[1], as_version=4)
+    (png,) = [o.data["image/png"] for o in executed.cells[-1].outputs if "data" in o]
+    picture = Image.open(io.BytesIO(base64.b64decode(png)))
+    assert picture.mode == "P" and picture.width > 300
+
+
+EXERCISE = """# %%
+import torch
+
+# %% [markdown]
+# ### Exercise
+
+# %% exercise="decode"
+from lib.text import decode
+
+# %%
+check(decode)
+"""
+
+
+def test_an_exercise_becomes_a_stub_and_the_librarys_source(chapter):
+    chapter.write_text(EXERCISE)
+    student, solved = student_notebook(chapter), build.solved_notebook(chapter)
+    assert "raise NotImplementedError" in student.cells[2].source
+    assert "raise NotImplementedError" not in solved.cells[2].source
+    assert solved.cells[2].source == inspect.getsource(decode).rstrip()
+    head = solved.cells[2].source.split('"""')[:2]
+    assert student.cells[2].source.split('"""')[:2] == head  # signature and docstring
+    answer, grade = (cell.metadata["nbgrader"] for cell in student.cells[2:])
+    assert answer["solution"] and not answer["grade"] and answer["grade_id"] == "decode"
+    assert grade["grade"] and grade["locked"] and grade["points"] == 1
+    assert [cell.id for cell in student.cells] == [cell.id for cell in solved.cells]
+
+
+def test_an_answer_whose_names_the_chapter_does_not_define_is_refused(chapter):
+    chapter.write_text(EXERCISE.replace("import torch", "pass"))
+    with pytest.raises(
+        BuildError, match=r"decode: no cell before it defines \['torch'\]"
+    ):
+        student_notebook(chapter)
 
 
 def test_a_check_of_nothing_fails(tmp_path):

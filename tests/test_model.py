@@ -146,6 +146,33 @@ def test_half_precision_rotates_far_positions_as_well_as_near_ones():
     assert_close(rotate(x.bfloat16(), far, 10000.0), rotate(x, far, 10000.0).bfloat16())
 
 
+@BOTH
+def test_more_keys_than_queries_are_refused(attend):
+    q, k = torch.zeros(1, 2, 4), torch.zeros(5, 2, 4)
+    with pytest.raises(AssertionError, match="expected 1 keys, one a query, got 5"):
+        attend(0, q, k, k)
+
+
+def test_a_new_model_starts_as_gpt_2_does():
+    torch.manual_seed(0)
+    model = Transformer(dataclasses.replace(TINY, num_layers=8, d_model=64, d_ff=128))
+    for name, weight in model.named_parameters():
+        if weight.dim() == 1:
+            assert (weight == 1).all(), name
+        else:
+            is_residual = "o_proj" in name or "down_proj" in name
+            std = 0.02 / 4 if is_residual else 0.02  # 4 = root of twice 8 layers
+            assert weight.std().item() == pytest.approx(std, rel=0.1), name
+
+
+def test_both_branches_of_a_block_have_dropout():
+    block = random_model(dropout=0.5).blocks[0].train()
+    calls = []
+    block.dropout.register_forward_hook(lambda *args: calls.append(args))
+    block(torch.randn(1, 3, 32), torch.arange(3), attend_fused)
+    assert len(calls) == 2
+
+
 def test_dropout_acts_in_training_only():
     model, token_ids = random_model(dropout=0.5), torch.randint(256, (1, 9))
     logits = [model(token_ids, torch.arange(9), attend_fused) for _ in range(2)]
@@ -222,9 +249,21 @@ def test_missing_weights_say_where_they_were_looked_for(tmp_path):
 
 
 def test_a_file_that_holds_no_model_is_refused(tmp_path):
-    torch.save({"something": torch.zeros(2)}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="expected a file with 'config' and 'weights'"):
-        load_model(tmp_path / "other.pt")
+    path = tmp_path / "other.pt"
+    save_model(random_model(), path)
+    whole = path.read_bytes()
+    saved = torch.load(path, weights_only=True)
+    for spoil in (
+        lambda: torch.save({"something": torch.zeros(2)}, path),
+        lambda: path.write_bytes(whole[:500]),
+        lambda: path.write_text("not at all"),
+        lambda: torch.save({**saved, "config": {**saved["config"], "extra": 1}}, path),
+    ):
+        spoil()
+        with pytest.raises(
+            ValueError, match="expected a file with 'config' and 'weights'"
+        ):
+            load_model(path)
 
 
 @pytest.mark.parametrize(

@@ -97,24 +97,39 @@ def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(tmp_path):
         assert torch.equal(got, expected)
 
 
-def test_the_state_of_a_run_with_other_settings_is_refused():
+def test_the_state_of_another_run_is_refused():
     other = Trainer(random_model(), torch.arange(200), TrainingConfig(seq_len=16, seed=5))
     with pytest.raises(
         ValueError, match="expected a run of .*'seed': 0.*got .*'seed': 5"
     ):
         new_trainer().load_state_dict(other.state_dict())
+    other = Trainer(random_model(dropout=0.2), torch.arange(200), SHORT)
+    with pytest.raises(ValueError, match="'dropout': 0.3.*got .*'dropout': 0.2"):
+        new_trainer().load_state_dict(other.state_dict())
 
 
-def test_passages_longer_than_the_model_can_read_are_refused():
-    with pytest.raises(ValueError, match="seq_len: expected at most max_seq_len = 128"):
-        Trainer(random_model(), torch.arange(200), TrainingConfig(seq_len=129))
+def test_dropout_is_on_again_after_an_evaluation():
+    trainer = new_trainer()
+    held_out_loss(trainer.model, torch.arange(32), seq_len=16)
+    assert not trainer.model.training
+    trainer.step()
+    assert trainer.model.training
+
+
+@pytest.mark.parametrize("seq_len", [1, 129])
+def test_passages_the_model_cannot_learn_from_are_refused(seq_len):
+    with pytest.raises(ValueError, match=f"seq_len: expected 2 to .*128.*got {seq_len}"):
+        Trainer(random_model(), torch.arange(200), TrainingConfig(seq_len=seq_len))
+
+
+TRAIN, HELD_OUT = "Call me Ishmael. " * 36, "01234567" * 8  # a tenth of all
 
 
 @pytest.fixture
 def small_run(monkeypatch):
-    """`train` on a tiny model and a short text, saving after every second step."""
+    """`train` a tiny model on a short text whose last tenth has letters of its own."""
     monkeypatch.setattr(training, "MOBY", TINY)
-    monkeypatch.setattr(training, "load_book", lambda: "Call me Ishmael. " * 40)
+    monkeypatch.setattr(training, "load_book", lambda: TRAIN + HELD_OUT)
     monkeypatch.setattr(training, "SAVE_EVERY", 2)
     monkeypatch.setattr(training, "EVALUATE_EVERY", 2)
     num_threads = torch.get_num_threads()
@@ -126,38 +141,76 @@ def small_run(monkeypatch):
 
 def test_the_command_writes_weights_curve_and_picture(small_run, tmp_path, capfd):
     small_run(tmp_path)
-    assert load_model(tmp_path / "weights.pt").config == TINY
+    model = load_model(tmp_path / "weights.pt")
+    assert model.config == TINY
     result = json.loads((tmp_path / "results" / "training.json").read_text())
     assert [step for step, _ in result["held_out_nats_per_byte"]] == [0, 2, 4, 6]
     assert len(result["train_nats_per_byte"]) == 6
-    assert (
-        result["machine"]["torch"] == torch.__version__
-        and "lib.training" in result["command"]
-    )
+    assert result["machine"]["torch"] == torch.__version__
+    assert "lib.training" in result["command"]
     assert (tmp_path / "results" / "training.png").stat().st_size > 5000
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results", "weights.pt"]
     assert capfd.readouterr().err == ""
+
+    _, held_out_ids = split_book(encode(TRAIN + HELD_OUT))
+    loss = held_out_loss(model, held_out_ids, SHORT.seq_len)
+    assert result["held_out_nats_per_byte"][-1][1] == pytest.approx(loss)
+
+
+def test_the_command_never_trains_on_what_is_held_out(small_run, tmp_path, monkeypatch):
+    seen = []
+    loss = training.next_token_loss
+
+    def watch(logits, token_ids):
+        if torch.is_grad_enabled():
+            seen.append(token_ids)
+        return loss(logits, token_ids)
+
+    monkeypatch.setattr(training, "next_token_loss", watch)
+    small_run(tmp_path)
+    letters = set(torch.cat(seen).flatten().tolist())
+    assert letters <= set(TRAIN.encode()), letters - set(TRAIN.encode())
 
 
 def test_the_command_goes_on_where_it_was_interrupted(small_run, tmp_path, monkeypatch):
     (tmp_path / "whole").mkdir(), (tmp_path / "halves").mkdir()
     small_run(tmp_path / "whole")
-    step = Trainer.step
+    step, num_steps = Trainer.step, 0
 
-    def interrupted_step(self):
-        if self.num_steps_done == 5:
+    def counted_step(self):
+        nonlocal num_steps
+        if num_steps == 5:
             raise KeyboardInterrupt
+        num_steps += 1
         return step(self)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "step", interrupted_step)
+    monkeypatch.setattr(Trainer, "step", counted_step)
+    with pytest.raises(KeyboardInterrupt):
         small_run(tmp_path / "halves")
+    num_steps = 10  # and count on; the state was saved after step 4
     small_run(tmp_path / "halves")
+    assert num_steps == 12, f"expected 2 steps to be left, got {num_steps - 10}"
+
     whole, halves = (
-        load_model(tmp_path / name / "weights.pt") for name in ("whole", "halves")
+        json.loads((tmp_path / name / "results" / "training.json").read_text())
+        for name in ("whole", "halves")
     )
+    for key in ("held_out_nats_per_byte", "train_nats_per_byte"):
+        assert halves[key] == whole[key]
+    whole, halves = (load_model(tmp_path / n / "weights.pt") for n in ("whole", "halves"))
     for got, expected in zip(halves.parameters(), whole.parameters()):
         assert torch.equal(got, expected)
+
+
+def test_the_command_line_is_what_train_is_called_with(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(training, "train", lambda *args: calls.append(args))
+    paths = f"--out {tmp_path}/w.pt --results {tmp_path}"
+    line = f"training --steps 7 --seed 3 --threads 2 {paths}"
+    monkeypatch.setattr("sys.argv", line.split())
+    training.main()
+    config = TrainingConfig(num_steps=7, seed=3)
+    assert calls == [(config, 2, tmp_path / "w.pt", tmp_path)]
 
 
 def test_the_shipped_weights_reach_the_loss_that_their_results_claim():

@@ -9,13 +9,19 @@ come two notebooks:
     notebooks/NN_name.ipynb    what students open: no outputs
     solutions/NN_name.ipynb    run from the first cell to the last, outputs kept
 
+An exercise is an import of its answer, marked: `# %% exercise="decode"`. It becomes a
+stub in the first notebook and the library's source in the second. A second mark,
+`given="1"`, keeps parts of the body in the stub: see lib/course/stubs.py.
+
 The same text gives the same notebook, to the byte but for what running it measured.
 """
 
 import argparse
+import ast
 import base64
 import hashlib
 import io
+import re
 import sys
 import time
 from pathlib import Path
@@ -23,9 +29,16 @@ from pathlib import Path
 import jupytext
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import (
+    CellExecutionError,
+    CellTimeoutError,
+    DeadKernelError,
+)
 from PIL import Image
 from tqdm import tqdm
+
+from lib.course.exercises import exercises
+from lib.course.stubs import answer, bound_names, free_names, stub
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_BYTES = 500_000  # of an executed notebook: it is read online
@@ -53,7 +66,16 @@ def notebook_paths(text: Path) -> tuple[Path, Path]:
 
 
 def student_notebook(text: Path) -> nbformat.NotebookNode:
-    """The chapter as students get it: its cells, no outputs, fixed ids."""
+    """The chapter as students get it: a stub for each exercise, no outputs."""
+    return _notebook(text, is_solved=False)
+
+
+def solved_notebook(text: Path) -> nbformat.NotebookNode:
+    """The same, with the library's source for each exercise."""
+    return _notebook(text, is_solved=True)
+
+
+def _notebook(text: Path, is_solved: bool) -> nbformat.NotebookNode:
     notebook = jupytext.reads(text.read_text(encoding="utf-8"), fmt="py:percent")
     notebook.metadata = {
         "kernelspec": {
@@ -64,18 +86,55 @@ def student_notebook(text: Path) -> nbformat.NotebookNode:
         "language_info": {"name": "python"},
     }
     notebook.nbformat, notebook.nbformat_minor = 4, 5
-    seen = {}
+    seen, bound = {}, set()
     for cell in notebook.cells:
-        # From the text of the cell, so that a new cell leaves the ids of the others
-        # alone.
+        # From the text of the cell, so that a new cell leaves the others' ids alone.
         digest = hashlib.sha256(f"{cell.cell_type}\n{cell.source}".encode()).hexdigest()[
             :10
         ]
         seen[digest] = seen.get(digest, 0) + 1
         cell.id = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
+        exercise, given = cell.metadata.get("exercise"), cell.metadata.get("given", "")
         cell.metadata = {}
+        if exercise:
+            _expand(cell, exercise, given.split(), bound, is_solved)
+        elif check := re.fullmatch(r"check\((\w+)\)", cell.source):
+            points = exercises()[check[1]].points
+            cell.metadata = _nbgrader(f"check-{check[1]}", points=points)
+        if cell.cell_type == "code":
+            bound |= bound_names(cell.source)
     nbformat.validate(notebook)
     return notebook
+
+
+def _expand(cell, exercise: str, given: list[str], bound: set[str], is_solved: bool):
+    """Put a stub, or the library's source, in the place of the marked import."""
+    (node,) = ast.parse(cell.source).body
+    names = [alias.name for alias in node.names]
+    if "." in exercise:  # a method, of the class that is imported
+        names = [exercise]
+    source = answer(node.module, names)
+    missing = free_names(source) - bound
+    if missing:
+        raise BuildError(f"{exercise}: no cell before it defines {sorted(missing)}")
+    cell.source = source if is_solved else stub(node.module, names, given)
+    compile(cell.source, exercise, "exec")
+    cell.metadata = _nbgrader(exercise.rsplit(".", 1)[-1], is_solution=True)
+
+
+def _nbgrader(
+    grade_id: str, points: int | None = None, is_solution: bool = False
+) -> dict:
+    """Cell metadata of nbgrader's schema 3: an answer, or the check that grades it."""
+    data = {
+        "grade": points is not None,
+        "grade_id": grade_id,
+        "locked": not is_solution,
+        "schema_version": 3,
+        "solution": is_solution,
+        "task": False,
+    }
+    return {"nbgrader": data if points is None else {**data, "points": points}}
 
 
 def execute(notebook: nbformat.NotebookNode, name: str) -> nbformat.NotebookNode:
@@ -85,11 +144,16 @@ def execute(notebook: nbformat.NotebookNode, name: str) -> nbformat.NotebookNode
     """
     notebook = nbformat.from_dict(notebook)
     metadata = notebook.metadata.copy()
+    client = NotebookClient(
+        notebook,
+        timeout=300,
+        kernel_name="python3",
+        record_timing=False,
+        resources={"metadata": {"path": str(ROOT / "notebooks")}},  # as students run it
+    )
     try:
-        NotebookClient(
-            notebook, timeout=300, kernel_name="python3", record_timing=False
-        ).execute()
-    except CellExecutionError as error:
+        client.execute()
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
         raise BuildError(f"{name}: a cell failed\n{error}") from None
     notebook.metadata = (
         metadata  # without the versions of the kernel that happened to run it
@@ -121,9 +185,17 @@ def _shrink_png(encoded: str) -> str:
 
 
 def build(text: Path):
-    """Write both notebooks of one chapter, whole or not at all."""
+    """Write both notebooks of one chapter, whole or not at all.
+
+    Raises BuildError, before anything else, where somebody has worked in the student's.
+    """
+    path = notebook_paths(text)[0]
+    if path.exists():
+        cells = nbformat.read(path, as_version=4).cells
+        if any(cell.get("execution_count") for cell in cells):
+            raise BuildError(f"{path}: somebody worked in it; move it away, then build")
     student = student_notebook(text)
-    executed = execute(student, text.stem)
+    executed = execute(solved_notebook(text), text.stem)
     for path, notebook in zip(notebook_paths(text), (student, executed)):
         partial = path.with_suffix(".partial")
         partial.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
@@ -133,15 +205,15 @@ def build(text: Path):
 def check(text: Path):
     """Raise BuildError unless both notebooks of a chapter are what its text gives, the
     second one executed."""
-    expected = student_notebook(text)
-    for path in notebook_paths(text):
+    expected = student_notebook(text), solved_notebook(text)
+    for path, wanted in zip(notebook_paths(text), expected):
         if not path.exists():
             raise BuildError(f"expected {path}, found nothing: run `make notebooks`")
         notebook = nbformat.read(path, as_version=4)
         if path.parent == text.parent:
             check_executed(notebook, path)
             notebook = without_outputs(notebook)
-        if notebook != expected:
+        if notebook != wanted:
             raise BuildError(
                 f"{path} is not what {text.name} gives: run `make notebooks`"
             )

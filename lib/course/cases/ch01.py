@@ -1,0 +1,253 @@
+"""Chapter 1: what its exercises are tried on."""
+
+import numpy as np
+
+from lib.course.exercises import Case, Exercise
+
+
+def decode_cases(seed: int) -> list[Case]:
+    rng = np.random.default_rng(seed)
+    texts = {
+        "plain letters": b"whale",
+        "a dash of three bytes": "sea — ship".encode(),
+        "a dash cut in half": "sea —".encode()[:-1],
+        "a lone byte that continues nothing": b"\xa0",
+        "no tokens at all": b"",
+        "random bytes": rng.integers(0, 256, size=40, dtype=np.uint8).tobytes(),
+    }
+    return [Case(name, {"token_ids": list(text)}) for name, text in texts.items()]
+
+
+def decode_explain(inputs: dict, expected: dict, got: dict) -> str | None:
+    data = bytes(inputs["token_ids"])
+    if got["text"] == data.decode("utf-8", errors="ignore"):
+        return "Bytes that are no character must leave the mark \ufffd, not vanish"
+    if got["text"] == data.decode("latin-1"):
+        return "A byte is not a character: UTF-8 puts several bytes into one"
+    if got["text"] == "".join(bytes([b]).decode("utf-8", "replace") for b in data):
+        return "Decode all bytes together: a character may have several"
+    return None
+
+
+def attend_causal_cases(seed: int) -> list[Case]:
+    rng = np.random.default_rng(seed)
+    cases = []
+    for name, shape, (H, G, D) in (
+        ("one token", (1,), (1, 1, 2)),
+        ("two tokens, one head", (2,), (1, 1, 3)),
+        ("six tokens, three heads", (6,), (3, 3, 4)),
+        ("four query heads on two KV heads", (5,), (4, 2, 4)),
+        ("a batch of two", (2, 4), (2, 1, 6)),
+        ("two leading dimensions", (2, 3, 5), (2, 2, 4)),
+        ("96 tokens", (96,), (4, 2, 8)),
+    ):
+        q, k, v = (rng.normal(size=(*shape, heads, D)) for heads in (H, G, G))
+        T, num_sequences = shape[-1], int(np.prod(shape[:-1]))
+        scores_bytes = 8 * num_sequences * H * T * T
+        inputs_bytes = 8 * num_sequences * H * T * D
+        # Room for several copies of the scores and the inputs: not for T x T x D.
+        limit = 6 * scores_bytes + 8 * inputs_bytes + 4096
+        cases.append(Case(name, {"q": q, "k": k, "v": v}, {"peak_bytes": limit}))
+    return cases
+
+
+def attend_causal_explain(inputs: dict, expected: dict, got: dict) -> str | None:
+    if "out" not in got or not isinstance(got["out"], np.ndarray):
+        return None
+    q, k, v = inputs["q"], inputs["k"], inputs["v"]
+    if got["out"].shape != q.shape:
+        return "Put tokens before heads again: out has the shape of q"
+    variants = {
+        "The future is not masked": {"is_causal": False},
+        "A token must see itself": {"diagonal": 0},
+        "The mask hides the past instead of the future": {"is_turned": True},
+        "Divide the scores by the root of D": {"scale": 1.0},
+        "Divide by the root of D, not by D": {"scale": 1 / q.shape[-1]},
+        "Query head h reads KV head h // (H / G): neighbours share": {"is_tiled": True},
+    }
+    with np.errstate(all="ignore"):
+        for words, variant in variants.items():
+            if np.allclose(got["out"], _attend(q, k, v, **variant), equal_nan=True):
+                return words
+    return None
+
+
+def _attend(
+    q, k, v, is_causal=True, diagonal=1, is_turned=False, scale=None, is_tiled=False
+):
+    """Attention with one thing wrong, for naming what may be wrong."""
+    T, H, D = q.shape[-3:]
+    group_size = H // k.shape[-2]
+    if is_tiled:
+        k, v = (np.concatenate([x] * group_size, axis=-2) for x in (k, v))
+    else:
+        k, v = (np.repeat(x, group_size, axis=-2) for x in (k, v))
+    q, k, v = (np.swapaxes(x, -3, -2) for x in (q, k, v))
+    scores = q @ np.swapaxes(k, -1, -2) * (D**-0.5 if scale is None else scale)
+    if is_causal:
+        hidden = np.triu(np.ones((T, T), dtype=bool), diagonal)
+        scores = np.where(hidden.T if is_turned else hidden, -np.inf, scores)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    out = weights / weights.sum(axis=-1, keepdims=True) @ v
+    return np.swapaxes(out, -3, -2)
+
+
+def next_token_probs_cases(seed: int) -> list[Case]:
+    rng = np.random.default_rng(seed)
+    few = np.log(np.array([0.5, 0.3, 0.15, 0.05]))
+    cases = [
+        Case(name, {"logits": few[rng.permutation(4)], "settings": settings})
+        for name, settings in (
+            ("four tokens and no settings", {}),
+            ("temperature 0.5", {"temperature": 0.5}),
+            ("temperature 0", {"temperature": 0}),
+            ("top_k=2", {"top_k": 2}),
+            ("top_k larger than the vocabulary", {"top_k": 9}),
+            ("top_p=0.7, between 0.5 and 0.5 + 0.3", {"top_p": 0.7}),
+            ("top_p=0.01, less than the most probable token has", {"top_p": 0.01}),
+            ("temperature 2 and top_p=0.6", {"temperature": 2.0, "top_p": 0.6}),
+            ("top_k=2 and top_p=0.6", {"top_k": 2, "top_p": 0.6}),
+        )
+    ]
+    settings = {"temperature": 0.8, "top_k": 20, "top_p": 0.9}
+    logits = 2 * rng.normal(size=(3, 2, 50))
+    cases.append(Case("a batch of logits", {"logits": logits, "settings": settings}))
+    logits = rng.normal(size=5).astype(np.float32) * 1e3
+    tiny = {"temperature": 1e-3}
+    cases.append(Case("huge logits", {"logits": logits, "settings": tiny}))
+    return cases
+
+
+def next_token_probs_explain(inputs: dict, expected: dict, got: dict) -> str | None:
+    probs = got["probs"]
+    if not isinstance(probs, np.ndarray) or probs.shape != expected["probs"].shape:
+        return None
+    if np.isnan(probs).any():
+        return "Something divides by zero or takes infinity from infinity"
+    kept, wanted = (probs > 0).sum(), (expected["probs"] > 0).sum()
+    if kept < wanted and "top_p" in inputs["settings"]:
+        return "The token with which the sum reaches top_p is kept too"
+    if kept > wanted and inputs["settings"].get("temperature") == 0:
+        return "Temperature 0 puts everything on the largest logit"
+    if not np.allclose(probs.sum(axis=-1), 1):
+        return "What is kept must sum to 1 again"
+    return None
+
+
+def generate_recompute_cases(seed: int) -> list[Case]:
+    rng = np.random.default_rng(seed)
+    cases = []
+    for name, shape, num_new_tokens, settings in (
+        ("one token after one token, greedy", (1,), 1, {"temperature": 0}),
+        ("no new tokens", (3,), 0, {"temperature": 0}),
+        ("eight tokens, greedy", (5,), 8, {"temperature": 0}),
+        ("tokens drawn at random", (4,), 10, {"temperature": 1.5}),
+        ("top_k and top_p", (2,), 10, {"temperature": 2.0, "top_k": 40, "top_p": 0.8}),
+        ("a batch of two prompts", (2, 3), 6, {"temperature": 0}),
+        ("a text that fills the model", (40,), 24, {"temperature": 0}),
+    ):
+        inputs = {
+            "model_seed": int(rng.integers(1000)),
+            "prompt_ids": rng.integers(0, 256, size=shape).tolist(),
+            "num_new_tokens": num_new_tokens,
+            "settings": settings,
+            "draw_seed": int(rng.integers(1000)),
+        }
+        limits = {"kept_for_a_backward_pass_bytes": 0}
+        cases.append(Case(name, inputs, limits))
+    return cases
+
+
+def generate_recompute_explain(inputs: dict, expected: dict, got: dict) -> str | None:
+    ours, theirs = expected["token_ids"], got["token_ids"]
+    if isinstance(theirs, str):
+        return None
+    if theirs == ours[len(ours) - inputs["num_new_tokens"] :]:
+        return "Return the prompt too, with the new tokens behind it"
+    if got["token_ids"] == ours and got["forward_calls"] != expected["forward_calls"]:
+        return "One call of the model for each new token, no more and no fewer"
+    if got["kept_for_a_backward_pass_bytes"] > 0:
+        return "Generate under torch.no_grad(): nobody will call backward"
+    if np.shape(theirs) != np.shape(ours):
+        return "Append exactly num_new_tokens"
+    if inputs["settings"]["temperature"] != 0:
+        return "Draw with sampling.sample from next_token_probs, all settings passed on"
+    return "The model needs all of the text, at positions 0, 1, 2, ..., in each call"
+
+
+def attention_flops_cases(seed: int) -> list[Case]:
+    rng = np.random.default_rng(seed)
+    cases = []
+    for name, prompt_len, num_new_tokens, L, H in (
+        ("one layer, one head, one token", 1, 1, 1, 1),
+        ("one layer, one head, two new tokens", 1, 2, 1, 1),
+        ("three layers", 1, 1, 3, 1),
+        ("four heads", 1, 1, 1, 4),
+        ("a longer prompt", 7, 5, 2, 2),
+        ("no new tokens", 5, 0, 2, 2),
+        ("a random shape", *(int(n) for n in rng.integers(2, 9, size=4))),
+    ):
+        config = {
+            "vocab_size": 256,
+            "num_layers": L,
+            "num_heads": H,
+            "num_kv_heads": 1,
+            "d_model": H * 2 * int(rng.integers(1, 9)),
+            "d_ff": 16,
+            "max_seq_len": 64,
+        }
+        inputs = {"prompt_len": prompt_len, "num_new_tokens": num_new_tokens}
+        cases.append(Case(name, {"config": config, **inputs}))
+    return cases
+
+
+def attention_flops_explain(inputs: dict, expected: dict, got: dict) -> str | None:
+    ours, theirs = expected["flops"], got["flops"]
+    if not isinstance(theirs, (int, float)) or not ours:
+        return None
+    config = inputs["config"]
+    if isinstance(theirs, float):
+        return "FLOPs are whole numbers: give an int"
+    if theirs * 2 == ours:
+        return "Two products (q @ k.T and weights @ v), and two FLOPs a multiply-add"
+    if theirs * config["num_layers"] == ours:
+        return "Every layer has attention of its own"
+    if theirs * config["num_heads"] == ours:
+        return "Every query head has scores of its own"
+    T = inputs["prompt_len"] + inputs["num_new_tokens"] - 1
+    per_step = 4 * T * T * config["d_model"] * config["num_layers"]
+    if theirs == per_step:
+        return "That is the last step alone: sum over all of them"
+    if theirs == per_step * inputs["num_new_tokens"]:
+        return "Earlier steps have fewer tokens: T differs from step to step"
+    return None
+
+
+EXERCISES = [
+    Exercise("lib.text.decode", 1, decode_cases, decode_explain),
+    Exercise(
+        "lib.model.attend_causal",
+        2,
+        attend_causal_cases,
+        attend_causal_explain,
+        forbidden=("torch.nn.functional.scaled_dot_product_attention",),
+    ),
+    Exercise(
+        "lib.sampling.next_token_probs",
+        2,
+        next_token_probs_cases,
+        next_token_probs_explain,
+    ),
+    Exercise(
+        "lib.generate.generate_recompute",
+        2,
+        generate_recompute_cases,
+        generate_recompute_explain,
+    ),
+    Exercise(
+        "lib.generate.attention_flops",
+        2,
+        attention_flops_cases,
+        attention_flops_explain,
+    ),
+]

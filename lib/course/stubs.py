@@ -1,0 +1,102 @@
+"""From the library's source to what a notebook shows: a stub to fill in, or the answer.
+
+Both are cut from the same lines of the library, so neither can drift from it.
+"""
+
+import ast
+import builtins
+import importlib
+import inspect
+import symtable
+import textwrap
+from pathlib import Path
+
+
+def answer(module: str, names: list[str]) -> str:
+    """The library's source of `names`, one after the other, as a cell shows it.
+
+    A name may be a method, "BlockManager.allocate": it comes as a function.
+    """
+    return "\n\n\n".join(textwrap.dedent(_source(module, name)) for name in names)
+
+
+def stub(module: str, names: list[str], given: list[str]) -> str:
+    """The same, with what the reader is to write left out.
+
+    Signature, docstring and decorators stay. `given` names what else stays: a function or
+    method, or a paragraph of a body, called by the first word of its leading comment, or
+    by its number.
+    """
+    pieces = answer(module, names).split("\n\n\n")
+    return "\n\n\n".join(_blank(piece, given) for piece in pieces)
+
+
+def free_names(source: str) -> set[str]:
+    """The names that a cell with this source needs from cells before it."""
+    table = symtable.symtable(source, "cell", "exec")
+    free = {s.get_name() for s in table.get_symbols() if not s.is_assigned()}
+    scopes = list(table.get_children())
+    while scopes:
+        scope = scopes.pop()
+        free |= {s.get_name() for s in scope.get_symbols() if s.is_global()}
+        scopes += scope.get_children()
+    return free - bound_names(source) - set(dir(builtins))
+
+
+def bound_names(source: str) -> set[str]:
+    """The names that a cell with this source defines, imports or assigns."""
+    symbols = symtable.symtable(source, "cell", "exec").get_symbols()
+    return {s.get_name() for s in symbols if s.is_assigned() or s.is_imported()}
+
+
+def _source(module: str, name: str) -> str:
+    """From the file, not the live object, which a reader's answer may have replaced."""
+    path = Path(inspect.getsourcefile(importlib.import_module(module)))
+    text = path.read_text(encoding="utf-8")
+    body = ast.parse(text).body
+    for part in name.split("."):
+        found = [node for node in body if getattr(node, "name", None) == part]
+        if not found:
+            raise LookupError(f"expected {name} in {path.name}, found none")
+        body = found[0].body
+    first = min([found[0].lineno, *(d.lineno for d in found[0].decorator_list)])
+    return "\n".join(text.split("\n")[first - 1 : found[0].end_lineno])
+
+
+def _blank(source: str, given: list[str]) -> str:
+    """A function, or each method of a class, with its body left out."""
+    lines = source.split("\n")
+    (node,) = ast.parse(source).body
+    functions = [node] if isinstance(node, ast.FunctionDef) else node.body
+    functions = [f for f in functions if isinstance(f, ast.FunctionDef)]
+    for function in reversed(functions):
+        if function.name not in given:
+            has_docstring = ast.get_docstring(function) is not None
+            signature_end = function.body[0].lineno - 1
+            start = function.body[0].end_lineno if has_docstring else signature_end
+            body = lines[start : function.end_lineno]
+            lines[start : function.end_lineno] = _blank_body(body, given)
+    return "\n".join(lines)
+
+
+def _blank_body(body: list[str], given: list[str]) -> list[str]:
+    indent = " " * (len(body[0]) - len(body[0].lstrip()))
+    paragraphs = textwrap.dedent("\n".join(body)).strip("\n").split("\n\n")
+    out, is_any_kept = [], False
+    for number, paragraph in enumerate(paragraphs, start=1):
+        lines = paragraph.split("\n")
+        step = lines[0].split()[1].strip(":,.") if lines[0].startswith("# ") else None
+        if step in given or str(number) in given:
+            is_any_kept = True
+            out += [*lines, ""]
+        else:
+            comment = lines[:1] if step else []
+            out += [*comment, f"...  # about {_count_lines(lines)}", ""]
+    if not is_any_kept:
+        out = [f"# about {_count_lines(body)}"]
+    return [indent + line if line else "" for line in [*out, "raise NotImplementedError"]]
+
+
+def _count_lines(lines: list[str]) -> str:
+    code = [line for line in lines if line.strip() and not line.strip().startswith("#")]
+    return "1 line" if len(code) == 1 else f"{len(code)} lines"

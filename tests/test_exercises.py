@@ -1,0 +1,56 @@
+import importlib
+import inspect
+import pkgutil
+
+import answers
+import pytest
+from answers import RIGHT, WRONG
+
+from lib.course.check import judge
+from lib.course.exercises import exercises, library_answer
+
+for module in pkgutil.iter_modules(answers.__path__):
+    importlib.import_module(f"answers.{module.name}")
+
+SEEDS = [0, 1, 2]
+NIGHTLY_SEEDS = pytest.param(range(3, 23), marks=pytest.mark.nightly, id="nightly")
+
+
+def pairs(table):
+    return [
+        pytest.param(name, *(answer if isinstance(answer, tuple) else (answer,)))
+        for name in exercises()
+        for answer in table[name]
+    ]
+
+
+def identify(value):
+    return value.__name__ if inspect.isfunction(value) else str(value)
+
+
+@pytest.mark.parametrize("name", exercises())
+def test_there_are_enough_answers_to_try_a_check_with(name):
+    assert len(WRONG[name]) >= 4 and len(RIGHT[name]) >= 2
+
+
+@pytest.mark.parametrize("name", exercises())
+def test_the_library_passes_its_own_checks(name):
+    for seed in SEEDS:
+        assert judge(exercises()[name], library_answer(name), seed).message == "passed"
+
+
+@pytest.mark.parametrize("seeds", [SEEDS, NIGHTLY_SEEDS])
+@pytest.mark.parametrize("name, answer", pairs(RIGHT), ids=identify)
+def test_answers_written_differently_pass(name, answer, seeds):
+    for seed in seeds:
+        result = judge(exercises()[name], answer, seed)
+        assert result.passed, f"seed {seed}: {result.message}"
+
+
+@pytest.mark.parametrize("seeds", [SEEDS, NIGHTLY_SEEDS])
+@pytest.mark.parametrize("name, answer, says", pairs(WRONG), ids=identify)
+def test_wrong_answers_fail_and_are_told_why(name, answer, says, seeds):
+    for seed in seeds:
+        result = judge(exercises()[name], answer, seed)
+        assert not result.passed, f"seed {seed}: passed"
+        assert "\n" not in result.message and says in result.message, result.message

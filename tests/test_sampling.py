@@ -1,0 +1,97 @@
+import pytest
+import torch
+from helpers import assert_close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lib.sampling import next_token_probs, sample
+
+
+def naive_probs(logits, temperature, top_k, top_p):
+    """The definition, token by token: logits (V,)."""
+    if temperature == 0:
+        return [float(i == int(logits.argmax())) for i in range(len(logits))]
+    weights = (logits.double() / temperature).softmax(0).tolist()
+    order = sorted(range(len(weights)), key=lambda i: -logits[i].item())[:top_k]
+    total = sum(weights[i] for i in order)
+    kept, mass = [], 0.0
+    for i in order:
+        if mass >= top_p:
+            break
+        kept.append(i)
+        mass += weights[i] / total
+    total = sum(weights[i] for i in kept)
+    return [weights[i] / total if i in kept else 0.0 for i in range(len(weights))]
+
+
+@settings(deadline=None)
+@given(
+    st.integers(0, 10_000),
+    st.sampled_from([0, 0.3, 1.0, 2.5]),
+    st.sampled_from([None, 1, 3, 20, 99]),
+    st.sampled_from([0.05, 0.5, 0.9, 1.0]),
+)
+def test_probabilities_are_those_of_the_definition(seed, temperature, top_k, top_p):
+    logits = 3 * torch.randn(
+        20, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+    got = next_token_probs(logits, temperature, top_k, top_p)
+    expected = naive_probs(logits, temperature, top_k, top_p)
+    assert_close(got, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_probabilities_of_a_batch_are_those_of_its_rows():
+    logits = torch.randn(2, 3, 20)
+    got = next_token_probs(logits, 0.7, 9, 0.8)
+    for i in range(2):
+        for j in range(3):
+            assert_close(got[i, j], next_token_probs(logits[i, j], 0.7, 9, 0.8))
+
+
+def test_temperature_zero_is_greedy_whatever_else_is_set():
+    logits = torch.tensor([0.1, 2.0, 1.9])
+    assert next_token_probs(logits, 0, top_k=2, top_p=0.3).tolist() == [0.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [1e-6, 1e-30])
+def test_a_tiny_temperature_overflows_nothing(dtype, temperature):
+    logits = torch.tensor([1.0, 2.0], dtype=dtype)
+    assert next_token_probs(logits, temperature).tolist() == [0.0, 1.0]
+
+
+def test_top_p_of_one_keeps_what_rounding_would_drop():
+    logits = torch.cat([torch.tensor([20.0]), torch.zeros(50)])
+    assert (next_token_probs(logits, top_p=1.0) > 0).all()
+
+
+def test_equally_probable_tokens_are_kept_as_many_as_asked_for():
+    assert (next_token_probs(torch.zeros(10), top_k=3) > 0).sum() == 3
+    assert (next_token_probs(torch.zeros(10), top_p=0.25) > 0).sum() == 3
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        (
+            {"temperature": -0.1},
+            "temperature: expected a number of at least 0 .*, got -0.1",
+        ),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_k": 0}, "top_k: expected at least 1"),
+        ({"top_p": 0.0}, r"top_p: expected a number in \(0, 1\], got 0.0"),
+        ({"top_p": 1.01}, "got 1.01"),
+    ],
+)
+def test_settings_without_a_meaning_are_refused(setting, message):
+    with pytest.raises(ValueError, match=message):
+        next_token_probs(torch.zeros(4), **setting)
+
+
+def test_the_draw_follows_the_probabilities():
+    probs = torch.tensor([0.0, 0.25, 0.75]).expand(4000, 3)
+    token_ids = sample(probs, torch.Generator().manual_seed(0))
+    assert token_ids.shape == (4000,)
+    counts = token_ids.bincount(minlength=3)
+    assert counts[0] == 0 and abs(counts[1] - 1000) < 150
+    assert sample(torch.tensor([0.0, 1.0])).shape == ()
