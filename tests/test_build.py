@@ -193,11 +193,3 @@ def test_the_notebooks_are_what_their_text_gives(text):
 @pytest.mark.parametrize("text", chapter_texts(), ids=lambda path: path.stem)
 def test_an_untouched_notebook_runs_to_its_end_and_writes_nothing_to_stderr(text):
     build.execute(student_notebook(text), text.stem)
-
-
-@pytest.mark.parametrize("text", chapter_texts(), ids=lambda path: path.stem)
-def test_code_cells_are_at_most_80_columns_wide(text):
-    for cell in student_notebook(text).cells:
-        if cell.cell_type == "code":
-            for line in cell.source.split("\n"):
-                assert len(line) <= 80, line

@@ -49,10 +49,11 @@ def _array_difference(expected: np.ndarray, got: Any, where: str) -> str | None:
     if expected.dtype.kind != "f":
         wrong = got != expected
     else:
-        tolerance = TOLERANCES[str(expected.dtype)] * (1 + np.abs(expected))
-        with np.errstate(invalid="ignore"):
-            is_near = np.abs(got - expected) <= tolerance
-        wrong = ~(is_near | (got == expected) | (np.isnan(got) & np.isnan(expected)))
+        tolerance = TOLERANCES[str(expected.dtype)]
+        with np.errstate(invalid="ignore"):  # infinity minus infinity
+            is_near = np.abs(got - expected) <= tolerance * (1 + np.abs(expected))
+        is_same = (got == expected) | (np.isnan(got) & np.isnan(expected))
+        wrong = ~(is_same | (is_near & np.isfinite(expected)))
     if not wrong.any():
         return None
     index = tuple(int(i) for i in np.argwhere(wrong)[0])

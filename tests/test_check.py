@@ -1,0 +1,171 @@
+import sys
+import time
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from tqdm import tqdm
+
+from lib import generate, text
+from lib.course.build import chapter_texts, student_notebook
+from lib.course.check import Check, forbid
+from lib.course.compare import difference
+from lib.course.exercises import exercises, library_answer
+
+
+@pytest.fixture
+def check():
+    yield Check()
+    for exercise in exercises().values():
+        setattr(exercise.owner, exercise.name, library_answer(exercise.name))
+
+
+def decode(token_ids):
+    return bytes(token_ids.tolist()).decode("utf-8", errors="replace")
+
+
+def named(name, answer):
+    answer.__name__ = name
+    return answer
+
+
+def test_a_right_answer_takes_the_librarys_place(check, capsys):
+    result = check(decode)
+    assert result.passed and capsys.readouterr().out == "decode: passed\n"
+    assert text.decode is decode
+
+
+def test_a_wrong_answer_changes_nothing_and_is_told_why_in_one_line(check, capsys):
+    result = check(named("decode", lambda token_ids: "whale"))
+    assert not result.passed
+    out = capsys.readouterr().out
+    assert out == f"decode: {result.message}\n" and out.count("\n") == 1
+    assert "wrong for a dash of three bytes" in out and "got 'whale'" in out
+    assert text.decode is library_answer("decode")
+
+
+def test_a_wrong_answer_after_a_right_one_gives_the_place_back(check):
+    check(decode)
+    check(named("decode", lambda token_ids: "whale"))
+    assert text.decode is library_answer("decode")
+
+
+def test_an_answer_that_raises_is_shown_its_own_line(check):
+    def decode(token_ids):
+        return token_ids.no_such_thing
+
+    message = check(decode).message
+    assert "AttributeError" in message and "`return token_ids.no_such_thing`" in message
+
+
+@pytest.mark.parametrize("chapter", chapter_texts(), ids=lambda path: path.stem)
+def test_every_untouched_stub_is_not_written_yet(check, chapter, tmp_path):
+    cells = student_notebook(chapter).cells
+    names = [c.source.split("(")[1][:-1] for c in cells if c.source.startswith("check(")]
+    imports = cells[1].source.replace("from lib.course.check import check", "")
+    stubs = [c.source for c in cells if "raise NotImplementedError" in c.source]
+    path = tmp_path / f"stubs_of_{chapter.stem}.py"
+    path.write_text(imports + "\n" + "\n\n".join(stubs))
+    sys.path.insert(0, str(tmp_path))
+    module = __import__(path.stem)
+    sys.path.pop(0)
+    assert len(names) == len(stubs) >= 5
+    for name in names:
+        result = check(getattr(module, name))
+        assert not result.passed and result.message == "not written yet", name
+
+
+def test_prints_warnings_and_progress_bars_do_no_harm(check, capfd):
+    def decode(token_ids):
+        print("debug", token_ids)
+        warnings.warn("careful", stacklevel=1)
+        return bytes(tqdm(token_ids.tolist())).decode("utf-8", errors="replace")
+
+    assert check(decode).passed
+    assert capfd.readouterr() == ("decode: passed\n", "")
+
+
+def test_an_answer_far_slower_than_ours_passes_but_is_not_used(check):
+    def attention_flops(config, prompt_len, num_new_tokens):
+        time.sleep(0.02)
+        return library_answer("attention_flops")(config, prompt_len, num_new_tokens)
+
+    result = check(attention_flops)
+    assert result.passed and "slower: the page goes on with ours" in result.message
+    assert generate.attention_flops is library_answer("attention_flops")
+
+
+def test_an_unknown_name_is_told_what_there_is(check):
+    result = check(named("decoder", lambda token_ids: ""))
+    assert not result.passed and "expected one of decode, attend_causal" in result.message
+
+
+def test_only_nbgrader_sees_an_exception(check, monkeypatch):
+    wrong = named("decode", lambda token_ids: 1)
+    check(wrong)
+    monkeypatch.setenv("NBGRADER_EXECUTION", "autograde")
+    check(decode)
+    with pytest.raises(AssertionError, match="decode: wrong for plain letters"):
+        check(wrong)
+
+
+def test_the_summary_counts_points(check, capsys):
+    check(decode)
+    check(named("attention_flops", lambda *args: 1))
+    capsys.readouterr()
+    check.summary()
+    lines = capsys.readouterr().out.split("\n")
+    assert lines[0].split() == ["decode", "passed"]
+    assert lines[1].split() == ["attention_flops", "not", "yet"]
+    assert lines[2] == "1 of 3 points"
+
+
+def test_what_was_forbidden_works_again_afterwards():
+    name = "torch.nn.functional.scaled_dot_product_attention"
+    before = torch.nn.functional.scaled_dot_product_attention
+    with pytest.raises(ZeroDivisionError), forbid((name,)):
+        assert torch.nn.functional.scaled_dot_product_attention is not before
+        raise ZeroDivisionError
+    assert torch.nn.functional.scaled_dot_product_attention is before
+
+
+@pytest.mark.parametrize(
+    "expected, got, words",
+    [
+        (1, 1, None),
+        (1, 2, "expected 1, got 2"),
+        (1, 1.0, "expected 1, got 1"),
+        (1, True, "expected 1, got True"),
+        ([1, 2], [1, 3], "[1]: expected 2, got 3"),
+        ([1, 2], [1], "expected [1, 2], got [1]"),
+        ("a", None, "expected 'a', got None"),
+        ({"x": 1}, {}, "expected x, got none"),
+        ({"x": 1}, {"x": 1, "y": 2}, None),
+        (0.1 + 0.2, 0.3, None),
+        (np.zeros(2), np.zeros(3), "expected shape (2,), got shape (3,)"),
+        (np.zeros(2), np.zeros(2, np.float32), "expected float64, got float32"),
+        (np.zeros(2), [0, 0], "expected a tensor of shape (2,), got [0, 0]"),
+        (np.array([0.0, 1.0]), np.array([0.0, np.nan]), "at [1]: expected 1, got nan"),
+        (np.array([np.nan, -np.inf]), np.array([np.nan, -np.inf]), None),
+        (np.array([np.inf]), np.array([-np.inf]), "at [0]: expected inf, got -inf"),
+        (np.array([1.0]), np.array([1.0 + 1e-12]), None),
+        (np.array([3, 4]), np.array([3, 5]), "at [1]: expected 4, got 5"),
+    ],
+)
+def test_differences_are_put_into_words(expected, got, words):
+    found = difference(expected, got)
+    assert (found and found.strip()) == words
+
+
+class EqualToEverything:
+    def __eq__(self, other):
+        return True
+
+    def __ne__(self, other):
+        return False
+
+
+@pytest.mark.parametrize("expected", [1, 0.5, "a", None, [1], np.zeros(2)])
+def test_an_object_equal_to_everything_is_equal_to_nothing(expected):
+    assert difference(expected, EqualToEverything()) is not None
