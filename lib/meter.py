@@ -207,6 +207,7 @@ def _count_flops(func, args: tuple, out: Any) -> dict[str, int]:
         }
     if name.startswith("_scaled_dot_product"):
         is_backward = "backward" in name
-        q, k = args[1:3] if is_backward else args[0:2]  # (B, H, T, D), (B, G, S, D)
+        # (B, H, T, D) and (B, G, S, D)
+        q, k = args[1:3] if is_backward else args[0:2]
         return {"attention": (5 if is_backward else 2) * 2 * q.numel() * k.shape[-2]}
     return {}

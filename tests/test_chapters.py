@@ -1,0 +1,61 @@
+"""The chapters run on the reader's code: solved they pass, broken they fail later."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lib.course.build import ROOT, chapter_texts
+
+# Runs a solved chapter cell by cell. After each check it forks: the child replaces that
+# exercise by a function that raises, and goes on until a cell fails.
+SCRIPT = """
+import os, sys
+from pathlib import Path
+import matplotlib
+matplotlib.use("agg")
+import torch
+torch.set_num_threads(1)  # more, and a forked child hangs
+from lib.course.build import solved_notebook
+from lib.course.check import check
+from lib.course.exercises import exercises
+
+def raiser(*args, **kwargs):
+    raise ZeroDivisionError("the exercise was replaced")
+
+cells = [c for c in solved_notebook(Path(sys.argv[1])).cells if c.cell_type == "code"]
+namespace = {"__name__": "__main__"}
+for number, cell in enumerate(cells):
+    exec(compile(cell.source, f"cell {number}", "exec"), namespace)
+    if not cell.source.startswith("check(") or not cell.metadata:
+        continue
+    name = cell.source[len("check("):-1]
+    assert check.results[name].message == "passed", check.results[name]
+    child = os.fork()
+    if child == 0:
+        setattr(exercises()[name].owner, name, raiser)
+        try:
+            for later in cells[number + 1:]:
+                exec(compile(later.source, "later", "exec"), namespace)
+        except ZeroDivisionError:
+            os._exit(0)
+        os._exit(1)
+    _, status = os.waitpid(child, 0)
+    print("RAISED" if status == 0 else "NOT USED", name, flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.parametrize("text", chapter_texts(), ids=lambda path: path.stem)
+def test_a_solved_chapter_passes_and_runs_on_the_readers_code(text):
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(text)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = [line for line in result.stdout.split("\n") if line.split(" ")[0].isupper()]
+    assert "NOT USED" not in result.stdout, lines
+    assert result.stdout.count("RAISED") >= 5, result.stdout

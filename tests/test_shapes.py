@@ -1,0 +1,160 @@
+"""Every shape comment at the end of a library line is true: run the code and compare.
+
+`x = ...  # (B, T, C)` is checked after the line has run, `return ...  # (T,)` on the way
+out. Letters have fixed sizes here, all different; a letter that is not fixed has to mean
+one size within one call of a function.
+"""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lib
+from lib import checkpointing, generate, sampling, text
+from lib.config import ModelConfig
+from lib.model import Transformer, attend_causal, attend_fused
+from lib.training import Trainer, TrainingConfig
+
+FOLDER = Path(lib.__file__).parent
+SIZES = {"B": 3, "H": 6, "G": 2, "D": 10, "C": 60, "F": 22, "V": 29, "heads": None}
+CONFIG = ModelConfig(29, 4, 6, 2, d_model=60, d_ff=22, max_seq_len=40, dropout=0.1)
+COMMENT = re.compile(r"#\s*\(((?:\.\.\.|[A-Z\d]|min\(|heads)[^#]*?)\)(?:$|[,:;. ])")
+
+
+def shape_comments() -> dict[tuple[str, int], tuple[str, list[str] | None]]:
+    """(file, last line of a statement) -> the shape, and the names it is claimed for.
+
+    Names are None for a return.
+    """
+    found = {}
+    for path in sorted(FOLDER.glob("*.py")):
+        lines = path.read_text(encoding="utf-8").split("\n")
+        for node in ast.walk(ast.parse("\n".join(lines))):
+            if not isinstance(node, (ast.Assign, ast.Return)):
+                continue
+            comment = COMMENT.search(lines[node.end_lineno - 1])
+            if not comment:
+                continue
+            names = None
+            if isinstance(node, ast.Assign):
+                targets = node.targets[0]
+                elements = targets.elts if isinstance(targets, ast.Tuple) else [targets]
+                names = [e.id for e in elements if isinstance(e, ast.Name)]
+            found[str(path), node.lineno] = (comment[1], names)
+    return found
+
+
+def matches(claim: str, shape: tuple[int, ...], letters: dict[str, int]) -> bool:
+    """Whether `claim`, as "..., T, D/2", fits; new letters are bound to what they met."""
+    if claim == "...":
+        return True
+    terms = re.split(r",\s*(?![^()]*\))", claim.rstrip(","))
+    if terms[0] == "...":
+        terms = terms[1:]
+        shape = shape[len(shape) - len(terms) :]
+    if len(terms) != len(shape):
+        return False
+    for term, size in zip(terms, shape):
+        known = {k: v for k, v in {**SIZES, **letters}.items() if v is not None}
+        try:
+            value = eval(term.replace("/", "//"), {"min": min}, known)
+        except NameError:
+            letters[term] = value = size  # a letter met for the first time
+        if value != size:
+            return False
+    return True
+
+
+class Watcher:
+    """A trace function that compares variables with the comments of lines that ran."""
+
+    def __init__(self):
+        self.comments = shape_comments()
+        self.seen, self.wrong = set(), []
+
+    def __call__(self, frame, event, arg):
+        filename = frame.f_code.co_filename
+        if not filename.startswith(str(FOLDER)) or "course" in filename:
+            return None
+        letters, pending = {}, None
+
+        def local(frame, event, arg):
+            nonlocal pending
+            if pending and event in ("line", "return"):
+                claim, names = self.comments[pending]
+                if names is not None:
+                    for name in names:
+                        self.compare(pending, claim, frame.f_locals.get(name), letters)
+                elif event == "return":
+                    self.compare(pending, claim, arg, letters)
+                pending = None
+            where = (filename, frame.f_lineno)
+            if event == "line" and where in self.comments:
+                pending = where
+            return local
+
+        return local
+
+    def compare(self, where, claim, value, letters):
+        if isinstance(value, torch.Tensor):
+            self.seen.add(where)
+            if not matches(claim, tuple(value.shape), letters):
+                self.wrong.append((*where, claim, tuple(value.shape), dict(letters)))
+
+
+@pytest.fixture(scope="module")
+def watcher():
+    watcher = Watcher()
+    torch.manual_seed(0)
+    sys.settrace(watcher)
+    try:
+        model = Transformer(CONFIG)
+        token_ids, positions = torch.randint(29, (3, 7)), torch.arange(7)
+        for attend in (attend_causal, attend_fused):
+            model(token_ids, positions, attend)
+            for run in (checkpointing.checkpoint_recursive, checkpointing.run_blocks):
+                x = model.embed(token_ids)
+                run(model.blocks, x, positions, attend).sum().backward()
+        generate.generate_recompute(model.eval(), token_ids, 3, top_k=5, top_p=0.9)
+        sampling.next_token_probs(torch.randn(3, 29), temperature=0)
+        ids = torch.randint(29, (99,))
+        text.random_batch(ids, 3, 7)
+        text.decode(text.encode("whale"))
+        Trainer(model, ids, TrainingConfig(batch_size=3, seq_len=7)).step()
+    finally:
+        sys.settrace(None)
+    return watcher
+
+
+def test_every_shape_comment_is_true(watcher):
+    assert watcher.wrong == []
+
+
+def test_every_shape_comment_was_reached(watcher):
+    missed = sorted(set(watcher.comments) - watcher.seen)
+    assert not missed, missed
+    assert len(watcher.seen) >= 20
+
+
+@pytest.mark.parametrize(
+    "claim, shape, is_true",
+    [
+        ("B, T, C", (3, 7, 60), True),
+        ("B, T, C", (3, 60, 7), False),
+        ("..., T, heads, D/2", (3, 7, 6, 5), True),
+        ("..., T, 1, D/2", (3, 7, 6, 5), False),
+        ("..., T + 1", (3, 8), True),
+        ("T, T", (7, 8), False),
+        ("D/2,", (5,), True),
+        ("D/2,", (5, 1), False),
+        ("..., min(top_k, V)", (3, 5), True),
+    ],
+)
+def test_a_wrong_comment_would_be_found(claim, shape, is_true):
+    assert (
+        matches(claim, shape, {"top_k": 5} if "top_k" in claim else {"T": 7}) == is_true
+    )
