@@ -11,6 +11,8 @@ The promise: the same gradients, to the bit, for every parameter, dropout includ
 lib/model.py before.
 """
 
+import contextlib
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -25,7 +27,7 @@ class Checkpoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run, x, _):
         ctx.run = run
-        ctx.rng_state = _get_rng_state(x)
+        ctx.random_state = get_random_state(x)
         ctx.save_for_backward(x)
         return run(x)  # inside a Function autograd is off: nothing in here is saved
 
@@ -34,11 +36,8 @@ class Checkpoint(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         # A fresh leaf: the graph built below ends here, not in the blocks before.
         x = x.detach().requires_grad_(ctx.needs_input_grad[1])
-        with (
-            torch.random.fork_rng(devices=[x.device] if x.is_cuda else []),
-            torch.enable_grad(),
-        ):
-            _set_rng_state(x, ctx.rng_state)  # dropout must drop what it dropped before
+        # Dropout must drop what it dropped before.
+        with torch.enable_grad(), use_random_state(x, ctx.random_state):
             out = ctx.run(x)
         if out.requires_grad:  # adds to each parameter's .grad at once, holds none back
             torch.autograd.backward(out, grad_out)
@@ -120,13 +119,87 @@ def checkpoint_recursive(
     return checkpoint_recursive(second, x, positions, attend)
 
 
-def _get_rng_state(x: torch.Tensor) -> list[torch.Tensor]:
-    return [torch.get_rng_state()] + (
-        [torch.cuda.get_rng_state(x.device)] if x.is_cuda else []
+def keep_last_blocks(
+    blocks: Sequence[nn.Module],
+    x: torch.Tensor,
+    positions: torch.Tensor,
+    attend: Attend,
+    num_kept: int,
+) -> torch.Tensor:
+    """`run_blocks` with every block checkpointed but the last `num_kept`.
+
+    The last, since the backward pass begins there: by the time it runs an earlier block
+    again, their insides are free.
+    """
+    num_checkpointed = len(blocks) - num_kept
+    if num_checkpointed:
+        first = blocks[:num_checkpointed]
+        x = checkpoint_segments(first, x, positions, attend, num_checkpointed)
+    return run_blocks(blocks[num_checkpointed:], x, positions, attend)
+
+
+def segments_peak_bytes(
+    num_layers: int, num_segments: int, edge_bytes: int, block_bytes: int
+) -> int:
+    """What `checkpoint_segments` has to hold: an edge a segment, and one inside.
+
+    edge_bytes: of one x between blocks. block_bytes: what autograd saves in one block,
+    its input included. Where segments are not equal the longest counts.
+    """
+    longest = math.ceil(num_layers / num_segments)
+    return num_segments * edge_bytes + longest * block_bytes
+
+
+def best_num_segments(num_layers: int, edge_bytes: int, block_bytes: int) -> int:
+    """The number of segments with the lowest peak; of several, the fewest.
+
+    Without rounding the minimum of k·b + (L/k)·A is at k = √(L·A/b), or at L if that is
+    larger: a block whose inside outweighs its edge by more than L is best left alone.
+
+    >>> best_num_segments(16, edge_bytes=1, block_bytes=1)
+    4
+    >>> best_num_segments(16, edge_bytes=1, block_bytes=20)
+    16
+    """
+    return min(
+        range(1, num_layers + 1),
+        key=lambda k: segments_peak_bytes(num_layers, k, edge_bytes, block_bytes),
     )
 
 
-def _set_rng_state(x: torch.Tensor, states: list[torch.Tensor]):
-    torch.set_rng_state(states[0])
-    if x.is_cuda:
-        torch.cuda.set_rng_state(states[1], x.device)
+def blocks_to_keep(
+    num_layers: int, edge_bytes: int, block_bytes: int, budget_bytes: int
+) -> int:
+    """The most blocks that `keep_last_blocks` may keep within `budget_bytes`.
+
+    Each block costs its edge if it is checkpointed and its inside if it is kept. Keeping
+    one costs nothing extra: the backward pass needs room for one inside anyway. Raises
+    ValueError where even that does not fit.
+
+    >>> blocks_to_keep(8, edge_bytes=1, block_bytes=10, budget_bytes=40)  # 5 + 3 * 10
+    3
+    """
+    smallest = (num_layers - 1) * edge_bytes + block_bytes
+    if budget_bytes < smallest:
+        raise ValueError(
+            f"budget_bytes: expected at least {smallest}, got {budget_bytes}"
+        )
+
+    num_kept = 1 + (budget_bytes - smallest) // (block_bytes - edge_bytes)
+    return min(num_kept, num_layers)
+
+
+def get_random_state(x: torch.Tensor) -> list[torch.Tensor]:
+    """The state of the random numbers that dropout of x draws from."""
+    states = [torch.get_rng_state()]
+    return states + [torch.cuda.get_rng_state(x.device)] if x.is_cuda else states
+
+
+@contextlib.contextmanager
+def use_random_state(x: torch.Tensor, states: list[torch.Tensor]):
+    """Inside, random numbers go on from `states`; afterwards, from where they were."""
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        torch.set_rng_state(states[0])
+        if x.is_cuda:
+            torch.cuda.set_rng_state(states[1], x.device)
+        yield

@@ -41,6 +41,9 @@ class Cost:
     flops: Counter  # "attention" and "projection"; one multiply-add is two FLOPs
     calls: Counter  # of torch modules, by class name
     timeline: list[int]  # bytes alive after each operation, and after the call
+    # What autograd held, in the order it was first saved: the operation that made it, its
+    # shape, and the bytes of its storage.
+    saved: list[tuple[str, tuple[int, ...], int]]
 
 
 def measure(function: Callable[[], Any]) -> Cost:
@@ -68,7 +71,13 @@ def measure(function: Callable[[], Any]) -> Cost:
     if on_cuda and meter.saw_cuda:
         peak_bytes = torch.cuda.max_memory_allocated() - cuda_bytes_before
     return Cost(
-        value, peak_bytes, meter.peak_held_bytes, meter.flops, calls, meter.timeline
+        value,
+        peak_bytes,
+        meter.peak_held_bytes,
+        meter.flops,
+        calls,
+        meter.timeline,
+        meter.saved,
     )
 
 
@@ -115,12 +124,13 @@ class _Meter(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.storages = {}  # address -> weak reference; forgets a storage when it dies
-        self.new = set()  # addresses of those made during the call
+        self.new = {}  # address -> the operation that made it during the call
         self.live_bytes = 0
         self.timeline = []
         self.flops = Counter()
         self.holders = Counter()  # address -> how many times autograd holds it
         self.held_bytes = self.peak_held_bytes = 0
+        self.saved = []
         self.saw_cuda = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -131,16 +141,16 @@ class _Meter(TorchDispatchMode):
             func is not torch.ops.aten.lift_fresh.default
         ):  # torch.tensor(...) shows its new data as an input
             for tensor in _tensors((args, kwargs)):
-                self._meet(tensor.untyped_storage(), is_new=False)
+                self._meet(tensor.untyped_storage())
         out = func(*args, **kwargs)
         for tensor in _tensors(out):
-            self._meet(tensor.untyped_storage(), is_new=True)
+            self._meet(tensor.untyped_storage(), made_by=func.__name__.split(".")[0])
             self.saw_cuda |= tensor.is_cuda
         self.flops.update(_count_flops(func, args, out))
         self.timeline.append(self.live_bytes)
         return out
 
-    def _meet(self, storage: torch.UntypedStorage, is_new: bool):
+    def _meet(self, storage: torch.UntypedStorage, made_by: str | None = None):
         address = storage._cdata  # of the storage object: stays when the data moves
         if address in self.storages:
             return
@@ -148,13 +158,12 @@ class _Meter(TorchDispatchMode):
 
         def forget(_):
             del self.storages[address]
-            if is_new:
-                self.new.remove(address)
+            if self.new.pop(address, None):
                 self.live_bytes -= num_bytes
 
         self.storages[address] = weakref.ref(storage, forget)
-        if is_new:
-            self.new.add(address)
+        if made_by:
+            self.new[address] = made_by
             self.live_bytes += num_bytes
 
     def hold(self, tensor: torch.Tensor) -> "_Held":
@@ -168,11 +177,13 @@ class _Held:
         self.meter = meter
         self.tensor = tensor.detach()  # an output that held itself would never be freed
         self.storage = tensor.untyped_storage()
-        self.is_counted = self.storage._cdata in meter.new
+        address, num_bytes = self.storage._cdata, self.storage.nbytes()
+        self.is_counted = address in meter.new
         if self.is_counted:
-            meter.holders[self.storage._cdata] += 1
-            if meter.holders[self.storage._cdata] == 1:
-                meter.held_bytes += self.storage.nbytes()
+            meter.holders[address] += 1
+            if meter.holders[address] == 1:
+                meter.saved.append((meter.new[address], tuple(tensor.shape), num_bytes))
+                meter.held_bytes += num_bytes
                 meter.peak_held_bytes = max(meter.peak_held_bytes, meter.held_bytes)
 
     def __del__(self):

@@ -17,11 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from lib import plotting
-from lib.config import MOBY
+from lib.config import MOBY, ModelConfig
 from lib.meter import machine_facts
 from lib.model import WEIGHTS, Transformer, attend_fused, save_model
 from lib.text import DATA, encode, load_book, random_batch, split_book, windows
@@ -54,7 +54,39 @@ def next_token_loss(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tens
     >>> round(next_token_loss(logits, torch.tensor([[0, 1, 0]])).item(), 4)
     0.0001
     """
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), token_ids[:, 1:].flatten())
+    return cross_entropy(logits[:, :-1].flatten(0, 1), token_ids[:, 1:].flatten())
+
+
+def training_bytes(config: ModelConfig, batch_size: int, seq_len: int) -> dict[str, int]:
+    """What training holds, in bytes of float32, by kind.
+
+    weights, gradients: 4 a parameter. optimizer: AdamW's two running means, of the
+    gradient and of its square. (Its step counters, 4 bytes a tensor, are left out.)
+    activations: what autograd saves for the backward pass of all blocks, each block's
+    input included, with fused attention and without dropout.
+    """
+    C, F = config.d_model, config.d_ff
+    q_size, kv_size = (
+        config.num_heads * config.head_dim,
+        config.num_kv_heads * config.head_dim,
+    )
+
+    # parameters: the matrices of a block and its two norms; embedding, norm, unembedding
+    block = 2 * C * q_size + 2 * C * kv_size + 3 * C * F + 2 * C
+    num_parameters = config.num_layers * block + 2 * config.vocab_size * C + C
+
+    # activations: of each token in each block ...
+    vectors = 7 * C + q_size + 2 * kv_size + 4 * F
+    scalars = 2 + config.num_heads  # two norms, and attention's logsumexp
+    # ... and of each position: sines and cosines, for queries and for keys
+    rotations = 2 * config.head_dim
+    num_floats = seq_len * (batch_size * (vectors + scalars) + rotations)
+    return {
+        "weights": 4 * num_parameters,
+        "gradients": 4 * num_parameters,
+        "optimizer": 8 * num_parameters,
+        "activations": 4 * config.num_layers * num_floats,
+    }
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:

@@ -62,6 +62,12 @@ def test_saved_bytes_are_what_autograd_holds():
         assert measure(lambda: x.exp()).saved_bytes == 0
 
 
+def test_what_is_saved_is_listed_by_the_operation_that_made_it():
+    x = torch.zeros(4, 5, requires_grad=True)
+    cost = measure(lambda: (x.exp() * 2).sin())
+    assert cost.saved == [("exp", (4, 5), 80), ("mul", (4, 5), 80)]
+
+
 def test_saved_bytes_are_given_back_by_the_backward_pass():
     x = torch.zeros(100, requires_grad=True)
 

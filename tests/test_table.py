@@ -35,6 +35,7 @@ def made_up_sweep(column: str) -> Sweep:
                 Block=int(theory["block calls"](*size)),
             ),
             timeline=[],
+            saved=[],
         )
     factors = {
         q: float(g.factor) for q, g in theory.items() if g.factor != 1 and "FLOPs" in q
