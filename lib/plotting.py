@@ -144,6 +144,50 @@ def draw_recompute(
     return ax
 
 
+def plot_timelines(
+    timelines: Mapping[str, Sequence[int]], *, title: str, ax: Axes | None = None
+) -> Axes:
+    """Bytes alive after each operation of a run: name -> `Cost.timeline`."""
+    ax = ax or plt.subplots()[1]
+    for name, timeline in timelines.items():
+        (line,) = ax.plot(timeline, linewidth=1.2)
+        top = max(range(len(timeline)), key=timeline.__getitem__)
+        ax.annotate(
+            f"{name}: {timeline[top] / 1e6:.1f} MB",
+            (top, timeline[top]),
+            (6, 4),
+            textcoords="offset points",
+            color=line.get_color(),
+        )
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: quantity(y)))
+    ax.set_ylim(0, 1.12 * max(map(max, timelines.values())))
+    ax.set(xlabel="operation", ylabel="memory alive (bytes)", title=title)
+    return ax
+
+
+def plot_training_bytes(
+    sizes: Mapping[str, Mapping[str, int]], *, title: str, ax: Axes | None = None
+) -> Axes:
+    """Stacked bars of what training holds: name -> `training.training_bytes`."""
+    ax = ax or plt.subplots()[1]
+    looks = {
+        "weights": {"color": NEW},
+        "gradients": {"color": "#56B4E9", "hatch": ".."},
+        "optimizer": {"color": "#009E73", "hatch": "\\\\"},
+        "activations": {"color": "#E69F00", "hatch": "//"},
+    }
+    bottom = [0] * len(sizes)
+    for kind, look in looks.items():
+        heights = [by_kind[kind] for by_kind in sizes.values()]
+        ax.bar(list(sizes), heights, bottom=bottom, label=kind, edgecolor="white", **look)
+        bottom = [low + height for low, height in zip(bottom, heights)]
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: quantity(y)))
+    ax.grid(axis="x", visible=False)
+    ax.set(ylabel="memory (bytes)", title=title)
+    ax.legend(reverse=True, loc="upper left")
+    return ax
+
+
 def plot_table(sweeps: Sequence) -> Figure:
     """What lib/table.py measured: memory over layers, and attention's work over tokens.
 

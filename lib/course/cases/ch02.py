@@ -28,6 +28,8 @@ def next_token_loss_cases(seed: int) -> list[Case]:
 def next_token_loss_explain(inputs: dict, expected: dict, got: dict) -> str | None:
     if not isinstance(got["loss"], np.ndarray):
         return None
+    if isinstance(got["gradient"], str):
+        return "The loss has to be part of the graph, or nothing can be learned from it"
     logits, token_ids = inputs["logits"], inputs["token_ids"]
     shifted = logits - logits.max(axis=-1, keepdims=True)
     log_probs = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
@@ -172,6 +174,7 @@ def best_num_segments_cases(seed: int) -> list[Case]:
         ("a number of layers that is no square", 12, 1, 1),
         ("two that are equally good: the fewest", 6, 1, 1),
         ("tiny insides", 9, 100, 1),
+        ("segments of unequal length", 76, 58, 46),
     ]
     shapes += [("a random shape", *(int(n) for n in rng.integers(2, 90, size=3)))]
     names = ("num_layers", "edge_bytes", "block_bytes")
