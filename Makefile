@@ -44,5 +44,5 @@ $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
   { echo "Python: $(PYTHON) -m venv failed. On Debian and Ubuntu: apt install python3-venv"; exit 1; }; \
 echo "Installing into .venv, a few minutes the first time ..."; \
 $(BIN)/pip install --disable-pip-version-check $(1) >.venv/install.log 2>&1 || \
-  { echo "Installing failed: $$(grep -m1 '^ERROR' .venv/install.log || echo 'is there a network?') (all of it: .venv/install.log)"; exit 1; }
+  { echo "Installing failed (is there a network?): $$(grep -m1 '^ERROR' .venv/install.log); all of it: .venv/install.log"; exit 1; }
 endef

@@ -158,6 +158,7 @@ def plot_timelines(
             (6, 4),
             textcoords="offset points",
             color=line.get_color(),
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )
     ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: quantity(y)))
     ax.set_ylim(0, 1.12 * max(map(max, timelines.values())))

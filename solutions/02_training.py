@@ -84,8 +84,8 @@ plotting.plot_timelines(
 );
 
 # %% [markdown]
-# *A mountain: up while the layers run, a spike for the loss, and down again
-# while the backward pass uses up what was kept.*
+# *A mountain: a step up for each of the four layers, then down again while the
+# backward pass uses up what was kept.*
 #
 # We build this step from its parts: the loss, the loop, and then the mountain.
 
