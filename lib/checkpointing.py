@@ -109,10 +109,11 @@ def checkpoint_recursive(
 
     Halve: checkpoint the first half, go into the second. The backward pass comes out of
     the second half, runs the first again, and that run halves in turn. Kept at any time
-    are one edge and its gradient for each halving, and the inside of one block.
+    are one edge and its gradient for each halving, and the inside of one block: the
+    last, where the backward pass begins, so that it need not be run again.
     """
     if len(blocks) <= 1:
-        return checkpoint(lambda x: run_blocks(blocks, x, positions, attend), x)
+        return run_blocks(blocks, x, positions, attend)
     middle = len(blocks) // 2
     first, second = blocks[:middle], blocks[middle:]
     x = checkpoint(lambda x: checkpoint_recursive(first, x, positions, attend), x)
@@ -153,8 +154,8 @@ def segments_peak_bytes(
 def best_num_segments(num_layers: int, edge_bytes: int, block_bytes: int) -> int:
     """The number of segments with the lowest peak; of several, the fewest.
 
-    Without rounding the minimum of k·b + (L/k)·A is at k = √(L·A/b), or at L if that is
-    larger: a block whose inside outweighs its edge by more than L is best left alone.
+    Without rounding the minimum of k·b + (L/k)·A is at k = √(L·A/b), and is 2·√(L·A·b).
+    Where that k is more than L, each block gets a segment of its own.
 
     >>> best_num_segments(16, edge_bytes=1, block_bytes=1)
     4

@@ -16,7 +16,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 QUERY, KEY, VALUE = "#E69F00", "#0072B2", "#009E73"
 NEW = "#0072B2"  # computed or written now
@@ -49,7 +49,9 @@ def plot_measured(
     if log:
         values = [value for _, y in series.values() for value in y]
         ax.set_xscale("log", base=2)
-        ax.set_yscale("log", base=10 if max(values) > 100 * min(values) else 2)
+        ax.set_yscale("log")
+        is_wide = max(values) > 100 * min(values)
+        ax.yaxis.set_major_locator(LogLocator(subs=(1,) if is_wide else (1, 2, 5)))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         ax.yaxis.set_minor_formatter(NullFormatter())
     else:
@@ -162,7 +164,7 @@ def plot_timelines(
         )
     ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: quantity(y)))
     ax.set_ylim(0, 1.12 * max(map(max, timelines.values())))
-    ax.set(xlabel="operation", ylabel="memory alive (bytes)", title=title)
+    ax.set(xlabel="operations so far", ylabel="memory alive (bytes)", title=title)
     return ax
 
 
@@ -225,10 +227,11 @@ def plot_loss_curve(result: dict, *, ax: Axes | None = None) -> Axes:
     held_out_steps, held_out = zip(*result["held_out_nats_per_byte"])
     (test,) = ax.plot(held_out_steps, held_out, color=NEW, marker="o", markersize=4)
     ax.set_ylim(top=min(3.0, float(losses.max())))
-    _label_ends(ax, {"training (dropout)": train, "held out": test})
-    minutes = result["seconds"] / 60
+    _label_ends(ax, {"training": train, "held out": test})
+    seconds = result["seconds"]
+    took = f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
     ax.set(
-        xlabel=f"training step ({minutes:.0f} minutes in all)",
+        xlabel=f"training step ({took} in all)",
         ylabel="loss (nats per byte)",
         title=f"{held_out[-1]:.3f} nats per byte on text it never saw",
     )
@@ -261,7 +264,7 @@ def _label_ends(ax: Axes, lines: Mapping[str, Line2D]):
     for name in sorted(ends, key=lambda name: ends[name][1]):
         height = ax.transData.transform(ends[name])[1] * 72 / ax.figure.dpi
         shift = max(0.0, lowest_free - height)
-        if ends[name][0] < right:
+        if ends[name][0] < 0.98 * right:
             shift = -12.0  # below the lines that go on
         else:
             lowest_free = height + shift + 12

@@ -6,13 +6,17 @@ import torch.utils.checkpoint
 from helpers import assert_close, random_model
 
 from lib.checkpointing import (
+    blocks_to_keep,
     checkpoint,
     checkpoint_recursive,
     checkpoint_segments,
+    keep_last_blocks,
     run_blocks,
+    segments_peak_bytes,
 )
 from lib.meter import measure
 from lib.model import attend_causal, attend_fused
+from lib.training import training_bytes
 
 POSITIONS = torch.arange(16)
 
@@ -181,9 +185,40 @@ def test_memory_of_recursion_grows_by_an_edge_and_its_gradient_a_doubling():
     for L in (4, 8, 16):
         assert costs[2 * L].saved_bytes - costs[L].saved_bytes == EDGE
         assert costs[2 * L].peak_bytes - costs[L].peak_bytes == 2 * EDGE
-    # Each halving runs its first half once more: L + L + L/2 · log2(L) block calls.
+    # Each halving runs its first half once more: L + L/2 · log2(L) block calls.
     for L, cost in costs.items():
-        assert cost.calls["Block"] == 2 * L + L // 2 * int(math.log2(L))
+        assert cost.calls["Block"] == L + L // 2 * int(math.log2(L))
+
+
+@pytest.mark.parametrize("num_kept", [0, 1, 2, 5])
+def test_keeping_the_last_blocks_saves_running_them_again(num_kept):
+    expected = step_cost(5, run_blocks)
+    cost = step_cost(5, lambda *args: keep_last_blocks(*args, num_kept))
+    assert cost.calls["Block"] == 5 + (5 - num_kept)
+    assert cost.peak_bytes <= expected.peak_bytes
+
+
+def test_segments_hold_what_their_formula_says_beside_a_constant():
+    model = random_model(num_layers=12)
+    block_bytes = training_bytes(model.config, 1, 16)["activations"] // 12
+    for k in (1, 2, 3, 5, 12):
+        predicted = segments_peak_bytes(12, k, EDGE, block_bytes)
+        rest = step_cost(12, in_segments(k)).peak_bytes - predicted
+        assert 0 < rest < 12 * EDGE, (k, rest / EDGE)
+
+
+def test_kept_blocks_stay_within_their_budget_and_one_more_would_not():
+    model = random_model(num_layers=8)
+    block_bytes = training_bytes(model.config, 1, 16)["activations"] // 8
+    constant = step_cost(8, run_blocks).peak_bytes - 8 * block_bytes
+    for budget in (3 * block_bytes, 5 * block_bytes + 1, 9 * block_bytes):
+        kept = blocks_to_keep(8, EDGE, block_bytes, budget)
+        held = [
+            step_cost(8, lambda *args, n=n: keep_last_blocks(*args, n)).peak_bytes
+            for n in (kept, min(kept + 1, 8))
+        ]
+        assert held[0] - constant <= budget
+        assert kept == 8 or held[1] - constant > budget
 
 
 def test_any_function_of_a_tensor_can_be_checkpointed():

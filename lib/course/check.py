@@ -97,7 +97,9 @@ def judge(exercise: Exercise, answer: Callable, seed: int) -> Result:
         except NotImplementedError:
             return Result(False, "not written yet")
         except Exception as error:
-            return Result(False, f"{wrong_for}: {_raised(error, answer)}")
+            advice = [a for part, a in exercise.errors.items() if part in str(error)]
+            raised = ". ".join([_raised(error, answer), *advice])
+            return Result(False, f"{wrong_for}: {raised}")
         if difference(case.inputs, inputs):
             return Result(False, f"{wrong_for}: it changed its inputs")
         answers = {key: expected[key] for key in expected if key not in case.limits}

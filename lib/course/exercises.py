@@ -41,6 +41,7 @@ class Exercise:
     # (inputs, expected, got) -> the likely misconception, or None.
     explain: Callable[[dict, dict, dict], str | None] = lambda inputs, expected, got: None
     forbidden: tuple[str, ...] = ()  # functions that an answer may not call
+    errors: dict[str, str] = field(default_factory=dict)  # part of a message -> advice
 
     @property
     def name(self) -> str:

@@ -133,7 +133,12 @@ def heads_first(layer, q, k, v):
     return attend(q, k, v).transpose(-3, -2)
 
 
-@wrong("attend_causal")
+@wrong("attend_causal", says="not always 2")
+def root_of_two(layer, q, k, v):
+    return attend(q, k, v, scale=2**-0.5)
+
+
+@wrong("attend_causal", says="Mask before softmax")
 def masked_after_softmax(layer, q, k, v):
     H = q.shape[-2]
     k, v = (x.repeat_interleave(H // x.shape[-2], dim=-2) for x in (k, v))
@@ -148,7 +153,7 @@ def one_sequence_only(layer, q, k, v):
     return attend(q, k, v)
 
 
-@wrong("attend_causal", says="peak bytes")
+@wrong("attend_causal", says="T x T scores will do")
 def all_pairs_of_products(layer, q, k, v):
     T, H, D = q.shape[-3:]
     k, v = (x.repeat_interleave(H // x.shape[-2], dim=-2) for x in (k, v))
@@ -216,7 +221,7 @@ def greedy(logits):
     return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
 
 
-@wrong("next_token_probs", says="the sum reaches top_p is kept too")
+@wrong("next_token_probs", says="Keep the token that reaches top_p too")
 def without_the_last(logits, temperature=1.0, top_k=None, top_p=1.0):
     if temperature == 0:
         return greedy(logits)
@@ -260,7 +265,14 @@ def top_p_before_top_k(logits, temperature=1.0, top_k=None, top_p=1.0):
     return torch.zeros_like(logits).scatter(-1, order, ranked)
 
 
-@wrong("next_token_probs")
+@wrong("next_token_probs", says="the first")
+def all_of_the_largest(logits, temperature=1.0, top_k=None, top_p=1.0):
+    if temperature == 0:
+        return (logits == logits.amax(-1, keepdim=True)).to(logits.dtype)
+    return through_masks(logits, temperature, top_k, top_p)
+
+
+@wrong("next_token_probs", says="order of the vocabulary")
 def left_in_rank_order(logits, temperature=1.0, top_k=None, top_p=1.0):
     if temperature == 0:
         return greedy(logits)
@@ -335,6 +347,24 @@ def loop(model, prompt_ids, num_new_tokens, settings, step, start=0):
             logits = step(token_ids)
             token_ids = torch.cat((token_ids, pick(logits, **settings)[..., None]), -1)
     return token_ids
+
+
+@wrong("generate_recompute")
+def attend_ignored(model, prompt_ids, num_new_tokens, *, attend, **settings):
+    def step(token_ids):
+        positions = torch.arange(token_ids.shape[-1])
+        return model(token_ids, positions, attend_fused)[..., -1, :]
+
+    return loop(model, prompt_ids, num_new_tokens, settings, step)
+
+
+@wrong("generate_recompute", says="Positions count from 0")
+def positions_from_one(model, prompt_ids, num_new_tokens, *, attend, **settings):
+    def step(token_ids):
+        positions = torch.arange(token_ids.shape[-1]) + 1
+        return model(token_ids, positions, attend)[..., -1, :]
+
+    return loop(model, prompt_ids, num_new_tokens, settings, step)
 
 
 @wrong("generate_recompute", says="all of the text")
@@ -459,7 +489,13 @@ def all_steps_as_the_last(config, prompt_len, num_new_tokens):
     return last_step(config, prompt_len, num_new_tokens) * num_new_tokens
 
 
-@wrong("attention_flops")
+@wrong("attention_flops", says="The masked half is computed too")
+def visible_half(config, prompt_len, num_new_tokens):
+    steps = range(prompt_len, prompt_len + num_new_tokens)
+    return sum(2 * T * (T + 1) * config.d_model * config.num_layers for T in steps)
+
+
+@wrong("attention_flops", says="T goes from prompt_len")
 def one_step_too_late(config, prompt_len, num_new_tokens):
     return closed_form(config, prompt_len + 1, num_new_tokens)
 

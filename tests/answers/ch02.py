@@ -49,7 +49,17 @@ def rolled(logits, token_ids):
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-@wrong("next_token_loss")
+@wrong("next_token_loss", says="B * (T - 1) predictions")
+def divided_by_all_tokens(logits, token_ids):
+    return summed(logits, token_ids) / token_ids.numel()
+
+
+@wrong("next_token_loss", says="must not predict the next passage")
+def flattened_too_early(logits, token_ids):
+    return F.cross_entropy(logits.flatten(0, 1)[:-1], token_ids.flatten()[1:])
+
+
+@wrong("next_token_loss", says="it does the softmax itself")
 def of_probabilities(logits, token_ids):
     probs = logits[:, :-1].softmax(-1)
     return F.cross_entropy(probs.flatten(0, 1), token_ids[:, 1:].flatten())
@@ -294,9 +304,37 @@ def by_torch(run, x):
     return torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False)
 
 
-@wrong("checkpoint")
+@wrong("checkpoint", says="begin from x.detach()")
+def still_in_the_old_graph(run, x):
+    class Again(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, _):
+            ctx.save_for_backward(x)
+            return run(x)
+
+        @staticmethod
+        def backward(ctx, grad):
+            (x,) = ctx.saved_tensors
+            with torch.enable_grad():
+                torch.autograd.backward(run(x), grad)
+            return x.grad, None
+
+    return Again.apply(x, torch.empty(0, requires_grad=True))
+
+
+@wrong("checkpoint", says="changed the dice")
+def seed_set_anew(run, x):
+    seed = torch.initial_seed()
+    return rerun(lambda x: (torch.manual_seed(seed), run(x))[1], x)
+
+
+@wrong("checkpoint", says="with grad_out as its gradient")
 def grad_out_ignored(run, x):
-    backward = lambda out, grad: out.sum().backward()  # noqa: E731
+    def backward(out, grad):
+        if out.requires_grad:
+            with torch.enable_grad():
+                out.sum().backward()
+
     return rerun(run, x, backward=backward)
 
 
@@ -471,6 +509,17 @@ def larger_half_first(blocks, x, positions, attend):
 
 
 @right("checkpoint_recursive")
+def last_block_again(blocks, x, positions, attend):
+    if len(blocks) == 1:
+        return checkpointing.checkpoint(lambda x: blocks[0](x, positions, attend), x)
+    middle = len(blocks) // 2
+    x = checkpointing.checkpoint(
+        lambda x: last_block_again(blocks[:middle], x, positions, attend), x
+    )
+    return last_block_again(blocks[middle:], x, positions, attend)
+
+
+@right("checkpoint_recursive")
 def in_a_loop(blocks, x, positions, attend):
     blocks = list(blocks)
     while len(blocks) > 1:
@@ -507,7 +556,7 @@ def both_halves(blocks, x, positions, attend):
     return x
 
 
-@wrong("checkpoint_recursive")
+@wrong("checkpoint_recursive", says="has to halve too")
 def halves_not_halved_again(blocks, x, positions, attend):
     middle = len(blocks) // 2
     for half in (blocks[:middle], blocks[middle:]):
@@ -540,14 +589,3 @@ def middle_block_lost(blocks, x, positions, attend):
         lambda x: middle_block_lost(blocks[:middle], x, positions, attend), x
     )
     return middle_block_lost(blocks[middle + 1 :], x, positions, attend)
-
-
-@wrong("checkpoint_recursive")
-def last_block_kept(blocks, x, positions, attend):
-    if len(blocks) <= 4:
-        return run_blocks(blocks, x, positions, attend)
-    middle = len(blocks) // 2
-    x = checkpointing.checkpoint(
-        lambda x: last_block_kept(blocks[:middle], x, positions, attend), x
-    )
-    return last_block_kept(blocks[middle:], x, positions, attend)

@@ -57,11 +57,16 @@ def attend_causal_explain(inputs: dict, expected: dict, got: dict) -> str | None
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
     if got["out"].shape != q.shape:
         return "Put tokens before heads again: out has the shape of q"
+    if got["peak_bytes"] > 2 * expected["peak_bytes"] and len(q) > 50:
+        return "A tensor of T x T x D numbers is too large: T x T scores will do"
     variants = {
         "The future is not masked": {"is_causal": False},
         "A token must see itself": {"diagonal": 0},
         "The mask hides the past instead of the future": {"is_turned": True},
         "Divide the scores by the root of D": {"scale": 1.0},
+        "Divide by the root of D, which is not always 2": {"scale": 2**-0.5},
+        "softmax over the keys, the last dimension": {"softmax_axis": -2},
+        "Mask before softmax: the weights must sum to 1": {"is_masked_late": True},
         "Divide by the root of D, not by D": {"scale": 1 / q.shape[-1]},
         "Query head h reads KV head h // (H / G): neighbours share": {"is_tiled": True},
     }
@@ -73,7 +78,16 @@ def attend_causal_explain(inputs: dict, expected: dict, got: dict) -> str | None
 
 
 def _attend(
-    q, k, v, is_causal=True, diagonal=1, is_turned=False, scale=None, is_tiled=False
+    q,
+    k,
+    v,
+    is_causal=True,
+    diagonal=1,
+    is_turned=False,
+    scale=None,
+    is_tiled=False,
+    softmax_axis=-1,
+    is_masked_late=False,
 ):
     """Attention with one thing wrong, for naming what may be wrong."""
     T, H, D = q.shape[-3:]
@@ -84,12 +98,15 @@ def _attend(
         k, v = (np.repeat(x, group_size, axis=-2) for x in (k, v))
     q, k, v = (np.swapaxes(x, -3, -2) for x in (q, k, v))
     scores = q @ np.swapaxes(k, -1, -2) * (D**-0.5 if scale is None else scale)
-    if is_causal:
-        hidden = np.triu(np.ones((T, T), dtype=bool), diagonal)
-        scores = np.where(hidden.T if is_turned else hidden, -np.inf, scores)
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    out = weights / weights.sum(axis=-1, keepdims=True) @ v
-    return np.swapaxes(out, -3, -2)
+    hidden = np.triu(np.ones((T, T), dtype=bool), diagonal)
+    hidden = hidden.T if is_turned else hidden
+    if is_causal and not is_masked_late:
+        scores = np.where(hidden, -np.inf, scores)
+    weights = np.exp(scores - scores.max(axis=softmax_axis, keepdims=True))
+    weights = weights / weights.sum(axis=softmax_axis, keepdims=True)
+    if is_masked_late:
+        weights = np.where(hidden, 0, weights)
+    return np.swapaxes(weights @ v, -3, -2)
 
 
 def next_token_probs_cases(seed: int) -> list[Case]:
@@ -109,6 +126,8 @@ def next_token_probs_cases(seed: int) -> list[Case]:
             ("top_k=2 and top_p=0.6", {"top_k": 2, "top_p": 0.6}),
         )
     ]
+    tied = {"logits": np.array([1.0, 3.0, 3.0, 2.0]), "settings": {"temperature": 0}}
+    cases.append(Case("temperature 0 and two largest logits: the first", tied))
     settings = {"temperature": 0.8, "top_k": 20, "top_p": 0.9}
     logits = 2 * rng.normal(size=(3, 2, 50))
     cases.append(Case("a batch of logits", {"logits": logits, "settings": settings}))
@@ -125,12 +144,19 @@ def next_token_probs_explain(inputs: dict, expected: dict, got: dict) -> str | N
     if np.isnan(probs).any():
         return "Something divides by zero or takes infinity from infinity"
     kept, wanted = (probs > 0).sum(), (expected["probs"] > 0).sum()
+    if np.allclose(np.sort(probs, axis=-1), np.sort(expected["probs"], axis=-1)):
+        return "Put the probabilities back in the order of the vocabulary"
     if kept < wanted and "top_p" in inputs["settings"]:
-        return "The token with which the sum reaches top_p is kept too"
+        return "Keep the token that reaches top_p too: count only the more probable ones"
     if kept > wanted and inputs["settings"].get("temperature") == 0:
         return "Temperature 0 puts everything on the largest logit"
     if not np.allclose(probs.sum(axis=-1), 1):
         return "What is kept must sum to 1 again"
+    settings = inputs["settings"]
+    if {"top_k", "top_p"} <= set(settings):
+        return "top_k first; top_p counts the probabilities of what that left"
+    if settings.get("temperature", 1) != 1:
+        return "Divide the logits by the temperature, before softmax"
     return None
 
 
@@ -170,9 +196,16 @@ def generate_recompute_explain(inputs: dict, expected: dict, got: dict) -> str |
         return "Generate under torch.no_grad(): nobody will call backward"
     if np.shape(theirs) != np.shape(ours):
         return "Append exactly num_new_tokens"
-    if inputs["settings"]["temperature"] != 0:
+    if theirs != ours and inputs["settings"]["temperature"] != 0:
         return "Draw with sampling.sample from next_token_probs, all settings passed on"
-    return "The model needs all of the text, at positions 0, 1, 2, ..., in each call"
+    if got["calls_of_attend"] != expected["calls_of_attend"]:
+        return "Hand the model the `attend` that you were given"
+    if got["lowest_position"] != 0:
+        return "Positions count from 0"
+    return (
+        "Give the model all of the text, at positions 0, 1, 2, ..., in each call, and "
+        "next_token_probs all three settings"
+    )
 
 
 def attention_flops_cases(seed: int) -> list[Case]:
@@ -180,7 +213,7 @@ def attention_flops_cases(seed: int) -> list[Case]:
     cases = []
     for name, prompt_len, num_new_tokens, L, H in (
         ("one layer, one head, one token", 1, 1, 1, 1),
-        ("one layer, one head, two new tokens", 1, 2, 1, 1),
+        ("one layer, one head, three new tokens", 1, 3, 1, 1),
         ("three layers", 1, 1, 3, 1),
         ("four heads", 1, 1, 1, 4),
         ("a longer prompt", 7, 5, 2, 2),
@@ -214,7 +247,17 @@ def attention_flops_explain(inputs: dict, expected: dict, got: dict) -> str | No
         return "Every layer has attention of its own"
     if theirs * config["num_heads"] == ours:
         return "Every query head has scores of its own"
-    T = inputs["prompt_len"] + inputs["num_new_tokens"] - 1
+    first, num_new_tokens = inputs["prompt_len"], inputs["num_new_tokens"]
+    width = config["d_model"] * config["num_layers"]
+    if theirs == sum(
+        2 * T * (T + 1) * width for T in range(first, first + num_new_tokens)
+    ):
+        return "The masked half is computed too, and counted"
+    for shift in (-1, 1):
+        steps = range(first + shift, first + shift + num_new_tokens)
+        if theirs == sum(4 * T * T * width for T in steps):
+            return "T goes from prompt_len to prompt_len + num_new_tokens - 1"
+    T = first + num_new_tokens - 1
     per_step = 4 * T * T * config["d_model"] * config["num_layers"]
     if theirs == per_step:
         return "That is the last step alone: sum over all of them"

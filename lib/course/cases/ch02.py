@@ -28,8 +28,6 @@ def next_token_loss_cases(seed: int) -> list[Case]:
 def next_token_loss_explain(inputs: dict, expected: dict, got: dict) -> str | None:
     if not isinstance(got["loss"], np.ndarray):
         return None
-    if isinstance(got["gradient"], str):
-        return "The loss has to be part of the graph, or nothing can be learned from it"
     logits, token_ids = inputs["logits"], inputs["token_ids"]
     shifted = logits - logits.max(axis=-1, keepdims=True)
     log_probs = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
@@ -39,9 +37,26 @@ def next_token_loss_explain(inputs: dict, expected: dict, got: dict) -> str | No
 
     if got["loss"].shape:
         return "Return one number, the mean over all predictions"
+    if isinstance(got["gradient"], str):
+        return "The loss has to be part of the graph, or nothing can be learned from it"
     if np.isnan(got["loss"]) or np.isinf(got["loss"]):
         return "exp overflows: use a function made for logits"
+    targets = token_ids[:, 1:]
+    probs = np.exp(log_probs)
+    flat = logits.reshape(-1, logits.shape[-1])[:-1]
+    flat = flat - np.log(np.exp(flat - flat.max()).sum(-1, keepdims=True)) - flat.max()
     words = {
+        "The mean is over B * (T - 1) predictions": mean_loss(log_probs[:, :-1], targets)
+        * (targets.size / token_ids.size),
+        "Give cross_entropy logits: it does the softmax itself": mean_loss(
+            (probs - np.log(np.exp(probs).sum(-1, keepdims=True)))[:, :-1], targets
+        ),
+        "The last row of a passage must not predict the next passage": mean_loss(
+            flat, token_ids.reshape(-1)[1:]
+        ),
+        "Row t predicts token t + 1: leave out the first target": mean_loss(
+            log_probs[:, :-1], token_ids[:, :-1]
+        ),
         "Row t predicts token t + 1: compare it with that one": mean_loss(
             log_probs, token_ids
         ),
@@ -63,8 +78,8 @@ def next_token_loss_explain(inputs: dict, expected: dict, got: dict) -> str | No
 def training_bytes_cases(seed: int) -> list[Case]:
     rng = np.random.default_rng(seed)
     shapes = [
-        ("one layer, one token", 1, 1, 1, 2, 3, 1, 1),
-        ("two layers", 2, 1, 1, 2, 3, 1, 1),
+        ("one layer, one token", 1, 2, 1, 2, 3, 1, 1),
+        ("two layers", 2, 2, 1, 2, 3, 1, 1),
         ("four query heads on two KV heads", 1, 4, 2, 4, 5, 1, 3),
         ("a batch of three", 1, 2, 1, 4, 6, 3, 5),
     ]
@@ -106,6 +121,8 @@ def training_bytes_explain(inputs: dict, expected: dict, got: dict) -> str | Non
         )
     if got["optimizer"] * 2 == expected["optimizer"]:
         return "AdamW keeps two numbers a parameter"
+    if got["activations"] * 4 == expected["activations"]:
+        return "A float32 has 4 bytes"
     if got["activations"] * L == expected["activations"]:
         return "That is one layer's activations"
     B, T = inputs["batch_size"], inputs["seq_len"]
@@ -157,6 +174,10 @@ def checkpoint_explain(inputs: dict, expected: dict, got: dict) -> str | None:
         return (
             "The second run must drop what the first dropped: put the random state back"
         )
+    if is_other and not inputs["dropout"]:
+        return "Go backward from the new output, with grad_out as its gradient"
+    if got["next random number"] != expected["next random number"]:
+        return "The second run changed the dice for whoever draws next: put them back"
     if got["block_calls"] == num_blocks:
         return "Nothing was computed again: everything must have been kept"
     if got["block_calls"] > expected["block_calls"]:
@@ -231,7 +252,9 @@ def blocks_to_keep_explain(inputs: dict, expected: dict, got: dict) -> str | Non
         return "Blocks are counted: give an int"
     if theirs > inputs["num_layers"]:
         return "There are not that many blocks"
-    return "Too many: over budget" if theirs > ours else "There is room for more"
+    if theirs > ours:
+        return "Too many: over budget"
+    return "There is room for more: one inside is free, and a kept block saves its edge"
 
 
 def checkpoint_recursive_cases(seed: int) -> list[Case]:
@@ -242,7 +265,7 @@ def checkpoint_recursive_cases(seed: int) -> list[Case]:
         ("two blocks", 2, 0.0),
         ("three blocks", 3, 0.0),
         ("eight blocks with dropout", 8, 0.2),
-        ("16 blocks", 16, 0.0),
+        ("64 blocks", 64, 0.0),
     ):
         inputs = {
             "seed": int(rng.integers(1000)),
@@ -252,7 +275,8 @@ def checkpoint_recursive_cases(seed: int) -> list[Case]:
         halvings = math.ceil(math.log2(num_layers)) if num_layers > 1 else 0
         edge = 2 * 8 * 16 * 8  # bytes of x: (2, 8, 16) in float64
         limits = {
-            "bytes_saved_by_the_forward_pass": (halvings + 1) * edge,
+            # The last block may keep its inside, of 15 edges or so.
+            "bytes_saved_by_the_forward_pass": (halvings + 20) * edge,
             "bytes_saved_by_the_backward_pass": (halvings + 20) * edge,
             # Once forward, once with autograd, and half of them again a halving.
             "block_calls": 2 * num_layers + math.ceil(num_layers * halvings / 2),
@@ -266,9 +290,12 @@ def checkpoint_recursive_explain(inputs: dict, expected: dict, got: dict) -> str
         return "A block was left out: it got no gradient"
     key = "bytes_saved_by_the_forward_pass"
     if got[key] > expected[key]:
-        return "Keep one edge a halving, not one a block"
+        return "Keep one edge a halving, not one a block, and one inside at most"
+    key = "bytes_saved_by_the_backward_pass"
+    if got[key] > 1.5 * expected[key]:
+        return "When the first half runs again it has to halve too"
     if got["block_calls"] > expected["block_calls"]:
-        return "Only the first half needs a checkpoint: the second is next in line anyway"
+        return "Only the first half needs a checkpoint: the second is next in line"
     return None
 
 
@@ -295,6 +322,15 @@ EXERCISES = [
         checkpoint_cases,
         checkpoint_explain,
         forbidden=("torch.utils.checkpoint.checkpoint",),
+        errors={
+            "backward through the graph a second time": (
+                "x still belongs to the graph before: begin from x.detach()"
+            ),
+            "does not require grad": (
+                "Autograd is off in here, and x may want no gradient: run again inside "
+                "torch.enable_grad(), and go backward from the output"
+            ),
+        },
     ),
     Exercise(
         "lib.checkpointing.best_num_segments",

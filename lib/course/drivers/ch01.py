@@ -32,19 +32,29 @@ def generate_recompute(
     settings: dict,
     draw_seed: int,
 ) -> dict:
-    model = random_model(model_seed)
+    model, positions, layers = random_model(model_seed), [0], []
+    model.register_forward_pre_hook(
+        lambda _, args: positions.append(args[1].min().item())
+    )
+
+    def attend(layer, q, k, v):
+        layers.append(layer)
+        return attend_fused(layer, q, k, v)
+
     run = lambda: answer(  # noqa: E731
         model,
         torch.tensor(prompt_ids, dtype=torch.int64),
         num_new_tokens,
         generator=torch.Generator().manual_seed(draw_seed),
-        attend=attend_fused,
+        attend=attend,
         **settings,
     )
     cost = measure(run)
     return {
         "token_ids": as_list(cost.value),
         "forward_calls": cost.calls["Embedding"],
+        "calls_of_attend": len(layers),
+        "lowest_position": max(positions),
         "kept_for_a_backward_pass_bytes": cost.saved_bytes,
     }
 
