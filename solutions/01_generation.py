@@ -6,7 +6,7 @@
 # from the start. In this chapter we build that loop, read *Moby-Dick* with it,
 # and measure what it costs: **each token costs more than the last**.
 #
-# **You need:** Python, tensors in torch (shapes, `@`, `softmax`), and 75
+# **You need:** Python, tensors in torch (shapes, `@`, `softmax`), and 90
 # minutes. No GPU.
 #
 # **You will be able to**
@@ -42,7 +42,8 @@ torch.set_num_threads(1)  # steadier timings
 # ## Every token costs more than the last
 #
 # The course comes with a small model that has read *Moby-Dick*: a decoder built
-# like Llama, with four layers, six heads, and vectors of 192 numbers.
+# like Llama, with four layers, six heads of 32 numbers each, and room for texts
+# of up to 512 tokens. All of these words are explained below.
 
 # %%
 lm = model.load_model()
@@ -63,9 +64,8 @@ print(text.decode(story_ids))
 
 # %% [markdown]
 # It sounds a little like Melville, and it has little idea what it is saying.
-# That is enough: this course is about the machinery.
 #
-# Now the machinery's price. How long does **one** more token take when the text
+# Now the price. How long does **one** more token take when the text
 # is 32 tokens long, 64, and so on up to 512? The model is given the tokens,
 # their positions, and a way to attend, of which more below.
 
@@ -98,10 +98,10 @@ plotting.plot_measured(
 # %% [markdown]
 # *The longer the text, the longer the next token takes.*
 #
-# The numbers are your machine's. The short lengths lie closer together than the
-# work in them does: a call has a fixed overhead. But why should a step depend
-# on the length at all? One new byte is asked for, at 512 as at 32. To find out
-# we follow six tokens through the model by hand.
+# The numbers are your machine's. Below 100 tokens or so a step takes about the
+# same time, whatever its length: calling the model has a price of its own. But
+# why should a step depend on the length at all? One new byte is asked for, at
+# 512 as at 32. To find out we follow six tokens through the model by hand.
 
 # %% [markdown]
 # ## A token is a byte
@@ -126,7 +126,8 @@ dash
 # ### Exercise 1.1 · `decode` ★ (5 minutes)
 #
 # Turn token ids back into text. What is no character becomes the mark �
-# (U+FFFD): one broken byte must not hide the rest.
+# (U+FFFD), as Python's own decoder does it: a broken byte must not hide the
+# rest.
 
 # %% exercise="decode"
 from lib.text import decode
@@ -175,7 +176,7 @@ v = torch.tensor([[1, 0], [0, 1], [2, 0], [0, 2], [3, 3], [1, 1.0]])
 # %% [markdown]
 # Take the third token, `a`. Its query is (1, 1). The **score** of a key is the
 # dot product with the query, divided by √2, the root of the number of entries,
-# which keeps scores from growing with the size of the vectors. Only tokens that
+# which keeps scores from growing with that number. Only tokens that
 # are already there may be asked: `w`, `h` and `a` itself.
 
 # %%
@@ -248,17 +249,19 @@ torch.allclose(out[:, 0], weights @ v)
 # %% [markdown]
 # ## What was computed once is computed again
 #
-# The rest of the model, in three sentences. A **layer** (or block) is attention
-# and then an MLP, two matrices with a nonlinearity between, each added to the
-# token's vector. Four layers follow each other, and one last matrix turns each
-# vector into 256 **logits**. Attention itself ignores order; before it, queries
-# and keys are rotated by an angle that grows with their position.
+# The rest of the model, in a few sentences. A **layer**, or block, is
+# attention, a matrix that mixes its heads, and an MLP: three matrices, with a
+# function of single numbers between. What each of the two computes is added to
+# the token's vector, and their inputs are scaled to one size (normalized). Four
+# layers follow each other, and one last matrix turns each vector into 256
+# **logits**. Among the tokens it may see, attention knows no order; therefore
+# queries and keys are first rotated by an angle that grows with their position.
 #
 # Look at the triangle once more. Row `a` uses `w`, `h`, `a` and nothing that
 # comes later. So when a seventh token arrives, the first six rows stay as they
-# are, and since everything else treats tokens one by one, so does everything
-# computed from them, in every layer. We check it: the logits for 100 tokens of
-# the book, once read alone and once as the beginning of 101.
+# are. Everything else treats tokens one by one, so what is computed from these
+# rows stays as it is too, in every layer. We check it: the logits for 100
+# tokens of the book, once read alone and once as the beginning of 101.
 
 # %%
 difference = one_step(101)[:100] - one_step(100)
@@ -299,13 +302,13 @@ plotting.plot_next_token(
 #
 # How to choose? Always taking the largest (**greedy**) tends to go round in
 # circles. Drawing from all 256 now and then draws nonsense: each unlikely byte
-# is unlikely, but the last bar shows what they weigh together. Three settings
-# lie between:
+# is unlikely, but there are many of them. Three settings lie between:
 #
-# - **temperature**: divide the logits first. Below 1 the likely become
+# - **temperature**: divide the logits by it first. Below 1 the likely become
 #   likelier; 0 stands for greedy.
-# - **top-k**: keep the k most probable.
-# - **top-p**: keep the fewest that together reach probability p.
+# - **top-k**: keep the k most probable (all, if there are fewer than k).
+# - **top-p**: keep the fewest that together reach probability p, but at least
+#   one. This is nucleus sampling.
 #
 # ### Exercise 1.3 · `next_token_probs` ★★ (15 minutes)
 #
@@ -348,11 +351,11 @@ for setting in settings:
 #
 # ### Exercise 1.4 · `generate_recompute` ★★ (15 minutes)
 #
-# Everything is in place. For each new token: call `model(token_ids, positions,
-# attend)` with all of the text, at positions 0, 1, 2, …; take the last row of
-# its logits; `sampling.next_token_probs`, with the three settings;
-# `sampling.sample`, with the generator; append. One call a token, and nothing
-# kept for a backward pass.
+# For each new token: call `model(token_ids, positions, attend)` with all of the
+# text, at positions 0, 1, 2, …; take the last row of its logits; make
+# probabilities of it, `sampling.next_token_probs`, with the three settings;
+# draw, `sampling.sample(probs, generator)`, which gives one id for each row;
+# append. One call of the model a token, and nothing kept for a backward pass.
 
 # %% exercise="generate_recompute" given="1"
 from lib.generate import generate_recompute
@@ -444,8 +447,9 @@ check(attention_flops)
 # </details>
 
 # %% [markdown]
-# The **meter** counts what happens: `measure` runs a function and sees every
-# operation torch performs on the way.
+# The **meter** measures: `measure` runs a function, sees every operation that
+# torch performs on the way, and counts the FLOPs of each from its shapes. (For
+# fused attention as if all scores were computed, future included.)
 
 # %%
 first_id = book_ids[:1]
@@ -493,8 +497,8 @@ plotting.plot_measured(
 # %% [markdown]
 # ## An honest look: the cube is not there at first
 #
-# N³ is attention alone. In a model like ours the projections cost more, for any
-# text that fits into it:
+# N³ is attention alone. In our model the projections cost more for any text
+# that fits into it, up to 512 tokens:
 
 # %%
 for N in [32, 512, 4096]:
@@ -503,9 +507,10 @@ for N in [32, 512, 4096]:
     print(f"N = {N:4}: {share:6.1%} of the work is attention (predicted)")
 
 # %% [markdown]
-# So the slope of the *total* starts at 2 and bends towards 3. For a token,
-# attention costs T times the width d of the model, and the projections d times
-# d. In a narrow model the bend comes early enough to be measured.
+# So the slope of the *total* starts near 2 and bends towards 3. For a token,
+# attention costs some multiple of T·d, where d is the width of the model, and
+# the projections some multiple of d². In a narrow model the bend comes early
+# enough to be measured.
 
 # %%
 narrow = ModelConfig(
@@ -538,7 +543,7 @@ plotting.plot_measured(
     },
     xlabel="tokens generated, N",
     ylabel="FLOPs in all",
-    title="The slope begins at 2, where projections dominate, and bends to 3",
+    title="Where projections dominate the slope is near 2; it bends to 3",
     log=True,
 );
 
@@ -556,16 +561,17 @@ for N in [16, 256, 4096]:
     print(f"{slope(lm.config, N):.2f} in ours")
 
 # %% [markdown]
-# Who says that generation by recompute "is cubic" should say from what length
-# on. What holds at every length is the staircase: a step repeats the whole step
-# before it, and adds one row.
+# Whoever says that generation by recompute "is cubic" should say from what
+# length on. What holds at every length is the staircase: a step repeats the
+# whole step before it, and adds one row.
 
 # %% [markdown]
 # ## Scores need not be stored
 #
 # Work is one price, memory the other. `attend_causal` holds a score for each
-# pair of tokens in each head, at 4 bytes. While it masks them there are two
-# such tensors: 8·H·T² bytes.
+# pair of tokens in each head, at 4 bytes: H·T² numbers. While it masks them, or
+# takes their softmax, there are two such tensors, 8·H·T² bytes, or three, if an
+# earlier one is still at hand.
 #
 # Must they be there all at once? Take `a` again. Its output is a fraction,
 # Σ exp(score)·value over Σ exp(score), and both sums can be run up one key at a
@@ -599,17 +605,17 @@ fused = [peak_bytes(T, model.attend_fused) for T in lengths]
 prediction = [8 * lm.config.num_heads * T**2 for T in lengths]
 plotting.plot_measured(
     {"scores stored": (lengths, stored), "fused": (lengths, fused)},
-    predicted={"8·H·T²": (lengths, prediction)},
+    predicted={"two tensors, 8·H·T²": (lengths, prediction)},
     xlabel="text so far, T (tokens)",
     ylabel="peak memory of one step (bytes)",
-    title=f"At T = 512 stored scores need {stored[-1] / fused[-1]:.1f}x memory",
+    title=f"Stored scores take {stored[-1] / fused[-1]:.1f} times the memory",
     log=True,
 );
 
 # %% [markdown]
-# *Below T = 100 or so both peak somewhere else, in the MLP. Then stored scores
-# approach 8·H·T², four times as much for twice the text; fused attention stays
-# with twice as much.*
+# *Both start together, since at short lengths the peak is elsewhere. Then
+# stored scores take over, and head for four times as much with every doubling;
+# fused attention stays with twice as much.*
 
 # %%
 for T, a, b in zip(lengths, stored, fused):
@@ -646,8 +652,8 @@ plotting.plot_measured(
 # %% [markdown]
 # *Three lines from one point, with slopes 1, 2 and 3.*
 #
-# The exponents fall short of 2 and 3 by a hair, for the smaller terms again.
-# `make table`, in a terminal, prints all columns there are.
+# What an exponent lacks of its theory are the smaller terms again. `make
+# table`, in a terminal, prints all columns there are.
 
 # %%
 check.summary()
@@ -696,7 +702,8 @@ print(f"{run:,} tokens computed to write {N}: {run / N:.1f} for each")
 #
 # <details><summary>Answers</summary>
 #
-# 1. A character may take several bytes, and generation may stop between them.
+# 1. A character may take several bytes, and generation may stop between them;
+#    and a model may write bytes that are no text at all.
 # 2. The last row. Row t speaks about token t + 1, which is there already:
 #    useful in training, thrown away in generation.
 # 3. That one token: the fewest that reach p, and never none.

@@ -4,11 +4,12 @@
 # Generation throws away what it computed and has to compute it again. Training
 # is the opposite: it keeps *everything* until the backward pass has used it,
 # and that, not the weights, fills the memory. In this chapter we train a model,
-# account for every byte, and then write **activation checkpointing**, which
-# throws most of it away on purpose: less memory for more work.
+# account for what its layers keep, to the byte, and then write **activation
+# checkpointing**, which throws most of it away on purpose: less memory for more
+# work.
 #
 # **You need:** chapter 1, or attention and the generation loop from elsewhere;
-# what `loss.backward()` does; and 105 minutes. No GPU.
+# what `loss.backward()` does; and 135 minutes. No GPU.
 #
 # **You will be able to**
 #
@@ -75,7 +76,7 @@ print(f"weights {weights / 1e6:.1f} MB, ", end="")
 print(f"peak of one step {cost.peak_bytes / 1e6:.1f} MB")
 
 # %% [markdown]
-# Why? Nobody asked for that much. The memory over time, operation by operation:
+# The memory over time, operation by operation:
 
 # %%
 plotting.plot_timelines(
@@ -94,9 +95,9 @@ plotting.plot_timelines(
 #
 # A row of logits, by softmax, gives each possible next token a probability. The
 # loss of one prediction is minus the logarithm of the probability that the
-# right token got, in **nats**: 0 if the model was sure, log 256 = 5.5 if it had
-# no idea. Row t speaks about token t + 1. In six tokens there are five
-# predictions:
+# right token got, in **nats**: 0 if the model was sure and right, log 256 = 5.5
+# if it had no idea, and more if it was wrong. Row t speaks about token t + 1.
+# In six tokens there are five predictions:
 
 # %%
 whales = text.encode("whales")
@@ -198,8 +199,9 @@ result = json.loads((text.DATA / "results" / "training.json").read_text())
 plotting.plot_loss_curve(result);
 
 # %% [markdown]
-# *Training and held-out loss of the shipped model. Dropout, which training
-# suffers and the test does not, keeps the two close.*
+# *Training and held-out loss of the shipped model; what is above 3 is cut off.
+# In training a tenth of what each layer adds is set to zero at random
+# (**dropout**), so that the model does not learn the book by heart.*
 
 # %% [markdown]
 # ## What autograd keeps
@@ -219,25 +221,23 @@ for made_by, shape, num_bytes in block_cost.saved:
 
 # %% [markdown]
 # Read it from the top. A norm saves one number a token (`rsqrt`), its input
-# divided by that (`mul`), and its output, which three projections need. RoPE
-# saves sines and cosines, for queries and again for keys; these depend on the
+# times that (`mul`), and its output, which three projections need. RoPE saves
+# sines and cosines, for queries and again for keys; these depend on the
 # position alone, and all sequences share them. Attention needs q, k and v, its
 # output and one number for each head and token. Then the residual sum (`add`),
 # the second norm, and the MLP's four: gate, up, silu(gate), and the product.
-# The block's own input is not in the list, since it was there before; but
-# somebody keeps that too.
-#
-# In floats, for each token of each layer: 8 vectors of C (input, two norms
-# twice, q, attention's output, the sum), 2 of G·D, 4 of F, and 2 + H single
-# numbers; and for each *position*, whatever the batch, 4 of D/2.
+# Weights are not in the list, since they were there before. Neither is the
+# block's own input; but that is kept too, and counts as the block's.
 
 # %% [markdown]
-# ### Exercise 2.2 · `training_bytes` ★★ (20 minutes)
+# ### Exercise 2.2 · `training_bytes` ★★ (25 minutes)
 #
-# Predict what training holds, by kind, for any model. Count weights by looking
-# at `lm.named_parameters()`; AdamW keeps two more floats for each; activations
-# are the list above, for all layers, each block's input included. A float has 4
-# bytes.
+# Predict what training holds, by kind, for any model. Weights: look at `[(n,
+# p.shape) for n, p in lm.named_parameters()]`. Gradients are as large. The
+# optimizer, AdamW, keeps two more floats for each: running means of the
+# gradient and of its square. Activations: the list above and the input, for all
+# layers. The letters are those of `config`: C = d_model, H = num_heads, G =
+# num_kv_heads, D = C/H, F = d_ff, V = vocab_size. A float has 4 bytes.
 
 # %% exercise="training_bytes"
 from lib.training import training_bytes
@@ -255,8 +255,9 @@ check(training_bytes)
 # </details>
 # <details><summary>Hint 2</summary>
 #
-# With N = batch_size · seq_len, one layer's activations are
-# N · (8·C + 2·G·D + 4·F + 2 + H) + seq_len · 4 · D/2 floats.
+# In floats, a token keeps in each layer 8 vectors of C (input, two norms twice,
+# q, attention's output, the sum), 2 of G·D, 4 of F, and 2 + H single numbers;
+# and a *position* keeps 4 of D/2, whatever the batch.
 #
 # </details>
 
@@ -299,19 +300,22 @@ plotting.plot_training_bytes(
 # *one* block is in memory at a time. The price is a second forward pass.
 #
 # Two things make it exact. Dropout draws random numbers, and the second run has
-# to draw the same. And autograd must be told that this is how the gradient is
-# to be found: that is what `torch.autograd.Function` is for, an operation whose
-# backward we write ourselves.
+# to draw the same; without dropout you would never notice. And autograd must be
+# told that this is how the gradient is to be found: that is what
+# `torch.autograd.Function` is for, an operation whose backward we write
+# ourselves.
 #
 # ### Exercise 2.3 · `checkpoint` ★★★ (30 minutes)
 #
 # `Checkpoint.forward` is given: inside a Function autograd is off, so `run(x)`
-# keeps nothing. Write `backward`. It gets the gradient of the output, and
-# returns one gradient for each input of `forward` (`None` for `run` and for the
-# empty tensor, whose part is explained in `checkpoint`). The parameters inside
-# `run` get theirs as ever, in `.grad`. Gradients have to be those of a plain
-# run, to the bit, with dropout and without. `torch.utils.checkpoint` is not
-# allowed.
+# keeps nothing. Write `backward`, where autograd is off too: `(x,) =
+# ctx.saved_tensors` gives back what forward saved, `with torch.enable_grad():`
+# lets a graph be built, and `with use_random_state(x, state):` replays the
+# dice. It gets the gradient of the output, and returns one gradient for each
+# input of `forward` (`None` for `run` and for the empty tensor, whose part is
+# explained in `checkpoint`). The parameters inside `run` get theirs as ever, in
+# `.grad`. Gradients have to be those of a plain run, to the bit, with dropout
+# and without. `torch.utils.checkpoint` is not allowed.
 
 # %% exercise="checkpoint" given="forward checkpoint"
 from lib.checkpointing import Checkpoint, checkpoint
@@ -339,12 +343,12 @@ check(checkpoint)
 # Now a deep, narrow model, 16 blocks, and four ways to run them: keep all, or
 # cut them into 1, 4 or 16 segments and checkpoint each. The step is the blocks
 # alone, with the sum of their output for a loss. First: are the gradients the
-# same?
+# same, with dropout?
 
 # %%
 deep = ModelConfig(
     vocab_size=256, num_layers=16, num_heads=4, num_kv_heads=2,
-    d_model=64, d_ff=192, max_seq_len=128,
+    d_model=64, d_ff=192, max_seq_len=128, dropout=0.1,
 )
 deep_lm = Transformer(deep)
 for parameter in deep_lm.parameters():
@@ -362,6 +366,7 @@ def deep_step(run, *args):
 # %%
 def gradients(run, *args):
     deep_lm.zero_grad(set_to_none=False)
+    torch.manual_seed(1)  # the same dropout for all
     deep_step(run, *args)
     return [parameter.grad.clone() for parameter in deep_lm.blocks.parameters()]
 
@@ -374,9 +379,10 @@ for k in (1, 4, 16):
     print(f"{k:2} segments: {len(got)} gradients, equal to the bit: {is_equal}")
 
 # %% [markdown]
-# And the memory:
+# And the memory, from here on without dropout, whose masks are kept too:
 
 # %%
+deep_lm.eval()
 keep_all = meter.measure(lambda: deep_step(run_blocks))
 four = meter.measure(lambda: deep_step(in_segments, 4))
 sixteen = meter.measure(lambda: deep_step(in_segments, 16))
@@ -390,9 +396,9 @@ plotting.plot_timelines(
 );
 
 # %% [markdown]
-# *Keeping all climbs once and falls once. With segments the forward pass stays
-# flat, and the backward pass climbs one hill for each segment it computes
-# again. It takes more operations: the lines are longer.*
+# *Keeping all climbs once and falls once. With segments the forward pass climbs
+# by an edge a segment, and the backward pass climbs one hill for each segment
+# it computes again. It takes more operations: the lines are longer.*
 
 # %% [markdown]
 # ## How many segments?
@@ -404,7 +410,8 @@ plotting.plot_timelines(
 # > k·b + (L/k)·A
 #
 # Few segments: the inside is large. Many: there are many edges. Between is a
-# minimum, at k = √(L·A/b).
+# minimum, at k = √(L·A/b), and there it is 2·√(L·A·b): **the best peak grows
+# like √L.**
 
 # %%
 edge_bytes = 4 * 128 * deep.d_model * 4  # 4 passages, 128 tokens, float32
@@ -424,26 +431,27 @@ print("measured less predicted, in edges:", [round(e, 3) for e in extra])
 # %%
 plotting.plot_measured(
     {"measured": (ks, peaks)},
-    predicted={"k·b + (L/k)·A": (ks, predicted)},
+    predicted={"k·b + ⌈L/k⌉·A": (ks, predicted)},
     xlabel="segments, k",
     ylabel="peak memory of one step (bytes)",
     title="16 blocks: one block a segment holds least",
 );
 
 # %% [markdown]
-# *Measured and predicted peak run in parallel, and fall up to k = 16. At 12,
-# which does not divide 16, the longest segment has two blocks as at 8.*
+# *Measured and predicted peak run in parallel, and are lowest at k = 16. At 12,
+# which does not divide 16, the longest segment has two blocks, as at 8.*
 #
-# The formula misses a constant, the same few edges for every k: gradients on
-# their way back through a block. And where is √L? The minimum is at √(16·A/b),
-# which is more than 16: a block's inside weighs over twenty edges, so cutting
-# at every block is best, and would be for any model of up to twenty layers or
-# so. **√L is how the best peak grows with L, not where the minimum is.**
+# The formula misses a constant, the same few edges for every k: the output of
+# the step, and gradients on their way back. And why is the minimum not at √16 =
+# 4? Because a block's inside weighs over twenty edges: √(16·A/b) is more than
+# 16, and there are only 16 blocks to cut at. √L is how the best peak grows, not
+# the k where it is.
 #
 # ### Exercise 2.4 · `best_num_segments` ★★ (10 minutes)
 #
 # The k with the lowest peak, by the formula, exactly: the longest segment has
-# L/k blocks *rounded up*. Of equally good ones, the fewest.
+# L/k blocks *rounded up*. Of equally good ones, the fewest. Given is
+# `segments_peak_bytes(num_layers, num_segments, edge_bytes, block_bytes)`.
 
 # %% exercise="best_num_segments"
 from lib.checkpointing import best_num_segments
@@ -470,10 +478,17 @@ for L in (4, 16, 64, 256):
     every = segments_peak_bytes(L, L, edge_bytes, block_bytes)
     print(f"L = {L:3}: {best:3} segments, {peak / 1e6:5.1f} MB ", end="")
     print(f"(one a block: {every / 1e6:5.1f} MB)")
+last = max(
+    L
+    for L in range(1, 200)
+    if checkpointing.best_num_segments(L, edge_bytes, block_bytes) == L
+)
+print(f"one block a segment is best up to {last} layers")
 
 # %% [markdown]
 # For 4 times the layers the best peak takes twice the memory, once L is well
-# above A/b; before that, one block a segment wins.
+# above A/b; before that, one block a segment wins. (The table at the end uses
+# k = √L, which needs no A and b: its peak, √L·(A + b), grows the same way.)
 
 # %% [markdown]
 # ## Spend what you have
@@ -486,9 +501,9 @@ for L in (4, 16, 64, 256):
 #
 # ### Exercise 2.5 · `blocks_to_keep` ★★ (10 minutes)
 #
-# A checkpointed block costs its edge, a kept one its inside. How many can be
-# kept within the budget? `ValueError` if not even one inside fits beside the
-# other edges.
+# A checkpointed block costs its edge, a kept one its inside. (Inside includes
+# the block's own edge.) How many can be kept within the budget? `ValueError` if
+# not even one inside fits beside the other edges.
 
 # %% exercise="blocks_to_keep" given="1"
 from lib.checkpointing import blocks_to_keep
@@ -526,13 +541,15 @@ for n in (kept, kept + 1, 16):
 # Segments cut once. Cut again inside each, and again: checkpoint the first half
 # of the blocks, go into the second half, and treat each half the same way. The
 # backward pass comes out of the second half, runs the first again, and that run
-# halves in turn. What is kept at any time is one edge for each halving: log₂ L.
-# The work is L/2 block calls more for each halving.
+# halves in turn. What is kept at any time is one edge for each halving, log₂ L
+# of them, and the inside of one block. The work is L/2 block calls more for
+# each halving.
 #
 # ### Exercise 2.6 · `checkpoint_recursive` ★★★ (20 minutes)
 #
-# Memory O(log L), at most 2·L + (L/2)·log₂ L block calls. Use
-# `checkpointing.checkpoint`: yours, if it has passed.
+# Memory O(log L), at most 2·L + (L/2)·log₂ L block calls. A single block needs
+# no checkpoint: it is the one whose inside is kept. Use
+# `checkpointing.checkpoint`, yours if it has passed.
 
 # %% exercise="checkpoint_recursive"
 from lib.checkpointing import checkpoint_recursive
@@ -543,7 +560,7 @@ check(checkpoint_recursive)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# One block: checkpoint it. More: the first half goes through `checkpoint`, as a
+# One block: run it. More: the first half goes through `checkpoint`, as a
 # function of x that calls `checkpoint_recursive` on it.
 #
 # </details>
@@ -608,14 +625,17 @@ for name, (run, *args) in ways.items():
 
 # %% [markdown]
 # A backward pass costs about twice a forward pass, so one forward pass more is
-# about a third more work. Whether that is a bargain depends on what you lack.
+# about a third more work; what you see above that is overhead. Recursion saves
+# little here: its edges are few, but one inside weighs as much as twenty of
+# them. Whether any of this is a bargain depends on what you lack.
 
 # %% [markdown]
 # ## Two columns of the table
 #
-# Training keeps N·L. With √L segments it keeps N·√L, and runs the forward pass
-# twice: the factor 2 in front. The meter counts that factor in FLOPs: 1 + (what
-# checkpointing costs more) / (a forward pass).
+# Training, with fused attention, keeps N·L. With √L segments it keeps N·√L, and
+# runs the forward pass twice: that is the factor 2 in front. It is measured in
+# FLOPs: the step's, less those of a step without checkpoints, in units of a
+# forward pass, plus 1.
 
 # %%
 columns = ("training", "checkpointed")
@@ -628,7 +648,7 @@ check.summary()
 # %% [markdown]
 # ## What is still wrong
 #
-# Training now fits. But the model it makes still generates by recompute, and
+# The model that we trained still generates by recompute, and
 # throws away keys and values that never change. There the bargain goes the
 # other way round: keep a little, and a whole forward pass over the text becomes
 # one over a single token. That is chapter 3.
