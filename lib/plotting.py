@@ -75,7 +75,7 @@ def plot_next_token(
     ax = ax or plt.subplots()[1]
     top_probs, token_ids = probs.topk(num_tokens)
     names = [_byte_name(int(token_id)) for token_id in token_ids]
-    bars = ax.barh(range(num_tokens), top_probs, color=NEW, height=0.7)
+    bars = ax.barh(range(num_tokens), top_probs.tolist(), color=NEW, height=0.7)
     rest = ax.barh(num_tokens, 1 - float(top_probs.sum()), height=0.7, **WASTED)
     ax.set_yticks(range(num_tokens + 1), [*names, f"other {len(probs) - num_tokens}"])
     ax.bar_label(bars, fmt="%.3f", padding=3)
@@ -95,7 +95,7 @@ def draw_attention(
     ax = ax or plt.subplots(figsize=(5.2, 4.6))[1]
     T = len(tokens)
     tint = LinearSegmentedColormap.from_list("tint", ["white", KEY])
-    ax.imshow(weights, cmap=tint, vmin=0, vmax=1)
+    ax.imshow(weights.tolist(), cmap=tint, vmin=0, vmax=1)
     for t in range(T):
         for s in range(T):
             if s > t:
@@ -152,16 +152,9 @@ def plot_timelines(
     """Bytes alive after each operation of a run: name -> `Cost.timeline`."""
     ax = ax or plt.subplots()[1]
     for name, timeline in timelines.items():
-        (line,) = ax.plot(timeline, linewidth=1.2)
-        top = max(range(len(timeline)), key=timeline.__getitem__)
-        ax.annotate(
-            f"{name}: {timeline[top] / 1e6:.1f} MB",
-            (top, timeline[top]),
-            (6, 4),
-            textcoords="offset points",
-            color=line.get_color(),
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
-        )
+        label = f"{name}: peak {max(timeline) / 1e6:.1f} MB"
+        ax.plot(timeline, linewidth=1.2, label=label)
+    ax.legend(loc="upper right")
     ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: quantity(y)))
     ax.set_ylim(0, 1.12 * max(map(max, timelines.values())))
     ax.set(xlabel="operations so far", ylabel="memory alive (bytes)", title=title)

@@ -171,7 +171,10 @@ def test_a_check_of_nothing_fails(tmp_path):
             "import sys; print('oh', file=sys.stderr)",
             "expected nothing on stderr, got: oh",
         ),
-        ("print('x' * 600_000)", "expected at most 500000 bytes"),
+        (
+            "from IPython.display import HTML; HTML('x' * 600_000)",
+            "expected at most 500000",
+        ),
     ],
 )
 def test_a_chapter_that_fails_or_is_noisy_or_too_large_is_not_built(

@@ -96,6 +96,16 @@ def test_an_answer_far_slower_than_ours_passes_but_is_not_used(check):
     assert generate.attention_flops is library_answer("attention_flops")
 
 
+def test_an_answer_that_leaves_the_interpreter_or_returns_oddities_is_only_wrong(check):
+    assert "SystemExit" in check(named("decode", lambda token_ids: sys.exit(3))).message
+    for odd in (None, object(), {"text": 1}, torch.zeros(3), float("nan")):
+        assert not check(named("decode", lambda token_ids, odd=odd: odd)).passed
+        assert not check(named("attend_causal", lambda *args, odd=odd: odd)).passed
+        assert not check(named("attention_flops", lambda *args, odd=odd: odd)).passed
+        assert not check(named("training_bytes", lambda *args, odd=odd: odd)).passed
+        assert not check(named("checkpoint_recursive", lambda *args, odd=odd: odd)).passed
+
+
 def test_an_unknown_name_is_told_what_there_is(check):
     result = check(named("decoder", lambda token_ids: ""))
     assert not result.passed and "expected one of decode, attend_causal" in result.message

@@ -265,7 +265,7 @@ def checkpoint_recursive_cases(seed: int) -> list[Case]:
         ("two blocks", 2, 0.0),
         ("three blocks", 3, 0.0),
         ("eight blocks with dropout", 8, 0.2),
-        ("64 blocks", 64, 0.0),
+        ("32 blocks", 32, 0.0),
     ):
         inputs = {
             "seed": int(rng.integers(1000)),
