@@ -71,9 +71,12 @@ def _blank(source: str, given: list[str]) -> str:
     functions = [f for f in functions if isinstance(f, ast.FunctionDef)]
     for function in reversed(functions):
         if function.name not in given:
-            has_docstring = ast.get_docstring(function) is not None
-            signature_end = function.body[0].lineno - 1
-            start = function.body[0].end_lineno if has_docstring else signature_end
+            if ast.get_docstring(function) is not None:
+                start = function.body[0].end_lineno
+            else:
+                start = function.body[0].lineno - 1
+                while lines[start - 1].strip().startswith("#"):  # a comment before it
+                    start -= 1
             body = lines[start : function.end_lineno]
             lines[start : function.end_lineno] = _blank_body(body, given)
     return "\n".join(lines)

@@ -1,0 +1,98 @@
+import pytest
+
+from lib.course.stubs import answer, bound_names, free_names, stub
+
+MODULE = '''import torch
+
+
+class Stack:
+    """Not a method."""
+
+    @staticmethod
+    def size(items):
+        return len(items)
+
+    def push(self, item: int) -> int:
+        """Put an item on top; how many there are.
+
+        >>> Stack().push(3)
+        1
+        """
+        # locate the top
+        top = len(self.items)
+
+        # store
+        self.items.append(item)
+        self.top = top
+        return top + 1
+
+
+@torch.no_grad()
+def kernel(x, TILE):
+    # load
+    tile = x[:TILE]
+
+    # score: not a line of code
+    score = helper(tile)
+    return score
+'''
+
+PUSH_STUB = '''def push(self, item: int) -> int:
+    """Put an item on top; how many there are.
+
+    >>> Stack().push(3)
+    1
+    """
+    # locate the top
+    top = len(self.items)
+
+    # store
+    ...  # about 3 lines
+
+    raise NotImplementedError'''
+
+KERNEL_STUB = """@torch.no_grad()
+def kernel(x, TILE):
+    # about 3 lines
+    raise NotImplementedError"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    (tmp_path / "stack_of_test_stubs.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return "stack_of_test_stubs"
+
+
+def test_a_method_comes_as_a_function_with_the_steps_that_are_given(module):
+    assert stub(module, ["Stack.push"], ["locate"]) == PUSH_STUB
+    whole = answer(module, ["Stack.push"])
+    assert whole.startswith("def push(self, item: int)") and "return top + 1" in whole
+    assert stub(module, ["Stack.push"], ["1"]) == PUSH_STUB  # by number too
+
+
+def test_decorators_stay_and_a_body_without_given_steps_is_counted(module):
+    assert stub(module, ["kernel"], []) == KERNEL_STUB
+
+
+def test_of_a_class_each_method_is_left_out_but_those_given(module):
+    text = stub(module, ["Stack"], ["size"])
+    assert "return len(items)" in text and "self.items.append" not in text
+    compile(text, "stub", "exec")
+
+
+def test_an_unknown_name_is_told(module):
+    with pytest.raises(LookupError, match="expected Stack.pop in stack_of_test_stubs.py"):
+        answer(module, ["Stack.pop"])
+
+
+def test_names_that_a_cell_needs_and_names_that_it_binds():
+    imports = "import a\nfrom b import c as d\n"
+    source = imports + "def f(x: T = d, *, y=z) -> len:\n    return g(x, a)"
+    assert free_names(source) == {"T", "z", "g"}
+    assert bound_names(source) == {"a", "d", "f"}
+
+
+def test_the_source_is_read_from_the_file_not_from_what_took_its_place(monkeypatch):
+    monkeypatch.setattr("lib.text.decode", lambda token_ids: "replaced")
+    assert "errors=" in answer("lib.text", ["decode"])
