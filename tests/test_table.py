@@ -1,6 +1,7 @@
 import json
 import math
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -105,6 +106,14 @@ def test_exponents_ignore_what_does_not_grow():
 def test_growth_reads_as_one_would_write_it():
     assert str(Growth(1, 0.5)) == "N √L" and str(Growth(2, 1, factor=2)) == "2 N² L"
     assert Growth(2, 0.5, factor=2)(3, 16) == 72
+
+
+def test_the_readme_quotes_the_theory_of_the_columns():
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    for quantity in table.QUANTITIES:
+        if quantity != "block calls":
+            theory = [str(column.theory[quantity]) for column in COLUMNS.values()]
+            assert f"| {quantity} | {' | '.join(theory)} |" in readme
 
 
 def test_the_command_measures_every_column_and_agrees_with_theory(
