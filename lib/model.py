@@ -56,8 +56,8 @@ class Transformer(nn.Module):
 
         token_ids: int64 (..., T). positions: int64, each token's place in its own
         sequence; (..., T), or (T,) for all alike. Returns (..., T, V). Raises
-        ValueError when the shapes differ, an id is not in the vocabulary or a position
-        is past max_seq_len.
+        ValueError when the shapes differ and, on a CPU, when an id is not in the
+        vocabulary or a position is past max_seq_len: on a GPU looking would mean waiting.
         """
         check_token_ids(token_ids, positions, self.config)
         x = self.embed(token_ids)  # (..., T, C)
@@ -230,7 +230,7 @@ def check_token_ids(
     if token_ids.numel() == 0:
         raise ValueError(f"token_ids: expected some, got {tuple(token_ids.shape)}")
     if token_ids.is_cuda:
-        return  # looking at values would make the CPU wait for the GPU at every call
+        return
     for name, ids, limit in (
         ("token_ids", token_ids, config.vocab_size),
         ("positions", positions, config.max_seq_len),

@@ -60,9 +60,8 @@ def chapter_texts(root: Path = ROOT) -> list[Path]:
 
 def notebook_paths(text: Path) -> tuple[Path, Path]:
     """Where the student's and the executed notebook of a chapter text belong."""
-    return text.parents[1] / "notebooks" / f"{text.stem}.ipynb", text.with_suffix(
-        ".ipynb"
-    )
+    student = text.parents[1] / "notebooks" / f"{text.stem}.ipynb"
+    return student, text.with_suffix(".ipynb")
 
 
 def student_notebook(text: Path) -> nbformat.NotebookNode:
