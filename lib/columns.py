@@ -79,7 +79,7 @@ def recompute(num_tokens: int, num_layers: int) -> Callable[[], None]:
 
 
 def forward(num_tokens: int, num_layers: int) -> Callable:
-    """Half a training step, the unit of a factor: no column of its own."""
+    """The forward pass of a training step, the unit of a factor: no column of its own."""
     return _blocks_call(num_tokens, random_model(num_layers), checkpointing.run_blocks)
 
 

@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-QUERY, KEY, VALUE = "#E69F00", "#0072B2", "#009E73"
+KEY = "#0072B2"
 NEW = "#0072B2"  # computed or written now
 # Or computed again.
 WASTED = {"facecolor": "#DDDDDD", "edgecolor": "#8C8C8C", "hatch": "////"}

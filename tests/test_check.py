@@ -106,6 +106,13 @@ def test_an_answer_that_leaves_the_interpreter_or_returns_oddities_is_only_wrong
         assert not check(named("checkpoint_recursive", lambda *args, odd=odd: odd)).passed
 
 
+def test_an_answer_that_calls_another_stub_is_told_so(check):
+    stub = {}
+    exec(compile("def other():\n    raise NotImplementedError", "cell 2", "exec"), stub)
+    result = check(named("decode", lambda token_ids: stub["other"]()))
+    assert "it calls what is not written yet" in result.message
+
+
 def test_an_unknown_name_is_told_what_there_is(check):
     result = check(named("decoder", lambda token_ids: ""))
     assert not result.passed and "expected one of decode, attend_causal" in result.message

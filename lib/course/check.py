@@ -99,8 +99,11 @@ def _what_is_wrong(exercise: Exercise, answer: Callable, case: Case) -> str | No
     try:
         with _silence(), forbid(exercise.forbidden):
             got = exercise.driver()(answer, **inputs)
-    except NotImplementedError:
-        return "not written yet"
+    except NotImplementedError as error:
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        if raised_in == inspect.unwrap(answer).__code__.co_filename:
+            return "not written yet"
+        return f"{wrong_for}: it calls what is not written yet: use the library's"
     except (Exception, SystemExit) as error:
         advice = [text for part, text in exercise.errors.items() if part in str(error)]
         return f"{wrong_for}: " + ". ".join([_raised(error, answer), *advice])

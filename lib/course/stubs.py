@@ -27,8 +27,7 @@ def stub(module: str, names: list[str], given: list[str]) -> str:
     method, or a paragraph of a body, called by the first word of its leading comment, or
     by its number.
     """
-    pieces = answer(module, names).split("\n\n\n")
-    return "\n\n\n".join(_blank(piece, given) for piece in pieces)
+    return "\n\n\n".join(_blank(answer(module, [name]), given) for name in names)
 
 
 def free_names(source: str) -> set[str]:
