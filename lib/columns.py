@@ -1,12 +1,15 @@
 """The columns of the table: each way to run the model, and what theory says it costs.
 
 lib/table.py measures them. A chapter that finds a new way to run the model adds one entry
-to COLUMNS. What makes theory visible on a small model:
+to COLUMNS. Generation begins with one token and writes N more. What makes theory visible
+on a small model:
 
 - Attention is fused: stored scores alone would be N² bytes.
 - Training runs the blocks alone, and its loss is the sum of their output: unembedding and
   cross entropy do not depend on L and are the same with checkpoints and without.
 - Gradients are allocated before the meter starts: they too are the same in every column.
+- Nobody knows how long a text will be. The contiguous cache reserves for twice as many
+  tokens as come; the paged cache has a pool of as many blocks as it needs.
 """
 
 import math
@@ -17,12 +20,20 @@ import torch
 
 from lib import checkpointing, generate
 from lib.config import ModelConfig
+from lib.kv_cache import ContiguousKVCache, KVCache
 from lib.model import Transformer, attend_fused
+from lib.paged_kv_cache import PagedKVCache
+
+FIRST_ID = torch.zeros(1, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
 class Growth:
-    """factor · N^a · L^b. A factor counts forward passes: checkpointing adds one."""
+    """factor · N^a · L^b.
+
+    Of FLOPs and calls a factor counts forward passes (checkpointing adds one), of KV
+    memory bytes.
+    """
 
     N: float
     L: float
@@ -44,7 +55,8 @@ class Growth:
 
 @dataclass(frozen=True)
 class Column:
-    setup: Callable[[int, int], Callable[[], None]]  # (N, L) -> the call to measure
+    # (N, L) -> the call to measure. It returns its KV cache, if it has one.
+    setup: Callable[[int, int], Callable[[], KVCache | None]]
     theory: dict[str, Growth]  # by quantity
 
 
@@ -72,15 +84,48 @@ def checkpointed(num_tokens: int, num_layers: int) -> Callable[[], None]:
 
 def recompute(num_tokens: int, num_layers: int) -> Callable[[], None]:
     model = random_model(num_layers).eval()
-    prompt_ids = torch.zeros(1, dtype=torch.int64)
-    return lambda: generate.generate_recompute(
-        model, prompt_ids, num_tokens, temperature=0
+
+    def run():
+        generate.generate_recompute(model, FIRST_ID, num_tokens, temperature=0)
+
+    return run
+
+
+def contiguous(num_tokens: int, num_layers: int) -> Callable[[], KVCache]:
+    return _cached(
+        num_layers,
+        num_tokens,
+        lambda config: ContiguousKVCache(
+            config, batch_size=1, max_seq_len=2 * num_tokens
+        ),
+    )
+
+
+def paged(num_tokens: int, num_layers: int) -> Callable[[], KVCache]:
+    num_blocks = math.ceil(num_tokens / 16)
+    return _cached(
+        num_layers,
+        num_tokens,
+        lambda config: PagedKVCache(
+            config, batch_size=1, num_blocks=num_blocks, block_size=16
+        ),
     )
 
 
 def forward(num_tokens: int, num_layers: int) -> Callable:
     """The forward pass of a training step, the unit of a factor: no column of its own."""
     return _blocks_call(num_tokens, random_model(num_layers), checkpointing.run_blocks)
+
+
+def _cached(num_layers: int, num_tokens: int, make_cache: Callable) -> Callable:
+    model = random_model(num_layers).eval()
+
+    def run():
+        cache = make_cache(model.config)
+        generate.generate_cached(model, [FIRST_ID], num_tokens, cache, temperature=0)
+        return cache
+
+    return run
 
 
 def _training_step(num_tokens: int, num_layers: int, run: Callable) -> Callable:
@@ -96,6 +141,9 @@ def _blocks_call(num_tokens: int, model: Transformer, run: Callable) -> Callable
     positions = torch.arange(num_tokens)
     return lambda: run(model.blocks, model.embed(token_ids), positions, attend_fused)
 
+
+# Of a token in a layer of random_model: key and value of 2 heads, 16 numbers of 4 bytes.
+KV_BYTES = 2 * 2 * 16 * 4
 
 COLUMNS = {
     "training": Column(
@@ -124,6 +172,30 @@ COLUMNS = {
             "peak memory": Growth(1, 0),
             "attention FLOPs": Growth(3, 1),
             "projection FLOPs": Growth(2, 1),
+            "forward calls": Growth(1, 0),
+            "block calls": Growth(1, 1),
+        },
+    ),
+    "contiguous": Column(
+        contiguous,
+        {
+            "peak memory": Growth(1, 1),
+            "KV bytes reserved": Growth(1, 1, factor=2 * KV_BYTES),
+            "KV bytes used": Growth(1, 1, factor=KV_BYTES),
+            "attention FLOPs": Growth(2, 1),
+            "projection FLOPs": Growth(1, 1),
+            "forward calls": Growth(1, 0),
+            "block calls": Growth(1, 1),
+        },
+    ),
+    "paged": Column(
+        paged,
+        {
+            "peak memory": Growth(1, 1),
+            "KV bytes reserved": Growth(1, 1, factor=KV_BYTES),
+            "KV bytes used": Growth(1, 1, factor=KV_BYTES),
+            "attention FLOPs": Growth(2, 1),
+            "projection FLOPs": Growth(1, 1),
             "forward calls": Growth(1, 0),
             "block calls": Growth(1, 1),
         },

@@ -1,18 +1,22 @@
-"""Chapter 1: generate text by recomputing everything.
+"""Chapters 1 and 3: generate text, first by recomputing everything, then with a cache.
 
 A language model gives probabilities for one next token. To write N of them, ask N
 times, each time with all the text so far. That is the whole of `generate_recompute`,
 and also what is wrong with it: step t does the work of all steps before it again.
-Chapter 3 keeps what can be kept.
+`generate_cached` asks as often, but hands over only the tokens that are new; the rest is
+in a cache, of whatever kind (lib/kv_cache.py, lib/paged_kv_cache.py).
 
 Read lib/model.py and lib/sampling.py before.
 """
 
+from collections.abc import Sequence
+
 import torch
 
-from lib import sampling
+from lib import kv_cache, sampling
 from lib.config import ModelConfig
-from lib.model import Attend, Transformer, attend_fused
+from lib.kv_cache import KVCache
+from lib.model import Attend, Transformer, attend_fused, check_token_ids
 
 
 @torch.no_grad()
@@ -75,17 +79,102 @@ def projection_flops(config: ModelConfig, prompt_len: int, num_new_tokens: int) 
     return 2 * num_weights * num_tokens
 
 
-def check_generation(model: Transformer, prompt_ids: torch.Tensor, num_new_tokens: int):
-    """Raise ValueError unless there is a prompt, room for more, and no dropout."""
+@torch.no_grad()
+def forward_cached(
+    model: Transformer, cache: KVCache, token_ids: torch.Tensor, query_lens: torch.Tensor
+) -> torch.Tensor:
+    """Logits after each new token, which from now on is in the cache.
+
+    token_ids int64 (N,), request after request: query_lens[b] of request b, int64 (B,).
+    Returns (N, V). What does not fit, tokens or lengths, raises before anything changes.
+    """
+    kv_cache.check_query_lens(query_lens, batch_size=len(cache.seq_lens))
+    if token_ids.shape != (int(query_lens.sum()),):
+        raise ValueError(
+            f"token_ids: expected ({int(query_lens.sum())},), the sum of query_lens, "
+            f"got {tuple(token_ids.shape)}"
+        )
+    positions = kv_cache.new_positions(cache.seq_lens + query_lens, query_lens)  # (N,)
+    check_token_ids(token_ids, positions, model.config)
+    attend = cache.extend(query_lens)
+    return model(token_ids, positions, attend)  # (N, V)
+
+
+@torch.no_grad()
+def generate_cached(
+    model: Transformer,
+    prompts: Sequence[torch.Tensor],
+    num_new_tokens: int,
+    cache: KVCache,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> list[torch.Tensor]:
+    """Prompts and continuations: each token goes through the model once.
+
+    prompts: one (T,) for each request of the cache, of any lengths. Returns each with
+    num_new_tokens more. The last of them is not in the cache: nobody has asked what
+    follows it. Raises ValueError, or what the cache raises if it has not enough room, and
+    then the cache is as it was.
+    """
+    check_cached_generation(model, prompts, num_new_tokens, cache)
+    sampling.check_sampling(temperature, top_k, top_p)
+
+    texts = list(prompts)
+    new_ids = torch.cat(texts)  # (N,)
+    query_lens = torch.tensor([len(p) for p in prompts], device=new_ids.device)  # (B,)
+    for _ in range(num_new_tokens):
+        logits = forward_cached(model, cache, new_ids, query_lens)  # (N, V)
+        logits = logits[query_lens.cumsum(0) - 1]  # (B, V): of each request the last row
+        probs = sampling.next_token_probs(logits, temperature, top_k, top_p)  # (B, V)
+        new_ids = sampling.sample(probs, generator)  # (B,)
+        query_lens = torch.ones_like(query_lens)  # (B,)
+        texts = [torch.cat([text, new]) for text, new in zip(texts, new_ids.split(1))]
+    return texts
+
+
+def check_generation(
+    model: Transformer, prompt_ids: torch.Tensor, num_new_tokens: int, seq_len: int = 0
+):
+    """Raise ValueError unless there is a prompt, room for more, and no dropout.
+
+    seq_len: tokens that came before the prompt.
+    """
     prompt_len = prompt_ids.shape[-1] if prompt_ids.dim() else 0
     if prompt_len == 0:
         raise ValueError("prompt_ids: expected at least one token, got none")
     if num_new_tokens < 0:
         raise ValueError(f"num_new_tokens: expected at least 0, got {num_new_tokens}")
-    if prompt_len + num_new_tokens > model.config.max_seq_len:
+    if seq_len + prompt_len + num_new_tokens > model.config.max_seq_len:
+        cached = f"{seq_len} in the cache + " if seq_len else ""
         raise ValueError(
             f"expected at most max_seq_len = {model.config.max_seq_len} tokens, "
-            f"got {prompt_len} in the prompt + {num_new_tokens} new"
+            f"got {cached}{prompt_len} in the prompt + {num_new_tokens} new"
         )
     if model.training and model.config.dropout > 0:
         raise ValueError("model: expected eval mode, got training mode, with dropout")
+
+
+def check_cached_generation(
+    model: Transformer,
+    prompts: Sequence[torch.Tensor],
+    num_new_tokens: int,
+    cache: KVCache,
+):
+    """The same for a batch with a cache, which must have room for all that is coming."""
+    if len(prompts) != len(cache.seq_lens):
+        raise ValueError(
+            f"prompts: expected {len(cache.seq_lens)}, one a request of the cache, "
+            f"got {len(prompts)}"
+        )
+    for prompt_ids, seq_len in zip(prompts, cache.seq_lens.tolist()):
+        if prompt_ids.dim() != 1:
+            raise ValueError(
+                f"prompts: expected each (T,), got {tuple(prompt_ids.shape)}"
+            )
+        check_generation(model, prompt_ids, num_new_tokens, seq_len)
+    if num_new_tokens > 0:
+        lens = torch.tensor([len(p) for p in prompts], device=cache.seq_lens.device)
+        cache.check_room(lens + num_new_tokens - 1)

@@ -19,7 +19,7 @@ import statistics
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,6 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ class _Meter(TorchDispatchMode):
         if (
             func is not torch.ops.aten.lift_fresh.default
         ):  # torch.tensor(...) shows its new data as an input
-            for tensor in _tensors((args, kwargs)):
+            for tensor in _tensors((args, tuple(kwargs.values()))):
                 self._meet(tensor.untyped_storage())
         out = func(*args, **kwargs)
         for tensor in _tensors(out):
@@ -193,8 +192,13 @@ class _Held:
                 self.meter.held_bytes -= self.storage.nbytes()
 
 
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    """Those in the arguments of an operation, or in what it returns."""
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for branch in tree:
+            yield from _tensors(branch)
 
 
 def _count_flops(func, args: tuple, out: Any) -> dict[str, int]:

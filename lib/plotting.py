@@ -1,4 +1,4 @@
-"""The figures: `draw_*` shows a structure, `plot_*` a measurement, from the live object.
+"""Figures of measurements; those of structures are in lib/drawing.py.
 
 A colour means the same thing in every chapter, and never colour alone: what is wasted
 or computed again is hatched grey too, a prediction is dashed, a measurement has
@@ -12,13 +12,12 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-KEY = "#0072B2"
+from lib.simulation import Usage
+
 NEW = "#0072B2"  # computed or written now
 # Or computed again.
 WASTED = {"facecolor": "#DDDDDD", "edgecolor": "#8C8C8C", "hatch": "////"}
@@ -88,64 +87,6 @@ def plot_next_token(
     return ax
 
 
-def draw_attention(
-    weights: torch.Tensor, tokens: Sequence[str], *, title: str, ax: Axes | None = None
-) -> Axes:
-    """Attention weights (T, T) of one head: a row for a query, a column for a key."""
-    ax = ax or plt.subplots(figsize=(5.2, 4.6))[1]
-    T = len(tokens)
-    tint = LinearSegmentedColormap.from_list("tint", ["white", KEY])
-    ax.imshow(weights.tolist(), cmap=tint, vmin=0, vmax=1)
-    for t in range(T):
-        for s in range(T):
-            if s > t:
-                ax.add_patch(Rectangle((s - 0.5, t - 0.5), 1, 1, **WASTED))
-            else:
-                colour = "white" if weights[t, s] > 0.55 else "black"
-                ax.text(
-                    s, t, f"{weights[t, s]:.2f}", ha="center", va="center", color=colour
-                )
-    ax.set_xticks(range(T), tokens, fontfamily="monospace")
-    ax.set_yticks(range(T), tokens, fontfamily="monospace")
-    ax.grid(False)
-    ax.set(
-        xlabel="key token (hatched: the future, masked)",
-        ylabel="query token",
-        title=title,
-    )
-    return ax
-
-
-def draw_recompute(
-    prompt_len: int, num_new_tokens: int, *, ax: Axes | None = None
-) -> Axes:
-    """The tokens that each step of `generate_recompute` runs through the model."""
-    ax = ax or plt.subplots(figsize=(7.0, 3.6))[1]
-    num_new = num_again = 0
-    for step in range(num_new_tokens):
-        for token in range(prompt_len + step):
-            is_new = step == 0 or token == prompt_len + step - 1
-            num_new, num_again = num_new + is_new, num_again + (not is_new)
-            look = {"facecolor": NEW, "edgecolor": "white"} if is_new else WASTED
-            ax.add_patch(Rectangle((token - 0.5, step + 0.5), 1, 1, **look))
-    ax.set_xlim(-0.5, prompt_len + num_new_tokens - 1.5)
-    ax.set_ylim(num_new_tokens + 0.5, 0.5)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.grid(False)
-    ax.set(
-        xlabel="position of the token in the text",
-        ylabel="step",
-        title=f"{num_again} of {num_new + num_again} tokens had been computed before",
-    )
-    looks = [
-        Patch(facecolor=NEW, label="first time"),
-        Patch(**WASTED, label="computed again"),
-    ]
-    ax.legend(handles=looks, loc="upper right")
-    return ax
-
-
 def plot_timelines(
     timelines: Mapping[str, Sequence[int]], *, title: str, ax: Axes | None = None
 ) -> Axes:
@@ -190,9 +131,10 @@ def plot_table(sweeps: Sequence) -> Figure:
     sweeps: of `table.sweep`, one a column.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
+    sizes = list(sweeps[0].costs)  # (N, L), first along N, then along L
     plot_measured(
         {sweep.column: sweep.along("L", "peak memory") for sweep in sweeps},
-        xlabel="layers, L (with 32 tokens)",
+        xlabel=f"layers, L (with {sizes[-1][0]} tokens)",
         ylabel="peak memory (bytes)",
         title="Checkpoints turn L into √L",
         log=True,
@@ -200,13 +142,42 @@ def plot_table(sweeps: Sequence) -> Figure:
     )
     plot_measured(
         {sweep.column: sweep.along("N", "attention FLOPs") for sweep in sweeps},
-        xlabel="tokens, N (with 4 layers)",
+        xlabel=f"tokens, N (with {sizes[0][1]} layers)",
         ylabel="FLOPs in attention",
         title="Recomputing turns N² into N³",
         log=True,
         ax=right,
     )
     return figure
+
+
+def plot_usage(
+    usages: Mapping[str, Usage], *, title: str, ax: Axes | None = None
+) -> Axes:
+    """Stacked bars of what a pool was used for: name -> `simulation.simulate`."""
+    ax = ax or plt.subplots(figsize=(7.0, 0.9 + 0.42 * len(usages)))[1]
+    looks = {
+        "tokens": {"color": NEW},
+        "later": {"color": "#9FC9E3", "hatch": ".."},
+        "never": WASTED,
+        "free": {"facecolor": "white", "edgecolor": "#8C8C8C"},
+    }
+    left = [0.0] * len(usages)
+    for kind, look in looks.items():
+        widths = [100 * getattr(usage, kind) for usage in usages.values()]
+        bars = ax.barh(list(usages), widths, left=left, label=kind, height=0.7, **look)
+        if kind == "tokens":
+            for bar, width in zip(bars, widths):
+                colour = "white" if width > 15 else "black"
+                at = 1 if width > 15 else width + 1
+                middle = bar.get_y() + bar.get_height() / 2
+                ax.text(at, middle, f"{width:.1f} %", va="center", color=colour)
+        left = [start + width for start, width in zip(left, widths)]
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    ax.set(xlim=(0, 100), xlabel="share of the pool (%)", title=title)
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
 
 
 def plot_loss_curve(result: dict, *, ax: Axes | None = None) -> Axes:

@@ -9,8 +9,8 @@ exponent of a quantity f is
 
     log_r((f(r²x) - f(rx)) / (f(rx) - f(x)))
 
-Differences, since whatever does not grow cancels in them. Calls are not fitted: they have
-to be what theory says at every size.
+Differences, since whatever does not grow cancels in them. Calls and the bytes of a cache
+are not fitted: they have to be what theory says at every size.
 """
 
 import argparse
@@ -32,17 +32,21 @@ TOLERANCE = 0.1  # of an exponent
 # Sizes (N, L) along each axis. The depths are squares, so that √L segments come out even.
 SIZES = {
     "N": [(64, 4), (128, 4), (256, 4)],
-    "L": [(32, 4), (32, 16), (32, 64)],
+    "L": [(16, 4), (16, 16), (16, 64)],
 }
 
 QUANTITIES = {
     "peak memory": lambda cost: cost.peak_bytes,
+    "KV bytes reserved": lambda cost: cost.value.reserved_bytes,
+    "KV bytes used": lambda cost: cost.value.used_bytes,
     "attention FLOPs": lambda cost: cost.flops["attention"],
     "projection FLOPs": lambda cost: cost.flops["projection"],
     "forward calls": lambda cost: cost.calls["Embedding"],
     "block calls": lambda cost: cost.calls["Block"],
 }
-COUNTS = ("forward calls", "block calls")  # exact at every size; the others are fitted
+# Exact at every size; the others are fitted.
+COUNTS = ("KV bytes reserved", "KV bytes used", "forward calls", "block calls")
+FACTORS = ("attention FLOPs", "projection FLOPs")  # counted in forward passes
 
 
 @dataclass(frozen=True)
@@ -96,11 +100,11 @@ def sweep(column: str, progress: tqdm | None = None) -> Sweep:
             progress.update()
     N, L = SIZES["N"][-1]
     factors = {}
-    if any(growth.factor != 1 for growth in theory.values()):
+    if any(theory[quantity].factor != 1 for quantity in FACTORS):
         plain, forward = (
             measure(run(N, L)) for run in (columns.training, columns.forward)
         )
-        for quantity in ("attention FLOPs", "projection FLOPs"):
+        for quantity in FACTORS:
             f, f_plain, f_forward = (
                 QUANTITIES[quantity](cost) for cost in (costs[N, L], plain, forward)
             )
@@ -146,14 +150,16 @@ def growth_exponent(values: list[float], ratio: int) -> float:
 def render(cells: list[Cell]) -> str:
     """A Markdown table that reads well in a terminal too; ✗ marks a cell that is out."""
     names = list(dict.fromkeys(cell.column for cell in cells))
-    of = {(name, cell.quantity): [] for name in names for cell in cells}
+    of = {(name, quantity): [] for name in names for quantity in (*QUANTITIES, "seconds")}
     for cell in cells:
         of[cell.column, cell.quantity].append(cell)
 
     rows = [["", *names]]
     for quantity in QUANTITIES:
+        if not any(of[name, quantity] for name in names):
+            continue
         where = " at N={}, L={}".format(*SIZES["L"][-1]) if quantity in COUNTS else ""
-        theory = [str(COLUMNS[name].theory[quantity]) for name in names]
+        theory = [str(COLUMNS[name].theory.get(quantity, "")) for name in names]
         measured = [_render_measured(of[name, quantity]) for name in names]
         rows += [[f"{quantity}: theory", *theory], [f"measured{where}", *measured]]
     seconds = [f"{of[name, 'seconds'][0].measured:.3f}" for name in names]
@@ -166,9 +172,11 @@ def render(cells: list[Cell]) -> str:
 
 
 def _render_measured(cells: list[Cell]) -> str:
+    if not cells:
+        return ""
     by_axis = {cell.axis: cell.measured for cell in cells}  # of several counts, the last
     if "count" in by_axis:
-        text = str(by_axis["count"])
+        text = f"{by_axis['count']:,}"
     else:
         factor = f"{by_axis['factor']:.2f} " if "factor" in by_axis else ""
         text = f"{factor}N^{by_axis['N']:.2f} L^{by_axis['L']:.2f}"

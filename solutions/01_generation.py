@@ -28,7 +28,9 @@ import math
 import torch
 from IPython.display import Markdown
 
-from lib import config, generate, meter, model, plotting, sampling, table, text
+from lib import (
+    config, drawing, generate, meter, model, plotting, sampling, table, text,
+)
 from lib.config import ModelConfig
 from lib.course.check import check
 from lib.generate import check_generation
@@ -203,7 +205,7 @@ is_future = t > t[:, None]  # (6, 6): the key's column after the query's row
 weights = scores.masked_fill(is_future, -math.inf).softmax(dim=-1)
 
 # %%
-plotting.draw_attention(
+drawing.draw_attention(
     weights, tokens, title="Each token averages over itself and the past"
 );
 
@@ -277,7 +279,7 @@ print(f"largest difference: {difference.abs().max():.1e}")
 # drawn has no square: nobody asks what follows it.)
 
 # %%
-plotting.draw_recompute(prompt_len=8, num_new_tokens=16);
+drawing.draw_generation(prompt_len=8, num_new_tokens=16);
 
 # %% [markdown]
 # *After the first step, one square a row is new. All others are hatched:

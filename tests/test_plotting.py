@@ -4,7 +4,7 @@ import pytest
 import torch
 from matplotlib.patches import Rectangle
 
-from lib import plotting
+from lib import drawing, plotting
 
 matplotlib.use("agg")
 
@@ -32,7 +32,7 @@ def test_bars_are_those_of_the_most_probable_bytes_and_of_all_others():
 
 
 def test_the_staircase_has_a_square_for_each_token_that_a_step_computes():
-    ax = plotting.draw_recompute(prompt_len=3, num_new_tokens=4)
+    ax = drawing.draw_generation(prompt_len=3, num_new_tokens=4)
     squares = [patch for patch in ax.patches if isinstance(patch, Rectangle)]
     assert len(squares) == 3 + 4 + 5 + 6
     hatched = [square for square in squares if square.get_hatch()]
@@ -51,7 +51,7 @@ def test_lines_are_named_at_their_ends_and_the_names_do_not_overlap():
 
 def test_attention_weights_are_written_below_the_diagonal_only():
     weights = torch.tensor([[1.0, 0.0], [0.25, 0.75]])
-    ax = plotting.draw_attention(weights, ["a", "b"], title="")
+    ax = drawing.draw_attention(weights, ["a", "b"], title="")
     assert texts(ax) == ["1.00", "0.25", "0.75"]
 
 

@@ -1,0 +1,246 @@
+"""Chapter 4: who owns which block of the pool.
+
+A KV cache need not be in one piece. Memory is cut into blocks of `block_size` tokens; a
+request has a block table, the list of its blocks in the order of its text, and takes a
+block when it needs one (PagedAttention, https://arxiv.org/abs/2309.06180, section 4).
+This replaces the reservation of chapter 3: what a request wastes is at most the rest of
+its last block.
+
+Only numbers are moved here, no keys and no values: lib/paged_kv_cache.py has those.
+Invariant: a block is free, or it stands in exactly `ref_count` block tables, at the same
+place and filled equally far in each. `check_integrity` says where that is broken.
+
+Allocating, appending and freeing take constant time a block, whatever the pool's size.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Hashable, Mapping
+
+
+class OutOfBlocksError(Exception):
+    """More blocks were asked for than are free."""
+
+    def __init__(self, needed: int, free: int):
+        super().__init__(
+            f"expected at most {free} blocks, as many as are free, got {needed}"
+        )
+        self.needed, self.free = needed, free
+
+
+class BlockManager:
+    """The free list, the block tables, and how many tables each block stands in.
+
+    block_tables, seq_lens: of each live request, by its id, in the order of arrival.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int):
+        for name, value in (("num_blocks", num_blocks), ("block_size", block_size)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(
+                    f"{name}: expected an integer of at least 1, got {value!r}"
+                )
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.free_block_ids = list(range(num_blocks))[
+            ::-1
+        ]  # a stack: pop() gives 0 first
+        self.ref_count = [0] * num_blocks  # by block id: how many tables it stands in
+        self.block_tables: dict[Hashable, list[int]] = {}
+        self.seq_lens: dict[Hashable, int] = {}
+
+    def allocate(self, request_id: Hashable, num_tokens: int):
+        """Begin a request, with blocks for its first `num_tokens` tokens, and no more.
+
+        Raises ValueError if the request is live already, OutOfBlocksError if fewer blocks
+        are free than it needs; then nothing has changed.
+
+        >>> manager = BlockManager(num_blocks=4, block_size=2)
+        >>> manager.allocate("a", num_tokens=3)
+        >>> manager.block_tables, manager.seq_lens, manager.ref_count
+        ({'a': [0, 1]}, {'a': 3}, [1, 1, 0, 0])
+        """
+        if request_id in self.block_tables:
+            raise ValueError(
+                f"request {request_id!r}: expected a new one, got a live one"
+            )
+        check_num_tokens(num_tokens)
+
+        needed = math.ceil(num_tokens / self.block_size)
+        if needed > len(self.free_block_ids):
+            raise OutOfBlocksError(needed, len(self.free_block_ids))
+        self.block_tables[request_id] = [self.take_block() for _ in range(needed)]
+        self.seq_lens[request_id] = num_tokens
+
+    def take_block(self) -> int:
+        """A free block, from now on in one table."""
+        block_id = self.free_block_ids.pop()
+        self.ref_count[block_id] = 1
+        return block_id
+
+    def append(self, request_id: Hashable, num_tokens: int = 1) -> tuple[int, int] | None:
+        """Make room for `num_tokens` more tokens of a live request.
+
+        They fill its last block first; new blocks come behind it. Where that last block
+        has room and others use it too, the request gets a copy of it before: then returns
+        what `copy_on_write` does, else None. Raises ValueError for an unknown request,
+        OutOfBlocksError if too few blocks are free; then nothing has changed.
+
+        >>> manager = BlockManager(num_blocks=4, block_size=2)
+        >>> manager.allocate("a", 1)
+        >>> manager.append("a"), manager.block_tables["a"]  # fills block 0
+        (None, [0])
+        >>> manager.append("a"), manager.block_tables["a"]  # needs another
+        (None, [0, 1])
+        """
+        self.check_live(request_id)
+        check_num_tokens(num_tokens)
+        needed = self.blocks_needed({request_id: num_tokens})
+
+        if needed > len(self.free_block_ids):
+            raise OutOfBlocksError(needed, len(self.free_block_ids))
+        copied = None
+        if num_tokens > 0 and self.seq_lens[request_id] % self.block_size > 0:
+            copied = self.copy_on_write(request_id)
+        self.seq_lens[request_id] += num_tokens
+        block_table = self.block_tables[request_id]
+        while len(block_table) * self.block_size < self.seq_lens[request_id]:
+            block_table.append(self.take_block())
+        return copied
+
+    def free(self, request_id: Hashable):
+        """End a request: each of its blocks is free again, unless others use it.
+
+        Raises ValueError for a request that is unknown, or was freed before.
+
+        >>> manager = BlockManager(num_blocks=4, block_size=2)
+        >>> manager.allocate("a", 3)
+        >>> manager.free("a")
+        >>> len(manager.free_block_ids), manager.block_tables
+        (4, {})
+        """
+        self.check_live(request_id)
+
+        for block_id in self.block_tables.pop(request_id):
+            self.ref_count[block_id] -= 1
+            if self.ref_count[block_id] == 0:
+                self.free_block_ids.append(block_id)
+        del self.seq_lens[request_id]
+
+    def fork(self, parent_id: Hashable, child_id: Hashable):
+        """Begin a request with the same tokens as a live one, in the same blocks.
+
+        No block is taken. Raises ValueError if the parent is unknown or the child live.
+
+        >>> manager = BlockManager(num_blocks=4, block_size=2)
+        >>> manager.allocate("a", 3)
+        >>> manager.fork("a", "b")
+        >>> manager.block_tables, manager.ref_count
+        ({'a': [0, 1], 'b': [0, 1]}, [2, 2, 0, 0])
+        """
+        self.check_live(parent_id)
+        if child_id in self.block_tables:
+            raise ValueError(f"request {child_id!r}: expected a new one, got a live one")
+
+        self.block_tables[child_id] = list(self.block_tables[parent_id])
+        self.seq_lens[child_id] = self.seq_lens[parent_id]
+        for block_id in self.block_tables[child_id]:
+            self.ref_count[block_id] += 1
+
+    def copy_on_write(self, request_id: Hashable) -> tuple[int, int] | None:
+        """Make a request the only user of its last block, which it is about to write.
+
+        If others use that block, a free one takes its place in this request's table, and
+        the caller has to copy what is in it: returns (source, target). If nobody else
+        does, returns None. Raises OutOfBlocksError if a block is needed and none is free.
+
+        >>> manager = BlockManager(num_blocks=4, block_size=2)
+        >>> manager.allocate("a", 3)
+        >>> manager.fork("a", "b")
+        >>> manager.copy_on_write("b"), manager.block_tables, manager.ref_count
+        ((1, 2), {'a': [0, 1], 'b': [0, 2]}, [2, 1, 1, 0])
+        """
+        block_table = self.block_tables[request_id]
+
+        source = block_table[-1]
+        if self.ref_count[source] == 1:
+            return None
+        if not self.free_block_ids:
+            raise OutOfBlocksError(needed=1, free=0)
+        target = self.take_block()
+        self.ref_count[source] -= 1
+        block_table[-1] = target
+        return source, target
+
+    def blocks_needed(self, num_new_tokens: Mapping[Hashable, int]) -> int:
+        """Free blocks that `append` takes for all of these requests together, exactly."""
+        needed, writers = 0, Counter()
+        for request_id, num_tokens in num_new_tokens.items():
+            block_table, seq_len = (
+                self.block_tables[request_id],
+                self.seq_lens[request_id],
+            )
+            end = seq_len + num_tokens
+            needed += math.ceil(end / self.block_size) - len(block_table)
+            if num_tokens > 0 and seq_len % self.block_size > 0:
+                writers[block_table[-1]] += 1
+        # Whoever writes into a shared block copies it, but the last one left need not.
+        for block_id, num_writers in writers.items():
+            needed += min(num_writers, self.ref_count[block_id] - 1)
+        return needed
+
+    def num_filled_slots(self) -> int:
+        """Places for a token that hold one; a shared one counts once."""
+        filled = {}
+        for request_id, block_table in self.block_tables.items():
+            for i, block_id in enumerate(block_table):
+                left = self.seq_lens[request_id] - i * self.block_size
+                filled[block_id] = min(left, self.block_size)
+        return sum(filled.values())
+
+    def check_live(self, request_id: Hashable):
+        """Raise ValueError unless there is such a request now."""
+        if request_id not in self.block_tables:
+            live = ", ".join(repr(r) for r in self.block_tables) or "none"
+            raise ValueError(
+                f"request {request_id!r}: expected a live one ({live}), got one that is "
+                f"unknown or was freed"
+            )
+
+    def check_integrity(self):
+        """Raise AssertionError that names the first thing that is not as it must be."""
+        users = Counter(b for table in self.block_tables.values() for b in table)
+        free = Counter(self.free_block_ids)
+        for block_id in range(self.num_blocks):
+            assert free[block_id] + (users[block_id] > 0) == 1, (
+                f"block {block_id}: expected it free once or in use, got it free "
+                f"{free[block_id]} times and in {users[block_id]} tables"
+            )
+            assert self.ref_count[block_id] == users[block_id], (
+                f"block {block_id}: expected ref_count {users[block_id]}, the tables it "
+                f"stands in, got {self.ref_count[block_id]}"
+            )
+        assert set(free) | set(users) == set(range(self.num_blocks)), "unknown blocks"
+        assert self.seq_lens.keys() == self.block_tables.keys(), "a table has no length"
+        seen = {}  # block id -> (place in the table, tokens in it)
+        for request_id, block_table in self.block_tables.items():
+            seq_len = self.seq_lens[request_id]
+            needed = math.ceil(seq_len / self.block_size)
+            assert len(block_table) == needed, (
+                f"request {request_id!r}: expected {needed} blocks for {seq_len} tokens, "
+                f"got {len(block_table)}"
+            )
+            for i, block_id in enumerate(block_table):
+                use = i, min(seq_len - i * self.block_size, self.block_size)
+                assert seen.setdefault(block_id, use) == use, (
+                    f"block {block_id}: expected all who share it to have it at the same "
+                    f"place with the same tokens, got (place, tokens) {seen[block_id]} "
+                    f"and {use}"
+                )
+
+
+def check_num_tokens(num_tokens: int):
+    """Raise ValueError unless it is a number of tokens."""
+    if not isinstance(num_tokens, int) or num_tokens < 0:
+        raise ValueError(
+            f"num_tokens: expected an integer of at least 0, got {num_tokens!r}"
+        )

@@ -1,0 +1,220 @@
+"""Drawings of structures, from the live object, so that none can disagree with the code.
+
+The colours are those of lib/plotting.py: solid is written now, a light tint was written
+before, hatched grey is wasted or computed again, white is free. Each function returns
+what it drew on.
+"""
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from lib.block_manager import BlockManager
+from lib.kv_cache import ContiguousKVCache
+from lib.plotting import NEW, WASTED
+
+KEY = "#0072B2"
+CACHED = {"facecolor": "#B9D8EC", "edgecolor": "white"}
+FREE = {"facecolor": "white", "edgecolor": "#8C8C8C"}
+SHARED = {"facecolor": "#F5E6B8", "edgecolor": "#B8860B", "hatch": "\\\\"}
+# Of requests, in the order of their arrival; each is named beside its colour.
+REQUESTS = ["#9FC9E3", "#F2C48D", "#A8D8B9", "#DDB9D9", "#F0E29A", "#C8C8C8"]
+
+
+def draw_attention(
+    weights: torch.Tensor, tokens: Sequence[str], *, title: str, ax: Axes | None = None
+) -> Axes:
+    """Attention weights (T, T) of one head: a row for a query, a column for a key."""
+    ax = ax or plt.subplots(figsize=(5.2, 4.6))[1]
+    T = len(tokens)
+    tint = LinearSegmentedColormap.from_list("tint", ["white", KEY])
+    ax.imshow(weights.tolist(), cmap=tint, vmin=0, vmax=1)
+    for t in range(T):
+        for s in range(T):
+            if s > t:
+                ax.add_patch(Rectangle((s - 0.5, t - 0.5), 1, 1, **WASTED))
+            else:
+                colour = "white" if weights[t, s] > 0.55 else "black"
+                ax.text(
+                    s, t, f"{weights[t, s]:.2f}", ha="center", va="center", color=colour
+                )
+    ax.set_xticks(range(T), tokens, fontfamily="monospace")
+    ax.set_yticks(range(T), tokens, fontfamily="monospace")
+    ax.grid(False)
+    ax.set(
+        xlabel="key token (hatched: the future, masked)",
+        ylabel="query token",
+        title=title,
+    )
+    return ax
+
+
+def draw_generation(
+    prompt_len: int,
+    num_new_tokens: int,
+    *,
+    is_cached: bool = False,
+    ax: Axes | None = None,
+) -> Axes:
+    """The tokens that each step of generation runs through the model.
+
+    By `generate_recompute`; with is_cached by `generate_cached`, which only reads those
+    that it has seen.
+    """
+    ax = ax or plt.subplots(figsize=(7.0, 3.6))[1]
+    old_look = CACHED if is_cached else WASTED
+    num_new = num_old = 0
+    for step in range(num_new_tokens):
+        for token in range(prompt_len + step):
+            is_new = step == 0 or token == prompt_len + step - 1
+            num_new, num_old = num_new + is_new, num_old + (not is_new)
+            look = {"facecolor": NEW, "edgecolor": "white"} if is_new else old_look
+            ax.add_patch(Rectangle((token - 0.5, step + 0.5), 1, 1, **look))
+    if is_cached:
+        title = f"{num_new} tokens go through the model, each of them once"
+    else:
+        title = f"{num_old} of {num_new + num_old} tokens had been computed before"
+    ax.set_xlim(-0.5, prompt_len + num_new_tokens - 1.5)
+    ax.set_ylim(num_new_tokens + 0.5, 0.5)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.grid(False)
+    ax.set(xlabel="position of the token in the text", ylabel="step", title=title)
+    old = "keys and values read from the cache" if is_cached else "computed again"
+    looks = [
+        Patch(facecolor=NEW, label="computed, for the first time"),
+        Patch(**old_look, label=old),
+    ]
+    ax.legend(handles=looks, loc="upper right")
+    return ax
+
+
+def draw_contiguous(
+    cache: ContiguousKVCache, *, title: str, ax: Axes | None = None
+) -> Axes:
+    """What is reserved for each request, and what of it holds tokens."""
+    seq_lens, reserved = cache.seq_lens.tolist(), cache.k_cache.shape[2]
+    ax = ax or plt.subplots(figsize=(7.0, 0.9 + 0.3 * len(seq_lens)))[1]
+    rows = range(len(seq_lens))
+    ax.barh(rows, seq_lens, height=0.7, color=NEW, label="holds a token")
+    left = [reserved - seq_len for seq_len in seq_lens]
+    ax.barh(rows, left, left=seq_lens, height=0.7, label="reserved", **WASTED)
+    ax.set_yticks(rows)
+    ax.invert_yaxis()
+    ax.grid(False)
+    ax.set(xlim=(0, reserved), xlabel="tokens", ylabel="request", title=title)
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
+
+
+def draw_blocks(manager: BlockManager, *, title: str) -> Figure:
+    """Block tables above, the pool below: which block holds what, and who uses it.
+
+    A block is a box of block_size places; those that hold a token are tinted. The number
+    in a box is a block id, and in the pool the number below is its ref_count.
+    """
+    size, tables = manager.block_size, manager.block_tables
+    names = list(tables)
+    width = max([manager.num_blocks, *map(len, tables.values())])
+    figure, (above, below) = plt.subplots(
+        2,
+        1,
+        figsize=(min(9.0, 1.2 + 0.75 * width), 1.3 + 0.42 * (len(tables) + 2)),
+        height_ratios=[max(len(tables), 1), 1.6],
+    )
+    for row, (request_id, block_table) in enumerate(tables.items()):
+        for i, block_id in enumerate(block_table):
+            filled = min(size, manager.seq_lens[request_id] - i * size)
+            look = _look(manager, block_id, names)
+            _draw_block(above, i, row, size, filled, look, str(block_id))
+    above.set_yticks(range(len(tables)), [str(request_id) for request_id in tables])
+    above.set_xticks(range(max(map(len, tables.values()), default=0)))
+    above.set(xlim=(-0.55, width - 0.45), ylim=(len(tables) - 0.4, -0.6), title=title)
+    above.set(xlabel="block of the text", ylabel="request")
+    _draw_pool(below, manager, 0, names)
+    for block_id, count in enumerate(manager.ref_count):
+        below.text(block_id, 0.62, str(count), ha="center", va="center", fontsize=8)
+    free = ", ".join(map(str, manager.free_block_ids[::-1])) or "none"
+    below.set_yticks([0, 0.62], ["pool", "ref_count"])
+    below.set_xticks([])
+    below.set(xlim=(-0.55, width - 0.45), ylim=(0.85, -0.5))
+    below.set_xlabel(f"free blocks, the next one first: {free}")
+    for ax in (above, below):
+        ax.grid(False)
+        ax.spines[:].set_visible(False)
+        ax.tick_params(length=0)
+    return figure
+
+
+def draw_history(
+    history: Sequence[tuple[str, BlockManager]], *, title: str, ax: Axes | None = None
+) -> Axes:
+    """The pool after each of several steps: (what was done, a copy of the manager)."""
+    num_blocks = history[0][1].num_blocks
+    names = list(dict.fromkeys(name for _, m in history for name in m.block_tables))
+    ax = ax or plt.subplots(figsize=(8.0, 0.8 + 0.4 * len(history)))[1]
+    for row, (_, manager) in enumerate(history):
+        _draw_pool(ax, manager, row, names)
+    ax.set_yticks(range(len(history)), [what for what, _ in history])
+    ax.tick_params(axis="y", labelfontfamily="monospace")
+    ax.set_xticks(range(num_blocks))
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    ax.set(xlim=(-0.55, num_blocks - 0.45), ylim=(len(history) - 0.4, -0.6))
+    ax.set(xlabel="block of the pool", title=title)
+    return ax
+
+
+def _draw_pool(ax: Axes, manager: BlockManager, row: int, names: Sequence):
+    """All blocks in a row, each with the names of the requests that use it."""
+    users = {block_id: [] for block_id in range(manager.num_blocks)}
+    filled = dict.fromkeys(users, 0)
+    for request_id, block_table in manager.block_tables.items():
+        for i, block_id in enumerate(block_table):
+            users[block_id].append(str(request_id))
+            left = manager.seq_lens[request_id] - i * manager.block_size
+            filled[block_id] = min(left, manager.block_size)
+    for block_id, who in users.items():
+        look = _look(manager, block_id, names)
+        words = "+".join(who) if len(who) < 4 else f"{len(who)} of them"
+        _draw_block(ax, block_id, row, manager.block_size, filled[block_id], look, words)
+
+
+def _look(manager: BlockManager, block_id: int, names: Sequence) -> dict:
+    """Of a request's block the colour of its place in `names`."""
+    if manager.ref_count[block_id] > 1:
+        return SHARED
+    for request_id, block_table in manager.block_tables.items():
+        if block_id in block_table:
+            colour = REQUESTS[names.index(request_id) % len(REQUESTS)]
+            return {"facecolor": colour, "edgecolor": "#8C8C8C"}
+    return FREE
+
+
+def _draw_block(
+    ax: Axes, x: float, y: float, size: int, filled: int, look: dict, words: str
+):
+    """One block around (x, y): a box of width 0.9, its filled part as `look` says."""
+    ax.add_patch(Rectangle((x - 0.45, y - 0.3), 0.9, 0.6, **FREE))
+    ax.add_patch(Rectangle((x - 0.45, y - 0.3), 0.9 * filled / size, 0.6, **look))
+    for place in range(1, size):
+        at = x - 0.45 + 0.9 * place / size
+        ax.plot([at, at], [y - 0.3, y + 0.3], color="#8C8C8C", linewidth=0.4)
+    ax.text(
+        x,
+        y,
+        words,
+        ha="center",
+        va="center",
+        fontsize=8,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.75}
+        if words
+        else None,
+    )

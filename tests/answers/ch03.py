@@ -1,0 +1,522 @@
+import math
+
+import torch
+
+from answers import right, wrong
+from lib import generate, kv_cache, sampling
+from lib.generate import forward_cached
+
+# kv_cache_bytes
+
+
+@right("kv_cache_bytes")
+def layer_by_layer(config, num_tokens, bytes_per_number=4):
+    total = 0
+    for _ in range(config.num_layers):
+        keys = num_tokens * config.num_kv_heads * config.head_dim
+        total += 2 * keys * bytes_per_number
+    return total
+
+
+@right("kv_cache_bytes")
+def from_a_cache(config, num_tokens, bytes_per_number=4):
+    dtype = {2: torch.float16, 4: torch.float32, 8: torch.float64}[bytes_per_number]
+    shape = config.num_layers, num_tokens, config.num_kv_heads, config.head_dim
+    return 2 * torch.empty(shape, dtype=dtype, device="meta").nbytes
+
+
+def numbers(config, num_tokens, heads):
+    return 2 * config.num_layers * num_tokens * heads * config.head_dim
+
+
+@wrong("kv_cache_bytes", says="a key and a value")
+def keys_alone(config, num_tokens, bytes_per_number=4):
+    return numbers(config, num_tokens, config.num_kv_heads) // 2 * bytes_per_number
+
+
+@wrong("kv_cache_bytes", says="Only KV heads are stored")
+def query_heads(config, num_tokens, bytes_per_number=4):
+    return numbers(config, num_tokens, config.num_heads) * bytes_per_number
+
+
+@wrong("kv_cache_bytes", says="Each layer")
+def one_layer(config, num_tokens, bytes_per_number=4):
+    total = numbers(config, num_tokens, config.num_kv_heads) * bytes_per_number
+    return total // config.num_layers
+
+
+@wrong("kv_cache_bytes", says="Each KV head")
+def one_head(config, num_tokens, bytes_per_number=4):
+    return numbers(config, num_tokens, 1) * bytes_per_number
+
+
+@wrong("kv_cache_bytes", says="numbers, not bytes")
+def not_in_bytes(config, num_tokens, bytes_per_number=4):
+    return numbers(config, num_tokens, config.num_kv_heads)
+
+
+@wrong("kv_cache_bytes")
+def always_four_bytes(config, num_tokens, bytes_per_number=4):
+    return numbers(config, num_tokens, config.num_kv_heads) * 4
+
+
+@wrong("kv_cache_bytes", says="give an int")
+def in_floats(config, num_tokens, bytes_per_number=4):
+    return layer_by_layer(config, num_tokens, bytes_per_number) / 1
+
+
+# append_kv
+
+
+@right("append_kv")
+def request_by_request(k_cache, v_cache, k, v, seq_lens, query_lens):
+    start = 0
+    for b in range(len(seq_lens)):
+        S, T = int(seq_lens[b]), int(query_lens[b])
+        k_cache[b, S - T : S] = k[start : start + T]
+        v_cache[b, S - T : S].copy_(v[start : start + T])
+        start += T
+
+
+@right("append_kv")
+def token_by_token(k_cache, v_cache, k, v, seq_lens, query_lens):
+    n = 0
+    for b, (S, T) in enumerate(zip(seq_lens.tolist(), query_lens.tolist())):
+        for position in range(S - T, S):
+            k_cache[b][position], v_cache[b][position] = k[n], v[n]
+            n += 1
+
+
+@right("append_kv")
+def through_flat_rows(k_cache, v_cache, k, v, seq_lens, query_lens):
+    S = k_cache.shape[1]
+    rows = []
+    for b, (end, T) in enumerate(zip(seq_lens.tolist(), query_lens.tolist())):
+        rows += range(b * S + end - T, b * S + end)
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        cache.view(-1, *cache.shape[2:]).index_copy_(0, torch.tensor(rows), new)
+
+
+def append_from(k_cache, v_cache, k, v, starts, query_lens):
+    first = 0
+    for b, (start, T) in enumerate(zip(starts.tolist(), query_lens.tolist())):
+        for i in range(T):
+            if 0 <= start + i < k_cache.shape[1]:
+                k_cache[b, start + i], v_cache[b, start + i] = k[first + i], v[first + i]
+        first += T
+
+
+@wrong("append_kv", says="Write behind")
+def from_the_start(k_cache, v_cache, k, v, seq_lens, query_lens):
+    append_from(k_cache, v_cache, k, v, torch.zeros_like(seq_lens), query_lens)
+
+
+@wrong("append_kv", says="counts the new tokens too")
+def one_place_too_far(k_cache, v_cache, k, v, seq_lens, query_lens):
+    append_from(k_cache, v_cache, k, v, seq_lens, query_lens)
+
+
+@wrong("append_kv", says="may bring several")
+def one_token_each(k_cache, v_cache, k, v, seq_lens, query_lens):
+    append_from(k_cache, v_cache, k, v, seq_lens - 1, query_lens)
+
+
+@wrong("append_kv", says="values to v_cache")
+def keys_twice(k_cache, v_cache, k, v, seq_lens, query_lens):
+    request_by_request(k_cache, v_cache, k, k, seq_lens, query_lens)
+
+
+@wrong("append_kv", says="in place")
+def new_caches(k_cache, v_cache, k, v, seq_lens, query_lens):
+    k_cache, v_cache = k_cache.clone(), v_cache.clone()
+    request_by_request(k_cache, v_cache, k, v, seq_lens, query_lens)
+    return k_cache, v_cache
+
+
+@wrong("append_kv", says="That copies the cache")
+def copied_and_put_back(k_cache, v_cache, k, v, seq_lens, query_lens):
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        whole = cache.clone()
+        request_by_request(whole, whole, new, new, seq_lens, query_lens)
+        cache.copy_(whole)
+
+
+@wrong("append_kv", says="a row and a length of its own")
+def first_request_only(k_cache, v_cache, k, v, seq_lens, query_lens):
+    start = int(seq_lens[0] - query_lens[0])
+    k_cache[0, start : start + len(k)] = k[: k_cache.shape[1] - start]
+    v_cache[0, start : start + len(v)] = v[: k_cache.shape[1] - start]
+
+
+@wrong("append_kv")
+def all_as_long_as_the_first(k_cache, v_cache, k, v, seq_lens, query_lens):
+    T = int(query_lens[0])
+    start = int(seq_lens[0]) - T
+    k_cache[:, start : start + T] = k.view(len(seq_lens), T, *k.shape[1:])
+    v_cache[:, start : start + T] = v.view(len(seq_lens), T, *v.shape[1:])
+
+
+# attend_cached
+
+
+@right("attend_cached")
+def query_by_query(q, k_cache, v_cache, seq_lens, query_lens):
+    group_size = q.shape[1] // k_cache.shape[2]
+    out, n = torch.zeros_like(q), 0
+    for b, (S, T) in enumerate(zip(seq_lens.tolist(), query_lens.tolist())):
+        for t in range(T):
+            seen = S - T + t + 1
+            for h in range(q.shape[1]):
+                keys = k_cache[b, :seen, h // group_size]
+                weights = (keys @ q[n, h] / math.sqrt(q.shape[2])).softmax(0)
+                out[n, h] = weights @ v_cache[b, :seen, h // group_size]
+            n += 1
+    return out
+
+
+@right("attend_cached")
+def with_einsum(q, k_cache, v_cache, seq_lens, query_lens):
+    H, D = q.shape[1:]
+    G = k_cache.shape[2]
+    outs = []
+    for b, q_b in enumerate(q.split(query_lens.tolist())):
+        S, T = int(seq_lens[b]), len(q_b)
+        q_b = q_b.unflatten(1, (G, H // G))
+        scores = torch.einsum("tgjd,sgd->gjts", q_b, k_cache[b, :S]) * D**-0.5
+        scores += torch.full((T, S), -math.inf, dtype=q.dtype).triu(S - T + 1)
+        weights = scores.softmax(-1)
+        outs.append(torch.einsum("gjts,sgd->tgjd", weights, v_cache[b, :S]).flatten(1, 2))
+    return torch.cat(outs)
+
+
+@right("attend_cached")
+def padded_to_a_batch(q, k_cache, v_cache, seq_lens, query_lens):
+    B, S, G, D = k_cache.shape
+    H, T = q.shape[1], int(query_lens.max())
+    padded = q.new_zeros(B, T, H, D)
+    is_query = torch.arange(T) < query_lens[:, None]
+    padded[is_query] = q
+    at = (seq_lens - query_lens)[:, None] + torch.arange(T)
+    hidden = torch.arange(S) > at[..., None]  # (B, T, S)
+    padded = padded.unflatten(2, (G, H // G))
+    scores = torch.einsum("btgjd,bsgd->bgjts", padded, k_cache) / D**0.5
+    scores = torch.where(hidden[:, None, None], -math.inf, scores)
+    weights = scores.softmax(-1).nan_to_num()
+    values = v_cache.masked_fill(v_cache.isnan(), 0)
+    out = torch.einsum("bgjts,bsgd->btgjd", weights, values).flatten(2, 3)
+    return out[is_query]
+
+
+def attend(q, k_cache, v_cache, seq_lens, query_lens, hide=None, scale=None, rows=None):
+    H, D = q.shape[1:]
+    group_size = H // k_cache.shape[2]
+    outs = []
+    for b, q_b in enumerate(q.split(query_lens.tolist())):
+        S, T = int(seq_lens[b]), len(q_b)
+        row = b if rows is None else rows[b]
+        k, v = (
+            cache[row, :S].repeat_interleave(group_size, 1)
+            for cache in (k_cache, v_cache)
+        )
+        scores = torch.einsum("thd,shd->hts", q_b, k)
+        scores = scores * (D**-0.5 if scale is None else scale)
+        hidden = torch.arange(S) > torch.arange(S - T, S)[:, None]
+        hidden = hidden if hide is None else hide(T, S)
+        scores = scores.masked_fill(hidden, -math.inf)
+        outs.append(torch.einsum("hts,shd->thd", scores.softmax(-1), v))
+    return torch.cat(outs)
+
+
+@wrong("attend_cached", says="Copy no key for each query head")
+def keys_for_each_query_head(q, k_cache, v_cache, seq_lens, query_lens):
+    return attend(q, k_cache, v_cache, seq_lens, query_lens)
+
+
+@wrong("attend_cached", says="later positions")
+def no_mask(q, k_cache, v_cache, seq_lens, query_lens):
+    return attend(
+        q, k_cache, v_cache, seq_lens, query_lens, lambda T, S: torch.zeros(T, S).bool()
+    )
+
+
+@wrong("attend_cached", says="position S - T + t")
+def mask_from_the_first_key(q, k_cache, v_cache, seq_lens, query_lens):
+    return attend(
+        q,
+        k_cache,
+        v_cache,
+        seq_lens,
+        query_lens,
+        lambda T, S: torch.ones(T, S).triu(1) > 0,
+    )
+
+
+@wrong("attend_cached", says="root of D")
+def no_scale(q, k_cache, v_cache, seq_lens, query_lens):
+    return attend(q, k_cache, v_cache, seq_lens, query_lens, scale=1.0)
+
+
+@wrong("attend_cached", says="behind a request's")
+def all_that_is_reserved(q, k_cache, v_cache, seq_lens, query_lens):
+    reserved = torch.full_like(seq_lens, k_cache.shape[1])
+    return attend(q, k_cache, v_cache, reserved, query_lens)
+
+
+@wrong("attend_cached", says="its own row")
+def always_the_first_row(q, k_cache, v_cache, seq_lens, query_lens):
+    first = [0] * len(seq_lens)
+    return attend(q, k_cache, v_cache, seq_lens, query_lens, rows=first)
+
+
+@wrong("attend_cached", says="neighbours share")
+def heads_tiled(q, k_cache, v_cache, seq_lens, query_lens):
+    G = k_cache.shape[2]
+    H = q.shape[1]
+    q = q.view(-1, H // G, G, q.shape[2]).transpose(1, 2).flatten(1, 2)
+    out = attend(q, k_cache, v_cache, seq_lens, query_lens)
+    return out.view(-1, G, H // G, q.shape[2]).transpose(1, 2).flatten(1, 2)
+
+
+@wrong("attend_cached")
+def one_query_each(q, k_cache, v_cache, seq_lens, query_lens):
+    return attend(q, k_cache, v_cache, seq_lens, torch.ones_like(query_lens))
+
+
+@wrong("attend_cached", says="not allowed here")
+def fused(q, k_cache, v_cache, seq_lens, query_lens):
+    q, k, v = (x.transpose(-3, -2) for x in (q[None], k_cache, v_cache))
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    return out[0].transpose(0, 1)
+
+
+# generate_cached
+
+
+def pick(logits, temperature=1.0, top_k=None, top_p=1.0, generator=None):
+    probs = sampling.next_token_probs(logits, temperature, top_k, top_p)
+    return sampling.sample(probs, generator)
+
+
+@right("generate_cached")
+@torch.no_grad()
+def prefill_then_decode(model, prompts, num_new_tokens, cache, **settings):
+    if num_new_tokens == 0:
+        return prompts
+    texts = [prompt_ids.tolist() for prompt_ids in prompts]
+    lens = torch.tensor([len(text) for text in texts])
+    rows = forward_cached(model, cache, torch.cat(prompts), lens).split(lens.tolist())
+    logits = torch.stack([row[-1] for row in rows])
+    for i in range(num_new_tokens):
+        new_ids = pick(logits, **settings)
+        for text, new_id in zip(texts, new_ids.tolist()):
+            text.append(new_id)
+        if i < num_new_tokens - 1:
+            logits = forward_cached(model, cache, new_ids, torch.ones_like(lens))
+    return [torch.tensor(text) for text in texts]
+
+
+@right("generate_cached")
+def by_hand(model, prompts, num_new_tokens, cache, **settings):
+    texts, new = prompts, [prompt_ids.tolist() for prompt_ids in prompts]
+    for _ in range(num_new_tokens):
+        starts = cache.seq_lens.tolist()
+        attend = cache.extend(torch.tensor([len(ids) for ids in new]))
+        positions = [s + i for s, ids in zip(starts, new) for i in range(len(ids))]
+        token_ids = torch.tensor(sum(new, []))
+        with torch.no_grad():
+            logits = model(token_ids, torch.tensor(positions), attend)
+        ends = torch.tensor([len(ids) for ids in new]).cumsum(0)
+        ids = pick(logits[ends - 1], **settings)
+        new = ids[:, None].tolist()
+        texts = [torch.cat((text, ids[b : b + 1])) for b, text in enumerate(texts)]
+    return texts
+
+
+@right("generate_cached")
+def into_buffers(model, prompts, num_new_tokens, cache, **settings):
+    ends = [len(prompt_ids) for prompt_ids in prompts]
+    texts = [torch.cat((ids, ids.new_zeros(num_new_tokens))) for ids in prompts]
+    query_lens, new_ids = torch.tensor(ends), torch.cat(prompts)
+    for i in range(num_new_tokens):
+        logits = generate.forward_cached(model, cache, new_ids, query_lens)
+        rows = query_lens.cumsum(0).sub(1)
+        new_ids = pick(logits.index_select(0, rows), **settings)
+        for b, text in enumerate(texts):
+            text[ends[b] + i] = new_ids[b]
+        query_lens = torch.ones(len(texts), dtype=torch.int64)
+    return texts
+
+
+@wrong("generate_cached")
+def recompute(model, prompts, num_new_tokens, cache, **settings):
+    return [
+        generate.generate_recompute(model, ids, num_new_tokens, **settings)
+        for ids in prompts
+    ]
+
+
+@wrong("generate_cached", says="hand over the new ones alone")
+def recompute_then_fill_the_cache(model, prompts, num_new_tokens, cache, **settings):
+    if num_new_tokens == 0:
+        return prompts
+    texts = prompts
+    forward_cached(model, cache, torch.cat(texts), torch.tensor([len(t) for t in texts]))
+    for i in range(num_new_tokens):
+        logits = [
+            model(t, torch.arange(len(t)), generate.attend_fused)[-1] for t in texts
+        ]
+        ids = pick(torch.stack(logits).detach(), **settings)
+        texts = [torch.cat((t, ids[b : b + 1])) for b, t in enumerate(texts)]
+        if i < num_new_tokens - 1:
+            forward_cached(model, cache, ids, torch.ones(len(texts)).long())
+    return texts
+
+
+@wrong("generate_cached", says="The last token need not")
+def last_token_too(model, prompts, num_new_tokens, cache, **settings):
+    texts, ids = prompts, torch.cat(prompts)
+    lens = torch.tensor([len(p) for p in prompts])
+    for _ in range(num_new_tokens):
+        logits = forward_cached(model, cache, ids, lens)
+        ids, lens = pick(logits[lens.cumsum(0) - 1], **settings), torch.ones_like(lens)
+        texts = [torch.cat((t, ids[b : b + 1])) for b, t in enumerate(texts)]
+    if num_new_tokens:
+        forward_cached(model, cache, ids, lens)
+    return texts
+
+
+def loop(model, prompts, num_new_tokens, cache, settings, rows=None, feed=None):
+    texts, ids = list(prompts), torch.cat(list(prompts))
+    lens = torch.tensor([len(p) for p in prompts])
+    rows = rows or (lambda lens: lens.cumsum(0) - 1)
+    for _ in range(num_new_tokens):
+        logits = forward_cached(model, cache, ids, lens)
+        ids = pick(logits[rows(lens)], **settings)
+        texts = [torch.cat((t, ids[b : b + 1])) for b, t in enumerate(texts)]
+        lens = torch.ones_like(lens)
+    return texts
+
+
+@wrong("generate_cached", says="new tokens behind them")
+def without_the_prompts(model, prompts, num_new_tokens, cache, **settings):
+    texts = loop(model, prompts, num_new_tokens, cache, settings)
+    return [text[len(p) :] for text, p in zip(texts, prompts)]
+
+
+@wrong("generate_cached", says="where do its rows end")
+def one_length_for_all(model, prompts, num_new_tokens, cache, **settings):
+    def rows(lens):
+        return (torch.arange(len(lens)) + 1) * (lens.sum() // len(lens)) - 1
+
+    return loop(model, prompts, num_new_tokens, cache, settings, rows)
+
+
+@wrong("generate_cached")
+def first_row_of_each(model, prompts, num_new_tokens, cache, **settings):
+    return loop(
+        model,
+        prompts,
+        num_new_tokens,
+        cache,
+        settings,
+        lambda lens: lens.cumsum(0) - lens,
+    )
+
+
+@wrong("generate_cached", says="query_lens of 1")
+def query_lens_not_updated(model, prompts, num_new_tokens, cache, **settings):
+    texts, ids = list(prompts), torch.cat(list(prompts))
+    lens = torch.tensor([len(p) for p in prompts])
+    for _ in range(num_new_tokens):
+        logits = forward_cached(model, cache, ids, lens)
+        ids = pick(logits[lens.cumsum(0) - 1], **settings)
+        texts = [torch.cat((t, ids[b : b + 1])) for b, t in enumerate(texts)]
+    return texts
+
+
+@wrong("generate_cached", says="all settings passed on")
+def greedy_whatever_is_asked(model, prompts, num_new_tokens, cache, **settings):
+    return loop(model, prompts, num_new_tokens, cache, {"temperature": 0})
+
+
+@wrong("generate_cached", says="All requests go in one call")
+def one_request_after_another(model, prompts, num_new_tokens, cache, **settings):
+    B, texts = len(prompts), list(prompts)
+    new = list(prompts)
+    for _ in range(num_new_tokens):
+        logits = []
+        for b in range(B):
+            lens = torch.zeros(B, dtype=torch.int64)
+            lens[b] = len(new[b])
+            logits.append(forward_cached(model, cache, new[b], lens)[-1])
+        ids = pick(torch.stack(logits), **settings)
+        new = list(ids.split(1))
+        texts = [torch.cat((t, n)) for t, n in zip(texts, new)]
+    return texts
+
+
+@wrong("generate_cached", says="torch.no_grad()")
+def graph_kept(model, prompts, num_new_tokens, cache, **settings):
+    texts, ids = list(prompts), torch.cat(list(prompts))
+    lens = torch.tensor([len(p) for p in prompts])
+    for _ in range(num_new_tokens):
+        positions = kv_cache.new_positions(cache.seq_lens + lens, lens)
+        attend = cache.extend(lens)
+
+        def attend_detached(layer, q, k, v, attend=attend):
+            return attend(layer, q, k.detach(), v.detach())
+
+        logits = model(ids, positions, attend_detached)
+        ids = pick(logits[lens.cumsum(0) - 1].detach(), **settings)
+        texts = [torch.cat((t, ids[b : b + 1])) for b, t in enumerate(texts)]
+        lens = torch.ones_like(lens)
+    return texts
+
+
+@wrong("generate_cached", says="exactly num_new_tokens")
+def one_too_few(model, prompts, num_new_tokens, cache, **settings):
+    return loop(model, prompts, num_new_tokens - 1, cache, settings)
+
+
+# kv_utilization
+
+
+@right("kv_utilization")
+def mean_share(seq_lens, max_seq_len):
+    return float((seq_lens.double() / max_seq_len).mean())
+
+
+@right("kv_utilization")
+def counted(seq_lens, max_seq_len):
+    used = sum(int(seq_len) for seq_len in seq_lens)
+    return used / (max_seq_len * seq_lens.numel())
+
+
+@wrong("kv_utilization", says="for each request")
+def one_reservation(seq_lens, max_seq_len):
+    return seq_lens.sum().item() / max_seq_len
+
+
+@wrong("kv_utilization", says="holds nothing")
+def share_wasted(seq_lens, max_seq_len):
+    return 1 - counted(seq_lens, max_seq_len)
+
+
+@wrong("kv_utilization", says="between 0 and 1")
+def in_percent(seq_lens, max_seq_len):
+    return 100 * counted(seq_lens, max_seq_len)
+
+
+@wrong("kv_utilization")
+def of_the_longest(seq_lens, max_seq_len):
+    return counted(seq_lens, int(seq_lens.max()))
+
+
+@wrong("kv_utilization", says="has not begun")
+def of_those_that_began(seq_lens, max_seq_len):
+    return counted(seq_lens[seq_lens > 0], max_seq_len)
+
+
+@wrong("kv_utilization")
+def whole_numbers(seq_lens, max_seq_len):
+    return int(seq_lens.sum()) // (len(seq_lens) * max_seq_len)
