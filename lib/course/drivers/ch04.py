@@ -1,0 +1,124 @@
+"""Chapter 4: run an answer, give plain data.
+
+The methods of BlockManager are tried by scripts: a list of calls on a new manager that
+has the answer in the method's place. After each call the state is written down, with
+blocks numbered in the order in which the tables name them: which one is taken is free.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from lib.block_manager import BlockManager, OutOfBlocksError
+from lib.course.drivers.ch01 import as_array
+from lib.course.drivers.ch03 import as_number
+from lib.meter import measure
+
+
+def slot_mapping(
+    answer: Callable,
+    block_tables: np.ndarray,
+    seq_lens: list[int],
+    query_lens: list[int],
+    block_size: int,
+) -> dict:
+    lens = [torch.tensor(x, dtype=torch.int64) for x in (seq_lens, query_lens)]
+    return {"slots": as_array(answer(torch.from_numpy(block_tables), *lens, block_size))}
+
+
+def allocate(answer: Callable, **script) -> dict:
+    return _run_script("allocate", answer, **script)
+
+
+def append(answer: Callable, **script) -> dict:
+    return _run_script("append", answer, **script)
+
+
+def free(answer: Callable, **script) -> dict:
+    return _run_script("free", answer, **script)
+
+
+def fork(answer: Callable, **script) -> dict:
+    return _run_script("fork", answer, **script)
+
+
+def copy_on_write(answer: Callable, **script) -> dict:
+    return _run_script("copy_on_write", answer, **script)
+
+
+def gather_kv(
+    answer: Callable,
+    k_cache: np.ndarray,
+    v_cache: np.ndarray,
+    block_table: np.ndarray,
+    seq_len: int,
+) -> dict:
+    tensors = [torch.from_numpy(x) for x in (k_cache, v_cache, block_table)]
+    cost = measure(lambda: answer(*tensors, seq_len))
+    if not isinstance(cost.value, (tuple, list)) or len(cost.value) != 2:
+        return {"k": f"a {type(cost.value).__name__}, not the two tensors k and v"}
+    k, v = cost.value
+    return {"k": as_array(k), "v": as_array(v), "peak_bytes": cost.peak_bytes}
+
+
+def paged_utilization(answer: Callable, seq_lens: list[int], block_size: int) -> dict:
+    share = answer(torch.tensor(seq_lens, dtype=torch.int64), block_size)
+    return {"utilization": as_number(share)}
+
+
+def _run_script(
+    name: str, answer: Callable, num_blocks: int, block_size: int, calls: list[list]
+) -> dict:
+    manager = type("BlockManager", (BlockManager,), {name: answer})(
+        num_blocks, block_size
+    )
+    out = {}
+    for number, (method, *args) in enumerate(calls, start=1):
+        request_id = args[-1] if method == "fork" else args[0]
+        before = list(manager.block_tables.get(request_id, []))
+        try:
+            gave = getattr(manager, method)(*args)
+        except OutOfBlocksError as error:
+            gave = f"OutOfBlocksError(needed={error.needed}, free={error.free})"
+        except ValueError:
+            gave = "ValueError"
+        else:
+            gave = _describe(gave, before, manager.block_tables.get(request_id, []))
+        words = f"after {number}. {method}({', '.join(map(repr, args))}):"
+        out[words] = {"gave": gave, **_state(manager)}
+    return out
+
+
+def _describe(gave, before: list, block_table: list) -> str:
+    """What append or copy_on_write returned, without block ids."""
+    if not isinstance(gave, tuple):
+        return "None" if gave is None else f"a {type(gave).__name__}"
+    last = len(before) - 1
+    if last >= 0 and gave == (before[last], block_table[last]):
+        return "(its old last block, the one in its place)"
+    return "two blocks that are not (its old last block, the one in its place)"
+
+
+def _state(manager: BlockManager) -> dict:
+    number = {}  # by block id
+    tables, ref_counts = [], []
+    for request_id, block_table in manager.block_tables.items():
+        for block_id in block_table:
+            if block_id not in number:
+                number[block_id] = len(number)
+                ref_counts.append(manager.ref_count[block_id])
+        blocks = " ".join(str(number[block_id]) for block_id in block_table)
+        tables.append(f"{request_id}: {blocks or 'no blocks'}")
+    try:
+        manager.check_integrity()
+        integrity = "ok"
+    except AssertionError as error:
+        integrity = str(error)
+    return {
+        "tables": ", ".join(tables) or "none",
+        "tokens": ", ".join(f"{r}: {n}" for r, n in manager.seq_lens.items()) or "none",
+        "ref_counts": ref_counts,
+        "free_blocks": len(manager.free_block_ids),
+        "integrity": integrity,
+    }

@@ -1,0 +1,739 @@
+import math
+
+import torch
+
+from answers import right, wrong
+from lib.block_manager import OutOfBlocksError
+from lib.kv_cache import new_positions
+
+# allocate
+
+
+@right("allocate")
+def allocate_with_slices(self, request_id, num_tokens):
+    if request_id in self.block_tables or num_tokens < 0:
+        raise ValueError(request_id)
+    needed = (num_tokens + self.block_size - 1) // self.block_size
+    free = len(self.free_block_ids)
+    if free < needed:
+        raise OutOfBlocksError(needed, free)
+    taken = self.free_block_ids[:needed]  # from the other end
+    del self.free_block_ids[:needed]
+    for block_id in taken:
+        self.ref_count[block_id] += 1
+    self.block_tables[request_id], self.seq_lens[request_id] = taken, num_tokens
+
+
+@right("allocate")
+def allocate_in_a_loop(self, request_id, num_tokens):
+    if self.block_tables.get(request_id) is not None:
+        raise ValueError("live")
+    if num_tokens > len(self.free_block_ids) * self.block_size:
+        needed = -(-num_tokens // self.block_size)
+        raise OutOfBlocksError(needed, len(self.free_block_ids))
+    table = []
+    while len(table) * self.block_size < num_tokens:
+        table.append(self.take_block())
+    self.block_tables[request_id] = table
+    self.seq_lens.update({request_id: num_tokens})
+
+
+def begin(self, request_id, num_tokens, needed):
+    if request_id in self.block_tables:
+        raise ValueError(f"request {request_id!r}")
+    if needed > len(self.free_block_ids):
+        raise OutOfBlocksError(needed, len(self.free_block_ids))
+    self.block_tables[request_id] = [self.take_block() for _ in range(needed)]
+    self.seq_lens[request_id] = num_tokens
+
+
+@wrong("allocate", says="when the others are full, not before")
+def allocate_one_more(self, request_id, num_tokens):
+    begin(self, request_id, num_tokens, num_tokens // self.block_size + 1)
+
+
+@wrong("allocate", says="Tokens without a place")
+def allocate_full_blocks_only(self, request_id, num_tokens):
+    begin(self, request_id, num_tokens, num_tokens // self.block_size)
+
+
+@wrong("allocate", says="some table has is not free")
+def allocate_block_zero_for_all(self, request_id, num_tokens):
+    if request_id in self.block_tables:
+        raise ValueError(request_id)
+    needed = math.ceil(num_tokens / self.block_size)
+    if needed > len(self.free_block_ids):
+        raise OutOfBlocksError(needed, len(self.free_block_ids))
+    self.block_tables[request_id] = list(range(needed))
+    self.seq_lens[request_id] = num_tokens
+    for block_id in range(needed):
+        self.ref_count[block_id] += 1
+
+
+@wrong("allocate", says="something had changed before")
+def allocate_until_none_is_left(self, request_id, num_tokens):
+    if request_id in self.block_tables:
+        raise ValueError(request_id)
+    needed, free = math.ceil(num_tokens / self.block_size), len(self.free_block_ids)
+    self.block_tables[request_id] = table = []
+    self.seq_lens[request_id] = num_tokens
+    for _ in range(needed):
+        if not self.free_block_ids:
+            raise OutOfBlocksError(needed, free)
+        table.append(self.take_block())
+
+
+@wrong("allocate", says="raised IndexError")
+def allocate_without_counting(self, request_id, num_tokens):
+    if request_id in self.block_tables:
+        raise ValueError(request_id)
+    needed = math.ceil(num_tokens / self.block_size)
+    self.block_tables[request_id] = [self.take_block() for _ in range(needed)]
+    self.seq_lens[request_id] = num_tokens
+
+
+@wrong("allocate", says="ref_count")
+def allocate_without_ref_count(self, request_id, num_tokens):
+    begin(self, request_id, num_tokens, math.ceil(num_tokens / self.block_size))
+    for block_id in self.block_tables[request_id]:
+        self.ref_count[block_id] = 0
+
+
+@wrong("allocate", says="Raise ValueError")
+def allocate_over_a_live_request(self, request_id, num_tokens):
+    self.block_tables.pop(request_id, None)
+    begin(self, request_id, num_tokens, math.ceil(num_tokens / self.block_size))
+
+
+@wrong("allocate", says="enough free blocks")
+def allocate_keeping_one_back(self, request_id, num_tokens):
+    if request_id in self.block_tables:
+        raise ValueError(request_id)
+    needed = math.ceil(num_tokens / self.block_size)
+    if needed >= len(self.free_block_ids):
+        raise OutOfBlocksError(needed, len(self.free_block_ids))
+    begin(self, request_id, num_tokens, needed)
+
+
+@wrong("allocate", says="seq_lens has the tokens")
+def allocate_with_rounded_length(self, request_id, num_tokens):
+    needed = math.ceil(num_tokens / self.block_size)
+    begin(self, request_id, needed * self.block_size, needed)
+
+
+# append
+
+
+@right("append")
+def append_token_by_token(self, request_id, num_tokens=1):
+    self.check_live(request_id)
+    needed = self.blocks_needed({request_id: num_tokens})
+    if needed > len(self.free_block_ids):
+        raise OutOfBlocksError(needed, len(self.free_block_ids))
+    copied = None
+    for i in range(num_tokens):
+        if self.seq_lens[request_id] % self.block_size == 0:
+            self.block_tables[request_id].append(self.take_block())
+        elif i == 0:
+            copied = self.copy_on_write(request_id)
+        self.seq_lens[request_id] += 1
+    return copied
+
+
+@right("append")
+def append_counting_room(self, request_id, num_tokens=1):
+    if request_id not in self.seq_lens:
+        raise ValueError("unknown")
+    table = self.block_tables[request_id]
+    room = len(table) * self.block_size - self.seq_lens[request_id]
+    num_new = math.ceil(max(0, num_tokens - room) / self.block_size)
+    is_written = room > 0 and num_tokens > 0
+    num_copies = int(is_written and self.ref_count[table[-1]] > 1)
+    if num_new + num_copies > len(self.free_block_ids):
+        raise OutOfBlocksError(num_new + num_copies, len(self.free_block_ids))
+    copied = self.copy_on_write(request_id) if is_written else None
+    table.extend([self.take_block() for _ in range(num_new)])
+    self.seq_lens[request_id] += num_tokens
+    return copied
+
+
+def grow(self, request_id, num_tokens, needed_blocks=None, is_copied=None):
+    """append, with one thing to go wrong."""
+    self.check_live(request_id)
+    needed = self.blocks_needed({request_id: num_tokens})
+    if needed > len(self.free_block_ids):
+        raise OutOfBlocksError(needed, len(self.free_block_ids))
+    copied = None
+    has_room = self.seq_lens[request_id] % self.block_size > 0
+    if is_copied(has_room, num_tokens) if is_copied else has_room and num_tokens:
+        copied = self.copy_on_write(request_id)
+    self.seq_lens[request_id] += num_tokens
+    table = self.block_tables[request_id]
+    wanted = math.ceil(self.seq_lens[request_id] / self.block_size)
+    if needed_blocks:
+        wanted = needed_blocks(self.seq_lens[request_id], self.block_size)
+    while len(table) < wanted:
+        table.append(self.take_block())
+    return copied
+
+
+@wrong("append", says="when the others are full, not before")
+def append_a_token_early(self, request_id, num_tokens=1):
+    return grow(self, request_id, num_tokens, lambda n, size: n // size + 1)
+
+
+@wrong("append", says="Tokens without a place")
+def append_a_token_late(self, request_id, num_tokens=1):
+    return grow(self, request_id, num_tokens, lambda n, size: n // size)
+
+
+@wrong("append")
+def append_one_block_at_most(self, request_id, num_tokens=1):
+    now = len(self.block_tables.get(request_id, []))
+    return grow(
+        self, request_id, num_tokens, lambda n, size: min(now + 1, math.ceil(n / size))
+    )
+
+
+@wrong("append", says="Others use the last block too")
+def append_into_a_shared_block(self, request_id, num_tokens=1):
+    return grow(self, request_id, num_tokens, is_copied=lambda has_room, n: False)
+
+
+@wrong("append", says="full")
+def append_copying_full_blocks(self, request_id, num_tokens=1):
+    return grow(
+        self,
+        request_id,
+        num_tokens,
+        is_copied=lambda has_room, n: n and self.block_tables[request_id],
+    )
+
+
+@wrong("append")
+def append_copying_for_no_tokens(self, request_id, num_tokens=1):
+    return grow(self, request_id, num_tokens, is_copied=lambda has_room, n: has_room)
+
+
+@wrong("append", says="something had changed before")
+def append_length_first(self, request_id, num_tokens=1):
+    self.check_live(request_id)
+    needed = self.blocks_needed({request_id: num_tokens})
+    free = len(self.free_block_ids)
+    if needed > free:
+        self.seq_lens[request_id] += num_tokens
+        raise OutOfBlocksError(needed, free)
+    return grow(self, request_id, num_tokens)
+
+
+@wrong("append", says="Return (source, target)")
+def append_without_saying_what_was_copied(self, request_id, num_tokens=1):
+    grow(self, request_id, num_tokens)
+
+
+@wrong("append")
+def append_forgetting_the_copy_in_the_count(self, request_id, num_tokens=1):
+    self.check_live(request_id)
+    end = self.seq_lens[request_id] + num_tokens
+    needed = math.ceil(end / self.block_size) - len(self.block_tables[request_id])
+    if needed > len(self.free_block_ids):
+        raise OutOfBlocksError(needed, len(self.free_block_ids))
+    copied = None
+    if self.seq_lens[request_id] % self.block_size and num_tokens:
+        copied = self.copy_on_write(request_id)
+    self.seq_lens[request_id] = end
+    for _ in range(needed):
+        self.block_tables[request_id].append(self.take_block())
+    return copied
+
+
+# free
+
+
+@right("free")
+def free_backwards(self, request_id):
+    if request_id not in self.block_tables:
+        raise ValueError(request_id)
+    for block_id in reversed(self.block_tables[request_id]):
+        self.ref_count[block_id] = self.ref_count[block_id] - 1
+        if not self.ref_count[block_id]:
+            self.free_block_ids.insert(0, block_id)
+    del self.block_tables[request_id], self.seq_lens[request_id]
+
+
+@right("free")
+def free_in_two_passes(self, request_id):
+    self.check_live(request_id)
+    table = self.block_tables.pop(request_id)
+    self.seq_lens.pop(request_id)
+    for block_id in table:
+        self.ref_count[block_id] -= 1
+    self.free_block_ids += [b for b in table if self.ref_count[b] == 0]
+
+
+@wrong("free", says="some table has is not free")
+def free_blocks_of_others(self, request_id):
+    self.check_live(request_id)
+    for block_id in self.block_tables.pop(request_id):
+        self.ref_count[block_id] -= 1
+        self.free_block_ids.append(block_id)
+    del self.seq_lens[request_id]
+
+
+@wrong("free", says="A block that no table has is free")
+def free_nothing(self, request_id):
+    self.check_live(request_id)
+    for block_id in self.block_tables.pop(request_id):
+        self.ref_count[block_id] -= 1
+    del self.seq_lens[request_id]
+
+
+@wrong("free", says="has no table")
+def free_keeping_the_table(self, request_id):
+    self.check_live(request_id)
+    for block_id in self.block_tables[request_id]:
+        self.ref_count[block_id] -= 1
+        if self.ref_count[block_id] == 0:
+            self.free_block_ids.append(block_id)
+    self.block_tables[request_id] = []
+    self.seq_lens[request_id] = 0
+
+
+@wrong("free", says="ValueError")
+def free_whatever_comes(self, request_id):
+    for block_id in self.block_tables.pop(request_id, []):
+        self.ref_count[block_id] -= 1
+        if self.ref_count[block_id] == 0:
+            self.free_block_ids.append(block_id)
+    self.seq_lens.pop(request_id, None)
+
+
+@wrong("free", says="raised KeyError")
+def free_with_a_key_error(self, request_id):
+    for block_id in self.block_tables.pop(request_id):
+        self.ref_count[block_id] -= 1
+        if self.ref_count[block_id] == 0:
+            self.free_block_ids.append(block_id)
+    del self.seq_lens[request_id]
+
+
+@wrong("free", says="seq_lens has the tokens")
+def free_keeping_the_length(self, request_id):
+    self.check_live(request_id)
+    for block_id in self.block_tables.pop(request_id):
+        self.ref_count[block_id] -= 1
+        if self.ref_count[block_id] == 0:
+            self.free_block_ids.append(block_id)
+
+
+@wrong("free")
+def free_the_last_block_only(self, request_id):
+    self.check_live(request_id)
+    for block_id in self.block_tables.pop(request_id)[-1:]:
+        self.ref_count[block_id] -= 1
+        if self.ref_count[block_id] == 0:
+            self.free_block_ids.append(block_id)
+    del self.seq_lens[request_id]
+
+
+# slot_mapping
+
+
+@right("slot_mapping")
+def slots_in_loops(block_tables, seq_lens, query_lens, block_size):
+    slots = []
+    for table, S, T in zip(block_tables, seq_lens.tolist(), query_lens.tolist()):
+        for p in range(S - T, S):
+            slots.append(int(table[p // block_size]) * block_size + p % block_size)
+    return torch.tensor(slots, dtype=torch.int64)
+
+
+@right("slot_mapping")
+def slots_of_all_places(block_tables, seq_lens, query_lens, block_size):
+    places = block_tables.unsqueeze(-1) * block_size + torch.arange(block_size)
+    places = places.flatten(1)  # (B, M * block_size)
+    rows = []
+    for row, S, T in zip(places, seq_lens.tolist(), query_lens.tolist()):
+        rows.append(row[S - T : S])
+    return torch.cat(rows)
+
+
+def where(seq_lens, query_lens):
+    requests = torch.arange(len(seq_lens)).repeat_interleave(query_lens)
+    return requests, new_positions(seq_lens, query_lens)
+
+
+@wrong("slot_mapping", says="That is the block")
+def blocks_alone(block_tables, seq_lens, query_lens, block_size):
+    requests, positions = where(seq_lens, query_lens)
+    return block_tables[requests, positions // block_size]
+
+
+@wrong("slot_mapping", says="Add the place in the block")
+def first_slot_of_the_block(block_tables, seq_lens, query_lens, block_size):
+    requests, positions = where(seq_lens, query_lens)
+    return block_tables[requests, positions // block_size] * block_size
+
+
+@wrong("slot_mapping", says="position // block_size")
+def one_piece(block_tables, seq_lens, query_lens, block_size):
+    requests, positions = where(seq_lens, query_lens)
+    return block_tables[requests, 0] * block_size + positions
+
+
+@wrong("slot_mapping")
+def positions_from_one(block_tables, seq_lens, query_lens, block_size):
+    requests, positions = where(seq_lens + 1, query_lens)
+    return block_tables[requests, positions // block_size] * block_size + (
+        positions % block_size
+    )
+
+
+@wrong("slot_mapping", says="in its own row")
+def first_row_for_all(block_tables, seq_lens, query_lens, block_size):
+    _, positions = where(seq_lens, query_lens)
+    table = block_tables.clamp(max=999)[0]
+    block_ids = table[(positions // block_size) % len(table)]
+    return block_ids * block_size + positions % block_size
+
+
+@wrong("slot_mapping", says="a request's last ones")
+def positions_from_zero(block_tables, seq_lens, query_lens, block_size):
+    requests, positions = where(query_lens, query_lens)
+    return block_tables[requests, positions // block_size] * block_size + (
+        positions % block_size
+    )
+
+
+@wrong("slot_mapping")
+def blocks_of_sixteen(block_tables, seq_lens, query_lens, block_size):
+    requests, positions = where(seq_lens, query_lens)
+    return block_tables[requests, positions // 16] * 16 + positions % 16
+
+
+# gather_kv
+
+
+@right("gather_kv")
+def gather_by_slots(k_cache, v_cache, block_table, seq_len):
+    size = k_cache.shape[1]
+    p = torch.arange(seq_len)
+    slots = block_table[p // size] * size + p % size
+    return k_cache.flatten(0, 1)[slots], v_cache.flatten(0, 1)[slots]
+
+
+@right("gather_kv")
+def gather_block_by_block(k_cache, v_cache, block_table, seq_len):
+    size = k_cache.shape[1]
+    out = []
+    for cache in (k_cache, v_cache):
+        dense = cache.new_empty(seq_len, *cache.shape[2:])
+        for i, start in enumerate(range(0, seq_len, size)):
+            count = min(size, seq_len - start)
+            dense[start : start + count] = cache[block_table[i], :count]
+        out.append(dense)
+    return tuple(out)
+
+
+def gathered(cache, block_table, seq_len):
+    num_used = math.ceil(seq_len / cache.shape[1])
+    return cache[block_table[:num_used]].flatten(0, 1)
+
+
+@wrong("gather_kv", says="keep seq_len tokens")
+def gather_whole_blocks(k_cache, v_cache, block_table, seq_len):
+    return tuple(gathered(cache, block_table, seq_len) for cache in (k_cache, v_cache))
+
+
+@wrong("gather_kv", says="raised IndexError")
+def gather_the_whole_table(k_cache, v_cache, block_table, seq_len):
+    return tuple(
+        cache[block_table].flatten(0, 1)[:seq_len] for cache in (k_cache, v_cache)
+    )
+
+
+@wrong("gather_kv", says="not this request's")
+def gather_ignoring_the_table(k_cache, v_cache, block_table, seq_len):
+    return tuple(cache.flatten(0, 1)[:seq_len] for cache in (k_cache, v_cache))
+
+
+@wrong("gather_kv", says="order of the table")
+def gather_in_the_order_of_the_pool(k_cache, v_cache, block_table, seq_len):
+    size = k_cache.shape[1]
+    num_used = math.ceil(seq_len / size)
+    used = block_table[:num_used]
+    tokens = [min(size, seq_len - i * size) for i in range(num_used)]
+    order = used.argsort().tolist()
+    out = []
+    for cache in (k_cache, v_cache):
+        pieces = [cache[int(used[i]), : tokens[i]] for i in order]
+        out.append(torch.cat(pieces) if pieces else cache[0, :0])
+    return tuple(out)
+
+
+@wrong("gather_kv", says="Values come from v_cache")
+def gather_keys_twice(k_cache, v_cache, block_table, seq_len):
+    k = gathered(k_cache, block_table, seq_len)[:seq_len]
+    return k, k.clone()
+
+
+@wrong("gather_kv", says="one dimension of tokens")
+def gather_in_blocks(k_cache, v_cache, block_table, seq_len):
+    num_used = math.ceil(seq_len / k_cache.shape[1])
+    return k_cache[block_table[:num_used]], v_cache[block_table[:num_used]]
+
+
+@wrong("gather_kv", says="not the pool")
+def gather_from_a_copy_of_the_pool(k_cache, v_cache, block_table, seq_len):
+    k_cache, v_cache = k_cache.clone(), v_cache.clone()
+    return gather_by_slots(k_cache, v_cache, block_table, seq_len)
+
+
+# paged_utilization
+
+
+@right("paged_utilization")
+def share_by_counting(seq_lens, block_size):
+    places = 0
+    for seq_len in seq_lens.tolist():
+        places += (seq_len + block_size - 1) // block_size * block_size
+    return int(seq_lens.sum()) / places
+
+
+@right("paged_utilization")
+def share_in_tensors(seq_lens, block_size):
+    blocks = (seq_lens / block_size).ceil()
+    return float(seq_lens.sum() / (blocks.sum() * block_size).double())
+
+
+@wrong("paged_utilization", says="needs no other")
+def share_with_one_block_more(seq_lens, block_size):
+    blocks = (seq_lens // block_size + 1).sum()
+    return (seq_lens.sum() / (blocks.double() * block_size)).item()
+
+
+@wrong("paged_utilization")
+def share_of_full_blocks(seq_lens, block_size):
+    blocks = (seq_lens // block_size).sum().clamp(min=1)
+    return (seq_lens.sum() / (blocks.double() * block_size)).item()
+
+
+@wrong("paged_utilization", says="round up for each")
+def share_with_shared_blocks(seq_lens, block_size):
+    total = int(seq_lens.sum())
+    return total / (math.ceil(total / block_size) * block_size)
+
+
+@wrong("paged_utilization", says="block_size places")
+def share_of_blocks(seq_lens, block_size):
+    blocks = sum(math.ceil(n / block_size) for n in seq_lens.tolist())
+    return int(seq_lens.sum()) / blocks
+
+
+@wrong("paged_utilization", says="holds nothing")
+def share_that_is_wasted(seq_lens, block_size):
+    return 1 - share_by_counting(seq_lens, block_size)
+
+
+@wrong("paged_utilization", says="long requests weigh more")
+def mean_of_shares(seq_lens, block_size):
+    shares = [
+        n / max(1, math.ceil(n / block_size) * block_size) for n in seq_lens.tolist()
+    ]
+    return sum(shares) / len(shares)
+
+
+# fork
+
+
+@right("fork")
+def fork_with_slices(self, parent_id, child_id):
+    if parent_id not in self.block_tables or child_id in self.block_tables:
+        raise ValueError(parent_id, child_id)
+    table = self.block_tables[parent_id][:]
+    self.block_tables[child_id] = table
+    self.seq_lens[child_id] = self.seq_lens[parent_id]
+    for block_id in table:
+        self.ref_count[block_id] = self.ref_count[block_id] + 1
+
+
+@right("fork")
+def fork_block_by_block(self, parent_id, child_id):
+    self.check_live(parent_id)
+    if child_id in self.seq_lens:
+        raise ValueError(child_id)
+    self.block_tables[child_id] = []
+    for block_id in self.block_tables[parent_id]:
+        self.ref_count[block_id] += 1
+        self.block_tables[child_id].append(block_id)
+    self.seq_lens[child_id] = self.seq_lens[parent_id]
+
+
+@wrong("fork", says="copy of the list")
+def fork_with_one_list_for_two(self, parent_id, child_id):
+    self.check_live(parent_id)
+    if child_id in self.block_tables:
+        raise ValueError(child_id)
+    self.block_tables[child_id] = self.block_tables[parent_id]
+    self.seq_lens[child_id] = self.seq_lens[parent_id]
+    for block_id in self.block_tables[child_id]:
+        self.ref_count[block_id] += 1
+
+
+@wrong("fork", says="ref_count")
+def fork_without_counting(self, parent_id, child_id):
+    self.check_live(parent_id)
+    if child_id in self.block_tables:
+        raise ValueError(child_id)
+    self.block_tables[child_id] = list(self.block_tables[parent_id])
+    self.seq_lens[child_id] = self.seq_lens[parent_id]
+
+
+@wrong("fork")
+def fork_into_new_blocks(self, parent_id, child_id):
+    self.check_live(parent_id)
+    self.allocate(child_id, self.seq_lens[parent_id])
+
+
+@wrong("fork")
+def fork_counting_the_last_block_only(self, parent_id, child_id):
+    self.check_live(parent_id)
+    if child_id in self.block_tables:
+        raise ValueError(child_id)
+    self.block_tables[child_id] = list(self.block_tables[parent_id])
+    self.seq_lens[child_id] = self.seq_lens[parent_id]
+    for block_id in self.block_tables[child_id][-1:]:
+        self.ref_count[block_id] += 1
+
+
+@wrong("fork", says="ValueError")
+def fork_over_a_live_child(self, parent_id, child_id):
+    self.check_live(parent_id)
+    if child_id in self.block_tables:
+        self.free(child_id)
+    fork_with_slices(self, parent_id, child_id)
+
+
+@wrong("fork")
+def fork_without_a_length(self, parent_id, child_id):
+    fork_with_slices(self, parent_id, child_id)
+    self.seq_lens[child_id] = 0
+
+
+# copy_on_write
+
+
+@right("copy_on_write")
+def copy_with_early_take(self, request_id):
+    *_, last = self.block_tables[request_id]
+    if self.ref_count[last] > 1:
+        if len(self.free_block_ids) == 0:
+            raise OutOfBlocksError(1, 0)
+        new = self.free_block_ids.pop(0)
+        self.ref_count[new], self.ref_count[last] = 1, self.ref_count[last] - 1
+        self.block_tables[request_id][-1] = new
+        return last, new
+    return None
+
+
+@right("copy_on_write")
+def copy_with_a_new_table(self, request_id):
+    table = self.block_tables[request_id]
+    shared = table[-1]
+    if self.ref_count[shared] <= 1:
+        return None
+    if not self.free_block_ids:
+        raise OutOfBlocksError(1, len(self.free_block_ids))
+    own = self.take_block()
+    self.block_tables[request_id] = table[:-1] + [own]
+    self.ref_count[shared] -= 1
+    return shared, own
+
+
+@wrong("copy_on_write", says="Others use the last block too")
+def copy_never(self, request_id):
+    return None
+
+
+@wrong("copy_on_write")
+def copy_always(self, request_id):
+    source = self.block_tables[request_id][-1]
+    if not self.free_block_ids:
+        raise OutOfBlocksError(1, 0)
+    target = self.take_block()
+    self.ref_count[source] -= 1
+    if self.ref_count[source] == 0:
+        self.free_block_ids.append(source)
+    self.block_tables[request_id][-1] = target
+    return source, target
+
+
+@wrong("copy_on_write", says="ref_count")
+def copy_without_letting_go(self, request_id):
+    source = self.block_tables[request_id][-1]
+    if self.ref_count[source] == 1:
+        return None
+    if not self.free_block_ids:
+        raise OutOfBlocksError(1, 0)
+    self.block_tables[request_id][-1] = target = self.take_block()
+    return source, target
+
+
+@wrong("copy_on_write", says="ref_count")
+def copy_letting_all_go(self, request_id):
+    source = self.block_tables[request_id][-1]
+    if self.ref_count[source] == 1:
+        return None
+    if not self.free_block_ids:
+        raise OutOfBlocksError(1, 0)
+    self.block_tables[request_id][-1] = target = self.take_block()
+    self.ref_count[source] = 1 if self.ref_count[source] > 2 else 0
+    return source, target
+
+
+@wrong("copy_on_write", says="not (its old last block")
+def copy_the_wrong_way(self, request_id):
+    copied = copy_with_a_new_table(self, request_id)
+    return copied and copied[::-1]
+
+
+@wrong("copy_on_write", says="raised IndexError")
+def copy_without_looking(self, request_id):
+    source = self.block_tables[request_id][-1]
+    if self.ref_count[source] == 1:
+        return None
+    self.ref_count[source] -= 1
+    self.block_tables[request_id][-1] = target = self.take_block()
+    return source, target
+
+
+@wrong("copy_on_write", says="something had changed before")
+def copy_letting_go_too_early(self, request_id):
+    source = self.block_tables[request_id][-1]
+    if self.ref_count[source] == 1:
+        return None
+    self.ref_count[source] -= 1
+    if not self.free_block_ids:
+        raise OutOfBlocksError(1, 0)
+    self.block_tables[request_id][-1] = target = self.take_block()
+    return source, target
+
+
+@wrong("copy_on_write", says="Return (source, target)")
+def copy_without_a_word(self, request_id):
+    copy_with_a_new_table(self, request_id)
+
+
+@wrong("copy_on_write")
+def copy_in_every_table(self, request_id):
+    source = self.block_tables[request_id][-1]
+    if self.ref_count[source] == 1:
+        return None
+    if not self.free_block_ids:
+        raise OutOfBlocksError(1, 0)
+    target = self.take_block()
+    for table in self.block_tables.values():
+        if table and table[-1] == source:
+            table[-1] = target
+    self.ref_count[target], self.ref_count[source] = self.ref_count[source], 0
+    return source, target
