@@ -1,4 +1,5 @@
-"""The shape of a model: one frozen dataclass, and the two shapes the course runs.
+"""The shape of a model: one frozen dataclass, the two shapes the course runs, and one it
+only reckons with.
 
 Read this first. Every other module takes its sizes from a `ModelConfig`, and a file of
 weights carries the config it was trained with, so that weights and code cannot disagree
@@ -84,4 +85,17 @@ MOBY = ModelConfig(
     d_ff=512,
     max_seq_len=512,
     dropout=0.1,
+)
+
+# The shape of Llama 3 8B (https://arxiv.org/abs/2407.21783, table 3), to reckon with; its
+# weights would take 16 GB.
+LLAMA3_8B = ModelConfig(
+    vocab_size=128256,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    d_model=4096,
+    d_ff=14336,
+    max_seq_len=8192,
+    rope_theta=500000.0,
 )

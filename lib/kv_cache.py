@@ -154,7 +154,10 @@ def kv_utilization(seq_lens: torch.Tensor, max_seq_len: int) -> float:
 
 
 class ContiguousKVCache:
-    """Room for `max_seq_len` tokens of each of B requests, reserved at once."""
+    """Room for `max_seq_len` tokens of each of B requests, reserved at once.
+
+    k_cache, v_cache (L, B, S, G, D), S = max_seq_len.
+    """
 
     def __init__(
         self,
@@ -176,8 +179,8 @@ class ContiguousKVCache:
             config.head_dim,
         )
         self.config = config
-        self.k_cache = torch.zeros(shape, dtype=dtype, device=device)  # (L, B, S, G, D)
-        self.v_cache = torch.zeros(shape, dtype=dtype, device=device)  # (L, B, S, G, D)
+        self.k_cache = torch.zeros(shape, dtype=dtype, device=device)
+        self.v_cache = torch.zeros(shape, dtype=dtype, device=device)
         self.seq_lens = torch.zeros(batch_size, dtype=torch.int64, device=device)
 
     @property

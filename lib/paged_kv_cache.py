@@ -125,6 +125,7 @@ def paged_utilization(seq_lens: torch.Tensor, block_size: int) -> float:
 class PagedKVCache:
     """A pool of `num_blocks` blocks, and the manager that hands them out.
 
+    k_cache, v_cache (L, num_blocks, block_size, G, D).
     Requests 0 to batch_size - 1 are there from the start, empty. Others come, fork and go
     through `manager`; a step is over all that live, in the order of their arrival.
     """

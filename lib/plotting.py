@@ -131,7 +131,7 @@ def plot_table(sweeps: Sequence) -> Figure:
     sweeps: of `table.sweep`, one a column.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
-    sizes = list(sweeps[0].costs)  # (N, L), first along N, then along L
+    sizes = list(sweeps[0].costs)  # pairs (N, L), first along N, then along L
     plot_measured(
         {sweep.column: sweep.along("L", "peak memory") for sweep in sweeps},
         xlabel=f"layers, L (with {sizes[-1][0]} tokens)",

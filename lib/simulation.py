@@ -122,8 +122,8 @@ class Paging:
     """The same in blocks."""
 
     def __init__(self, num_slots: int, block_size: int):
-        self.num_slots = num_slots
         self.manager = BlockManager(num_slots // block_size, block_size)
+        self.num_slots = self.manager.num_blocks * block_size
 
     def begin(self, request_id: int, request: Request, num_tokens: int) -> bool:
         try:
@@ -156,12 +156,17 @@ def simulate(
     recomputing, section 4.5 of the paper). Raises ValueError when the queue runs empty,
     for then the pool would not be full, or when a request is too large for the pool.
     """
+    longest = max(request.num_tokens for request in requests)
+    if longest > manager.num_slots:
+        raise ValueError(
+            f"expected requests of at most {manager.num_slots} tokens, as the pool has "
+            f"slots, got one of {longest}"
+        )
     waiting = deque(
         (i, request, request.prompt_len) for i, request in enumerate(requests)
     )
-    running: dict[
-        int, tuple[Request, int]
-    ] = {}  # id -> request, tokens so far; oldest first
+    # Request and tokens so far, by id; who began last stands last.
+    running: dict[int, tuple[Request, int]] = {}
     totals = {"tokens": 0, "later": 0, "never": 0, "in_flight": 0}
     num_finished = 0
     for step in range(warm_up + num_steps):

@@ -1,8 +1,9 @@
 """Every shape comment at the end of a library line is true: run the code and compare.
 
 `x = ...  # (B, T, C)` is checked after the line has run, `return ...  # (T,)` on the way
-out. Letters have fixed sizes here, all different; a letter that is not fixed has to mean
-one size within one call of a function.
+out. Letters have fixed sizes here, all different; a letter that is not fixed means what a
+variable of that name says, or else one size within one call of a function, and within one
+round of its loop.
 """
 
 import ast
@@ -16,7 +17,9 @@ import torch
 import lib
 from lib import checkpointing, generate, sampling, text
 from lib.config import ModelConfig
+from lib.kv_cache import ContiguousKVCache
 from lib.model import Transformer, attend_causal, attend_fused
+from lib.paged_kv_cache import PagedKVCache
 from lib.training import Trainer, TrainingConfig
 
 FOLDER = Path(lib.__file__).parent
@@ -80,11 +83,14 @@ class Watcher:
         filename = frame.f_code.co_filename
         if not filename.startswith(str(FOLDER)) or "course" in filename:
             return None
-        letters, pending = {}, None
+        letters, pending, last_line = {}, None, 0
 
         def local(frame, event, arg):
-            nonlocal pending
+            nonlocal pending, last_line
             if pending and event in ("line", "return"):
+                for name, value in frame.f_locals.items():
+                    if len(name) == 1 and name.isupper() and isinstance(value, int):
+                        letters[name] = value
                 claim, names = self.comments[pending]
                 if names is not None:
                     for name in names:
@@ -92,6 +98,9 @@ class Watcher:
                 elif event == "return":
                     self.compare(pending, claim, arg, letters)
                 pending = None
+            if frame.f_lineno < last_line:  # a loop begins again
+                letters.clear()
+            last_line = frame.f_lineno
             where = (filename, frame.f_lineno)
             if event == "line" and where in self.comments:
                 pending = where
@@ -100,6 +109,9 @@ class Watcher:
         return local
 
     def compare(self, where, claim, value, letters):
+        if isinstance(value, tuple):
+            for element in value:
+                self.compare(where, claim, element, letters)
         if isinstance(value, torch.Tensor):
             self.seen.add(where)
             if not matches(claim, tuple(value.shape), letters):
@@ -120,6 +132,9 @@ def watcher():
                 x = model.embed(token_ids)
                 run(model.blocks, x, positions, attend).sum().backward()
         generate.generate_recompute(model.eval(), token_ids, 3, top_k=5, top_p=0.9)
+        prompts = [token_ids[0, :n] for n in (2, 7, 4)]
+        for cache in (ContiguousKVCache(CONFIG, 3, 9), PagedKVCache(CONFIG, 3, 9, 4)):
+            generate.generate_cached(model, prompts, 3, cache)
         sampling.next_token_probs(torch.randn(3, 29), temperature=0)
         ids = torch.randint(29, (99,))
         text.random_batch(ids, 3, 7)

@@ -1,0 +1,225 @@
+import pytest
+import torch
+from helpers import assert_close, random_model
+
+from lib import kv_cache
+from lib.config import LLAMA3_8B, TINY
+from lib.generate import forward_cached, generate_cached, generate_recompute
+from lib.kv_cache import (
+    CacheFullError,
+    ContiguousKVCache,
+    attend_cached,
+    kv_cache_bytes,
+    kv_utilization,
+    new_positions,
+)
+from lib.meter import measure
+from lib.model import attend_fused
+
+
+def poisoned_cache(model, batch_size, max_seq_len):
+    """Whoever reads what was not written gets NaN."""
+    cache = ContiguousKVCache(model.config, batch_size, max_seq_len, dtype=torch.float64)
+    cache.k_cache.fill_(torch.nan)
+    cache.v_cache.fill_(torch.nan)
+    return cache
+
+
+@pytest.mark.parametrize("prompt_len", range(1, 20))
+def test_greedy_text_equals_recompute_at_every_length(prompt_len):
+    model = random_model(prompt_len, dtype=torch.float64)
+    prompt_ids = torch.randint(256, (prompt_len,))
+    expected = generate_recompute(model, prompt_ids, 20, temperature=0)
+    cache = poisoned_cache(model, 1, prompt_len + 19)
+    (got,) = generate_cached(model, [prompt_ids], 20, cache, temperature=0)
+    assert torch.equal(got, expected)
+    assert cache.seq_lens.tolist() == [prompt_len + 19]
+
+
+@pytest.mark.parametrize("num_heads, num_kv_heads", [(4, 4), (4, 2), (4, 1)])
+def test_a_ragged_batch_writes_what_each_request_would_alone(num_heads, num_kv_heads):
+    model = random_model(
+        dtype=torch.float64, num_heads=num_heads, num_kv_heads=num_kv_heads
+    )
+    prompts = [torch.randint(256, (n,)) for n in (5, 1, 33, 16)]
+    got = generate_cached(model, prompts, 12, poisoned_cache(model, 4, 44), temperature=0)
+    for prompt_ids, text in zip(prompts, got):
+        expected = generate_recompute(model, prompt_ids, 12, temperature=0)
+        assert torch.equal(text, expected)
+
+
+def test_the_same_dice_write_the_same_text():
+    model = random_model(dtype=torch.float64)
+    prompt_ids = torch.tensor([3, 1, 4])
+    settings = {"temperature": 1.3, "top_k": 50, "top_p": 0.9}
+    texts = [
+        generate_recompute(
+            model, prompt_ids, 30, generator=torch.Generator().manual_seed(5), **settings
+        ),
+        generate_cached(
+            model,
+            [prompt_ids],
+            30,
+            poisoned_cache(model, 1, 33),
+            generator=torch.Generator().manual_seed(5),
+            **settings,
+        )[0],
+    ]
+    assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("pieces", [[1] * 12, [12], [5, 1, 6], [3, 0, 4, 5]])
+def test_logits_do_not_depend_on_how_the_tokens_are_handed_over(pieces):
+    model = random_model(dtype=torch.float64)
+    token_ids = torch.randint(256, (2, 12))
+    expected = model(token_ids, torch.arange(12), attend_fused)
+    cache = poisoned_cache(model, 3, 12)  # the request in the middle rests
+    rows = []
+    for ids in token_ids.split(pieces, dim=1):
+        T = ids.shape[1]
+        if T > 0:
+            lens = torch.tensor([T, 0, T])
+            rows.append(forward_cached(model, cache, ids.flatten(), lens).view(2, T, -1))
+    assert_close(torch.cat(rows, dim=1), expected)
+    assert cache.seq_lens.tolist() == [12, 0, 12]
+
+
+def test_requests_of_one_step_may_bring_different_numbers_of_tokens():
+    model = random_model(dtype=torch.float64)
+    first, second = torch.randint(256, (9,)), torch.randint(256, (6,))
+    cache = poisoned_cache(model, 2, 9)
+    forward_cached(model, cache, first[:5], torch.tensor([5, 0]))
+    ids = torch.cat([first[5:9], second])  # one goes on by four, the other begins
+    logits = forward_cached(model, cache, ids, torch.tensor([4, 6]))
+    assert_close(logits[:4], model(first, torch.arange(9), attend_fused)[5:])
+    assert_close(logits[4:], model(second, torch.arange(6), attend_fused))
+
+
+def test_a_decode_step_reads_keys_where_they_are():
+    model = random_model(num_heads=8, num_kv_heads=2, d_model=64)
+    cache = ContiguousKVCache(model.config, 1, 128)
+    forward_cached(model, cache, torch.arange(127), torch.tensor([127]))
+    q, lens = torch.randn(1, 8, 8), torch.tensor([128])
+    layer_kv = cache.k_cache[0], cache.v_cache[0]
+    cost = measure(lambda: attend_cached(q, *layer_kv, lens, torch.tensor([1])))
+    scores_bytes = 8 * 128 * 4
+    assert cost.peak_bytes < 5 * scores_bytes
+    copied_for_each_head = 8 * 128 * 8 * 4
+    assert cost.peak_bytes < copied_for_each_head, "the control: a copy would be seen"
+
+
+def test_the_cache_takes_the_bytes_that_were_predicted():
+    cost = measure(lambda: ContiguousKVCache(TINY, 3, 50))
+    assert cost.value.reserved_bytes == kv_cache_bytes(TINY, 150)
+    assert cost.peak_bytes == kv_cache_bytes(TINY, 150) + cost.value.seq_lens.nbytes
+    cost.value.seq_lens = torch.tensor([50, 1, 9])
+    assert cost.value.used_bytes == kv_cache_bytes(TINY, 60)
+    assert kv_utilization(cost.value.seq_lens, 50) == 60 / 150
+
+
+def test_a_token_of_llama_3_8b_takes_128_kib():
+    assert kv_cache_bytes(LLAMA3_8B, 1, bytes_per_number=2) == 128 * 1024
+
+
+def test_a_row_that_was_freed_never_shows_the_keys_of_who_had_it():
+    model = random_model(dtype=torch.float64)
+    cache = ContiguousKVCache(model.config, 2, 30, dtype=torch.float64)
+    prompts = [torch.randint(256, (20,)), torch.randint(256, (20,))]
+    generate_cached(model, prompts, 5, cache, temperature=0)
+    cache.free(0)
+    newcomer = torch.randint(256, (4,))
+    ids = torch.cat([newcomer, prompts[1][:1]])
+    logits = forward_cached(model, cache, ids, torch.tensor([4, 1]))
+    assert_close(logits[:4], model(newcomer, torch.arange(4), attend_fused))
+    assert cache.seq_lens.tolist() == [4, 25]
+
+
+def state(cache):
+    return cache.k_cache.clone(), cache.v_cache.clone(), cache.seq_lens.clone()
+
+
+@pytest.mark.parametrize(
+    "prompt_lens, num_new_tokens, words",
+    [
+        ([3, 8], 4, "request 1: expected at most 10 tokens"),
+        ([11, 1], 1, "request 0: expected at most 10 tokens"),
+    ],
+)
+def test_more_than_was_reserved_is_refused_before_anything_is_written(
+    prompt_lens, num_new_tokens, words
+):
+    model = random_model()
+    cache = ContiguousKVCache(model.config, 2, 10)
+    before = state(cache)
+    prompts = [torch.zeros(n, dtype=torch.int64) for n in prompt_lens]
+    with pytest.raises(CacheFullError, match=words):
+        generate_cached(model, prompts, num_new_tokens, cache)
+    assert all(torch.equal(a, b) for a, b in zip(state(cache), before))
+
+
+def test_what_just_fits_is_written():
+    model = random_model()
+    cache = ContiguousKVCache(model.config, 1, 10)
+    generate_cached(model, [torch.zeros(7, dtype=torch.int64)], 4, cache)
+    assert cache.seq_lens.tolist() == [10]
+
+
+@pytest.mark.parametrize(
+    "token_ids, query_lens, words",
+    [
+        ([1, 2], [1, 2], "the sum of query_lens"),
+        ([1, 2], [2], r"expected int64 \(2,\)"),
+        ([1, 2], [3, -1], "expected at least 0"),
+        ([1, 256], [1, 1], "token_ids: expected values"),
+        ([], [0, 0], "token_ids: expected some"),
+    ],
+)
+def test_lengths_and_tokens_that_do_not_fit_the_batch_are_refused(
+    token_ids, query_lens, words
+):
+    model = random_model()
+    cache = ContiguousKVCache(model.config, 2, 10)
+    before = state(cache)
+    token_ids = torch.tensor(token_ids, dtype=torch.int64)
+    with pytest.raises(ValueError, match=words):
+        forward_cached(model, cache, token_ids, torch.tensor(query_lens))
+    assert all(torch.equal(a, b) for a, b in zip(state(cache), before))
+
+
+def test_prompts_that_do_not_fit_the_batch_are_refused():
+    model = random_model()
+    cache = ContiguousKVCache(model.config, 2, 130)
+    one = torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="prompts: expected 2"):
+        generate_cached(model, [one], 1, cache)
+    with pytest.raises(ValueError, match="at least one token"):
+        generate_cached(model, [one, one[:0]], 1, cache)
+    with pytest.raises(ValueError, match=r"expected each \(T,\)"):
+        generate_cached(model, [one, one[None]], 1, cache)
+    with pytest.raises(ValueError, match="expected at most max_seq_len = 128"):
+        generate_cached(model, [one, one], 128, cache)
+    cache.seq_lens = torch.tensor([0, 120])
+    with pytest.raises(ValueError, match="120 in the cache"):
+        generate_cached(model, [one, one], 8, cache)
+    with pytest.raises(ValueError, match="temperature"):
+        generate_cached(model, [one, one], 1, cache, temperature=-1)
+
+
+@pytest.mark.parametrize("request_id", [1, 2, -1])
+def test_only_a_live_request_can_be_freed(request_id):
+    cache = ContiguousKVCache(TINY, 2, 10)
+    cache.seq_lens = torch.tensor([3, 0])
+    with pytest.raises(ValueError, match=r"expected one of \[0\]"):
+        cache.free(request_id)
+
+
+@pytest.mark.parametrize("sizes", [(0, 4), (4, 0)])
+def test_a_cache_of_nothing_is_refused(sizes):
+    with pytest.raises(ValueError, match="expected at least 1, got 0"):
+        ContiguousKVCache(TINY, *sizes)
+
+
+def test_positions_count_in_each_request():
+    positions = new_positions(torch.tensor([4, 9, 7, 2]), torch.tensor([1, 3, 0, 2]))
+    assert positions.tolist() == [3, 6, 7, 8, 0, 1]
+    assert kv_cache.new_positions(torch.tensor([5]), torch.tensor([0])).tolist() == []

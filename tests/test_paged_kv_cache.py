@@ -1,0 +1,239 @@
+import math
+
+import pytest
+import torch
+from helpers import assert_close, random_model
+
+from lib.block_manager import OutOfBlocksError
+from lib.config import TINY
+from lib.generate import forward_cached, generate_cached, generate_recompute
+from lib.kv_cache import ContiguousKVCache, attend_cached, kv_cache_bytes
+from lib.meter import measure
+from lib.model import attend_fused
+from lib.paged_kv_cache import (
+    PagedKVCache,
+    attend_paged,
+    gather_kv,
+    paged_utilization,
+    slot_mapping,
+    write_kv,
+)
+
+BLOCK_SIZES = [1, 2, 3, 7, 8, 16, 32, 100, 256]
+
+
+def poisoned_cache(model, batch_size, num_blocks, block_size):
+    """Whoever reads what was not written gets NaN."""
+    cache = PagedKVCache(
+        model.config, batch_size, num_blocks, block_size, dtype=torch.float64
+    )
+    cache.k_cache.fill_(torch.nan)
+    cache.v_cache.fill_(torch.nan)
+    return cache
+
+
+def poison_free_blocks(cache):
+    for tensor in (cache.k_cache, cache.v_cache):
+        tensor[:, cache.manager.free_block_ids] = torch.nan
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_greedy_texts_equal_recompute_at_every_block_size(block_size):
+    model = random_model(block_size, dtype=torch.float64)
+    lens = (block_size % 50 + 1, 1, 16, 33)
+    prompts = [torch.randint(256, (n,)) for n in lens]
+    num_blocks = sum(math.ceil((n + 19) / block_size) for n in lens)
+    cache = poisoned_cache(model, 4, num_blocks, block_size)
+    got = generate_cached(model, prompts, 20, cache, temperature=0)
+    for prompt_ids, text in zip(prompts, got):
+        expected = generate_recompute(model, prompt_ids, 20, temperature=0)
+        assert torch.equal(text, expected)
+    cache.manager.check_integrity()
+    assert cache.manager.free_block_ids == [], "exactly as many blocks as were needed"
+
+
+@pytest.mark.parametrize("prompt_len", [15, 16, 17, 32])
+def test_prompts_that_end_at_a_blocks_edge(prompt_len):
+    model = random_model(prompt_len, dtype=torch.float64)
+    prompt_ids = torch.randint(256, (prompt_len,))
+    cache = poisoned_cache(model, 1, 4, 16)
+    (got,) = generate_cached(model, [prompt_ids], 17, cache, temperature=0)
+    expected = generate_recompute(model, prompt_ids, 17, temperature=0)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("num_heads, num_kv_heads", [(4, 4), (4, 2), (4, 1)])
+def test_attention_over_the_pool_is_that_over_rows(num_heads, num_kv_heads):
+    model = random_model(
+        dtype=torch.float64, num_heads=num_heads, num_kv_heads=num_kv_heads
+    )
+    contiguous = ContiguousKVCache(model.config, 3, 40, dtype=torch.float64)
+    paged = poisoned_cache(model, 3, 30, 4)
+    for lens in ([5, 0, 9], [1, 7, 3], [4, 1, 1]):
+        ids, lens = torch.randint(256, (sum(lens),)), torch.tensor(lens)
+        logits = [
+            forward_cached(model, cache, ids, lens) for cache in (contiguous, paged)
+        ]
+        assert_close(*logits)
+
+
+def shared_prompt(model, prompt_ids, num_samples, num_blocks=40, block_size=4):
+    """A cache in which all requests share the blocks of one prompt but its last token."""
+    cache = poisoned_cache(model, 1, num_blocks, block_size)
+    num_cached = len(prompt_ids) - 1
+    if num_cached:
+        forward_cached(model, cache, prompt_ids[:-1], torch.tensor([num_cached]))
+    for child_id in range(1, num_samples):
+        cache.manager.fork(0, child_id)
+    return cache
+
+
+@pytest.mark.parametrize("prompt_len", [1, 4, 5, 6, 9])
+def test_samples_of_one_prompt_share_it_and_write_what_each_would_alone(prompt_len):
+    model = random_model(prompt_len, dtype=torch.float64)
+    prompt_ids = torch.randint(256, (prompt_len,))
+    cache = shared_prompt(model, prompt_ids, num_samples=3)
+    firsts = [prompt_ids[-1:], torch.tensor([7]), torch.tensor([201])]
+    got = generate_cached(model, firsts, 9, cache, temperature=0)
+    for first, text in zip(firsts, got):
+        alone = torch.cat([prompt_ids[:-1], first])
+        expected = generate_recompute(model, alone, 9, temperature=0)
+        assert torch.equal(text, expected[prompt_len - 1 :])
+    cache.manager.check_integrity()
+
+
+def test_a_shared_prompt_takes_its_blocks_once():
+    model = random_model(dtype=torch.float64)
+    cache = shared_prompt(model, torch.randint(256, (18,)), num_samples=5)
+    assert cache.reserved_bytes == kv_cache_bytes(model.config, 20, 8)  # 17 in 5 blocks
+    assert cache.used_bytes == kv_cache_bytes(model.config, 17, 8)
+    generate_cached(model, [torch.tensor([1])] * 5, 1, cache)
+    # Each has a copy of the last block, and the other four are shared.
+    assert cache.manager.ref_count.count(5) == 4
+    assert cache.reserved_bytes == kv_cache_bytes(model.config, 4 * (4 + 5), 8)
+    assert cache.used_bytes == kv_cache_bytes(model.config, 16 + 5 * 2, 8)
+
+
+def test_blocks_that_were_freed_never_show_the_keys_of_who_had_them():
+    model = random_model(dtype=torch.float64)
+    cache = poisoned_cache(model, 2, 8, 4)
+    prompts = [torch.randint(256, (13,)), torch.randint(256, (9,))]
+    texts = generate_cached(model, prompts, 4, cache, temperature=0)
+    cache.manager.free(0)
+    cache.manager.allocate("newcomer", 0)
+    newcomer = torch.randint(256, (11,))
+    ids = torch.cat([texts[1][-1:], newcomer])  # the second goes on beside the third
+    logits = forward_cached(model, cache, ids, torch.tensor([1, 11]))
+    assert_close(logits[1:], model(newcomer, torch.arange(11), attend_fused))
+    assert_close(logits[:1], model(texts[1], torch.arange(13), attend_fused)[-1:])
+
+
+def test_a_parent_that_ends_leaves_its_children_their_blocks():
+    model = random_model(dtype=torch.float64)
+    prompt_ids = torch.randint(256, (10,))
+    cache = shared_prompt(model, prompt_ids, num_samples=2, num_blocks=12)
+    cache.manager.free(0)
+    poison_free_blocks(cache)
+    (got,) = generate_cached(model, [prompt_ids[-1:]], 12, cache, temperature=0)
+    expected = generate_recompute(model, prompt_ids, 12, temperature=0)
+    assert torch.equal(got, expected[9:])
+
+
+def state(cache):
+    manager = cache.manager
+    tables = {r: list(t) for r, t in manager.block_tables.items()}
+    counts = list(manager.ref_count), list(manager.free_block_ids)
+    return tables, dict(manager.seq_lens), counts
+
+
+def test_too_small_a_pool_is_refused_before_the_first_token():
+    model = random_model()
+    cache = PagedKVCache(model.config, 2, num_blocks=5, block_size=4)
+    before, keys = state(cache), cache.k_cache.clone()
+    prompts = [torch.zeros(n, dtype=torch.int64) for n in (6, 3)]
+    with pytest.raises(OutOfBlocksError, match="at most 5 blocks.*got 7") as caught:
+        generate_cached(model, prompts, 8, cache)  # 13 and 10 tokens: 4 + 3 blocks
+    assert (caught.value.needed, caught.value.free) == (7, 5)
+    assert state(cache) == before and torch.equal(cache.k_cache, keys)
+
+
+def test_a_step_for_which_one_block_is_missing_changes_nothing():
+    model = random_model()
+    cache = PagedKVCache(model.config, 3, num_blocks=4, block_size=2)
+    ids, lens = torch.zeros(6, dtype=torch.int64), torch.tensor([2, 2, 2])
+    forward_cached(model, cache, ids, lens)
+    before, keys = state(cache), cache.k_cache.clone()
+    with pytest.raises(OutOfBlocksError):  # the first two could be served
+        forward_cached(model, cache, ids[:3], torch.tensor([1, 1, 1]))
+    assert state(cache) == before and torch.equal(cache.k_cache, keys)
+    forward_cached(model, cache, ids[:1], torch.tensor([0, 0, 1]))
+
+
+@pytest.mark.parametrize(
+    "token_ids, query_lens, words",
+    [
+        ([1, 2], [1, 2], "the sum of query_lens"),
+        ([1, 2], [2], r"expected int64 \(2,\)"),
+        ([1, 256], [1, 1], "token_ids: expected values"),
+    ],
+)
+def test_lengths_and_tokens_that_do_not_fit_the_batch_are_refused(
+    token_ids, query_lens, words
+):
+    model = random_model()
+    cache = PagedKVCache(model.config, 2, 4, 4)
+    before = state(cache)
+    with pytest.raises(ValueError, match=words):
+        forward_cached(model, cache, torch.tensor(token_ids), torch.tensor(query_lens))
+    assert state(cache) == before
+
+
+@pytest.mark.parametrize("num_blocks, block_size", [(4, 0), (0, 4), (4, -1)])
+def test_a_pool_of_nothing_is_refused(num_blocks, block_size):
+    with pytest.raises(ValueError, match="expected an integer of at least 1"):
+        PagedKVCache(TINY, 1, num_blocks, block_size)
+
+
+def test_the_pool_takes_the_bytes_that_were_predicted():
+    cost = measure(lambda: PagedKVCache(TINY, 0, 5, 8))
+    assert cost.peak_bytes == kv_cache_bytes(TINY, 40)
+    assert cost.value.reserved_bytes == cost.value.used_bytes == 0
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_utilization_is_that_of_the_live_manager(block_size):
+    cache = PagedKVCache(TINY, 0, 400, block_size)
+    lens = [1, block_size, block_size + 1, 37]
+    for request_id, seq_len in enumerate(lens):
+        cache.manager.allocate(request_id, seq_len)
+    share = cache.used_bytes / cache.reserved_bytes
+    assert paged_utilization(cache.seq_lens, block_size) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_what_is_written_by_slots_is_gathered_in_order(block_size):
+    S, G, D = 45, 2, 3
+    num_blocks = math.ceil(S / block_size) + 2
+    pool = torch.full((2, num_blocks, block_size, G, D), torch.nan)
+    k, v = torch.randn(2, S, G, D)
+    block_table = torch.randperm(num_blocks)[: math.ceil(S / block_size)]
+    block_table = torch.cat([block_table, torch.tensor([2147480000])])
+    seq_lens, query_lens = torch.tensor([S]), torch.tensor([S])
+    slots = slot_mapping(block_table[None], seq_lens, query_lens, block_size)
+    assert len(set(slots.tolist())) == S
+    write_kv(*pool, k, v, slots)
+    got = gather_kv(*pool, block_table, S)
+    assert torch.equal(got[0], k) and torch.equal(got[1], v)
+
+
+def test_one_request_is_gathered_at_a_time():
+    config = TINY
+    q = torch.randn(6, config.num_heads, config.head_dim)
+    pool = torch.randn(2, 60, 16, config.num_kv_heads, config.head_dim)
+    block_tables = torch.randperm(60).view(6, 10)
+    lens = torch.full((6,), 160), torch.ones(6, dtype=torch.int64)
+    cost = measure(lambda: attend_paged(q, *pool, block_tables, *lens))
+    one_request = 2 * 160 * config.num_kv_heads * config.head_dim * 4
+    assert one_request < cost.peak_bytes < 3 * one_request  # half of all six
+    dense = [x[block_tables].flatten(1, 2) for x in pool]
+    assert_close(cost.value, attend_cached(q, *dense, *lens))
