@@ -127,9 +127,11 @@ def attend_cached(
 
     start = 0
     for b, (S, T) in enumerate(zip(seq_lens.tolist(), query_lens.tolist())):
+        q_b = q[start : start + T]  # (T, H, D)
         k, v = (cache[b, :S].transpose(0, 1) for cache in (k_cache, v_cache))  # (G, S, D)
+
         # Heads that read the same keys: their queries are the rows of one matrix.
-        grouped = q[start : start + T].view(T, G, H // G, D).permute(1, 2, 0, 3)
+        grouped = q_b.view(T, G, H // G, D).permute(1, 2, 0, 3)  # (G, H/G, T, D)
         scores = grouped.flatten(1, 2) @ k.transpose(1, 2) / D**0.5  # (G, H/G*T, S)
         scores = scores.unflatten(1, (H // G, T))  # (G, H/G, T, S)
         queries_at = torch.arange(S - T, S, device=q.device).unsqueeze(-1)  # (T, 1)
@@ -138,6 +140,7 @@ def attend_cached(
         out_b = weights.flatten(1, 2) @ v  # (G, H/G*T, D)
         out_b = out_b.unflatten(1, (H // G, T)).permute(2, 0, 1, 3)  # (T, G, H/G, D)
         out[start : start + T] = out_b.flatten(1, 2)
+
         start += T
     return out  # (N, H, D)
 

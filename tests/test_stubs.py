@@ -35,6 +35,17 @@ def kernel(x, TILE):
     # score: not a line of code
     score = helper(tile)
     return score
+
+
+def total(rows):
+    total = 0
+    for row in rows:
+
+        # add up
+        row = sum(row)
+        total += row
+
+    return total
 '''
 
 PUSH_STUB = '''def push(self, item: int) -> int:
@@ -73,6 +84,22 @@ def test_a_method_comes_as_a_function_with_the_steps_that_are_given(module):
 
 def test_decorators_stay_and_a_body_without_given_steps_is_counted(module):
     assert stub(module, ["kernel"], []) == KERNEL_STUB
+
+
+def test_a_step_inside_a_loop_is_left_out_at_its_depth(module):
+    assert (
+        stub(module, ["total"], ["1", "3"])
+        == """def total(rows):
+    total = 0
+    for row in rows:
+
+        # add up
+        ...  # about 2 lines
+
+        raise NotImplementedError
+
+    return total"""
+    )
 
 
 def test_of_a_class_each_method_is_left_out_but_those_given(module):

@@ -85,18 +85,25 @@ def _blank_body(body: list[str], given: list[str]) -> list[str]:
     indent = " " * (len(body[0]) - len(body[0].lstrip()))
     paragraphs = textwrap.dedent("\n".join(body)).strip("\n").split("\n\n")
     out, is_any_kept = [], False
+    end, depth = 0, ""  # of what is left out
     for number, paragraph in enumerate(paragraphs, start=1):
         lines = paragraph.split("\n")
-        step = lines[0].split()[1].strip(":,.") if lines[0].startswith("# ") else None
+        words = lines[0].split()
+        step = words[1].strip(":,.") if words[0] == "#" else None
         if step in given or str(number) in given:
             is_any_kept = True
             out += [*lines, ""]
         else:
             comment = lines[:1] if step else []
-            out += [*comment, f"...  # about {_count_lines(lines)}", ""]
+            depth = " " * (len(lines[0]) - len(lines[0].lstrip()))
+            out += [*comment, f"{depth}...  # about {_count_lines(lines)}", ""]
+            end = len(out)
     if not is_any_kept:
-        out = [f"# about {_count_lines(body)}"]
-    return [indent + line if line else "" for line in [*out, "raise NotImplementedError"]]
+        out, end, depth = [f"# about {_count_lines(body)}"], 1, ""
+    out.insert(end, f"{depth}raise NotImplementedError")
+    if out[end + 1 :]:
+        out = [*out[: end + 1], "", *out[end + 1 : -1]]
+    return [indent + line if line else "" for line in out]
 
 
 def _count_lines(lines: list[str]) -> str:
