@@ -96,11 +96,16 @@ class BlockManager:
         check_num_tokens(num_tokens)
         needed = self.blocks_needed({request_id: num_tokens})
 
+        # Count before anything is taken.
         if needed > len(self.free_block_ids):
             raise OutOfBlocksError(needed, len(self.free_block_ids))
+
+        # Others may use the last block too: what is written there goes into a copy.
         copied = None
         if num_tokens > 0 and self.seq_lens[request_id] % self.block_size > 0:
             copied = self.copy_on_write(request_id)
+
+        # Grow: the last block first, then new ones.
         self.seq_lens[request_id] += num_tokens
         block_table = self.block_tables[request_id]
         while len(block_table) * self.block_size < self.seq_lens[request_id]:

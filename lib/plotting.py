@@ -37,24 +37,27 @@ def plot_measured(
     title: str,
     predicted: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
     log: bool = False,
+    log_x: bool = False,
     ax: Axes | None = None,
 ) -> Axes:
     """Lines with markers, each named at its end; predictions dashed and black.
 
-    series and predicted: name -> (x values, y values).
+    series and predicted: name -> (x values, y values). Both axes are logarithmic with
+    `log`, the x axis alone with `log_x`.
     """
     ax = ax or plt.subplots()[1]
     ends = {}
+    if log or log_x:
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    else:
+        ax.set_xticks(next(iter(series.values()))[0])
     if log:
         values = [value for _, y in series.values() for value in y]
-        ax.set_xscale("log", base=2)
         ax.set_yscale("log")
         is_wide = max(values) > 100 * min(values)
         ax.yaxis.set_major_locator(LogLocator(subs=(1,) if is_wide else (1, 2, 5)))
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         ax.yaxis.set_minor_formatter(NullFormatter())
-    else:
-        ax.set_xticks(next(iter(series.values()))[0])
     ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: quantity(y)))
     for name, (x, y) in (predicted or {}).items():
         (ends[name],) = ax.plot(x, y, **PREDICTED, zorder=3)

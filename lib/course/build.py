@@ -9,9 +9,10 @@ come two notebooks:
     notebooks/NN_name.ipynb    what students open: no outputs
     solutions/NN_name.ipynb    run from the first cell to the last, outputs kept
 
-An exercise is an import of its answer, marked: `# %% exercise="decode"`. It becomes a
-stub in the first notebook and the library's source in the second. A second mark,
-`given="1"`, keeps parts of the body in the stub: see lib/course/stubs.py.
+An exercise is an import of its answer, marked: `# %% exercise="decode"`, or, if it is a
+method, an assignment, `allocate = BlockManager.allocate`. It becomes a stub in the first
+notebook and the library's source in the second. A second mark, `given="1"`, keeps parts
+of the body in the stub: see lib/course/stubs.py.
 
 The same text gives the same notebook, to the byte but for what running it measured.
 """
@@ -109,16 +110,18 @@ def _notebook(text: Path, is_solved: bool) -> nbformat.NotebookNode:
 def _expand(cell, exercise: str, given: list[str], bound: set[str], is_solved: bool):
     """Put a stub, or the library's source, in the place of the marked import."""
     (node,) = ast.parse(cell.source).body
-    names = [alias.name for alias in node.names]
-    if "." in exercise:  # a method, of the class that is imported
-        names = [exercise]
-    source = answer(node.module, names)
+    if isinstance(node, ast.ImportFrom):
+        module, names = node.module, [alias.name for alias in node.names]
+    else:  # a method: allocate = BlockManager.allocate
+        module, class_name, name = exercises()[exercise].target.rsplit(".", 2)
+        names = [f"{class_name}.{name}"]
+    source = answer(module, names)
     missing = free_names(source) - bound
     if missing:
         raise BuildError(f"{exercise}: no cell before it defines {sorted(missing)}")
-    cell.source = source if is_solved else stub(node.module, names, given)
+    cell.source = source if is_solved else stub(module, names, given)
     compile(cell.source, exercise, "exec")
-    cell.metadata = _nbgrader(exercise.rsplit(".", 1)[-1], is_solution=True)
+    cell.metadata = _nbgrader(exercise, is_solution=True)
 
 
 def _nbgrader(
