@@ -155,9 +155,16 @@ def plot_table(sweeps: Sequence) -> Figure:
 
 
 def plot_usage(
-    usages: Mapping[str, Usage], *, title: str, ax: Axes | None = None
+    usages: Mapping[str, Usage],
+    *,
+    title: str,
+    published: Mapping[str, float] | None = None,
+    ax: Axes | None = None,
 ) -> Axes:
-    """Stacked bars of what a pool was used for: name -> `simulation.simulate`."""
+    """Stacked bars of what a pool was used for: name -> `simulation.simulate`.
+
+    published: the share of tokens that somebody else found, in percent, by name.
+    """
     ax = ax or plt.subplots(figsize=(7.0, 0.9 + 0.42 * len(usages)))[1]
     looks = {
         "tokens": {"color": NEW},
@@ -176,6 +183,10 @@ def plot_usage(
                 middle = bar.get_y() + bar.get_height() / 2
                 ax.text(at, middle, f"{width:.1f} %", va="center", color=colour)
         left = [start + width for start, width in zip(left, widths)]
+    if published:
+        rows = [list(usages).index(name) for name in published]
+        look = {"color": "black", "markeredgecolor": "white", "markersize": 9}
+        ax.plot(list(published.values()), rows, "D", label="tokens, in the paper", **look)
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     ax.set(xlim=(0, 100), xlabel="share of the pool (%)", title=title)
