@@ -3,13 +3,14 @@
 #   make lab         open the course at chapter 1; flags for Jupyter: make lab ARGS="--port 9000"
 #   make test        run all tests
 #   make table       measure the table on this machine
+#   make bench       tokens per second of decoding on this machine
 #   make notebooks   rebuild notebooks/ and solutions/*.ipynb from solutions/*.py
 
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: lab test table notebooks
+.PHONY: lab test table bench notebooks
 .DEFAULT_GOAL := lab
 
 lab: .venv/course
@@ -22,6 +23,9 @@ test: .venv/dev
 
 table: .venv/course
 	@$(BIN)/python -m lib.table $(ARGS)
+
+bench: .venv/course
+	@$(BIN)/python -m lib.bench $(ARGS)
 
 notebooks: .venv/dev
 	@$(BIN)/python -m lib.course.build $(ARGS)

@@ -1,10 +1,17 @@
+import copy
+
 import matplotlib
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from matplotlib.colors import to_rgba
 from matplotlib.patches import Rectangle
 
 from lib import drawing, plotting
+from lib.block_manager import BlockManager
+from lib.config import TINY
+from lib.kv_cache import ContiguousKVCache
+from lib.simulation import Usage
 
 matplotlib.use("agg")
 
@@ -64,3 +71,58 @@ def test_bars_of_training_bytes_stack_up_to_the_sum():
     kinds = {"weights": 1, "gradients": 2, "optimizer": 4, "activations": 8}
     ax = plotting.plot_training_bytes({"small": kinds}, title="")
     assert max(bar.get_y() + bar.get_height() for bar in ax.patches) == 15
+
+
+def test_with_a_cache_each_token_is_computed_once():
+    ax = drawing.draw_generation(prompt_len=3, num_new_tokens=4, is_cached=True)
+    assert ax.get_title(loc="left").startswith("6 tokens go through the model")
+    new = [p for p in ax.patches if p.get_facecolor() == to_rgba(plotting.NEW)]
+    assert len(new) == 6 and len(ax.patches) == 3 + 4 + 5 + 6
+
+
+def test_a_contiguous_cache_is_drawn_as_it_is():
+    cache = ContiguousKVCache(TINY, 3, 20)
+    cache.seq_lens = torch.tensor([5, 0, 20])
+    ax = drawing.draw_contiguous(cache, title="")
+    assert [bar.get_width() for bar in ax.patches] == [5, 0, 20, 15, 20, 0]
+
+
+def forked():
+    manager = BlockManager(6, 4)
+    manager.allocate("a", 6)
+    manager.fork("a", "b")
+    manager.append("b")
+    return manager
+
+
+def test_tables_pool_free_list_and_counts_are_read_from_the_live_manager():
+    above, below = drawing.draw_blocks(forked(), title="").axes
+    assert texts(above) == ["0", "1", "0", "2"]
+    assert texts(below)[:6] == ["a+b", "a", "b", "", "", ""]
+    assert texts(below)[6:] == ["2", "1", "1", "0", "0", "0"]
+    assert below.get_xlabel().endswith("the next one first: 3, 4, 5")
+    shared = [patch for patch in above.patches if patch.get_hatch()]
+    assert len(shared) == 2, "block 0, in both tables"
+
+
+def test_a_history_is_a_pool_a_row():
+    manager = forked()
+    history = [("fork", copy.deepcopy(manager))]
+    manager.free("a")
+    history.append(("free", manager))
+    ax = drawing.draw_history(history, title="")
+    assert texts(ax) == ["a+b", "a", "b", "", "", "", "b", "", "b", "", "", ""]
+    colour_of_b = {
+        patch.get_facecolor()
+        for patch in ax.patches
+        if patch.get_x() == pytest.approx(2 - 0.45) and patch.get_width() < 0.8
+    }
+    assert len(colour_of_b) == 1, "a request keeps its colour when others go"
+
+
+def test_a_pool_is_divided_into_what_it_was_used_for():
+    usage = Usage(0.5, 0.2, 0.2, 0.1, in_flight=3, finished=1)
+    ax = plotting.plot_usage({"us": usage}, published={"us": 48.0}, title="")
+    assert [bar.get_width() for bar in ax.patches] == pytest.approx([50, 20, 20, 10])
+    assert texts(ax) == ["50.0 %"]
+    assert ax.lines[0].get_xdata()[0] == 48.0
