@@ -221,12 +221,12 @@ class BlockManager:
                 f"{free[block_id]} times and in {users[block_id]} tables"
             )
             assert self.ref_count[block_id] == users[block_id], (
-                f"block {block_id}: expected ref_count {users[block_id]}, the tables it "
-                f"stands in, got {self.ref_count[block_id]}"
+                f"block {block_id}: expected its ref_count to be {users[block_id]}, the "
+                f"number of tables it stands in, got {self.ref_count[block_id]}"
             )
         assert set(free) | set(users) == set(range(self.num_blocks)), "unknown blocks"
         assert self.seq_lens.keys() == self.block_tables.keys(), "a table has no length"
-        seen = {}  # block id -> (place in the table, tokens in it)
+        seen = {}  # block id -> (which block of the text, tokens in it)
         for request_id, block_table in self.block_tables.items():
             seq_len = self.seq_lens[request_id]
             needed = math.ceil(seq_len / self.block_size)
@@ -237,9 +237,8 @@ class BlockManager:
             for i, block_id in enumerate(block_table):
                 use = i, min(seq_len - i * self.block_size, self.block_size)
                 assert seen.setdefault(block_id, use) == use, (
-                    f"block {block_id}: expected all who share it to have it at the same "
-                    f"place with the same tokens, got (place, tokens) {seen[block_id]} "
-                    f"and {use}"
+                    f"block {block_id}: expected all who share it to agree on (block of "
+                    f"the text, tokens in it), got {seen[block_id]} and {use}"
                 )
 
 

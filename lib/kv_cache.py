@@ -52,9 +52,9 @@ def kv_cache_bytes(
 ) -> int:
     """Bytes of the keys and values of `num_tokens` tokens, in all layers.
 
-    >>> one_head = ModelConfig(256, 1, 1, 1, d_model=2, d_ff=4, max_seq_len=8)  # D = 2
-    >>> kv_cache_bytes(one_head, num_tokens=3)  # 3 keys and 3 values of 2 numbers
-    48
+    >>> from lib.config import TINY  # 2 layers, 2 KV heads of head_dim 8
+    >>> kv_cache_bytes(TINY, num_tokens=3)  # 2 · 2 keys and values a token, of 8 numbers
+    768
     """
     numbers_per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     return num_tokens * numbers_per_token * bytes_per_number

@@ -31,7 +31,7 @@ def difference(expected: Any, got: Any, where: str = "") -> str | None:
                 return found
         return None
     if isinstance(expected, float) and isinstance(got, (int, float)):
-        if math.isclose(expected, got, rel_tol=1e-9, abs_tol=1e-9):
+        if math.isclose(expected, got, rel_tol=1e-6, abs_tol=1e-9):  # single precision
             return None
         return _words(where, show(expected), show(got))
     if type(got) is not type(expected) or got != expected:

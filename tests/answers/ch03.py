@@ -39,6 +39,12 @@ def query_heads(config, num_tokens, bytes_per_number=4):
     return numbers(config, num_tokens, config.num_heads) * bytes_per_number
 
 
+@wrong("kv_cache_bytes", says="not d_model")
+def width_of_the_model(config, num_tokens, bytes_per_number=4):
+    heads = config.num_kv_heads * config.num_heads
+    return numbers(config, num_tokens, heads) * bytes_per_number
+
+
 @wrong("kv_cache_bytes", says="Each layer")
 def one_layer(config, num_tokens, bytes_per_number=4):
     total = numbers(config, num_tokens, config.num_kv_heads) * bytes_per_number
@@ -146,6 +152,12 @@ def first_request_only(k_cache, v_cache, k, v, seq_lens, query_lens):
     start = int(seq_lens[0] - query_lens[0])
     k_cache[0, start : start + len(k)] = k[: k_cache.shape[1] - start]
     v_cache[0, start : start + len(v)] = v[: k_cache.shape[1] - start]
+
+
+@wrong("append_kv", says="the tokens are others'")
+def always_the_first_tokens(k_cache, v_cache, k, v, seq_lens, query_lens):
+    for b, (S, T) in enumerate(zip(seq_lens.tolist(), query_lens.tolist())):
+        k_cache[b, S - T : S], v_cache[b, S - T : S] = k[:T], v[:T]
 
 
 @wrong("append_kv")
@@ -275,6 +287,60 @@ def heads_tiled(q, k_cache, v_cache, seq_lens, query_lens):
     q = q.view(-1, H // G, G, q.shape[2]).transpose(1, 2).flatten(1, 2)
     out = attend(q, k_cache, v_cache, seq_lens, query_lens)
     return out.view(-1, G, H // G, q.shape[2]).transpose(1, 2).flatten(1, 2)
+
+
+def grouped(q, k_cache, v_cache, seq_lens, query_lens, way_in, way_out):
+    G, D = k_cache.shape[2:]
+    outs = []
+    for b, q_b in enumerate(q.split(query_lens.tolist())):
+        S, T = int(seq_lens[b]), len(q_b)
+        k, v = (cache[b, :S].transpose(0, 1) for cache in (k_cache, v_cache))
+        scores = way_in(q_b, G) @ k.transpose(1, 2) / D**0.5
+        hidden = torch.arange(S) > torch.arange(S - T, S)[:, None]
+        scores = scores.unflatten(1, (-1, T)) if T else scores[:, None]
+        weights = scores.masked_fill(hidden, -math.inf).softmax(-1).flatten(1, 2)
+        outs.append(way_out(weights @ v, T, q.shape[1]))
+    return torch.cat(outs)
+
+
+def heads_first(q_b, G):
+    return q_b.unflatten(1, (G, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+
+
+@wrong("attend_cached", says="mixed up")
+def reshaped_on_the_way_out(q, k_cache, v_cache, seq_lens, query_lens):
+    def way_out(out, T, H):
+        return out.reshape(T, H, out.shape[-1])
+
+    return grouped(q, k_cache, v_cache, seq_lens, query_lens, heads_first, way_out)
+
+
+@wrong("attend_cached", says="mixed up")
+def reshaped_on_the_way_in(q, k_cache, v_cache, seq_lens, query_lens):
+    def way_out(out, T, H):
+        out = out.reshape(len(out), -1, max(T, 1), out.shape[-1])
+        return out.permute(2, 0, 1, 3).flatten(1, 2)[:T]
+
+    def way_in(q_b, G):
+        return q_b.reshape(G, -1, q_b.shape[-1]) if len(q_b) else heads_first(q_b, G)
+
+    return grouped(q, k_cache, v_cache, seq_lens, query_lens, way_in, way_out)
+
+
+@wrong("attend_cached", says="Copy no key for each query head")
+def keys_copied_one_after_the_other(q, k_cache, v_cache, seq_lens, query_lens):
+    group_size = q.shape[1] // k_cache.shape[2]
+    outs = []
+    for b, q_b in enumerate(q.split(query_lens.tolist())):
+        S, T = int(seq_lens[b]), len(q_b)
+        hidden = torch.arange(S) > torch.arange(S - T, S)[:, None]
+        k, v = (cache[b, :S].transpose(0, 1) for cache in (k_cache, v_cache))
+        scores = (
+            q_b.transpose(0, 1) @ k.repeat_interleave(group_size, dim=0).transpose(1, 2)
+        ) / q.shape[2] ** 0.5
+        weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
+        outs.append((weights @ v.repeat_interleave(group_size, dim=0)).transpose(0, 1))
+    return torch.cat(outs)
 
 
 @wrong("attend_cached")
@@ -473,6 +539,13 @@ def graph_kept(model, prompts, num_new_tokens, cache, **settings):
     return texts
 
 
+@wrong("generate_cached", says="begin with a copy")
+def into_the_callers_list(model, prompts, num_new_tokens, cache, **settings):
+    for b, text in enumerate(loop(model, prompts, num_new_tokens, cache, settings)):
+        prompts[b] = text
+    return prompts
+
+
 @wrong("generate_cached", says="exactly num_new_tokens")
 def one_too_few(model, prompts, num_new_tokens, cache, **settings):
     return loop(model, prompts, num_new_tokens - 1, cache, settings)
@@ -490,6 +563,11 @@ def mean_share(seq_lens, max_seq_len):
 def counted(seq_lens, max_seq_len):
     used = sum(int(seq_len) for seq_len in seq_lens)
     return used / (max_seq_len * seq_lens.numel())
+
+
+@right("kv_utilization")
+def in_single_precision(seq_lens, max_seq_len):
+    return (seq_lens / max_seq_len).mean()
 
 
 @wrong("kv_utilization", says="for each request")

@@ -17,8 +17,8 @@ def allocate_with_slices(self, request_id, num_tokens):
     free = len(self.free_block_ids)
     if free < needed:
         raise OutOfBlocksError(needed, free)
-    taken = self.free_block_ids[:needed]  # from the other end
-    del self.free_block_ids[:needed]
+    taken = self.free_block_ids[free - needed :]
+    del self.free_block_ids[free - needed :]
     for block_id in taken:
         self.ref_count[block_id] += 1
     self.block_tables[request_id], self.seq_lens[request_id] = taken, num_tokens
@@ -83,13 +83,40 @@ def allocate_until_none_is_left(self, request_id, num_tokens):
         table.append(self.take_block())
 
 
-@wrong("allocate", says="raised IndexError")
+@wrong("allocate", says="Count the blocks first")
 def allocate_without_counting(self, request_id, num_tokens):
     if request_id in self.block_tables:
         raise ValueError(request_id)
     needed = math.ceil(num_tokens / self.block_size)
     self.block_tables[request_id] = [self.take_block() for _ in range(needed)]
     self.seq_lens[request_id] = num_tokens
+
+
+@wrong("allocate", says="a stack")
+def allocate_from_the_front(self, request_id, num_tokens):
+    if request_id in self.block_tables:
+        raise ValueError(request_id)
+    needed = math.ceil(num_tokens / self.block_size)
+    if needed > len(self.free_block_ids):
+        raise OutOfBlocksError(needed, len(self.free_block_ids))
+    table = [self.free_block_ids.pop(0) for _ in range(needed)]
+    for block_id in table:
+        self.ref_count[block_id] = 1
+    self.block_tables[request_id], self.seq_lens[request_id] = table, num_tokens
+
+
+@wrong("allocate", says="another free list")
+def allocate_with_a_new_free_list(self, request_id, num_tokens):
+    if request_id in self.block_tables:
+        raise ValueError(request_id)
+    needed = math.ceil(num_tokens / self.block_size)
+    if needed > len(self.free_block_ids):
+        raise OutOfBlocksError(needed, len(self.free_block_ids))
+    table = self.free_block_ids[:needed]
+    self.free_block_ids = self.free_block_ids[needed:]
+    for block_id in table:
+        self.ref_count[block_id] = 1
+    self.block_tables[request_id], self.seq_lens[request_id] = table, num_tokens
 
 
 @wrong("allocate", says="ref_count")
@@ -210,6 +237,21 @@ def append_copying_full_blocks(self, request_id, num_tokens=1):
     )
 
 
+@wrong("append", says="needed counts the copy too")
+def append_as_many_as_needed(self, request_id, num_tokens=1):
+    self.check_live(request_id)
+    needed = self.blocks_needed({request_id: num_tokens})
+    if needed > len(self.free_block_ids):
+        raise OutOfBlocksError(needed, len(self.free_block_ids))
+    copied = None
+    if num_tokens > 0 and self.seq_lens[request_id] % self.block_size > 0:
+        copied = self.copy_on_write(request_id)
+    self.seq_lens[request_id] += num_tokens
+    for _ in range(needed):
+        self.block_tables[request_id].append(self.take_block())
+    return copied
+
+
 @wrong("append")
 def append_copying_for_no_tokens(self, request_id, num_tokens=1):
     return grow(self, request_id, num_tokens, is_copied=lambda has_room, n: has_room)
@@ -229,6 +271,19 @@ def append_length_first(self, request_id, num_tokens=1):
 @wrong("append", says="Return (source, target)")
 def append_without_saying_what_was_copied(self, request_id, num_tokens=1):
     grow(self, request_id, num_tokens)
+
+
+@wrong("append", says="Count the blocks first")
+def append_without_counting(self, request_id, num_tokens=1):
+    self.check_live(request_id)
+    copied = None
+    if num_tokens > 0 and self.seq_lens[request_id] % self.block_size > 0:
+        copied = self.copy_on_write(request_id)
+    self.seq_lens[request_id] += num_tokens
+    table = self.block_tables[request_id]
+    while len(table) * self.block_size < self.seq_lens[request_id]:
+        table.append(self.take_block())
+    return copied
 
 
 @wrong("append")
@@ -257,7 +312,7 @@ def free_backwards(self, request_id):
     for block_id in reversed(self.block_tables[request_id]):
         self.ref_count[block_id] = self.ref_count[block_id] - 1
         if not self.ref_count[block_id]:
-            self.free_block_ids.insert(0, block_id)
+            self.free_block_ids.append(block_id)
     del self.block_tables[request_id], self.seq_lens[request_id]
 
 
@@ -277,6 +332,25 @@ def free_blocks_of_others(self, request_id):
     for block_id in self.block_tables.pop(request_id):
         self.ref_count[block_id] -= 1
         self.free_block_ids.append(block_id)
+    del self.seq_lens[request_id]
+
+
+@wrong("free", says="a stack")
+def free_looking_for_doubles(self, request_id):
+    self.check_live(request_id)
+    for block_id in self.block_tables.pop(request_id):
+        self.ref_count[block_id] -= 1
+        if self.ref_count[block_id] == 0 and block_id not in self.free_block_ids:
+            self.free_block_ids.append(block_id)
+    del self.seq_lens[request_id]
+
+
+@wrong("free", says="expected its ref_count to be 0")
+def free_without_counting_down(self, request_id):
+    self.check_live(request_id)
+    for block_id in self.block_tables.pop(request_id):
+        if self.ref_count[block_id] == 1:
+            self.free_block_ids.append(block_id)
     del self.seq_lens[request_id]
 
 
@@ -387,6 +461,13 @@ def positions_from_one(block_tables, seq_lens, query_lens, block_size):
     return block_tables[requests, positions // block_size] * block_size + (
         positions % block_size
     )
+
+
+@wrong("slot_mapping", says="behind the end of a table")
+def flat_table(block_tables, seq_lens, query_lens, block_size):
+    _, positions = where(seq_lens, query_lens)
+    block_ids = block_tables.flatten()[positions // block_size]
+    return block_ids * block_size + positions % block_size
 
 
 @wrong("slot_mapping", says="in its own row")
@@ -501,9 +582,9 @@ def share_by_counting(seq_lens, block_size):
 
 
 @right("paged_utilization")
-def share_in_tensors(seq_lens, block_size):
+def share_in_single_precision(seq_lens, block_size):
     blocks = (seq_lens / block_size).ceil()
-    return float(seq_lens.sum() / (blocks.sum() * block_size).double())
+    return seq_lens.sum() / (blocks.sum() * block_size)
 
 
 @wrong("paged_utilization", says="needs no other")
@@ -589,7 +670,7 @@ def fork_without_counting(self, parent_id, child_id):
     self.seq_lens[child_id] = self.seq_lens[parent_id]
 
 
-@wrong("fork")
+@wrong("fork", says="A fork takes no block")
 def fork_into_new_blocks(self, parent_id, child_id):
     self.check_live(parent_id)
     self.allocate(child_id, self.seq_lens[parent_id])
@@ -629,7 +710,7 @@ def copy_with_early_take(self, request_id):
     if self.ref_count[last] > 1:
         if len(self.free_block_ids) == 0:
             raise OutOfBlocksError(1, 0)
-        new = self.free_block_ids.pop(0)
+        new = self.free_block_ids.pop(-1)
         self.ref_count[new], self.ref_count[last] = 1, self.ref_count[last] - 1
         self.block_tables[request_id][-1] = new
         return last, new
@@ -655,7 +736,7 @@ def copy_never(self, request_id):
     return None
 
 
-@wrong("copy_on_write")
+@wrong("copy_on_write", says="nothing to copy")
 def copy_always(self, request_id):
     source = self.block_tables[request_id][-1]
     if not self.free_block_ids:
@@ -697,7 +778,20 @@ def copy_the_wrong_way(self, request_id):
     return copied and copied[::-1]
 
 
-@wrong("copy_on_write", says="raised IndexError")
+@wrong("copy_on_write", says="takes the place of the table's last entry")
+def copy_behind_the_old_one(self, request_id):
+    source = self.block_tables[request_id][-1]
+    if self.ref_count[source] == 1:
+        return None
+    if not self.free_block_ids:
+        raise OutOfBlocksError(1, 0)
+    self.ref_count[source] -= 1
+    target = self.take_block()
+    self.block_tables[request_id].append(target)
+    return source, target
+
+
+@wrong("copy_on_write", says="Count the blocks first")
 def copy_without_looking(self, request_id):
     source = self.block_tables[request_id][-1]
     if self.ref_count[source] == 1:

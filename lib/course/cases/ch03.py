@@ -13,6 +13,7 @@ def kv_cache_bytes_cases(seed: int) -> list[Case]:
         ("five tokens", 1, 1, 1, 2, 5, 4),
         ("three layers", 3, 1, 1, 2, 1, 4),
         ("two bytes a number", 1, 1, 1, 2, 1, 2),
+        ("three heads", 1, 3, 3, 2, 1, 4),
         ("four query heads that share one KV head", 1, 4, 1, 2, 1, 4),
         ("six query heads on three KV heads", 1, 6, 3, 2, 1, 4),
         ("no tokens", 2, 4, 2, 8, 0, 4),
@@ -41,7 +42,11 @@ def kv_cache_bytes_explain(inputs: dict, expected: dict, got: dict) -> str | Non
     group_size = config["num_heads"] // config["num_kv_heads"]
     for wrong, words in (
         (ours // 2, "A token has a key and a value"),
-        (ours * group_size, "Only KV heads are stored; several query heads read one"),
+        (
+            ours * group_size,
+            "Only KV heads are stored, of head_dim numbers: several query heads read one",
+        ),
+        (ours * config["num_heads"], "A key has head_dim numbers, not d_model"),
         (ours // config["num_layers"], "Each layer has keys and values of its own"),
         (ours // config["num_kv_heads"], "Each KV head has a key and a value"),
         (ours // inputs["bytes_per_number"], "That counts numbers, not bytes"),
@@ -106,6 +111,14 @@ def append_kv_explain(inputs: dict, expected: dict, got: dict) -> str | None:
         return "A request may bring several tokens: begin at seq_lens - query_lens"
     if got["peak_bytes"] > 4 * k.nbytes + 4096:
         return "That copies the cache: write k and v into it where they belong"
+    if all(
+        _is_same(np.isnan(got[name]), np.isnan(expected[name]))
+        for name in ("k_cache", "v_cache")
+    ):
+        return (
+            "The places are right, the tokens are others': in k they lie one behind "
+            + ("the other, request after request")
+        )
     return "Each request has a row and a length of its own"
 
 
@@ -138,7 +151,7 @@ def attend_cached_cases(seed: int) -> list[Case]:
         ("two requests of different lengths", [5, 2], [1, 1], 6, (1, 1, 3)),
         ("a prompt beside two that go on", [3, 7, 4], [3, 1, 2], 8, (4, 2, 4)),
         ("a request that rests", [2, 3, 0, 4], [1, 0, 0, 2], 5, (2, 1, 3)),
-        ("500 keys, eight query heads on two KV heads", [500], [1], 512, (8, 2, 16)),
+        ("500 keys, 16 query heads on two KV heads", [500], [1], 512, (16, 2, 16)),
     ):
         caches = []
         for _ in "kv":
@@ -181,6 +194,11 @@ def attend_cached_explain(inputs: dict, expected: dict, got: dict) -> str | None
         with np.errstate(all="ignore"):
             if np.allclose(out, _attend(inputs, **variant)):
                 return words
+    if inputs["q"].shape[1] > 1:
+        return (
+            "Tokens and heads may be mixed up: what is flattened on the way in is "
+            "unflattened in the same order on the way out"
+        )
     return None
 
 
@@ -260,6 +278,8 @@ def generate_cached_explain(inputs: dict, expected: dict, got: dict) -> str | No
         return "Append exactly num_new_tokens to each prompt"
     if theirs != ours and inputs["settings"]["temperature"] != 0:
         return "Draw with sampling.sample from next_token_probs, all settings passed on"
+    if not got["prompts_are_as_before"]:
+        return "The list of prompts is the caller's: begin with a copy, list(prompts)"
     if theirs != ours:
         return "Of each request take the last row of its logits: where do its rows end?"
     return None

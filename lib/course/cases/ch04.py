@@ -3,6 +3,7 @@
 import math
 import re
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 
@@ -59,7 +60,7 @@ def slot_mapping_explain(inputs: dict, expected: dict, got: dict) -> str | None:
         return "One slot for each new token, request after request"
     size, places = inputs["block_size"], ours % inputs["block_size"]
     if (theirs > NOWHERE).any() or (theirs < 0).any():
-        return "That reads the table behind a request's last block: positions from 0"
+        return "That reads behind the end of a table: a token has its own request's row"
     if np.array_equal(theirs, ours // size):
         return "That is the block: its slots begin at block_id * block_size"
     if np.array_equal(theirs, ours // size * size):
@@ -282,6 +283,10 @@ def script_explain(inputs: dict, expected: dict, got: dict) -> str | None:
         return "Raise OutOfBlocksError(needed, free) before anything is taken"
     if "Error" in theirs["gave"]:
         return "There were enough free blocks for that"
+    if method == "fork" and theirs["free_blocks"] != ours["free_blocks"]:
+        return "A fork takes no block from the free list"
+    if ours["gave"] == "None" and theirs["gave"].startswith("(its old"):
+        return "There is nothing to copy: nobody else uses it, or nothing is written"
     if theirs["tables"] != ours["tables"]:
         return _about_tables(method, caller, ours, theirs)
     if theirs["tokens"] != ours["tokens"]:
@@ -304,9 +309,13 @@ def _about_tables(method: str, caller: str, ours: dict, theirs: dict) -> str:
     differs = [
         request_id for request_id in wanted if wanted[request_id] != got[request_id]
     ]
+    if method == "copy_on_write" and differs == [caller]:
+        return "The new block takes the place of the table's last entry"
     if any(request_id != caller for request_id in differs):
         return "A table belongs to one request: the child's is a copy of the list"
-    if differs and got[differs[0]] > wanted[differs[0]]:
+    if differs and got[caller] > wanted[caller] and ours["gave"].startswith("(its old"):
+        return "needed counts the copy too: grow until the table is long enough"
+    if differs and got[caller] > wanted[caller]:
         return "A block is taken when the others are full, not before"
     if differs:
         return "Tokens without a place: the last block may be filled in part"
@@ -407,11 +416,17 @@ def paged_utilization_explain(inputs: dict, expected: dict, got: dict) -> str | 
     return None
 
 
-MANAGER = "lib.block_manager.BlockManager"
+def _method(name: str, points: int, cases: Callable) -> Exercise:
+    target = f"lib.block_manager.BlockManager.{name}"
+    advice = "Count the blocks first, and raise OutOfBlocksError if too few are free"
+    errors = {"pop from empty list": advice}
+    return Exercise(target, points, cases, script_explain, errors=errors)
+
+
 EXERCISES = [
-    Exercise(f"{MANAGER}.allocate", 2, allocate_cases, script_explain),
-    Exercise(f"{MANAGER}.append", 2, append_cases, script_explain),
-    Exercise(f"{MANAGER}.free", 1, free_cases, script_explain),
+    _method("allocate", 2, allocate_cases),
+    _method("append", 2, append_cases),
+    _method("free", 1, free_cases),
     Exercise(
         "lib.paged_kv_cache.slot_mapping", 2, slot_mapping_cases, slot_mapping_explain
     ),
@@ -422,6 +437,6 @@ EXERCISES = [
         paged_utilization_cases,
         paged_utilization_explain,
     ),
-    Exercise(f"{MANAGER}.fork", 2, fork_cases, script_explain),
-    Exercise(f"{MANAGER}.copy_on_write", 3, copy_on_write_cases, script_explain),
+    _method("fork", 2, fork_cases),
+    _method("copy_on_write", 3, copy_on_write_cases),
 ]

@@ -74,9 +74,10 @@ def generate_cached(
     model.blocks[0].attention.q_proj.register_forward_pre_hook(
         lambda _, args: num_projected.append(args[0].numel() // args[0].shape[-1])
     )
+    given = [torch.tensor(prompt_ids, dtype=torch.int64) for prompt_ids in prompts]
     run = lambda: answer(  # noqa: E731
         model,
-        [torch.tensor(prompt_ids, dtype=torch.int64) for prompt_ids in prompts],
+        given,
         num_new_tokens,
         cache,
         generator=torch.Generator().manual_seed(draw_seed),
@@ -91,6 +92,7 @@ def generate_cached(
         "forward_calls": cost.calls["Embedding"],
         "projected_tokens": sum(num_projected),
         "tokens_in_the_cache": cache.seq_lens.tolist(),
+        "prompts_are_as_before": [ids.tolist() for ids in given] == prompts,
         "kept_for_a_backward_pass_bytes": cost.saved_bytes,
     }
 

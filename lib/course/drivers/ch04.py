@@ -67,12 +67,33 @@ def paged_utilization(answer: Callable, seq_lens: list[int], block_size: int) ->
     return {"utilization": as_number(share)}
 
 
+class Stack(list):
+    """A list of which only the end is used: what takes longer the longer it is raises."""
+
+    def _refuse(self, *args, **kwargs):
+        raise TypeError(
+            "the free list is a stack: take from its end, put back there, never search it"
+        )
+
+    insert = remove = index = count = sort = reverse = __contains__ = _refuse
+
+    def pop(self, *args):
+        return super().pop() if args in ((), (-1,)) else self._refuse()
+
+    def __delitem__(self, index):
+        places = range(len(self))[index]
+        if isinstance(places, int) or (len(places) and places[-1] != len(self) - 1):
+            self._refuse()
+        super().__delitem__(index)
+
+
 def _run_script(
     name: str, answer: Callable, num_blocks: int, block_size: int, calls: list[list]
 ) -> dict:
     manager = type("BlockManager", (BlockManager,), {name: answer})(
         num_blocks, block_size
     )
+    manager.free_block_ids = Stack(manager.free_block_ids)
     out = {}
     for number, (method, *args) in enumerate(calls, start=1):
         request_id = args[-1] if method == "fork" else args[0]
@@ -115,6 +136,8 @@ def _state(manager: BlockManager) -> dict:
         integrity = "ok"
     except AssertionError as error:
         integrity = str(error)
+    if not isinstance(manager.free_block_ids, Stack):
+        integrity = "another free list in the place of the old one"
     return {
         "tables": ", ".join(tables) or "none",
         "tokens": ", ".join(f"{r}: {n}" for r, n in manager.seq_lens.items()) or "none",
