@@ -136,7 +136,8 @@ def draw_blocks(manager: BlockManager, *, title: str) -> Figure:
     above.set_yticks(range(len(tables)), [str(request_id) for request_id in tables])
     above.set_xticks(range(max(map(len, tables.values()), default=0)))
     above.set(xlim=(-0.55, width - 0.45), ylim=(len(tables) - 0.4, -0.6), title=title)
-    above.set(xlabel="block of the text", ylabel="request")
+    above.set_xlabel("block of the text", loc="left")
+    above.set_ylabel("request")
     _draw_pool(below, manager, 0, names)
     for block_id, count in enumerate(manager.ref_count):
         below.text(block_id, 0.62, str(count), ha="center", va="center", fontsize=8)

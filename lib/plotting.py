@@ -181,7 +181,7 @@ def plot_usage(
                 colour = "white" if width > 15 else "black"
                 at = 1 if width > 15 else width + 1
                 middle = bar.get_y() + bar.get_height() / 2
-                ax.text(at, middle, f"{width:.1f} %", va="center", color=colour)
+                ax.text(at, middle, f"{width:.1f}%", va="center", color=colour)
         left = [start + width for start, width in zip(left, widths)]
     if published:
         rows = [list(usages).index(name) for name in published]

@@ -39,6 +39,7 @@ class Usage:
     free: float  # held by nobody, yet too few, or too scattered, for the next request
     in_flight: float  # requests at one time
     finished: int  # requests
+    preempted: int  # requests sent back to the queue, each time they were
 
 
 def draw_requests(
@@ -151,10 +152,11 @@ def simulate(
 ) -> Usage:
     """Run requests through a manager's pool for `num_steps` steps after `warm_up` others.
 
-    A request that cannot grow sends away the one that began last, which goes back to the
-    head of the queue and later begins again with all its tokens (preemption by
-    recomputing, section 4.5 of the paper). Raises ValueError when the queue runs empty,
-    for then the pool would not be full, or when a request is too large for the pool.
+    A prompt enters in one step. A request that cannot grow sends away the one that began
+    last, which goes back to the head of the queue and later begins again with all its
+    tokens (preemption by recomputing, section 4.5 of the paper). Raises ValueError when
+    the queue runs empty, for then the pool would not be full, or when a request is too
+    large for the pool.
     """
     longest = max(request.num_tokens for request in requests)
     if longest > manager.num_slots:
@@ -168,7 +170,7 @@ def simulate(
     # Request and tokens so far, by id; who began last stands last.
     running: dict[int, tuple[Request, int]] = {}
     totals = {"tokens": 0, "later": 0, "never": 0, "in_flight": 0}
-    num_finished = 0
+    num_finished = num_preempted = 0
     for step in range(warm_up + num_steps):
         while waiting and manager.begin(*waiting[0]):
             request_id, request, num_tokens = waiting.popleft()
@@ -190,6 +192,7 @@ def simulate(
                 last_id, (last, num_tokens) = running.popitem()
                 manager.end(last_id)
                 waiting.appendleft((last_id, last, num_tokens))
+                num_preempted += step >= warm_up
             if request_id not in running:
                 continue
             request, num_tokens = running[request_id]
@@ -205,4 +208,5 @@ def simulate(
         free=1 - sum(shares.values()),
         in_flight=in_flight,
         finished=num_finished,
+        preempted=num_preempted,
     )

@@ -3,12 +3,12 @@
 #
 # To write one more byte, chapter 1 runs the whole text through the model, and
 # computes again what it had computed a step before. Here we keep it. What must
-# be kept is little, two vectors a token in each layer; what it buys is a step
-# whose work no longer grows with the text, but for attention. Then comes the
-# bill: memory that is **reserved** for tokens that may never come.
+# be kept is a key and a value for each token, in each layer; what it buys is a
+# step whose work no longer grows with the text, but for attention. Then comes
+# the bill: memory that is **reserved** for tokens that may never come.
 #
-# **You need:** chapter 1, or attention and the generation loop from elsewhere,
-# and 105 minutes. No GPU.
+# **You need:** chapter 1, whose model, letters and `attend` we use, and 125
+# minutes. No GPU.
 #
 # **You will be able to**
 #
@@ -53,7 +53,7 @@ book_ids = text.encode(text.load_book())
 prompt_ids = text.encode("The whale rose slowly from the")
 num_projected = []
 lm.blocks[0].attention.q_proj.register_forward_pre_hook(
-    lambda module, args: num_projected.append(args[0].numel() // 192)
+    lambda module, args: num_projected.append(args[0][..., 0].numel())
 )
 generate.generate_recompute(lm, prompt_ids, 200)
 print(f"{sum(num_projected):,} tokens through the model, to write 200")
@@ -93,9 +93,12 @@ all_rows[5], row_of_s
 # queries are not, and neither is anything else: what is left of a layer treats
 # each token alone.
 #
-# Keeping is allowed, because a key never changes. In the model, too: here are
-# the keys of the last layer for 100 tokens, read alone and as the beginning
-# of 101. We catch them at the seam, where the model hands them to `attend`.
+# Keeping is allowed only if keys and values never change. They do not. A key is
+# its token's vector times a matrix, and that vector was made by the layers
+# below, where the causal mask let the token see nothing but what came before
+# it. Whatever is written later, it stays as it is. Here are the keys of the
+# last layer for 100 tokens, read alone and as the beginning of 101. We catch
+# them at the seam, where the model hands them to `attend`.
 
 # %%
 @torch.no_grad()
@@ -127,15 +130,17 @@ print(f"largest difference: {difference.abs().max():.1e}")
 drawing.draw_generation(prompt_len=8, num_new_tokens=16, is_cached=True);
 
 # %% [markdown]
-# *One dark square a row from the second on; the light ones are read.*
+# *The first row is prefill; in each row after it, decode, one square is dark,
+# and the light ones are read. (The 16th new token is never handed over, so
+# there are 8 + 15.)*
 #
 # ## What it takes to keep them
 #
 # ### Exercise 3.1 · `kv_cache_bytes` ★ (5 minutes)
 #
-# The bytes of the keys and values of `num_tokens` tokens. A key has D numbers.
-# `config` has `num_layers`, `num_heads`, `num_kv_heads` and `head_dim`; which
-# of the two kinds of heads is stored?
+# The bytes of the keys and values of `num_tokens` tokens. `config` has
+# `num_layers`, L; `num_heads`, H; `num_kv_heads`, G; and `head_dim`, D, the
+# numbers of one key. Which of the two kinds of heads is stored?
 
 # %% exercise="kv_cache_bytes"
 from lib.kv_cache import kv_cache_bytes
@@ -164,14 +169,15 @@ print(f"Llama 3 8B: {llama:,} bytes a token, that is {llama // 1024} KiB")
 print(f"with 8,192 tokens: {llama * 8192 / 2**30:.0f} GiB for one text")
 
 # %% [markdown]
-# The weights of Llama 3 8B take 16 GB; fifteen such texts take as much again.
+# The weights of Llama 3 8B take 16 GB, at two bytes each; fifteen such texts
+# take as much again.
 # (It has 8 KV heads for 32 query heads. Had each query head a key of its own,
 # it would be four times that.)
 #
 # ## Requests of different lengths, and nothing padded
 #
 # Serving has many texts under way at once; each is a **request**. One begins
-# and brings a prompt of 40 tokens while another is at its 300th and brings one.
+# and brings a prompt of 40 tokens, while another brings one token, its 300th.
 # We put the new tokens of a step behind each other, N in all, and keep two
 # small tensors beside them:
 #
@@ -188,8 +194,8 @@ kv_cache.new_positions(seq_lens, query_lens)
 
 # %% [markdown]
 # Four new tokens, at positions 0, 1, 2 of the first request and 4 of the third.
-# `new_positions` is given; the model needs it for its rotations, and you will
-# need it now.
+# `new_positions` is given, since the model needs it for its rotations; you may
+# use it too.
 #
 # The cache of one layer is a tensor (B, S, G, D): B requests, room for S tokens
 # of each, G KV heads, D numbers. Another one holds the values. The `layer` that
@@ -198,7 +204,8 @@ kv_cache.new_positions(seq_lens, query_lens)
 # ### Exercise 3.2 · `append_kv` ★★ (15 minutes)
 #
 # Write the new keys and values of a step where they belong, in place. Nothing
-# else of the cache may change, and it must not be copied.
+# else of the cache may change, and it must not be copied. (Where nothing was
+# written yet the check has put NaN.)
 
 # %% exercise="append_kv"
 from lib.kv_cache import append_kv
@@ -230,11 +237,11 @@ for position in range(6):
 torch.equal(k_row.view(6, 2), k)
 
 # %% [markdown]
-# ### Exercise 3.3 · `attend_cached` ★★ (25 minutes)
+# ### Exercise 3.3 · `attend_cached` ★★ (35 minutes)
 #
 # Attention of the new queries over the cache. For each request: T new queries,
-# S keys, and T may be anything from 0 to S. The loop and its slices are given.
-# Two things to take care of:
+# S keys, and T may be anything from 0 to S. The loop and its slices are given;
+# your lines take the place of `...` and `raise`. Two things to take care of:
 #
 # - **The mask.** Query t of the T is at position S - T + t of its text, and
 #   must not see later keys. With T = 1, decode, it sees them all.
@@ -257,7 +264,8 @@ check(attend_cached)
 #
 # `q_b.view(T, G, H // G, D)` splits the query heads by the KV head they read;
 # `.permute(1, 2, 0, 3)` puts that one first; `.flatten(1, 2)` makes rows of the
-# rest. On the way back, `unflatten(1, (H // G, T))` undoes `flatten(1, 2)`.
+# rest. On the way back, `unflatten(1, (H // G, T))` undoes `flatten(1, 2)`, and
+# `.permute(2, 0, 1, 3).flatten(1, 2)` gives (T, H, D).
 #
 # </details>
 # <details><summary>Hint 2</summary>
@@ -287,14 +295,14 @@ print(inspect.getsource(kv_cache.ContiguousKVCache.extend))
 
 # %% [markdown]
 # And one function runs a step: N new tokens go in, N rows of logits come out.
-# It looks before it writes: a token that is none, or one too many, raises an
-# error, and the cache is as it was.
+# It looks before it writes: an id outside of the vocabulary, or more tokens
+# than there is room for, raises an error, and the cache is as it was.
 
 # %%
 print(inspect.getsource(forward_cached))
 
 # %% [markdown]
-# ### Exercise 3.4 · `generate_cached` ★★★ (20 minutes)
+# ### Exercise 3.4 · `generate_cached` ★★★ (25 minutes)
 #
 # Write `num_new_tokens` for each prompt. The prompts come as a list of B
 # tensors of any lengths; return a list too. In the first step all tokens of all
@@ -302,8 +310,10 @@ print(inspect.getsource(forward_cached))
 # each request speaks about its next token: where are they among the N? Every
 # token goes through the model once, and the very last not at all.
 #
-# Use `forward_cached`, `sampling.next_token_probs` with the three settings, and
-# `sampling.sample`, as in chapter 1.
+# The given lines check everything, the room for all steps too. Use
+# `forward_cached`, and what chapter 1 made of logits:
+# `sampling.next_token_probs(logits, temperature, top_k, top_p)`, (B, V) to
+# (B, V), and `sampling.sample(probs, generator)`, which gives B ids.
 
 # %% exercise="generate_cached" given="1"
 from lib.generate import generate_cached
@@ -327,8 +337,7 @@ check(generate_cached)
 # </details>
 
 # %% [markdown]
-# The prompt of above, with the same dice, first by recompute and then with a
-# cache:
+# The prompt of the beginning, now with a cache:
 
 # %%
 settings = {"temperature": 0.7, "top_p": 0.95}
@@ -365,10 +374,10 @@ texts = generate.generate_cached(double_lm, prompts, 40, cache, temperature=0)
 # %% [markdown]
 # ## Predict the work, then measure it
 #
-# A token now goes through the matrices once, so projections cost 2 FLOPs for
-# each weight and token: N, where recompute had N². In attention the query at
-# position S - 1 meets S keys, 4·S·D FLOPs in each query head and layer; the sum
-# over S = 1 … N is close to N²/2, where recompute had N³/3.
+# A token now goes through the matrices once, 2 FLOPs for each weight, so the
+# projections of a text grow like N; those of recompute like N². In attention
+# the query at position S - 1 meets S keys, 4·S·D FLOPs in each query head and
+# layer; the sum over S = 1 … N is close to N²/2, where recompute had N³/3.
 
 # %%
 def cached_attention_flops(config, N):
@@ -406,10 +415,10 @@ plotting.plot_measured(
 # %% [markdown]
 # *Slope 3 above, slope 2 below; the measured points lie on their prediction.*
 #
-# ## A step no longer grows with the text
+# ## A step hardly grows with the text
 #
 # That was counting. Now the clock: one more token, when the text has 16 tokens,
-# 32, and so on up to 511.
+# 32, and so on up to 511, for the model has room for 512.
 
 # %%
 lengths = [16, 32, 64, 128, 256, 511]
@@ -458,12 +467,12 @@ plotting.plot_measured(
 # ### An honest look: where nothing is gained
 #
 # Look at the left end. Our model is so small that running 16 tokens through it
-# takes hardly longer than running one: most of the time goes into calling some
-# hundred small operations, and a cache adds some of its own.
+# takes hardly longer than running one: most of the time goes into calling
+# hundreds of small operations, and a cache adds some of its own.
 
 # %%
 for n, a, b in zip(lengths, recompute_ms, decode_ms):
-    gain = f"{a / b:4.1f} times as fast" if a > b else "nothing gained"
+    gain = f"{a / b:4.1f} times as fast" if a > 1.25 * b else "next to nothing"
     print(f"{n:3} tokens: {a:5.1f} ms and {b:5.1f} ms: {gain}")
 
 # %% [markdown]
@@ -488,25 +497,29 @@ print(f"{weight_bytes / 1e6:.0f} MB of weights")
 # That is more than the caches of most processors hold, so a step has to read
 # all of it from memory, whatever the number of new tokens, T. (Without `embed`,
 # a table in which it looks up T rows.) The meter counts the FLOPs of a step.
-# Their quotient, FLOPs for each byte read, is the **arithmetic intensity** of
-# the step.
+# FLOPs divided by the bytes read are the **arithmetic intensity** of the step.
 
 # %%
 Ts = [1, 2, 4, 8, 16, 32, 64, 128, 256]
 
 
-def wide_step(T):
-    cache = ContiguousKVCache(wide, 1, max_seq_len=512)
-    cache.seq_lens = torch.tensor([64])  # of an earlier text, all zeros
-    token_ids = book_ids[:T]
-    return lambda: forward_cached(wide_lm, cache, token_ids, torch.tensor([T]))
+def wide_step(query_lens):
+    """A step for as many requests, each of which has 64 tokens already."""
+    had = torch.full((len(query_lens),), 64)
+    room = 64 + max(query_lens)
+    cache = ContiguousKVCache(wide, len(query_lens), max_seq_len=room)
+    token_ids = book_ids[: sum(query_lens)]
+    query_lens = torch.tensor(query_lens)
+
+    def step():
+        cache.seq_lens = had  # the same step again
+        forward_cached(wide_lm, cache, token_ids, query_lens)
+
+    return step
 
 
-intensity = {}
-for T in Ts:
-    flops_of_step = meter.measure(wide_step(T)).flops.total()
-    intensity[T] = flops_of_step / weight_bytes
-print({T: round(x, 1) for T, x in intensity.items()})
+flops_of_step = {T: meter.measure(wide_step([T])).flops.total() for T in Ts}
+print({T: round(flops_of_step[T] / weight_bytes, 1) for T in Ts})
 
 # %% [markdown]
 # One token: half a FLOP a byte, a multiplication and an addition for each
@@ -520,25 +533,20 @@ square, vector = torch.randn(1024, 1024), torch.randn(16_000_000)
 peak_flops = 2 * 1024**3 / meter.median_seconds(lambda: square @ square)
 bandwidth = vector.nbytes / meter.median_seconds(lambda: vector.sum())
 print(f"{peak_flops / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s: ", end="")
-print(f"{peak_flops / bandwidth:.0f} FLOPs in the time of a byte")
+print(f"{peak_flops / bandwidth:.1f} FLOPs in the time of a byte")
 
 # %% [markdown]
 # That quotient divides the two regimes. A step with fewer FLOPs a byte waits
 # for memory, and the arithmetic units idle; one with more waits for arithmetic.
-# The prediction for a step is the longer of the two times. Measure it:
+# The least that a step can take is the longer of the two times. Measure it, for
+# one request that brings T tokens:
 
 # %%
-step_ms = []
-for T in Ts:
-    cache = ContiguousKVCache(wide, 1, max_seq_len=512)
-
-    def step():
-        cache.seq_lens = torch.tensor([64])
-        forward_cached(wide_lm, cache, book_ids[:T], torch.tensor([T]))
-
-    step_ms.append(1000 * meter.median_seconds(step, repeats=5))
+step_ms = [
+    1000 * meter.median_seconds(wide_step([T]), repeats=5) for T in Ts
+]
 bytes_ms = [1000 * weight_bytes / bandwidth] * len(Ts)
-flops_ms = [1000 * intensity[T] * weight_bytes / peak_flops for T in Ts]
+flops_ms = [1000 * flops_of_step[T] / peak_flops for T in Ts]
 
 # %%
 plotting.plot_measured(
@@ -549,27 +557,28 @@ plotting.plot_measured(
     },
     xlabel="new tokens in one step, T",
     ylabel="time of the step (ms)",
-    title=f"{Ts[3]} tokens take {step_ms[3] / step_ms[0]:.1f} times as long "
+    title=f"{Ts[4]} tokens take {step_ms[4] / step_ms[0]:.1f} times as long "
     f"as one, {Ts[-1]} take {step_ms[-1] / step_ms[0]:.0f} times",
     log=True,
 );
 
 # %% [markdown]
-# *At the left, twice as many tokens take hardly longer; at the right they take
-# twice as long. The dashed lines are what reading and arithmetic take at the
-# least, and cross where a step has as many FLOPs a byte as the machine can do.
-# The measured step lies above both: it has small operations too.*
+# *At the left the step grows little with its tokens; at the right it takes
+# twice as long for twice as many. The dashed lines are what reading and
+# arithmetic take at the least. They cross where a step has as many FLOPs a byte
+# as the machine can do; there the measured step is farthest above them, since a
+# product with few rows reaches neither of the two speeds.*
 #
 # At the right is prefill: the many tokens of a prompt share each weight that is
-# read. At the left is decode: one token, all weights. A GPU can do hundreds of
-# FLOPs in the time of a byte; decoding one text leaves nearly all of them idle.
-# The cure is to decode *many requests in one step*, which costs little more
-# than one.
+# read. At the left is decode: one token, all weights, and arithmetic units that
+# wait. On a GPU, which can do hundreds of FLOPs in the time of a byte, nearly
+# all of them wait. The cure is to decode *many requests in one step*:
 
 # %%
-for T in Ts[:6]:
-    per_second = 1000 * T / step_ms[Ts.index(T)]
-    print(f"{T:2} requests, a token each: {per_second:6.0f} tokens a second")
+for B in [1, 2, 4, 8, 16, 32]:
+    seconds = meter.median_seconds(wide_step([1] * B), repeats=5)
+    print(f"{B:2} requests, a token each: {1000 * seconds:5.1f} ms, ", end="")
+    print(f"{B / seconds:5.0f} tokens a second")
 
 # %% [markdown]
 # So whoever serves wants as many requests as possible at once. Each brings a
@@ -621,8 +630,8 @@ drawing.draw_contiguous(
 );
 
 # %% [markdown]
-# *Blue is used. Hatched is reserved: some of it will be used later, and most of
-# it never.*
+# *Blue holds a token. Hatched was reserved, and stayed empty to the end. And
+# this is the fullest moment: before, there was even less in it.*
 
 # %%
 print(f"reserved {batch.reserved_bytes / 1e6:.2f} MB, ", end="")
@@ -631,9 +640,10 @@ print(f"used {batch.used_bytes / 1e6:.2f} MB, a share of {share:.3f}")
 # %% [markdown]
 # ## The next column of the table
 #
-# Generating with a contiguous cache that reserves for twice as many tokens as
-# come. Beside it recompute, from chapter 1. The cache brings two rows of its
-# own, in bytes, exact: 256 for each token and layer of this small random model.
+# This is generation with a contiguous cache that reserves for twice as many
+# tokens as come, beside recompute from chapter 1. The cache brings two rows of
+# its own, in bytes, exact: 256 for each token and layer of this small random
+# model.
 
 # %%
 sweeps = [table.sweep(name) for name in ["recompute", "contiguous"]]
@@ -642,7 +652,8 @@ Markdown(table.render(cells))
 
 # %% [markdown]
 # Memory is the price: what grew like N now grows like N·L, since every layer
-# keeps its own. It buys a power of N in both kinds of work.
+# keeps its own. It buys a power of N in both kinds of work. (The clock gains
+# less here: these models are tiny, and the texts short.)
 
 # %%
 check.summary()
@@ -669,7 +680,8 @@ print(f"{1 / share:.1f} times as many requests would fit")
 # 4. Prefill uses each weight for many tokens and is bound by arithmetic; decode
 #    reads all weights for few, and is bound by bandwidth, so requests are
 #    decoded together.
-# 5. A contiguous cache reserves for the longest text, and holds what there is.
+# 5. A contiguous cache reserves for the longest text that may come, and much of
+#    it stays empty.
 #
 # ## Do you recall?
 #
@@ -677,10 +689,11 @@ print(f"{1 / share:.1f} times as many requests would fit")
 # 2. A model has 24 layers, 16 query heads, 4 KV heads of 64 numbers, two bytes
 #    each. How many bytes a token?
 # 3. Of a step, `seq_lens` is `[7, 4]` and `query_lens` is `[2, 4]`. Which
-#    positions are new, and which of the logits' rows do you need?
+#    positions are new, and which of the logits' rows do you need for the next
+#    tokens?
 # 4. Why is there no mask to speak of when T is 1?
-# 5. Decoding 8 requests in one step takes about as long as decoding one. Until
-#    when?
+# 5. On a GPU, decoding 8 requests in one step takes about as long as decoding
+#    one, and 16 too. Until when?
 #
 # <details><summary>Answers</summary>
 #

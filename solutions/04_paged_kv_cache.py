@@ -13,10 +13,10 @@
 #
 # **You will be able to**
 #
-# - write a block manager: allocate, append, free, in constant time a block,
+# - write a block manager: allocate, append, free, in constant time per block,
 # - find a token's slot through a block table, and gather a request's keys,
 # - predict how much of a paged cache holds tokens, and choose a block size,
-# - replay the figure that made paging famous, and say what it leaves out,
+# - replay the paper's figure of how memory is used, and say what it leaves out,
 # - share a prompt between requests, and copy a block only when it is written.
 
 # %%
@@ -49,13 +49,20 @@ torch.set_num_threads(1)  # steadier timings
 # one token for every request in flight; whoever is done leaves. The lengths are
 # drawn at random (log-normal, σ = 1) with the means that the PagedAttention
 # paper gives for ShareGPT, a collection of chats: 161 tokens of prompt and 338
-# of answer. Both are cut at 1,024, so that nobody needs more than 2,048, and
-# that is what is reserved. The pool has room for 16,384 tokens.
+# of answer. Then both are cut at 1,024, so that nobody needs more than 2,048,
+# and that is what is reserved. The pool has room for 16,384 tokens.
 
 # %%
 POOL = 16384
 chats = simulation.draw_requests(8000, 161.3, 338.0)
-print(chats[:3])
+for request in chats[:3]:
+    print(request)
+mean_prompt = sum(r.prompt_len for r in chats) / len(chats)
+mean_output = sum(r.output_len for r in chats) / len(chats)
+print(f"means after the cut: {mean_prompt:.0f} and {mean_output:.0f} tokens")
+
+# %% [markdown]
+# We let the server warm up for 1,500 steps, and look at the next 3,000.
 
 # %%
 maximum = simulation.simulate(
@@ -66,7 +73,8 @@ print(f"{maximum.tokens:.1%} of the pool holds tokens, ", end="")
 print(f"{maximum.in_flight:.0f} requests are in flight")
 
 # %% [markdown]
-# The paper measured 20.4 % for such a system.
+# The paper measured 20.4% for such a system. (With so few requests in flight
+# the number moves by some percent from one draw of lengths to another.)
 #
 # ## Blocks, on six tokens by hand
 #
@@ -103,9 +111,11 @@ for position, letter in enumerate("whales"):
 # You write its methods, as functions whose first argument is `self`. When one
 # passes, it becomes the class's. Two rules hold for all of them:
 #
-# - **All or nothing.** Whoever raises an error has changed nothing before.
-# - **Constant time a block.** Take from the end of the free list, put back at
-#   its end, and search it never.
+# - **All or nothing.** A method that raises an error leaves everything as it
+#   was.
+# - **Constant time per block.** Take from the end of the free list, put back at
+#   its end, and never search it. (It begins as [9, …, 1, 0]: block 0 is the
+#   first to go.)
 #
 # `self.take_block()` is given: it takes a free block and sets its `ref_count`
 # to 1. `self.check_live(request_id)` raises the error for an unknown request.
@@ -163,11 +173,13 @@ drawing.draw_blocks(manager, title="Two requests, five blocks");
 # ### Exercise 4.2 · `BlockManager.append` ★★ (15 minutes)
 #
 # A request goes on by `num_tokens`, in decode by one. The last block is filled
-# first, and a new one is taken when it is full, not before. `blocks_needed`
-# counts how many that will be; the check for it you know.
+# first, and a new one is taken when it is full, not before. If fewer are free
+# than `needed`, raise the same error as in `allocate`.
 #
-# The step named *Others* deals with blocks that two requests share. There are
-# none yet; we come back to it below.
+# The step named *Others* is for a last block that two requests share: it takes
+# a block for a copy, which `blocks_needed` counts too. Nothing is shared yet;
+# we come back to it below. (`blocks_needed` takes a dictionary, so that it can
+# count for a whole batch.)
 
 # %% exercise="append" given="1 Others"
 append = BlockManager.append
@@ -253,13 +265,15 @@ check(slot_mapping)
 # <details><summary>Hint 1</summary>
 #
 # `new_positions(seq_lens, query_lens)`, from chapter 3, gives each new token's
-# position in its text, (N,). And which row of `block_tables` is its own?
+# position in its text, (N,). Which row of `block_tables` is its own, you know
+# from `append_kv`: `repeat_interleave` repeats each request's number as often
+# as it has new tokens.
 #
 # </details>
 # <details><summary>Hint 2</summary>
 #
-# `block_tables[requests, positions // block_size]` looks up all N blocks at
-# once.
+# With those as `requests`, (N,), `block_tables[requests, positions //
+# block_size]` looks up all N blocks at once.
 #
 # </details>
 
@@ -268,16 +282,17 @@ tables = torch.tensor([[7, 2]])
 paged_kv_cache.slot_mapping(tables, torch.tensor([6]), torch.tensor([6]), 4)
 
 # %% [markdown]
-# The six slots of above. Writing is one line for keys and one for values,
-# `k_cache.flatten(0, 1)[slots] = k`. For reading we take the plainest way there
-# is: copy a request's blocks into one dense piece, in the order of its text,
-# and hand it to chapter 3's attention.
+# The same six slots as by hand. Writing is one line for keys and one for
+# values, `k_cache.flatten(0, 1)[slots] = k`: flattened, the pool is still the
+# same memory, seen as one row of slots. For reading we take the plainest way
+# there is: copy a request's blocks into one dense piece, in the order of its
+# text, and hand it to chapter 3's attention.
 #
 # ### Exercise 4.5 · `gather_kv` ★★ (15 minutes)
 #
-# Keys and values of one request, (S, G, D) each. Copy its blocks, not the pool.
-# The last block may be filled in part, and behind the table's end stands
-# garbage, ids that do not exist.
+# Keys and values of one request, (S, G, D) each; S may be 0. Copy its blocks,
+# not the pool. The last block may be filled in part, and behind the table's end
+# stands garbage, ids that do not exist.
 
 # %% exercise="gather_kv"
 from lib.paged_kv_cache import gather_kv
@@ -329,11 +344,16 @@ for size in [1, 2, 7, 16, 64, 256]:
     print(f"blocks of {size:3}: {num_blocks:3} of them, same texts: {is_same}")
 
 # %% [markdown]
-# Each pool had exactly as many blocks as needed. One less, and the cache says
-# so before the first token is written:
+# Each pool had exactly as many blocks as needed. (The last token of a text is
+# never in the cache, hence the 29.) With one block less the cache says so
+# before the first token is written: `generate_cached` knows how many will come,
+# and asks for all of them.
 
 # %%
-small = PagedKVCache(double_lm.config, len(prompts), num_blocks=14)
+small = PagedKVCache(
+    double_lm.config, len(prompts), num_blocks=15, block_size=16,
+    dtype=torch.float64,
+)
 try:
     generate.generate_cached(double_lm, prompts, 30, small)
 except OutOfBlocksError as error:
@@ -344,7 +364,8 @@ except OutOfBlocksError as error:
 #
 # ### Exercise 4.6 · `paged_utilization` ★ (5 minutes)
 #
-# Which share of the blocks in use holds a token? (No block is shared here.)
+# Of all places in the blocks that are in use, which share holds a token? (No
+# block is shared here.)
 
 # %% exercise="paged_utilization"
 from lib.paged_kv_cache import paged_utilization
@@ -390,29 +411,34 @@ shares = [
 plotting.plot_measured(
     {"": (sizes, shares)},
     xlabel="block size (tokens)",
-    ylabel="blocks in use that hold tokens (%)",
-    title=f"Blocks of 16 waste {100 - shares[4]:.0f} %, "
-    f"blocks of 256 waste {100 - shares[-1]:.0f} %",
+    ylabel="places that hold a token (%)",
+    title=f"Blocks of 16 waste {100 - shares[4]:.0f}%, "
+    f"blocks of 256 waste {100 - shares[-1]:.0f}%",
     log_x=True,
 );
 
 # %% [markdown]
 # *The smaller the block, the less is wasted.* Why not blocks of one, then? Each
 # block is an entry in a table that attention has to look up, and a short run of
-# memory that it has to fetch; long runs are faster. The paper found 16 to 128
-# best, and 16 has become the usual choice.
+# memory that it has to fetch; long runs are faster. The paper (section 7.2)
+# found 16 to 128 best for chats, 16 and 32 for shorter requests, and took 16.
 #
-# ## The figure that made paging famous
+# ## What the pool of a server holds
 #
 # Now the server of the beginning, with four ways to manage its memory. Three
 # reserve in one piece: the maximum; the answer's length rounded up to a power
 # of two, as if that much were known; and the exact length, as if an oracle had
-# told. The fourth pages, with your manager. What the pool is used for:
+# told. The fourth takes blocks, from your manager. What the pool is used for:
 #
 # - *tokens*: places that hold a token,
 # - *later*: held by a request, which will fill them,
 # - *never*: held by a request, which will not,
 # - *free*: held by nobody, but too few or too scattered for the next request.
+#
+# Blocks promise nothing. When the pool is full and a request needs one more,
+# the request that began last is sent back to the queue: it is **preempted**,
+# its blocks are free, and when it begins again its keys have to be computed
+# again.
 
 # %%
 reserves = {
@@ -423,7 +449,7 @@ reserves = {
 managers = {
     name: Reserving(POOL, reserve) for name, reserve in reserves.items()
 }
-managers |= {f"pages of {size}": Paging(POOL, size) for size in (16, 64, 256)}
+managers |= {f"blocks of {size}": Paging(POOL, size) for size in (16, 64, 256)}
 usages = {
     name: simulation.simulate(manager, chats, num_steps=3000, warm_up=1500)
     for name, manager in managers.items()
@@ -432,22 +458,23 @@ usages = {
 # %%
 plotting.plot_usage(
     usages,
-    title=f"With pages of 16, {usages['pages of 16'].tokens:.1%} of the pool "
+    title=f"With blocks of 16, {usages['blocks of 16'].tokens:.1%} of the pool "
     "holds tokens",
 );
 
 # %% [markdown]
 # *Even an oracle fills only half of the pool: it reserves in the first step
-# what a request needs in its last, and the pieces leave gaps between them.*
+# what a request needs in its last (dotted), and its pieces leave gaps between
+# them (white).*
 #
 # ### Beside the paper's bars
 #
-# The paper's figure 2 has 20.4 % for the maximum, 26.8 % for the power of two,
-# 38.2 % for the oracle, and 96.3 % for paging. Ours agree at both ends, but not
-# in the middle. One difference is known. We put a piece into the first gap that
-# is wide enough. The paper assumes, for the systems it compares with, a **buddy
-# allocator**: every piece has 2^k places and begins at a multiple of its size,
-# so 500 tokens take 512 places. We can do that too:
+# The paper's figure 2 has 20.4% for the maximum, 26.8% for the power of two,
+# 38.2% for the oracle, and 96.3% for blocks of 16. Ours agree at both ends, but
+# not in the middle. One difference is known. We put a piece into the first gap
+# that is wide enough. The paper assumes, for the systems it compares with, a
+# **buddy allocator**: every piece has 2^k places and begins at a multiple of
+# its size, so 500 tokens take 512 places. We can do that too:
 
 # %%
 paper = {"maximum": 20.4, "power of two": 26.8, "oracle": 38.2}
@@ -459,52 +486,55 @@ buddies = {
 }
 for name, buddy in buddies.items():
     print(f"{name:12} first gap {usages[name].tokens:.1%}, ", end="")
-    print(f"buddies {buddy.tokens:.1%}, paper {paper[name]} %")
+    print(f"buddies {buddy.tokens:.1%}, paper {paper[name]}%")
 
 # %%
 plotting.plot_usage(
-    {**buddies, "pages of 16": usages["pages of 16"]},
-    published={**paper, "pages of 16": 96.3},
+    {**buddies, "blocks of 16": usages["blocks of 16"]},
+    published={**paper, "blocks of 16": 96.3},
     title="With buddies our bars come close to the paper's",
 );
 
 # %% [markdown]
-# *Diamonds: the paper's shares.* What is left of the difference: the paper ran
-# real chats, and we drew lengths from a curve with their mean. And a lesson:
-# part of what paging wins in that figure, a better allocator wins too. Not all
-# of it: even the oracle with the better one fills half.
+# *Diamonds: the paper's shares.* What is left of the difference we did not take
+# apart. The first bar moves by some percent from draw to draw, and the paper
+# ran real chats, where we drew lengths from a curve. And a lesson: part of what
+# paging wins in that figure, a better allocator wins too. Not all of it: even
+# the oracle with the better one fills half.
 #
 # ### As throughput
 #
-# One step of decoding costs about the same for few requests as for many
-# (chapter 3). So the number of requests in flight is, about, the speed of the
-# server:
+# As long as a step of decoding takes about the same for few requests as for
+# many (chapter 3), more requests in flight are more answers in the same time.
+# (Their keys have to be read, which takes a part of it back.) What is finished
+# in the 3,000 steps, and what it cost in requests sent back:
 
 # %%
 for name, usage in usages.items():
-    gain = usage.in_flight / usages["maximum"].in_flight
-    print(f"{name:12} {usage.in_flight:5.1f} requests in flight, ", end="")
-    print(f"{gain:.1f} times as many")
+    gain = usage.finished / usages["maximum"].finished
+    print(f"{name:13} {usage.in_flight:4.1f} in flight, ", end="")
+    print(f"{usage.finished} finished ({gain:.1f} times), ", end="")
+    print(f"{usage.preempted} sent back")
 
 # %% [markdown]
-# ### Where paging loses
+# ### Where blocks of 16 are large
 #
-# A request wastes half a block on average, however short it is. With short
-# requests that is a larger part. These are the means of Alpaca, a collection of
-# instructions: 19 tokens of prompt and 58 of answer.
+# A request wastes about half a block. The shorter it is, the larger is that
+# part. These are the means of Alpaca, a collection of instructions: 19 tokens
+# of prompt and 58 of answer.
 
 # %%
 short = simulation.draw_requests(8000, 19.3, 58.5)
 short_usages = {
-    f"pages of {size}": simulation.simulate(
+    f"blocks of {size}": simulation.simulate(
         Paging(POOL, size), short, num_steps=500, warm_up=400
     )
     for size in (1, 8, 16, 32, 64)
 }
 plotting.plot_usage(
     short_usages,
-    title="Of short requests, pages of 16 leave "
-    f"{1 - short_usages['pages of 16'].tokens:.0%} of the pool unused",
+    title="Of short requests, blocks of 16 leave "
+    f"{1 - short_usages['blocks of 16'].tokens:.0%} of the pool unused",
 );
 
 # %% [markdown]
@@ -608,10 +638,9 @@ drawing.draw_history(
 # *Row by row: a fork takes nothing; a write into a shared block takes a copy;
 # when a ends, its blocks stay with those who share them.*
 #
-# A manager with so many rules wants a watchman. `check_integrity` says whether
-# every block is free once or in as many tables as `ref_count` says, and whether
-# all who share a block have filled it equally far. Here is what it says if a
-# write forgets the copy:
+# So many rules need a test. `check_integrity` says whether every block is free
+# once, or in as many tables as `ref_count` says, and whether all who share a
+# block agree on what it is. Here is what it says if a write forgets the copy:
 
 # %%
 broken = block_manager.BlockManager(num_blocks=10, block_size=4)
@@ -626,9 +655,10 @@ except AssertionError as error:
 # %% [markdown]
 # ## Eight answers to one prompt
 #
-# Now with the model. A prompt of 200 tokens goes through it once, all but its
-# last token; seven forks; and then eight requests bring that last token, each
-# writes its own copy of it, and they go their ways.
+# Now with the model. All but the last token of a prompt of 200 go through it
+# once. Then there are seven forks, and all eight requests bring the last token:
+# each needs its logits, to draw a first token of its own. From there on they go
+# their ways.
 
 # %%
 prompt_ids, num_samples = book_ids[5000:5200], 8
@@ -669,17 +699,18 @@ plotting.plot_measured(
     {"": (lengths, saved)},
     xlabel="tokens of each answer (the prompt has 200)",
     ylabel="memory saved by sharing (%)",
-    title=f"Eight answers of {lengths[-1]} tokens: {saved[-1]:.0f} % saved",
+    title=f"Eight answers of {lengths[-1]} tokens: {saved[-1]:.0f}% saved",
 );
 
 # %% [markdown]
-# *The longer the answers, the less of the memory is the prompt's.*
+# *The longer the answers, the less of the memory is the prompt's. It falls in
+# steps, since blocks are taken whole.*
 #
 # ## What it costs: time
 #
 # Gathering copies every key and value of every request, in every layer, at
-# every step. One would expect that to be felt. Decoding in a batch of eight,
-# with 448 tokens each, contiguous and paged in turns:
+# every step. Decoding in a batch of eight, with 448 tokens each, the ways to do
+# it in turns:
 
 # %%
 results = bench.bench(batch_size=8, context=448, num_steps=20)
@@ -687,10 +718,11 @@ for result in results:
     print(f"{result['name']:12} {result['tokens_per_s']:7.1f} tokens/s")
 
 # %% [markdown]
-# On a CPU it costs little: the copy of one request fits into the processor's
-# cache, and attention reads it from there. On a GPU, where decoding waits for
-# memory, it would triple the traffic: read the blocks, write the copy, read the
-# copy. Chapter 5 measures, and does without the copy.
+# On our CPU it costs little. A likely reason: in one layer the copy of one
+# request is small, 448 · 256 bytes, so that attention finds it in the
+# processor's cache. On a GPU, where decoding waits for memory, it would triple
+# the traffic of keys and values: read the blocks, write the copy, read the
+# copy. Chapter 5 measures, and does without.
 #
 # ## The next column of the table
 
@@ -700,8 +732,10 @@ cells = [cell for sweep in sweeps for cell in table.fit(sweep)]
 Markdown(table.render(cells))
 
 # %% [markdown]
-# The same orders, all of them. What differs is the constant in one row:
-# reserved are the bytes of the tokens that came, and not of twice as many.
+# The same orders, all of them. What differs is the constant of what is
+# reserved: the bytes of the tokens that came (here they fill their blocks
+# exactly), and not of twice as many. For a paged cache we count as reserved the
+# blocks that are in use; the rest of the pool is anybody's.
 
 # %%
 check.summary()
@@ -734,10 +768,10 @@ print(f"{copied / 1e6:.1f} MB copied in each step to write 8 tokens")
 # 1. Memory is cut into blocks of one size; a request has a table of its blocks,
 #    and wastes at most the rest of the last one.
 # 2. A manager hands out numbers: a free list, tables, and reference counts,
-#    constant time a block, all or nothing.
+#    constant time per block, all or nothing.
 # 3. Token p lies in block `table[p // block_size]`, at place `p % block_size`;
-#    beside chapter 3 nothing changes but this index.
-# 4. With pages of 16 nearly all of the pool holds tokens, and several times as
+#    compared with chapter 3, only this index changes.
+# 4. With blocks of 16 nearly all of the pool holds tokens, and several times as
 #    many requests are in flight as with rows reserved for the longest.
 # 5. Requests share blocks of equal tokens, and copy one only when they write
 #    into it.
@@ -755,7 +789,7 @@ print(f"{copied / 1e6:.1f} MB copied in each step to write 8 tokens")
 #
 # 1. Three blocks, 15 places.
 # 2. Block 1 of the text is block 0 of the pool, place 4: slot 4.
-# 3. Nothing: the next token belongs into a new block.
+# 3. Nothing: the next token goes into a new block.
 # 4. If the pool ends halfway, the blocks taken would be lost, or the request
 #    half grown.
 # 5. It reserves at the start what is needed at the end; on average half of an
@@ -767,8 +801,8 @@ print(f"{copied / 1e6:.1f} MB copied in each step to write 8 tokens")
 #
 # - Kwon and others, *Efficient Memory Management for Large Language Model
 #   Serving with PagedAttention*, 2023,
-#   [2309.06180](https://arxiv.org/abs/2309.06180): all of this; figure 2 and
-#   section 6.1 for what we replayed.
+#   [2309.06180](https://arxiv.org/abs/2309.06180): paging, sharing, copy on
+#   write; what we replayed is figure 2.
 # - Kilburn and others, *One-Level Storage System*, 1962,
 #   [doi.org/10.1109/TEC.1962.5219356](https://doi.org/10.1109/TEC.1962.5219356):
 #   where paging comes from.

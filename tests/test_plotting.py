@@ -121,8 +121,8 @@ def test_a_history_is_a_pool_a_row():
 
 
 def test_a_pool_is_divided_into_what_it_was_used_for():
-    usage = Usage(0.5, 0.2, 0.2, 0.1, in_flight=3, finished=1)
+    usage = Usage(0.5, 0.2, 0.2, 0.1, in_flight=3, finished=1, preempted=0)
     ax = plotting.plot_usage({"us": usage}, published={"us": 48.0}, title="")
     assert [bar.get_width() for bar in ax.patches] == pytest.approx([50, 20, 20, 10])
-    assert texts(ax) == ["50.0 %"]
+    assert texts(ax) == ["50.0%"]
     assert ax.lines[0].get_xdata()[0] == 48.0

@@ -67,7 +67,7 @@ def test_steps_are_counted_by_hand():
     requests = [Request(2, 2)] * 3
     usage = simulate(Reserving(8, reserve_oracle), requests, num_steps=2, warm_up=0)
     assert (usage.tokens, usage.later) == ((4 + 6) / 16, (4 + 2) / 16)
-    assert (usage.in_flight, usage.finished) == (2, 2)
+    assert (usage.in_flight, usage.finished, usage.preempted) == (2, 2, 0)
 
 
 def test_pieces_never_overlap_and_a_gap_is_used_again():
@@ -94,7 +94,7 @@ def test_who_cannot_grow_sends_away_the_last_and_all_tokens_come_back():
     manager = Paging(4, 2)
     usage = simulate(manager, [Request(2, 2)] * 5, num_steps=6, warm_up=0)
     assert usage.finished == 3, "two steps each, as if they had come one by one"
-    assert usage.in_flight == (2 + 1) / 2
+    assert usage.in_flight == (2 + 1) / 2 and usage.preempted == 3
     manager.manager.check_integrity()
 
 
