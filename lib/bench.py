@@ -29,8 +29,8 @@ from lib.paged_kv_cache import PagedKVCache
 
 def decode_steps(
     batch_size: int, context: int, num_steps: int, block_size: int
-) -> dict[str, Callable[[], None]]:
-    """By name, a function that runs one more step of decoding, for at most num_steps.
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """By name, a function that runs one more step, at most num_steps, for its logits.
 
     Each step is over one new token of each of `batch_size` requests that had `context`
     tokens before the first. Recompute always runs over `context` tokens.
@@ -53,7 +53,7 @@ def decode_steps(
 
     def recompute():
         with torch.no_grad():
-            model(prompts, torch.arange(context), attend_fused)
+            return model(prompts, torch.arange(context), attend_fused)
 
     steps = {"recompute": recompute}
     for name, cache in caches.items():
@@ -71,12 +71,11 @@ def bench(
     progress: tqdm | None = None,
 ) -> list[dict]:
     """Seconds of each step by name, medians, and the tokens per second they make."""
-    num_recomputes = min(3, num_steps)
     steps = decode_steps(batch_size, context, num_steps + 1, block_size)
     seconds = {name: [] for name in steps}
     for i in range(num_steps + 1):
         for name, step in steps.items():
-            if name == "recompute" and i > num_recomputes:
+            if name == "recompute" and i > 3:
                 continue
             start = time.perf_counter()
             step()

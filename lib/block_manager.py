@@ -41,9 +41,8 @@ class BlockManager:
                     f"{name}: expected an integer of at least 1, got {value!r}"
                 )
         self.num_blocks, self.block_size = num_blocks, block_size
-        self.free_block_ids = list(range(num_blocks))[
-            ::-1
-        ]  # a stack: pop() gives 0 first
+        # A stack: the last one is the next to go, and block 0 the first.
+        self.free_block_ids = list(reversed(range(num_blocks)))
         self.ref_count = [0] * num_blocks  # by block id: how many tables it stands in
         self.block_tables: dict[Hashable, list[int]] = {}
         self.seq_lens: dict[Hashable, int] = {}
@@ -156,7 +155,8 @@ class BlockManager:
 
         If others use that block, a free one takes its place in this request's table, and
         the caller has to copy what is in it: returns (source, target). If nobody else
-        does, returns None. Raises OutOfBlocksError if a block is needed and none is free.
+        does, returns None. Raises OutOfBlocksError if a block is needed and none is free,
+        ValueError if the request is unknown or has no block.
 
         >>> manager = BlockManager(num_blocks=4, block_size=2)
         >>> manager.allocate("a", 3)
@@ -164,7 +164,10 @@ class BlockManager:
         >>> manager.copy_on_write("b"), manager.block_tables, manager.ref_count
         ((1, 2), {'a': [0, 1], 'b': [0, 2]}, [2, 1, 1, 0])
         """
+        self.check_live(request_id)
         block_table = self.block_tables[request_id]
+        if not block_table:
+            raise ValueError(f"request {request_id!r}: expected a block, got none yet")
 
         source = block_table[-1]
         if self.ref_count[source] == 1:
@@ -180,6 +183,7 @@ class BlockManager:
         """Free blocks that `append` takes for all of these requests together, exactly."""
         needed, writers = 0, Counter()
         for request_id, num_tokens in num_new_tokens.items():
+            self.check_live(request_id)
             block_table, seq_len = (
                 self.block_tables[request_id],
                 self.seq_lens[request_id],
@@ -198,9 +202,12 @@ class BlockManager:
         filled = {}
         for request_id, block_table in self.block_tables.items():
             for i, block_id in enumerate(block_table):
-                left = self.seq_lens[request_id] - i * self.block_size
-                filled[block_id] = min(left, self.block_size)
+                filled[block_id] = self.num_tokens_in(request_id, i)
         return sum(filled.values())
+
+    def num_tokens_in(self, request_id: Hashable, i: int) -> int:
+        """Tokens of a request in the i-th block of its table."""
+        return min(self.seq_lens[request_id] - i * self.block_size, self.block_size)
 
     def check_live(self, request_id: Hashable):
         """Raise ValueError unless there is such a request now."""
@@ -224,8 +231,11 @@ class BlockManager:
                 f"block {block_id}: expected its ref_count to be {users[block_id]}, the "
                 f"number of tables it stands in, got {self.ref_count[block_id]}"
             )
-        assert set(free) | set(users) == set(range(self.num_blocks)), "unknown blocks"
-        assert self.seq_lens.keys() == self.block_tables.keys(), "a table has no length"
+        unknown = (set(free) | set(users)) - set(range(self.num_blocks))
+        assert not unknown, f"expected blocks 0 to {self.num_blocks - 1}, got {unknown}"
+        assert self.seq_lens.keys() == self.block_tables.keys(), (
+            f"seq_lens: expected {list(self.block_tables)}, got {list(self.seq_lens)}"
+        )
         seen = {}  # block id -> (which block of the text, tokens in it)
         for request_id, block_table in self.block_tables.items():
             seq_len = self.seq_lens[request_id]
@@ -235,7 +245,7 @@ class BlockManager:
                 f"got {len(block_table)}"
             )
             for i, block_id in enumerate(block_table):
-                use = i, min(seq_len - i * self.block_size, self.block_size)
+                use = i, self.num_tokens_in(request_id, i)
                 assert seen.setdefault(block_id, use) == use, (
                     f"block {block_id}: expected all who share it to agree on (block of "
                     f"the text, tokens in it), got {seen[block_id]} and {use}"

@@ -87,8 +87,8 @@ MOBY = ModelConfig(
     dropout=0.1,
 )
 
-# The shape of Llama 3 8B (https://arxiv.org/abs/2407.21783, table 3), to reckon with; its
-# weights would take 16 GB.
+# The shape of Llama 3 8B (https://arxiv.org/abs/2407.21783), to reckon with; its weights
+# would take 16 GB.
 LLAMA3_8B = ModelConfig(
     vocab_size=128256,
     num_layers=32,

@@ -1,8 +1,7 @@
 """Drawings of structures, from the live object, so that none can disagree with the code.
 
-The colours are those of lib/plotting.py: solid is written now, a light tint was written
-before, hatched grey is wasted or computed again, white is free. Each function returns
-what it drew on.
+As in lib/plotting.py, solid is written now, and hatched grey is wasted or computed again.
+A light tint was written before, white is free. Each function returns what it drew on.
 """
 
 from collections.abc import Sequence
@@ -19,7 +18,6 @@ from lib.block_manager import BlockManager
 from lib.kv_cache import ContiguousKVCache
 from lib.plotting import NEW, WASTED
 
-KEY = "#0072B2"
 CACHED = {"facecolor": "#B9D8EC", "edgecolor": "white"}
 FREE = {"facecolor": "white", "edgecolor": "#8C8C8C"}
 SHARED = {"facecolor": "#F5E6B8", "edgecolor": "#B8860B", "hatch": "\\\\"}
@@ -33,7 +31,7 @@ def draw_attention(
     """Attention weights (T, T) of one head: a row for a query, a column for a key."""
     ax = ax or plt.subplots(figsize=(5.2, 4.6))[1]
     T = len(tokens)
-    tint = LinearSegmentedColormap.from_list("tint", ["white", KEY])
+    tint = LinearSegmentedColormap.from_list("tint", ["white", NEW])
     ax.imshow(weights.tolist(), cmap=tint, vmin=0, vmax=1)
     for t in range(T):
         for s in range(T):
@@ -130,7 +128,7 @@ def draw_blocks(manager: BlockManager, *, title: str) -> Figure:
     )
     for row, (request_id, block_table) in enumerate(tables.items()):
         for i, block_id in enumerate(block_table):
-            filled = min(size, manager.seq_lens[request_id] - i * size)
+            filled = manager.num_tokens_in(request_id, i)
             look = _look(manager, block_id, names)
             _draw_block(above, i, row, size, filled, look, str(block_id))
     above.set_yticks(range(len(tables)), [str(request_id) for request_id in tables])
@@ -180,8 +178,7 @@ def _draw_pool(ax: Axes, manager: BlockManager, row: int, names: Sequence):
     for request_id, block_table in manager.block_tables.items():
         for i, block_id in enumerate(block_table):
             users[block_id].append(str(request_id))
-            left = manager.seq_lens[request_id] - i * manager.block_size
-            filled[block_id] = min(left, manager.block_size)
+            filled[block_id] = manager.num_tokens_in(request_id, i)
     for block_id, who in users.items():
         look = _look(manager, block_id, names)
         words = "+".join(who) if len(who) < 4 else f"{len(who)} of them"

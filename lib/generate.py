@@ -88,10 +88,12 @@ def forward_cached(
     token_ids int64 (N,), request after request: query_lens[b] of request b, int64 (B,).
     Returns (N, V). What does not fit, tokens or lengths, raises before anything changes.
     """
-    kv_cache.check_query_lens(query_lens, batch_size=len(cache.seq_lens))
-    if token_ids.shape != (int(query_lens.sum()),):
+    check_cache(model, cache)
+    kv_cache.check_query_lens(query_lens, cache.seq_lens)
+    N = int(query_lens.sum())
+    if token_ids.shape != (N,):
         raise ValueError(
-            f"token_ids: expected ({int(query_lens.sum())},), the sum of query_lens, "
+            f"token_ids: expected ({N},), the sum of query_lens, "
             f"got {tuple(token_ids.shape)}"
         )
     positions = kv_cache.new_positions(cache.seq_lens + query_lens, query_lens)  # (N,)
@@ -100,7 +102,6 @@ def forward_cached(
     return model(token_ids, positions, attend)  # (N, V)
 
 
-@torch.no_grad()
 def generate_cached(
     model: Transformer,
     prompts: Sequence[torch.Tensor],
@@ -164,9 +165,10 @@ def check_cached_generation(
     cache: KVCache,
 ):
     """The same for a batch with a cache, which must have room for all that is coming."""
-    if len(prompts) != len(cache.seq_lens):
+    if len(prompts) != len(cache.seq_lens) or not prompts:
         raise ValueError(
             f"prompts: expected {len(cache.seq_lens)}, one a request of the cache, "
+            f"and at least one, "
             f"got {len(prompts)}"
         )
     for prompt_ids, seq_len in zip(prompts, cache.seq_lens.tolist()):
@@ -178,3 +180,18 @@ def check_cached_generation(
     if num_new_tokens > 0:
         lens = torch.tensor([len(p) for p in prompts], device=cache.seq_lens.device)
         cache.check_room(lens + num_new_tokens - 1)
+
+
+def check_cache(model: Transformer, cache: KVCache):
+    """Raise ValueError unless the cache takes the keys and values of this model."""
+
+    def facts(config: ModelConfig, tensor: torch.Tensor) -> str:
+        return (
+            f"{config.num_layers} layers, {config.num_kv_heads} KV heads of "
+            f"{config.head_dim} numbers in {tensor.dtype} on {tensor.device}"
+        )
+
+    expected = facts(model.config, next(model.parameters()))
+    got = facts(cache.config, cache.k_cache)
+    if got != expected:
+        raise ValueError(f"cache: expected {expected}, as the model, got {got}")

@@ -28,13 +28,20 @@ class CacheFullError(Exception):
             f"request {request}: expected at most {reserved} tokens, as many as were "
             f"reserved, got {needed}"
         )
-        self.request, self.needed, self.reserved = request, needed, reserved
 
 
 class KVCache(Protocol):
-    """What generation needs of a cache. B requests, in a fixed order."""
+    """What generation needs of a cache of B requests.
 
+    A step that is interrupted, by a key or by an error inside the model, spoils it: the
+    new tokens are counted, and their keys may be missing.
+    """
+
+    config: ModelConfig  # of the model whose keys and values it takes
+    k_cache: torch.Tensor
     seq_lens: torch.Tensor  # int64 (B,), the tokens that each request has in the cache
+    reserved_bytes: int  # that nobody else can use
+    used_bytes: int  # of them, those that hold a token
 
     def check_room(self, query_lens: torch.Tensor):
         """Raise unless query_lens[b] more tokens of each request fit."""
@@ -98,6 +105,7 @@ def append_kv(
     B = len(seq_lens)
     requests = torch.arange(B, device=k.device).repeat_interleave(query_lens)  # (N,)
     positions = new_positions(seq_lens, query_lens)  # (N,)
+    assert len(k) == len(positions), f"expected {len(positions)} keys, got {len(k)}"
     k_cache[requests, positions] = k
     v_cache[requests, positions] = v
 
@@ -131,8 +139,8 @@ def attend_cached(
         k, v = (cache[b, :S].transpose(0, 1) for cache in (k_cache, v_cache))  # (G, S, D)
 
         # Heads that read the same keys: their queries are the rows of one matrix.
-        grouped = q_b.view(T, G, H // G, D).permute(1, 2, 0, 3)  # (G, H/G, T, D)
-        scores = grouped.flatten(1, 2) @ k.transpose(1, 2) / D**0.5  # (G, H/G*T, S)
+        grouped = (q_b / D**0.5).view(T, G, H // G, D).permute(1, 2, 0, 3)
+        scores = grouped.flatten(1, 2) @ k.transpose(1, 2)  # (G, H/G*T, S)
         scores = scores.unflatten(1, (H // G, T))  # (G, H/G, T, S)
         queries_at = torch.arange(S - T, S, device=q.device).unsqueeze(-1)  # (T, 1)
         is_future = torch.arange(S, device=q.device) > queries_at  # (T, S)
@@ -197,7 +205,7 @@ class ContiguousKVCache:
 
     def check_room(self, query_lens: torch.Tensor):
         """CacheFullError names the first request that query_lens more would overfill."""
-        check_query_lens(query_lens, batch_size=len(self.seq_lens))
+        check_query_lens(query_lens, self.seq_lens)
         reserved = self.k_cache.shape[2]
         for b, needed in enumerate((self.seq_lens + query_lens).tolist()):
             if needed > reserved:
@@ -223,18 +231,22 @@ class ContiguousKVCache:
         if not 0 <= request < len(self.seq_lens) or self.seq_lens[request] == 0:
             live = self.seq_lens.nonzero().flatten().tolist()
             raise ValueError(f"request: expected one of {live}, got {request}")
-        self.seq_lens = (
-            self.seq_lens.clone()
-        )  # the step before may still hold the old one
+        # The step before may still hold the old one.
+        self.seq_lens = self.seq_lens.clone()
         self.seq_lens[request] = 0
 
 
-def check_query_lens(query_lens: torch.Tensor, batch_size: int):
+def check_query_lens(query_lens: torch.Tensor, seq_lens: torch.Tensor):
     """Raise ValueError unless there is one count of new tokens for each request."""
-    if query_lens.dtype != torch.int64 or query_lens.shape != (batch_size,):
+    if query_lens.dtype != torch.int64 or query_lens.shape != seq_lens.shape:
         raise ValueError(
-            f"query_lens: expected int64 ({batch_size},), one entry a request, "
+            f"query_lens: expected int64 ({len(seq_lens)},), one entry a request, "
             f"got {query_lens.dtype} {tuple(query_lens.shape)}"
+        )
+    if query_lens.device != seq_lens.device:
+        raise ValueError(
+            f"query_lens: expected on {seq_lens.device}, as the cache, "
+            f"got on {query_lens.device}"
         )
     if (query_lens < 0).any():
         raise ValueError(f"query_lens: expected at least 0, got {query_lens.tolist()}")

@@ -9,8 +9,8 @@ To attend, a request's blocks are gathered into one dense piece, which chapter 3
 attention reads. That copy is what chapter 5 does without; until then it is the plain twin
 that the kernel has to equal.
 
-Invariant: a slot is read only for a request that has the slot's block in its table and
-has written it. What lies elsewhere in the pool is never looked at.
+Invariant: what a slot holds enters a result only of a request that has its block in its
+table, and as many tokens. What lies elsewhere in the pool never does.
 
 Read lib/kv_cache.py and lib/block_manager.py before.
 """
@@ -61,8 +61,8 @@ def write_kv(
 
     k_cache, v_cache (num_blocks, block_size, G, D).
     """
-    k_cache.flatten(0, 1)[slots] = k
-    v_cache.flatten(0, 1)[slots] = v
+    k_cache.view(-1, *k_cache.shape[2:])[slots] = k
+    v_cache.view(-1, *v_cache.shape[2:])[slots] = v
 
 
 def gather_kv(
@@ -140,6 +140,8 @@ class PagedKVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
+        if batch_size < 0:
+            raise ValueError(f"batch_size: expected at least 0, got {batch_size}")
         self.manager = BlockManager(num_blocks, block_size)
         for request_id in range(batch_size):
             self.manager.allocate(request_id, 0)
@@ -164,11 +166,10 @@ class PagedKVCache:
     def block_tables(self) -> torch.Tensor:
         """Block ids of each live request, int64 (B, M); -1 behind a request's last."""
         tables = list(self.manager.block_tables.values())
-        M = max(len(table) for table in tables)
+        M = max((len(table) for table in tables), default=0)
         padded = [table + [-1] * (M - len(table)) for table in tables]
-        return torch.tensor(
-            padded, dtype=torch.int64, device=self.k_cache.device
-        )  # (B, M)
+        padded = torch.tensor(padded, dtype=torch.int64, device=self.k_cache.device)
+        return padded.view(len(tables), M)  # (B, M)
 
     @property
     def reserved_bytes(self) -> int:
@@ -185,7 +186,7 @@ class PagedKVCache:
     def check_room(self, query_lens: torch.Tensor):
         """OutOfBlocksError if all that are free are not enough for all of these."""
         manager = self.manager
-        check_query_lens(query_lens, batch_size=len(manager.block_tables))
+        check_query_lens(query_lens, self.seq_lens)
         needed = manager.blocks_needed(
             dict(zip(manager.block_tables, query_lens.tolist()))
         )

@@ -24,6 +24,10 @@ class Request:
     prompt_len: int
     output_len: int  # which nobody knows before it ends
 
+    def __post_init__(self):
+        if min(self.prompt_len, self.output_len) < 1:
+            raise ValueError(f"expected lengths of at least 1 token, got {self}")
+
     @property
     def num_tokens(self) -> int:
         return self.prompt_len + self.output_len
@@ -45,7 +49,8 @@ class Usage:
 def draw_requests(
     num_requests: int, mean_prompt_len: float, mean_output_len: float, seed: int = 0
 ) -> list[Request]:
-    """Requests with log-normal lengths, σ = 1, of these means, cut at MAX_LEN tokens."""
+    """Requests with log-normal lengths, σ = 1, of these means before they are cut at
+    MAX_LEN tokens."""
     generator = torch.Generator().manual_seed(seed)
     lens = []
     for mean in (mean_prompt_len, mean_output_len):
@@ -150,14 +155,18 @@ class Paging:
 def simulate(
     manager: Reserving | Paging, requests: list[Request], num_steps: int, warm_up: int
 ) -> Usage:
-    """Run requests through a manager's pool for `num_steps` steps after `warm_up` others.
+    """Run requests through a new manager's pool for num_steps steps after warm_up others.
 
     A prompt enters in one step. A request that cannot grow sends away the one that began
     last, which goes back to the head of the queue and later begins again with all its
     tokens (preemption by recomputing, section 4.5 of the paper). Raises ValueError when
     the queue runs empty, for then the pool would not be full, or when a request is too
-    large for the pool.
+    large for the pool, or finds no room in it.
     """
+    if num_steps < 1 or warm_up < 0:
+        raise ValueError(
+            f"expected at least 1 step after at least 0, got {num_steps} after {warm_up}"
+        )
     longest = max(request.num_tokens for request in requests)
     if longest > manager.num_slots:
         raise ValueError(
