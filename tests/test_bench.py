@@ -21,13 +21,15 @@ def run(monkeypatch, *args):
 def test_each_way_to_decode_is_timed_and_written_down(tmp_path, monkeypatch, capfd):
     sizes = ["--batch-size", "2", "--context", "30", "--steps", "2", "--block-size", "8"]
     path = tmp_path / "bench.json"
-    assert run(monkeypatch, *sizes, "--json", str(path)) == 0
+    assert run(monkeypatch, *sizes, "--threads", "2", "--json", str(path)) == 0
     out, err = capfd.readouterr()
-    assert err == "" and "paged writes" in out and "1 thread(s)" in out
+    assert err == "" and "2 thread(s)" in out
     result = json.loads(path.read_text())
-    assert result["machine"]["torch_threads"] == 1 and "--steps 2" in result["command"]
+    assert result["machine"]["torch_threads"] == 2 and "--steps 2" in result["command"]
     names = [row["name"] for row in result["results"]]
     assert names == ["recompute", "contiguous", "paged"]
+    speed = {row["name"]: row["tokens_per_s"] for row in result["results"]}
+    assert f"paged writes {speed['paged'] / speed['contiguous']:.2f} of" in out
     for row in result["results"]:
         assert row["tokens_per_s"] == pytest.approx(2 / row["median_seconds"])
         assert (row["batch_size"], row["context"], row["steps"]) == (2, 30, 2)

@@ -151,6 +151,24 @@ def test_an_edge_is_crossed_when_the_block_is_full_and_not_before():
     assert num_blocks == [1, 1, 1, 1, 2, 2, 2, 2, 3]
 
 
+def test_nothing_to_write_is_nothing_to_copy():
+    manager = BlockManager(num_blocks=4, block_size=4)
+    manager.allocate("a", 3)
+    manager.fork("a", "b")
+    assert manager.append("b", 0) is None
+    assert manager.block_tables == {"a": [0], "b": [0]}
+
+
+def test_a_copy_needs_a_free_block():
+    manager = BlockManager(num_blocks=1, block_size=4)
+    manager.allocate("a", 3)
+    manager.fork("a", "b")
+    before = state(manager)
+    with pytest.raises(OutOfBlocksError, match="at most 0 blocks.* got 1"):
+        manager.copy_on_write("b")
+    assert state(manager) == before
+
+
 def test_what_all_of_a_batch_need_is_counted_exactly():
     manager = BlockManager(num_blocks=8, block_size=4)
     manager.allocate("a", 6)
@@ -201,15 +219,19 @@ def test_a_pool_of_nothing_is_refused(num_blocks, block_size, words):
         (lambda m: m.allocate("a", 1), "expected a new one"),
         (lambda m: m.allocate("b", -1), "expected an integer of at least 0, got -1"),
         (lambda m: m.append("a", 1.5), "expected an integer"),
-        (lambda m: m.append("x"), r"expected a live one \('a'\)"),
+        (lambda m: m.append("x"), r"expected a live one \('a', 'empty'\)"),
         (lambda m: m.fork("x", "b"), "expected a live one"),
         (lambda m: m.fork("a", "a"), "expected a new one"),
         (lambda m: m.free("x"), "unknown or was freed"),
+        (lambda m: m.copy_on_write("x"), "unknown or was freed"),
+        (lambda m: m.copy_on_write("empty"), "expected a block, got none yet"),
+        (lambda m: m.blocks_needed({"x": 1}), "unknown or was freed"),
     ],
 )
 def test_bad_calls_are_refused_and_change_nothing(call, words):
     manager = BlockManager(4, 2)
     manager.allocate("a", 3)
+    manager.allocate("empty", 0)
     before = state(manager)
     with pytest.raises(ValueError, match=words):
         call(manager)
@@ -249,6 +271,14 @@ def count_too_high(manager):
     manager.ref_count[0] += 1
 
 
+def another_place_in_the_text(manager):
+    manager.allocate("c", 4)
+    manager.block_tables["c"].reverse()
+    manager.block_tables["d"], manager.seq_lens["d"] = [3, 2][::-1], 4
+    for block_id in (2, 3):
+        manager.ref_count[block_id] += 1
+
+
 def forgotten_length(manager):
     del manager.seq_lens["a"]
 
@@ -265,6 +295,7 @@ def forgotten_length(manager):
         unknown_block,
         count_too_high,
         forgotten_length,
+        another_place_in_the_text,
     ],
 )
 def test_integrity_sees_what_is_broken(spoil):

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from lib import generate, text
 from lib.course.build import chapter_texts, student_notebook
 from lib.course.check import Check, forbid
-from lib.course.compare import difference
+from lib.course.compare import OTHER_DTYPE, difference
 from lib.course.exercises import exercises, library_answer
 
 
@@ -161,7 +161,11 @@ def test_what_was_forbidden_works_again_afterwards():
         ({"x": 1}, {"x": 1, "y": 2}, None),
         (0.1 + 0.2, 0.3, None),
         (np.zeros(2), np.zeros(3), "expected shape (2,), got shape (3,)"),
-        (np.zeros(2), np.zeros(2, np.float32), "expected float64, got float32"),
+        (
+            np.zeros(2),
+            np.zeros(2, np.float32),
+            f"expected float64, got float32. {OTHER_DTYPE}",
+        ),
         (np.zeros(2), [0, 0], "expected a tensor of shape (2,), got [0, 0]"),
         (np.array([0.0, 1.0]), np.array([0.0, np.nan]), "at [1]: expected 1, got nan"),
         (np.array([np.nan, -np.inf]), np.array([np.nan, -np.inf]), None),

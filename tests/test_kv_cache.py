@@ -15,6 +15,7 @@ from lib.kv_cache import (
 )
 from lib.meter import measure
 from lib.model import attend_fused
+from lib.paged_kv_cache import PagedKVCache
 
 
 def poisoned_cache(model, batch_size, max_seq_len):
@@ -114,6 +115,9 @@ def test_the_cache_takes_the_bytes_that_were_predicted():
     assert cost.peak_bytes == kv_cache_bytes(TINY, 150) + cost.value.seq_lens.nbytes
     cost.value.seq_lens = torch.tensor([50, 1, 9])
     assert cost.value.used_bytes == kv_cache_bytes(TINY, 60)
+    wide = ContiguousKVCache(TINY, 3, 50, dtype=torch.float64)
+    wide.seq_lens = cost.value.seq_lens
+    assert wide.used_bytes == 2 * cost.value.used_bytes
     assert kv_utilization(cost.value.seq_lens, 50) == 60 / 150
 
 
@@ -203,14 +207,69 @@ def test_prompts_that_do_not_fit_the_batch_are_refused():
         generate_cached(model, [one, one], 8, cache)
     with pytest.raises(ValueError, match="temperature"):
         generate_cached(model, [one, one], 1, cache, temperature=-1)
+    assert cache.seq_lens.tolist() == [0, 120]
+    with pytest.raises(ValueError, match="prompts: expected 0"):
+        generate_cached(model, [], 1, PagedKVCache(model.config, 0, 4))
 
 
-@pytest.mark.parametrize("request_id", [1, 2, -1])
+def test_no_new_tokens_need_no_room():
+    model = random_model()
+    prompt_ids = torch.arange(20)
+    cache = ContiguousKVCache(model.config, 1, 10)
+    assert generate_cached(model, [prompt_ids], 0, cache)[0].equal(prompt_ids)
+
+
+@pytest.mark.parametrize("request_id", [0, 2, -1])
 def test_only_a_live_request_can_be_freed(request_id):
     cache = ContiguousKVCache(TINY, 2, 10)
-    cache.seq_lens = torch.tensor([3, 0])
-    with pytest.raises(ValueError, match=r"expected one of \[0\]"):
+    cache.seq_lens = torch.tensor([0, 3])
+    with pytest.raises(ValueError, match=r"expected one of \[1\]"):
         cache.free(request_id)
+
+
+def test_a_step_leaves_the_lengths_of_the_one_before_alone():
+    cache = ContiguousKVCache(TINY, 2, 10)
+    before = cache.seq_lens
+    cache.extend(torch.tensor([3, 10]))
+    assert before.tolist() == [0, 0] and cache.seq_lens.tolist() == [3, 10]
+    with pytest.raises(CacheFullError):
+        cache.extend(torch.tensor([1, 1]))
+    assert cache.seq_lens.tolist() == [3, 10]
+    held = cache.seq_lens
+    cache.free(0)
+    assert held.tolist() == [3, 10] and cache.seq_lens.tolist() == [0, 10]
+
+
+@pytest.mark.parametrize(
+    "changes, dtype, words",
+    [
+        ({}, torch.float64, "in torch.float32 on cpu, as the model, .* in torch.float64"),
+        ({"num_layers": 3}, torch.float32, "expected 3 layers.* got 2 layers"),
+        ({"num_layers": 1}, torch.float32, "expected 1 layers.* got 2 layers"),
+        ({"num_kv_heads": 1}, torch.float32, "expected 2 layers, 1 KV heads"),
+        ({"num_heads": 8}, torch.float32, "KV heads of 4 numbers.*KV heads of 8"),
+    ],
+)
+def test_the_cache_of_another_model_is_refused(changes, dtype, words):
+    model = random_model(**changes)
+    cache = ContiguousKVCache(TINY, 1, 10, dtype=dtype)
+    before = state(cache)
+    with pytest.raises(ValueError, match=words):
+        generate_cached(model, [torch.tensor([1, 2])], 2, cache)
+    assert all(torch.equal(a, b) for a, b in zip(state(cache), before))
+
+
+def test_half_precision_does_not_overflow_in_the_scores():
+    q, k = torch.full((1, 1, 128), 30.0).half(), torch.full((1, 2, 1, 128), 30.0).half()
+    v = torch.tensor([1.0, 3.0]).half().view(1, 2, 1, 1).expand_as(k)
+    out = attend_cached(q, k, v, torch.tensor([2]), torch.tensor([1]))
+    assert torch.equal(out, torch.full_like(out, 2.0))
+
+
+def test_keys_that_are_not_one_a_token_are_refused():
+    cache, one = torch.zeros(2, 1, 9, 1, 2), torch.zeros(1, 1, 2)
+    with pytest.raises(AssertionError, match="expected 4 keys, got 1"):
+        kv_cache.append_kv(*cache, one, one, torch.tensor([4]), torch.tensor([4]))
 
 
 @pytest.mark.parametrize("sizes", [(0, 4), (4, 0)])

@@ -194,6 +194,28 @@ def test_a_pool_of_nothing_is_refused(num_blocks, block_size):
         PagedKVCache(TINY, 1, num_blocks, block_size)
 
 
+def test_tables_are_padded_with_ids_that_do_not_exist():
+    cache = PagedKVCache(TINY, 0, num_blocks=9)
+    assert cache.block_tables.shape == (0, 0) and cache.manager.block_size == 16
+    cache.manager.allocate("a", 40)
+    cache.manager.allocate("b", 3)
+    assert cache.block_tables.tolist() == [[0, 1, 2], [3, -1, -1]]
+
+
+def test_a_pool_that_is_not_in_one_piece_is_refused():
+    pool = torch.zeros(4, 2, 3, 5).transpose(0, 1)
+    with pytest.raises(RuntimeError, match="view"):
+        write_kv(pool, pool, torch.ones(1, 3, 5), torch.ones(1, 3, 5), torch.tensor([2]))
+
+
+def test_room_is_asked_for_with_one_count_a_request():
+    cache = PagedKVCache(TINY, 2, 4)
+    with pytest.raises(ValueError, match="one entry a request"):
+        cache.check_room(torch.tensor([1]))
+    with pytest.raises(ValueError, match="batch_size: expected at least 0, got -1"):
+        PagedKVCache(TINY, -1, 4)
+
+
 def test_the_pool_takes_the_bytes_that_were_predicted():
     cost = measure(lambda: PagedKVCache(TINY, 0, 5, 8))
     assert cost.peak_bytes == kv_cache_bytes(TINY, 40)

@@ -98,6 +98,42 @@ def test_who_cannot_grow_sends_away_the_last_and_all_tokens_come_back():
     manager.manager.check_integrity()
 
 
+def test_who_is_sent_away_is_the_last_and_comes_back_first_with_all_its_tokens():
+    seen = []
+
+    class Watched(Paging):
+        def begin(self, request_id, request, num_tokens):
+            has_room = super().begin(request_id, request, num_tokens)
+            if has_room:
+                seen.append(f"{request_id} begins with {num_tokens}")
+            return has_room
+
+        def end(self, request_id):
+            seen.append(f"{request_id} goes")
+            super().end(request_id)
+
+    # Three blocks of two. At first each of three has one block and one token, after a
+    # step two, and all blocks are full. Then 0 wants a block, and 2 goes, the last. 0 has
+    # three tokens, and ends; 1 grows into what it left. 2 comes back, before 3.
+    requests = [Request(1, 2), Request(1, 3), Request(1, 4), Request(1, 1), Request(1, 1)]
+    with pytest.raises(ValueError, match="every request began"):
+        simulate(Watched(6, 2), requests, num_steps=50, warm_up=0)
+    assert seen[:7] == [
+        *("0 begins with 1", "1 begins with 1", "2 begins with 1"),
+        *("2 goes", "0 goes", "2 begins with 2", "1 goes"),
+    ]
+
+
+def test_what_ends_while_the_server_warms_up_is_not_counted():
+    requests = [Request(1, 2)] * 9
+    usage = simulate(Reserving(6, reserve_oracle), requests, num_steps=2, warm_up=2)
+    assert usage.finished == 2 and usage.in_flight == 2
+
+
+def test_slots_that_make_no_block_are_none():
+    assert Paging(10, 4).num_slots == 8
+
+
 def test_lengths_have_the_means_that_were_asked_for_before_they_are_cut():
     requests = draw_requests(20000, *ALPACA)
     for lens, mean in zip(
@@ -114,5 +150,9 @@ def test_an_idle_pool_and_a_request_that_is_too_large_are_refused():
         simulate(Paging(64, 16), [Request(1, 1)], num_steps=1, warm_up=0)
     with pytest.raises(ValueError, match="at most 64 tokens.*got one of 66"):
         simulate(Paging(64, 16), [Request(65, 1)] * 2, num_steps=1, warm_up=0)
+    with pytest.raises(ValueError, match="at least 1 token"):
+        Request(1, 0)
+    with pytest.raises(ValueError, match="expected at least 1 step"):
+        simulate(Paging(64, 16), [Request(1, 1)] * 2, num_steps=0, warm_up=0)
     with pytest.raises(ValueError, match="a request finds no room at 0"):
         simulate(Reserving(64, reserve_maximum), [Request(1, 1)] * 2, 1, warm_up=0)

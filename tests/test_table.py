@@ -110,6 +110,12 @@ def test_exponents_ignore_what_does_not_grow():
     assert math.isnan(growth_exponent([5, 4, 6], ratio=2))
 
 
+def test_the_paged_column_has_exactly_the_blocks_it_needs():
+    cache = columns.paged(num_tokens=33, num_layers=1)()
+    assert cache.manager.free_block_ids == [] and cache.manager.num_blocks == 3
+    assert cache.seq_lens.tolist() == [33]
+
+
 def test_growth_reads_as_one_would_write_it():
     assert str(Growth(1, 0.5)) == "N √L" and str(Growth(2, 1, factor=2)) == "2 N² L"
     assert Growth(2, 0.5, factor=2)(3, 16) == 72

@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lib.course.compare import difference, over_limit, show
+from lib.course.compare import OTHER_DTYPE, difference, over_limit, show
 from lib.course.exercises import Case, Exercise, exercises, library_answer
 
 SEED = 0  # of the cases that a notebook sees; a grader keeps its own
@@ -117,7 +117,8 @@ def _what_is_wrong(exercise: Exercise, answer: Callable, case: Case) -> str | No
         return None
     why = None
     with contextlib.suppress(Exception):  # an output so odd that no words fit it
-        why = exercise.explain(case.inputs, expected, got)
+        if OTHER_DTYPE not in wrong:
+            why = exercise.explain(case.inputs, expected, got)
     return f"{wrong_for}: {wrong}" + (f". {why}" if why else "")
 
 

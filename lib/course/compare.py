@@ -10,6 +10,9 @@ import numpy as np
 TOLERANCES = {"float64": 1e-9, "float32": 2e-5, "float16": 2e-3}
 
 
+OTHER_DTYPE = "New tensors are made with the dtype of those that came in"
+
+
 def difference(expected: Any, got: Any, where: str = "") -> str | None:
     """What is wrong with `got`, in a few words, or None. Types and shapes must agree."""
     if isinstance(expected, dict):
@@ -45,7 +48,8 @@ def _array_difference(expected: np.ndarray, got: Any, where: str) -> str | None:
     if got.shape != expected.shape:
         return _words(where, f"shape {expected.shape}", f"shape {got.shape}")
     if got.dtype != expected.dtype:
-        return _words(where, f"{expected.dtype}", f"{got.dtype}")
+        words = _words(where, f"{expected.dtype}", f"{got.dtype}")
+        return f"{words}. {OTHER_DTYPE}"
     if expected.dtype.kind != "f":
         wrong = got != expected
     else:

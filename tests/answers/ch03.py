@@ -66,6 +66,11 @@ def always_four_bytes(config, num_tokens, bytes_per_number=4):
     return numbers(config, num_tokens, config.num_kv_heads) * 4
 
 
+@wrong("kv_cache_bytes")
+def default_of_two(config, num_tokens, bytes_per_number=2):
+    return layer_by_layer(config, num_tokens, bytes_per_number)
+
+
 @wrong("kv_cache_bytes", says="give an int")
 def in_floats(config, num_tokens, bytes_per_number=4):
     return layer_by_layer(config, num_tokens, bytes_per_number) / 1
@@ -101,6 +106,27 @@ def through_flat_rows(k_cache, v_cache, k, v, seq_lens, query_lens):
         rows += range(b * S + end - T, b * S + end)
     for cache, new in ((k_cache, k), (v_cache, v)):
         cache.view(-1, *cache.shape[2:]).index_copy_(0, torch.tensor(rows), new)
+
+
+@right("append_kv")
+def through_a_mask(k_cache, v_cache, k, v, seq_lens, query_lens):
+    places = torch.arange(k_cache.shape[1])
+    is_new = (places >= (seq_lens - query_lens)[:, None]) & (places < seq_lens[:, None])
+    k_cache[is_new], v_cache[is_new] = k, v
+
+
+@wrong("append_kv", says="changed its inputs")
+def lengths_counted_down(k_cache, v_cache, k, v, seq_lens, query_lens):
+    seq_lens -= query_lens
+    append_from(k_cache, v_cache, k, v, seq_lens, query_lens)
+
+
+@wrong("append_kv")
+def in_double_precision(k_cache, v_cache, k, v, seq_lens, query_lens):
+    requests = torch.arange(len(seq_lens)).repeat_interleave(query_lens)
+    positions = kv_cache.new_positions(seq_lens, query_lens)
+    k_cache[requests, positions] = k.double()
+    v_cache[requests, positions] = v.double()
 
 
 def append_from(k_cache, v_cache, k, v, starts, query_lens):
@@ -343,6 +369,13 @@ def keys_copied_one_after_the_other(q, k_cache, v_cache, seq_lens, query_lens):
     return torch.cat(outs)
 
 
+@wrong("attend_cached", says="the dtype of those that came in")
+def always_in_double_precision(q, k_cache, v_cache, seq_lens, query_lens):
+    return query_by_query(
+        q.double(), k_cache.double(), v_cache.double(), seq_lens, query_lens
+    )
+
+
 @wrong("attend_cached")
 def one_query_each(q, k_cache, v_cache, seq_lens, query_lens):
     return attend(q, k_cache, v_cache, seq_lens, torch.ones_like(query_lens))
@@ -366,6 +399,7 @@ def pick(logits, temperature=1.0, top_k=None, top_p=1.0, generator=None):
 @right("generate_cached")
 @torch.no_grad()
 def prefill_then_decode(model, prompts, num_new_tokens, cache, **settings):
+    generate.check_cached_generation(model, prompts, num_new_tokens, cache)
     if num_new_tokens == 0:
         return prompts
     texts = [prompt_ids.tolist() for prompt_ids in prompts]
@@ -383,6 +417,7 @@ def prefill_then_decode(model, prompts, num_new_tokens, cache, **settings):
 
 @right("generate_cached")
 def by_hand(model, prompts, num_new_tokens, cache, **settings):
+    generate.check_cached_generation(model, prompts, num_new_tokens, cache)
     texts, new = prompts, [prompt_ids.tolist() for prompt_ids in prompts]
     for _ in range(num_new_tokens):
         starts = cache.seq_lens.tolist()
@@ -400,6 +435,7 @@ def by_hand(model, prompts, num_new_tokens, cache, **settings):
 
 @right("generate_cached")
 def into_buffers(model, prompts, num_new_tokens, cache, **settings):
+    generate.check_cached_generation(model, prompts, num_new_tokens, cache)
     ends = [len(prompt_ids) for prompt_ids in prompts]
     texts = [torch.cat((ids, ids.new_zeros(num_new_tokens))) for ids in prompts]
     query_lens, new_ids = torch.tensor(ends), torch.cat(prompts)
@@ -546,6 +582,11 @@ def into_the_callers_list(model, prompts, num_new_tokens, cache, **settings):
     return prompts
 
 
+@wrong("generate_cached", says="Keep the given lines")
+def without_the_given_lines(model, prompts, num_new_tokens, cache, **settings):
+    return loop(model, prompts, num_new_tokens, cache, settings)
+
+
 @wrong("generate_cached", says="exactly num_new_tokens")
 def one_too_few(model, prompts, num_new_tokens, cache, **settings):
     return loop(model, prompts, num_new_tokens - 1, cache, settings)
@@ -568,6 +609,13 @@ def counted(seq_lens, max_seq_len):
 @right("kv_utilization")
 def in_single_precision(seq_lens, max_seq_len):
     return (seq_lens / max_seq_len).mean()
+
+
+@wrong("kv_utilization", says="changed its inputs")
+def cut_in_place(seq_lens, max_seq_len):
+    total = counted(seq_lens, max_seq_len)
+    seq_lens.clamp_(max=1)
+    return total
 
 
 @wrong("kv_utilization", says="for each request")

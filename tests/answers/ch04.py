@@ -26,8 +26,8 @@ def allocate_with_slices(self, request_id, num_tokens):
 
 @right("allocate")
 def allocate_in_a_loop(self, request_id, num_tokens):
-    if self.block_tables.get(request_id) is not None:
-        raise ValueError("live")
+    if self.block_tables.get(request_id) is not None or num_tokens < 0:
+        raise ValueError("live, or no number of tokens")
     if num_tokens > len(self.free_block_ids) * self.block_size:
         needed = -(-num_tokens // self.block_size)
         raise OutOfBlocksError(needed, len(self.free_block_ids))
@@ -39,7 +39,7 @@ def allocate_in_a_loop(self, request_id, num_tokens):
 
 
 def begin(self, request_id, num_tokens, needed):
-    if request_id in self.block_tables:
+    if request_id in self.block_tables or num_tokens < 0:
         raise ValueError(f"request {request_id!r}")
     if needed > len(self.free_block_ids):
         raise OutOfBlocksError(needed, len(self.free_block_ids))
@@ -132,6 +132,17 @@ def allocate_over_a_live_request(self, request_id, num_tokens):
     begin(self, request_id, num_tokens, math.ceil(num_tokens / self.block_size))
 
 
+@wrong("allocate", says="Raise ValueError")
+def allocate_less_than_nothing(self, request_id, num_tokens):
+    if request_id in self.block_tables:
+        raise ValueError(request_id)
+    needed = math.ceil(num_tokens / self.block_size)
+    if needed > len(self.free_block_ids):
+        raise OutOfBlocksError(needed, len(self.free_block_ids))
+    self.block_tables[request_id] = [self.take_block() for _ in range(needed)]
+    self.seq_lens[request_id] = num_tokens
+
+
 @wrong("allocate", says="enough free blocks")
 def allocate_keeping_one_back(self, request_id, num_tokens):
     if request_id in self.block_tables:
@@ -154,6 +165,8 @@ def allocate_with_rounded_length(self, request_id, num_tokens):
 @right("append")
 def append_token_by_token(self, request_id, num_tokens=1):
     self.check_live(request_id)
+    if num_tokens < 0:
+        raise ValueError(num_tokens)
     needed = self.blocks_needed({request_id: num_tokens})
     if needed > len(self.free_block_ids):
         raise OutOfBlocksError(needed, len(self.free_block_ids))
@@ -169,7 +182,7 @@ def append_token_by_token(self, request_id, num_tokens=1):
 
 @right("append")
 def append_counting_room(self, request_id, num_tokens=1):
-    if request_id not in self.seq_lens:
+    if request_id not in self.seq_lens or num_tokens < 0:
         raise ValueError("unknown")
     table = self.block_tables[request_id]
     room = len(table) * self.block_size - self.seq_lens[request_id]
@@ -187,6 +200,8 @@ def append_counting_room(self, request_id, num_tokens=1):
 def grow(self, request_id, num_tokens, needed_blocks=None, is_copied=None):
     """append, with one thing to go wrong."""
     self.check_live(request_id)
+    if num_tokens < 0:
+        raise ValueError(num_tokens)
     needed = self.blocks_needed({request_id: num_tokens})
     if needed > len(self.free_block_ids):
         raise OutOfBlocksError(needed, len(self.free_block_ids))
@@ -202,6 +217,11 @@ def grow(self, request_id, num_tokens, needed_blocks=None, is_copied=None):
     while len(table) < wanted:
         table.append(self.take_block())
     return copied
+
+
+@wrong("append")
+def append_two_by_default(self, request_id, num_tokens=2):
+    return grow(self, request_id, num_tokens)
 
 
 @wrong("append", says="when the others are full, not before")
@@ -314,6 +334,12 @@ def free_backwards(self, request_id):
         if not self.ref_count[block_id]:
             self.free_block_ids.append(block_id)
     del self.block_tables[request_id], self.seq_lens[request_id]
+
+
+@right("free")
+def free_with_a_count(self, request_id):
+    free_backwards(self, request_id)
+    return len(self.free_block_ids)
 
 
 @right("free")
@@ -435,6 +461,11 @@ def slots_of_all_places(block_tables, seq_lens, query_lens, block_size):
 def where(seq_lens, query_lens):
     requests = torch.arange(len(seq_lens)).repeat_interleave(query_lens)
     return requests, new_positions(seq_lens, query_lens)
+
+
+@wrong("slot_mapping", says="the dtype of those that came in")
+def slots_in_int32(block_tables, seq_lens, query_lens, block_size):
+    return slots_in_loops(block_tables, seq_lens, query_lens, block_size).int()
 
 
 @wrong("slot_mapping", says="That is the block")
@@ -728,12 +759,19 @@ def copy_with_a_new_table(self, request_id):
     own = self.take_block()
     self.block_tables[request_id] = table[:-1] + [own]
     self.ref_count[shared] -= 1
-    return shared, own
+    return [shared, own]
 
 
 @wrong("copy_on_write", says="Others use the last block too")
 def copy_never(self, request_id):
     return None
+
+
+@wrong("copy_on_write", says="Others use the last block too")
+def copy_only_what_has_room(self, request_id):
+    if self.seq_lens[request_id] % self.block_size == 0:
+        return None
+    return copy_with_a_new_table(self, request_id)
 
 
 @wrong("copy_on_write", says="nothing to copy")
@@ -775,7 +813,7 @@ def copy_letting_all_go(self, request_id):
 @wrong("copy_on_write", says="not (its old last block")
 def copy_the_wrong_way(self, request_id):
     copied = copy_with_a_new_table(self, request_id)
-    return copied and copied[::-1]
+    return copied and tuple(copied[::-1])
 
 
 @wrong("copy_on_write", says="takes the place of the table's last entry")

@@ -70,7 +70,9 @@ def append_kv_cases(seed: int) -> list[Case]:
         ("a request that rests", [2, 3, 4], [1, 0, 2], 5, (1, 2)),
         ("a row that becomes full", [4, 4], [1, 4], 4, (1, 2)),
         ("a large cache", [600, 801], [1, 2], 900, (2, 8)),
+        ("single precision", [2, 5], [1, 2], 6, (1, 2)),
     ):
+        dtype = np.float32 if name == "single precision" else np.float64
         caches = []
         for _ in "kv":  # what lies behind a request's tokens is poison
             cache = np.full((len(seq_lens), S, G, D), np.nan)
@@ -79,17 +81,22 @@ def append_kv_cases(seed: int) -> list[Case]:
                     size=(seq_len - query_len, G, D)
                 )
             caches.append(cache)
-        k, v = (rng.normal(size=(sum(query_lens), G, D)) for _ in "kv")
+        k, v = (rng.normal(size=(sum(query_lens), G, D)).astype(dtype) for _ in "kv")
         inputs = {
-            "k_cache": caches[0],
-            "v_cache": caches[1],
+            "k_cache": caches[0].astype(dtype),
+            "v_cache": caches[1].astype(dtype),
             "k": k,
             "v": v,
-            "seq_lens": seq_lens,
-            "query_lens": query_lens,
+            "seq_lens": np.array(seq_lens),
+            "query_lens": np.array(query_lens),
         }
-        cases.append(Case(name, inputs, {"peak_bytes": 4 * k.nbytes + 4096}))
+        cases.append(Case(name, inputs, {"peak_bytes": _append_limit(k)}))
     return cases
+
+
+def _append_limit(k: np.ndarray) -> int:
+    """Room for the new keys and values several times, and for a mask: not for a cache."""
+    return 4 * k.nbytes + 16384
 
 
 def append_kv_explain(inputs: dict, expected: dict, got: dict) -> str | None:
@@ -109,7 +116,7 @@ def append_kv_explain(inputs: dict, expected: dict, got: dict) -> str | None:
         return "seq_lens counts the new tokens too: begin at seq_lens - query_lens"
     if is_as(k, v, seq_lens - 1):
         return "A request may bring several tokens: begin at seq_lens - query_lens"
-    if got["peak_bytes"] > 4 * k.nbytes + 4096:
+    if got["peak_bytes"] > _append_limit(k):
         return "That copies the cache: write k and v into it where they belong"
     if all(
         _is_same(np.isnan(got[name]), np.isnan(expected[name]))
@@ -152,21 +159,23 @@ def attend_cached_cases(seed: int) -> list[Case]:
         ("a prompt beside two that go on", [3, 7, 4], [3, 1, 2], 8, (4, 2, 4)),
         ("a request that rests", [2, 3, 0, 4], [1, 0, 0, 2], 5, (2, 1, 3)),
         ("500 keys, 16 query heads on two KV heads", [500], [1], 512, (16, 2, 16)),
+        ("single precision", [4], [2], 5, (2, 1, 4)),
     ):
+        dtype = np.float32 if name == "single precision" else np.float64
         caches = []
         for _ in "kv":
             cache = rng.normal(size=(len(seq_lens), S, G, D))
             for b, seq_len in enumerate(seq_lens):
                 cache[b, seq_len:] = np.nan  # what nobody may read is poison
             caches.append(cache)
-        q = rng.normal(size=(sum(query_lens), H, D))
+        q = rng.normal(size=(sum(query_lens), H, D)).astype(dtype)
         scores_bytes = 8 * len(seq_lens) * max(query_lens) * H * S
         inputs = {
             "q": q,
-            "k_cache": caches[0],
-            "v_cache": caches[1],
-            "seq_lens": seq_lens,
-            "query_lens": query_lens,
+            "k_cache": caches[0].astype(dtype),
+            "v_cache": caches[1].astype(dtype),
+            "seq_lens": np.array(seq_lens),
+            "query_lens": np.array(query_lens),
         }
         # Room for one copy of what is cached, padded scores, and trifles: not for a copy
         # of keys and values for each query head.
@@ -242,11 +251,13 @@ def generate_cached_cases(seed: int) -> list[Case]:
         ("tokens drawn at random", [0, 0], [4, 2], 8, {"temperature": 1.5}),
         ("top_k and top_p", [0], [2], 8, {"temperature": 2.0, "top_k": 40, "top_p": 0.8}),
         ("a cache with tokens in it", [7, 3], [2, 3], 4, greedy),
+        ("too little room: refused before anything is written", [0], [5], 9, greedy),
         ("a text that fills the model", [0], [40], 24, greedy),
     ):
         inputs = {
             "model_seed": int(rng.integers(1000)),
             "cached": cached,
+            "room": 12 if "too little room" in name else 64,
             "prompts": [rng.integers(0, 256, size=n).tolist() for n in prompt_lens],
             "num_new_tokens": num_new_tokens,
             "settings": settings,
@@ -258,6 +269,10 @@ def generate_cached_cases(seed: int) -> list[Case]:
 
 def generate_cached_explain(inputs: dict, expected: dict, got: dict) -> str | None:
     ours, theirs = expected["texts"], got["texts"]
+    if ours == ["CacheFullError"]:
+        return (
+            "Keep the given lines: they refuse what does not fit, before the first step"
+        )
     num_new_tokens = inputs["num_new_tokens"]
     if any(isinstance(text, str) for text in theirs):
         return None
@@ -295,7 +310,8 @@ def kv_utilization_cases(seed: int) -> list[Case]:
         ("a request that has not begun", [0, 3, 6], 12),
         ("random lengths", rng.integers(1, 500, size=9).tolist(), 512),
     ):
-        cases.append(Case(name, {"seq_lens": seq_lens, "max_seq_len": max_seq_len}))
+        inputs = {"seq_lens": np.array(seq_lens), "max_seq_len": max_seq_len}
+        cases.append(Case(name, inputs))
     return cases
 
 

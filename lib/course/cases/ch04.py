@@ -1,5 +1,6 @@
 """Chapter 4: what its exercises are tried on."""
 
+import contextlib
 import math
 import re
 from collections import Counter
@@ -7,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from lib.block_manager import BlockManager, OutOfBlocksError
 from lib.course.exercises import Case, Exercise
 
 NOWHERE = 2147480000  # a block id that stands behind the end of a table: never to be read
@@ -30,8 +32,8 @@ def slot_mapping_cases(seed: int) -> list[Case]:
         block_tables = _block_tables(rng, seq_lens, block_size)
         inputs = {
             "block_tables": block_tables,
-            "seq_lens": seq_lens,
-            "query_lens": query_lens,
+            "seq_lens": np.array(seq_lens),
+            "query_lens": np.array(query_lens),
             "block_size": block_size,
         }
         cases.append(Case(name, inputs))
@@ -91,27 +93,22 @@ def _script(name: str, num_blocks: int, block_size: int, *calls: tuple) -> Case:
 
 
 def _random_script(seed: int, num_calls: int = 40) -> Case:
-    """Calls on a small pool, some of which must be refused."""
+    """Calls on a small pool, some of which are refused: too many, or for nobody."""
     rng = np.random.default_rng(seed)
-    live, calls, next_id = [], [], 0
-    for _ in range(num_calls):
-        kind = rng.choice(["allocate", "append", "append", "append", "fork", "free"])
-        some_id = str(rng.choice(live)) if live else "nobody"
-        new_id = f"r{next_id}"
+    manager, calls = BlockManager(12, 3), []
+    for number in range(num_calls):
+        kind = str(rng.choice(["allocate", "append", "append", "append", "fork", "free"]))
+        live, new_id = list(manager.block_tables), f"r{number}"
+        some_id = str(rng.choice(live)) if live and rng.random() < 0.9 else "nobody"
         if kind == "allocate":
-            calls.append([kind, new_id, int(rng.integers(0, 9))])
+            call = [kind, new_id, int(rng.integers(0, 13))]
         elif kind == "append":
-            calls.append([kind, some_id, int(rng.integers(0, 6))])
-        elif kind == "fork":
-            calls.append([kind, some_id, new_id])
+            call = [kind, some_id, int(rng.integers(0, 9))]
         else:
-            calls.append([kind, some_id])
-            if live:
-                live.remove(some_id)
-        if kind in ("allocate", "fork"):
-            # It may be refused: then a later call is for nobody, and is refused too.
-            live.append(new_id)
-            next_id += 1
+            call = [kind, some_id, new_id] if kind == "fork" else [kind, some_id]
+        calls.append(call)
+        with contextlib.suppress(ValueError, OutOfBlocksError):
+            getattr(manager, kind)(*call[1:])
     return _script("forty random calls", 12, 3, *calls)
 
 
@@ -134,6 +131,7 @@ def allocate_cases(seed: int) -> list[Case]:
             *(3, 2),
             *(("allocate", "a", 4), ("free", "a"), ("allocate", "b", 5)),
         ),
+        _script("fewer than no tokens", 4, 2, ("allocate", "a", -1)),
         _random_script(seed),
     ]
 
@@ -148,6 +146,7 @@ def append_cases(seed: int) -> list[Case]:
             *(8, 3),
             *(("allocate", "a", 2), ("append", "a", 8), ("append", "a", 2)),
         ),
+        _script("one token is the default", 4, 2, ("allocate", "a", 2), ("append", "a")),
         _script("no tokens", 4, 2, ("allocate", "a", 3), ("append", "a", 0)),
         _script(
             "two requests in turn",
@@ -188,6 +187,7 @@ def append_cases(seed: int) -> list[Case]:
             *(("allocate", "a", 3), ("fork", "a", "b"), ("append", "b", 2)),
             ("append", "b", 1),
         ),
+        _script("fewer than no tokens", 4, 2, ("allocate", "a", 3), ("append", "a", -1)),
         _random_script(seed),
     ]
 
@@ -260,6 +260,11 @@ def copy_on_write_cases(seed: int) -> list[Case]:
             "a block that is free no more after the copy",
             *(4, 2),
             *(*shared, ("copy_on_write", "b"), ("allocate", "c", 2), ("free", "b")),
+        ),
+        _script(
+            "a full block",
+            *(4, 2),
+            *(("allocate", "a", 2), ("fork", "a", "b"), ("copy_on_write", "b")),
         ),
         _script("no block is free", 2, 2, *shared, ("copy_on_write", "b")),
         _script("the other has ended", 2, 2, *shared, ("free", "a"), ("append", "b")),
@@ -391,7 +396,8 @@ def paged_utilization_cases(seed: int) -> list[Case]:
         ("a request that has not begun", [0, 5], 4),
         ("random lengths", rng.integers(1, 500, size=9).tolist(), 16),
     ):
-        cases.append(Case(name, {"seq_lens": seq_lens, "block_size": block_size}))
+        inputs = {"seq_lens": np.array(seq_lens), "block_size": block_size}
+        cases.append(Case(name, inputs))
     return cases
 
 

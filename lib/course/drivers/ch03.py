@@ -1,20 +1,24 @@
 """Chapter 3: run an answer, give plain data."""
 
 from collections.abc import Callable
+from numbers import Integral, Real
 
 import numpy as np
 import torch
 
 from lib.config import ModelConfig
 from lib.course.drivers.ch01 import as_array, as_list, random_model
-from lib.kv_cache import ContiguousKVCache
+from lib.kv_cache import CacheFullError, ContiguousKVCache
 from lib.meter import measure
 
 
 def kv_cache_bytes(
     answer: Callable, config: dict, num_tokens: int, bytes_per_number: int
 ) -> dict:
-    return {"bytes": answer(ModelConfig(**config), num_tokens, bytes_per_number)}
+    counts = [num_tokens, bytes_per_number]
+    if bytes_per_number == 4:  # is the default
+        counts = counts[:1]
+    return {"bytes": as_number(answer(ModelConfig(**config), *counts))}
 
 
 def append_kv(
@@ -23,12 +27,12 @@ def append_kv(
     v_cache: np.ndarray,
     k: np.ndarray,
     v: np.ndarray,
-    seq_lens: list[int],
-    query_lens: list[int],
+    seq_lens: np.ndarray,
+    query_lens: np.ndarray,
 ) -> dict:
     caches = [torch.from_numpy(cache.copy()) for cache in (k_cache, v_cache)]
     new = [torch.from_numpy(x) for x in (k, v)]
-    lens = [torch.tensor(x, dtype=torch.int64) for x in (seq_lens, query_lens)]
+    lens = [torch.from_numpy(x) for x in (seq_lens, query_lens)]
     cost = measure(lambda: answer(*caches, *new, *lens))
     return {
         "k_cache": as_array(caches[0]),
@@ -42,11 +46,11 @@ def attend_cached(
     q: np.ndarray,
     k_cache: np.ndarray,
     v_cache: np.ndarray,
-    seq_lens: list[int],
-    query_lens: list[int],
+    seq_lens: np.ndarray,
+    query_lens: np.ndarray,
 ) -> dict:
     tensors = [torch.from_numpy(x) for x in (q, k_cache, v_cache)]
-    lens = [torch.tensor(x, dtype=torch.int64) for x in (seq_lens, query_lens)]
+    lens = [torch.from_numpy(x) for x in (seq_lens, query_lens)]
     cost = measure(lambda: answer(*tensors, *lens))
     return {"out": as_array(cost.value), "peak_bytes": cost.peak_bytes}
 
@@ -55,16 +59,15 @@ def generate_cached(
     answer: Callable,
     model_seed: int,
     cached: list[int],
+    room: int,
     prompts: list[list[int]],
     num_new_tokens: int,
     settings: dict,
     draw_seed: int,
 ) -> dict:
-    """cached: how many tokens each request has in the cache before."""
+    """cached: how many tokens each request has in the cache before. room: for each."""
     model = random_model(model_seed)
-    cache = ContiguousKVCache(
-        model.config, len(prompts), model.config.max_seq_len, dtype=torch.float64
-    )
+    cache = ContiguousKVCache(model.config, len(prompts), room, dtype=torch.float64)
     for tensor in (cache.k_cache, cache.v_cache):
         for b, seq_len in enumerate(cached):
             tensor[:, b, :seq_len].normal_(generator=torch.Generator().manual_seed(b))
@@ -83,7 +86,14 @@ def generate_cached(
         generator=torch.Generator().manual_seed(draw_seed),
         **settings,
     )
-    cost = measure(run)
+    try:
+        cost = measure(run)
+    except CacheFullError:
+        return {
+            "texts": ["CacheFullError"],
+            "tokens_in_the_cache": cache.seq_lens.tolist(),
+            "kept_for_a_backward_pass_bytes": 0,
+        }
     texts = cost.value
     if not isinstance(texts, (list, tuple)):
         texts = [texts]
@@ -97,8 +107,8 @@ def generate_cached(
     }
 
 
-def kv_utilization(answer: Callable, seq_lens: list[int], max_seq_len: int) -> dict:
-    share = answer(torch.tensor(seq_lens, dtype=torch.int64), max_seq_len)
+def kv_utilization(answer: Callable, seq_lens: np.ndarray, max_seq_len: int) -> dict:
+    share = answer(torch.from_numpy(seq_lens), max_seq_len)
     return {"utilization": as_number(share)}
 
 
@@ -106,4 +116,6 @@ def as_number(value) -> float | int | str:
     """A number, or a tensor that holds one; what is neither as a word about it."""
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.item()
-    return value if isinstance(value, (int, float)) else f"a {type(value).__name__}"
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else f"a {type(value).__name__}"

@@ -19,11 +19,11 @@ from lib.meter import measure
 def slot_mapping(
     answer: Callable,
     block_tables: np.ndarray,
-    seq_lens: list[int],
-    query_lens: list[int],
+    seq_lens: np.ndarray,
+    query_lens: np.ndarray,
     block_size: int,
 ) -> dict:
-    lens = [torch.tensor(x, dtype=torch.int64) for x in (seq_lens, query_lens)]
+    lens = [torch.from_numpy(x) for x in (seq_lens, query_lens)]
     return {"slots": as_array(answer(torch.from_numpy(block_tables), *lens, block_size))}
 
 
@@ -62,8 +62,8 @@ def gather_kv(
     return {"k": as_array(k), "v": as_array(v), "peak_bytes": cost.peak_bytes}
 
 
-def paged_utilization(answer: Callable, seq_lens: list[int], block_size: int) -> dict:
-    share = answer(torch.tensor(seq_lens, dtype=torch.int64), block_size)
+def paged_utilization(answer: Callable, seq_lens: np.ndarray, block_size: int) -> dict:
+    share = answer(torch.from_numpy(seq_lens), block_size)
     return {"utilization": as_number(share)}
 
 
@@ -78,11 +78,13 @@ class Stack(list):
     insert = remove = index = count = sort = reverse = __contains__ = _refuse
 
     def pop(self, *args):
-        return super().pop() if args in ((), (-1,)) else self._refuse()
+        is_last = args in ((), (-1,), (len(self) - 1,))
+        return super().pop() if is_last else self._refuse()
 
     def __delitem__(self, index):
         places = range(len(self))[index]
-        if isinstance(places, int) or (len(places) and places[-1] != len(self) - 1):
+        places = [places] if isinstance(places, int) else places
+        if len(places) and places[-1] != len(self) - 1:
             self._refuse()
         super().__delitem__(index)
 
@@ -105,7 +107,9 @@ def _run_script(
         except ValueError:
             gave = "ValueError"
         else:
-            gave = _describe(gave, before, manager.block_tables.get(request_id, []))
+            table = manager.block_tables.get(request_id, [])
+            returns = method in ("append", "copy_on_write")
+            gave = _describe(gave, before, table) if returns else "done"
         words = f"after {number}. {method}({', '.join(map(repr, args))}):"
         out[words] = {"gave": gave, **_state(manager)}
     return out
@@ -113,10 +117,10 @@ def _run_script(
 
 def _describe(gave, before: list, block_table: list) -> str:
     """What append or copy_on_write returned, without block ids."""
-    if not isinstance(gave, tuple):
+    if not isinstance(gave, (tuple, list)):
         return "None" if gave is None else f"a {type(gave).__name__}"
     last = len(before) - 1
-    if last >= 0 and gave == (before[last], block_table[last]):
+    if last >= 0 and list(gave) == [before[last], block_table[last]]:
         return "(its old last block, the one in its place)"
     return "two blocks that are not (its old last block, the one in its place)"
 
