@@ -283,8 +283,8 @@ paged_kv_cache.slot_mapping(tables, torch.tensor([6]), torch.tensor([6]), 4)
 
 # %% [markdown]
 # The same six slots as by hand. Writing is one line for keys and one for
-# values, `k_cache.flatten(0, 1)[slots] = k`: flattened, the pool is still the
-# same memory, seen as one row of slots. For reading we take the plainest way
+# values, `k_cache.view(-1, G, D)[slots] = k`: the pool is still the same
+# memory, seen as one row of slots. For reading we take the plainest way
 # there is: copy a request's blocks into one dense piece, in the order of its
 # text, and hand it to chapter 3's attention.
 #
