@@ -19,7 +19,7 @@ lab: .venv/course
 
 test: .venv/dev
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check .
-	@$(BIN)/python -m pytest -n 2 $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 table: .venv/course
 	@$(BIN)/python -m lib.table $(ARGS)

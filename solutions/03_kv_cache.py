@@ -641,19 +641,17 @@ print(f"used {batch.used_bytes / 1e6:.2f} MB, a share of {share:.3f}")
 # ## The next column of the table
 #
 # This is generation with a contiguous cache that reserves for twice as many
-# tokens as come, beside recompute from chapter 1. The cache brings two rows of
-# its own, in bytes, exact: 256 for each token and layer of this small random
-# model.
+# tokens as come. It brings two rows of its own, in bytes, exact: 256 for each
+# token and layer of this small random model.
 
 # %%
-sweeps = [table.sweep(name) for name in ["recompute", "contiguous"]]
-cells = [cell for sweep in sweeps for cell in table.fit(sweep)]
+cells = table.fit(table.sweep("contiguous"))
 Markdown(table.render(cells))
 
 # %% [markdown]
-# Memory is the price: what grew like N now grows like N·L, since every layer
-# keeps its own. It buys a power of N in both kinds of work. (The clock gains
-# less here: these models are tiny, and the texts short.)
+# Compare with recompute, in chapter 1. There memory grew like N, attention like
+# N³·L and projections like N²·L. So memory is the price: every layer keeps its
+# own. It buys a power of N in both kinds of work.
 
 # %%
 check.summary()

@@ -114,8 +114,8 @@ for position, letter in enumerate("whales"):
 # - **All or nothing.** A method that raises an error leaves everything as it
 #   was.
 # - **Constant time per block.** Take from the end of the free list, put back at
-#   its end, and never search it. (It begins as [9, …, 1, 0]: block 0 is the
-#   first to go.)
+#   its end, and never search it. (That of ten blocks begins as [9, …, 1, 0], so
+#   block 0 is the first to go.)
 #
 # `self.take_block()` is given: it takes a free block and sets its `ref_count`
 # to 1. `self.check_live(request_id)` raises the error for an unknown request.
@@ -470,11 +470,11 @@ plotting.plot_usage(
 # ### Beside the paper's bars
 #
 # The paper's figure 2 has 20.4% for the maximum, 26.8% for the power of two,
-# 38.2% for the oracle, and 96.3% for blocks of 16. Ours agree at both ends, but
-# not in the middle. One difference is known. We put a piece into the first gap
-# that is wide enough. The paper assumes, for the systems it compares with, a
-# **buddy allocator**: every piece has 2^k places and begins at a multiple of
-# its size, so 500 tokens take 512 places. We can do that too:
+# 38.2% for the oracle, and 96.3% for blocks of 16. Ours come close at both
+# ends, but not in the middle. One difference is known. We put a piece into the
+# first gap that is wide enough. The paper assumes, for the systems it compares
+# with, a **buddy allocator**: every piece has 2^k places and begins at a
+# multiple of its size, so 500 tokens take 512 places. We can do that too:
 
 # %%
 paper = {"maximum": 20.4, "power of two": 26.8, "oracle": 38.2}
@@ -727,15 +727,15 @@ for result in results:
 # ## The next column of the table
 
 # %%
-sweeps = [table.sweep(name) for name in ["contiguous", "paged"]]
-cells = [cell for sweep in sweeps for cell in table.fit(sweep)]
+cells = table.fit(table.sweep("paged"))
 Markdown(table.render(cells))
 
 # %% [markdown]
-# The same orders, all of them. What differs is the constant of what is
-# reserved: the bytes of the tokens that came (here they fill their blocks
-# exactly), and not of twice as many. For a paged cache we count as reserved the
-# blocks that are in use; the rest of the pool is anybody's.
+# The same orders as in chapter 3, all of them. What differs is the constant of
+# what is reserved, 256 in the place of 512: the bytes of the tokens that came
+# (here they fill their blocks exactly), and not of twice as many. For a paged
+# cache we count as reserved the blocks that are in use; the rest of the pool is
+# anybody's.
 
 # %%
 check.summary()
