@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import lib
-from lib import checkpointing, generate, sampling, text
+from lib import checkpointing, generate, paged_attention, sampling, text
 from lib.config import ModelConfig
 from lib.kv_cache import ContiguousKVCache
 from lib.model import Transformer, attend_causal, attend_fused
@@ -135,6 +135,12 @@ def watcher():
         prompts = [token_ids[0, :n] for n in (2, 7, 4)]
         for cache in (ContiguousKVCache(CONFIG, 3, 9), PagedKVCache(CONFIG, 3, 9, 4)):
             generate.generate_cached(model, prompts, 3, cache)
+        q, pool = torch.randn(3, 6, 10), torch.randn(2, 9, 4, 2, 10)
+        for paged_decode in (
+            paged_attention.paged_decode_gather,
+            paged_attention.paged_decode_online,
+        ):
+            paged_decode(q, *pool, torch.arange(9).view(3, 3), torch.tensor([9, 1, 12]))
         sampling.next_token_probs(torch.randn(3, 29), temperature=0)
         ids = torch.randint(29, (99,))
         text.random_batch(ids, 3, 7)

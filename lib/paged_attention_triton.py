@@ -1,0 +1,345 @@
+"""Chapter 5: paged attention as Triton kernels, and their launchers.
+
+One program of `paged_decode_kernel` serves one request, one KV head with all the query
+heads that read it, and one share (split) of its keys. It looks up the block of every
+token in the table and reads keys and values where they lie, a tile at a time, with the
+running sums of `paged_attention.attend_online`. So each byte of the cache is read once,
+whatever the number of query heads, and nothing is copied.
+
+On a GPU the kernels are compiled; without one they are interpreted, slowly, line by line
+(lib/__init__.py decides). Importing this module needs Triton, which is there on Linux.
+
+FlashAttention: https://arxiv.org/abs/2205.14135. Splits, as in Flash-Decoding:
+https://crfm.stanford.edu/2023/10/12/flashdecoding.html.
+
+Read lib/paged_attention.py before.
+"""
+
+import math
+import os
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+LOG2_E = math.log2(math.e)
+# Tokens that a program reads at a time (block_size is another matter): with more of fp32
+# the registers of some GPUs do not suffice.
+TILES = {"float32": 32, "float16": 64, "bfloat16": 64}
+MIN_DOT = 16  # rows and columns of a tl.dot on a GPU; the interpreter takes fewer
+
+
+@triton.jit
+def paged_decode_kernel(
+    q_ptr,  # (B, H, D)
+    k_cache_ptr,  # (num_blocks, block_size, G, D)
+    v_cache_ptr,  # (num_blocks, block_size, G, D)
+    block_tables_ptr,  # (B, M)
+    seq_lens_ptr,  # (B,)
+    out_ptr,  # (B, H, D)
+    logsumexp_ptr,  # (B, H)
+    acc_ptr,  # (B, H, NUM_SPLITS, D) fp32, not divided by row_sum
+    row_max_ptr,  # (B, H, NUM_SPLITS) fp32, of scores times log2(e)
+    row_sum_ptr,  # (B, H, NUM_SPLITS) fp32
+    scale_log2_e,  # what scores are multiplied by, so that exp2 can take the place of exp
+    block_size,  # tokens
+    q_stride_b,
+    q_stride_h,
+    k_stride_block,
+    k_stride_place,
+    k_stride_g,
+    v_stride_block,
+    v_stride_place,
+    v_stride_g,
+    table_stride_b,
+    GROUP_SIZE: tl.constexpr,  # query heads that read one KV head
+    HEAD_DIM: tl.constexpr,  # D
+    ROWS: tl.constexpr,  # GROUP_SIZE, rounded up to what tl.dot takes
+    COLS: tl.constexpr,  # D, rounded up to a power of two
+    TILE: tl.constexpr,  # tokens
+    NUM_SPLITS: tl.constexpr,
+    UPCAST: tl.constexpr,  # to fp32 right after a load
+):
+    # locate: which request, which heads, and which share of the keys
+    b, g, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
+    is_head, is_col = row < GROUP_SIZE, col < HEAD_DIM
+    h = g * GROUP_SIZE + row
+    seq_len = tl.load(seq_lens_ptr + b)
+    tiles_per_split = tl.cdiv(tl.cdiv(seq_len, TILE), NUM_SPLITS)
+    start = split * tiles_per_split * TILE
+    end = tl.minimum(start + tiles_per_split * TILE, seq_len)
+
+    # load the queries of all heads of the group, once
+    q_at = q_ptr + b * q_stride_b + h[:, None] * q_stride_h + col[None, :]
+    q = tl.load(q_at, mask=is_head[:, None] & is_col[None, :], other=0.0)
+    if UPCAST:
+        q = q.to(tl.float32)
+    row_max = tl.full([ROWS], float("-inf"), tl.float32)
+    row_sum = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, COLS], tl.float32)
+
+    for tile_start in range(start, end, TILE):
+        # look up the block of each token; int64, for id times stride may pass 2^31
+        position = tile_start + tl.arange(0, TILE)
+        is_token = position < end
+        table_at = block_tables_ptr + b * table_stride_b + position // block_size
+        block_id = tl.load(table_at, mask=is_token, other=0).to(tl.int64)
+        place = position % block_size
+
+        # gather keys and values where they lie; masked, for what is dead may be NaN
+        is_there = is_token[:, None] & is_col[None, :]
+        k_at = block_id * k_stride_block + place * k_stride_place + g * k_stride_g
+        v_at = block_id * v_stride_block + place * v_stride_place + g * v_stride_g
+        k = tl.load(k_cache_ptr + k_at[:, None] + col[None, :], mask=is_there, other=0.0)
+        v = tl.load(v_cache_ptr + v_at[:, None] + col[None, :], mask=is_there, other=0.0)
+        if UPCAST:
+            k, v = k.to(tl.float32), v.to(tl.float32)
+
+        # score
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2_e
+        scores = tl.where(is_token[None, :], scores, float("-inf"))
+
+        # rescale what was summed up under another maximum, and add
+        new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+        rescale = tl.exp2(row_max - new_max)
+        weights = tl.exp2(scores - new_max[:, None])
+        row_sum = row_sum * rescale + tl.sum(weights, axis=1)
+        weighted = tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        acc = acc * rescale[:, None] + weighted
+        row_max = new_max
+
+    # store the result, or this split's part of it
+    at = b * tl.num_programs(1) * GROUP_SIZE + h
+    out_mask = is_head[:, None] & is_col[None, :]
+    if NUM_SPLITS == 1:
+        divisor = tl.where(row_sum > 0, row_sum, 1.0)
+        logsumexp = (row_max + tl.log2(divisor)) / 1.4426950408889634
+        tl.store(logsumexp_ptr + at, logsumexp, mask=is_head)
+        out = (acc / divisor[:, None]).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + at[:, None] * HEAD_DIM + col[None, :], out, mask=out_mask)
+    else:
+        at = at * NUM_SPLITS + split
+        tl.store(row_max_ptr + at, row_max, mask=is_head)
+        tl.store(row_sum_ptr + at, row_sum, mask=is_head)
+        tl.store(acc_ptr + at[:, None] * HEAD_DIM + col[None, :], acc, mask=out_mask)
+
+
+@triton.jit
+def merge_splits_kernel(
+    acc_ptr,  # (B, H, NUM_SPLITS, D)
+    row_max_ptr,  # (B, H, NUM_SPLITS)
+    row_sum_ptr,  # (B, H, NUM_SPLITS)
+    out_ptr,  # (B, H, D)
+    logsumexp_ptr,  # (B, H)
+    HEAD_DIM: tl.constexpr,
+    COLS: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,  # a power of two
+):
+    # load the parts of one head of one request
+    at = tl.program_id(0)
+    split, col = tl.arange(0, NUM_SPLITS), tl.arange(0, COLS)
+    is_col = col < HEAD_DIM
+    row_max = tl.load(row_max_ptr + at * NUM_SPLITS + split)
+    row_sum = tl.load(row_sum_ptr + at * NUM_SPLITS + split)
+    acc_at = acc_ptr + (at * NUM_SPLITS + split)[:, None] * HEAD_DIM + col[None, :]
+    acc = tl.load(acc_at, mask=is_col[None, :], other=0.0)
+
+    # rescale all to one maximum; of a request without keys that is -inf
+    total_max = tl.max(row_max, axis=0)
+    rescale = tl.exp2(row_max - tl.where(total_max > float("-inf"), total_max, 0.0))
+    total_sum = tl.sum(row_sum * rescale, axis=0)
+
+    # store
+    divisor = tl.where(total_sum > 0, total_sum, 1.0)
+    out = tl.sum(acc * rescale[:, None], axis=0) / divisor
+    tl.store(out_ptr + at * HEAD_DIM + col, out.to(out_ptr.dtype.element_ty), mask=is_col)
+    logsumexp = (total_max + tl.log2(divisor)) / 1.4426950408889634
+    tl.store(logsumexp_ptr + at, logsumexp)
+
+
+def paged_decode(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    scale: float | None = None,
+    num_splits: int | None = None,
+    check_ids: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`paged_attention.paged_decode_gather` by the kernels.
+
+    block_tables int32 (B, M), seq_lens int32 (B,). num_splits: programs that share the
+    keys of a request and KV head, a power of two; None chooses. check_ids looks whether
+    tables and lengths fit the pool, for which a GPU has to be waited for. Raises
+    ValueError for tensors that do not fit each other.
+    """
+    check_decode_inputs(q, k_cache, v_cache, block_tables, seq_lens)
+    if check_ids:
+        check_block_ids(k_cache, block_tables, seq_lens)
+    check_interpreter()
+    B, H, D = q.shape
+    block_size, G = k_cache.shape[1:3]
+    if num_splits is None:
+        num_splits = choose_num_splits(
+            B * G, block_tables.shape[1] * block_size, q.device
+        )
+    if num_splits < 1 or num_splits & (num_splits - 1):
+        raise ValueError(f"num_splits: expected a power of two, got {num_splits}")
+    q, k_cache, v_cache, block_tables = (
+        x if x.stride(-1) == 1 else x.contiguous()
+        for x in (q, k_cache, v_cache, block_tables)
+    )
+    constants = decode_constants(H // G, D, num_splits, str(q.dtype).split(".")[1])
+
+    out = torch.empty(B, H, D, dtype=q.dtype, device=q.device)
+    logsumexp = torch.empty(B, H, dtype=torch.float32, device=q.device)
+    num_parts = num_splits if num_splits > 1 else 0  # one split writes out directly
+    acc = torch.empty(B, H, num_parts, D, dtype=torch.float32, device=q.device)
+    row_max, row_sum = torch.empty(2, B, H, num_parts, device=q.device)
+    if B == 0:
+        return out, logsumexp
+    paged_decode_kernel[(B, G, num_splits)](
+        *(q, k_cache, v_cache, block_tables, seq_lens.contiguous()),
+        *(out, logsumexp, acc, row_max, row_sum),
+        (D**-0.5 if scale is None else scale) * LOG2_E,
+        block_size,
+        *q.stride()[:2],
+        *k_cache.stride()[:3],
+        *v_cache.stride()[:3],
+        block_tables.stride(0),
+        **constants,
+    )
+    if num_splits > 1:
+        merge_splits_kernel[(B * H,)](
+            *(acc, row_max, row_sum, out, logsumexp),
+            HEAD_DIM=D,
+            COLS=constants["COLS"],
+            NUM_SPLITS=num_splits,
+        )
+    return out, logsumexp
+
+
+def decode_constants(group_size: int, head_dim: int, num_splits: int, dtype: str) -> dict:
+    """The constants that `paged_decode_kernel` is compiled with. dtype: "bfloat16"."""
+    return {
+        "GROUP_SIZE": group_size,
+        "HEAD_DIM": head_dim,
+        "ROWS": max(MIN_DOT, triton.next_power_of_2(group_size)),
+        "COLS": max(MIN_DOT, triton.next_power_of_2(head_dim)),
+        "TILE": 64 if IS_INTERPRETED else TILES[dtype],  # interpreted, fewer are faster
+        "NUM_SPLITS": num_splits,
+        # The interpreter computes bf16 wrongly.
+        "UPCAST": IS_INTERPRETED or dtype == "float32",
+    }
+
+
+def choose_num_splits(num_programs: int, max_seq_len: int, device: torch.device) -> int:
+    """Enough programs to fill a GPU twice, but not for less than some 256 tokens each.
+
+    max_seq_len: what the tables have room for. Reading the longest length instead would
+    make the GPU wait.
+    """
+    if device.type != "cuda":
+        return 1
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    wanted = triton.next_power_of_2(triton.cdiv(2 * num_sms, num_programs))
+    return max(1, min(wanted, triton.next_power_of_2(max_seq_len // 256), 64))
+
+
+def check_decode_inputs(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+):
+    """Raise ValueError, with expected and got, unless shapes, dtypes and devices fit."""
+    for name, tensor, num_dims in (
+        ("q", q, 3),
+        ("k_cache", k_cache, 4),
+        ("v_cache", v_cache, 4),
+        ("block_tables", block_tables, 2),
+        ("seq_lens", seq_lens, 1),
+    ):
+        if tensor.dim() != num_dims:
+            raise ValueError(
+                f"{name}: expected {num_dims} dimensions, got {tuple(tensor.shape)}"
+            )
+        if tensor.device != q.device:
+            raise ValueError(f"{name}: expected on {q.device}, as q, got {tensor.device}")
+        is_index = name in ("block_tables", "seq_lens")
+        dtype = torch.int32 if is_index else q.dtype
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name}: expected {dtype}, got {tensor.dtype}")
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"q: expected float32, float16 or bfloat16, got {q.dtype}")
+    (B, H, D), G = q.shape, k_cache.shape[2]
+    if v_cache.shape != k_cache.shape:
+        raise ValueError(
+            f"v_cache: expected {tuple(k_cache.shape)} as k_cache, "
+            f"got {tuple(v_cache.shape)}"
+        )
+    if k_cache.shape[3] != D:
+        raise ValueError(f"k_cache: expected D = {D} as in q, got {k_cache.shape[3]}")
+    if G == 0 or H % G:
+        raise ValueError(f"k_cache: expected a divisor of {H} query heads, got G = {G}")
+    if len(block_tables) != B or len(seq_lens) != B:
+        raise ValueError(
+            f"block_tables, seq_lens: expected one row for each of {B} requests, "
+            f"got {len(block_tables)} and {len(seq_lens)}"
+        )
+
+
+def check_block_ids(
+    k_cache: torch.Tensor, block_tables: torch.Tensor, seq_lens: torch.Tensor
+):
+    """Raise ValueError unless each length fits its table, and each id the pool."""
+    num_blocks, block_size = k_cache.shape[:2]
+    for b, (block_table, seq_len) in enumerate(
+        zip(block_tables.tolist(), seq_lens.tolist())
+    ):
+        if not 0 <= seq_len <= len(block_table) * block_size:
+            raise ValueError(
+                f"request {b}: expected 0 to {len(block_table) * block_size} tokens, as "
+                f"its table is wide, got {seq_len}"
+            )
+        for block_id in block_table[: triton.cdiv(seq_len, block_size)]:
+            if not 0 <= block_id < num_blocks:
+                raise ValueError(
+                    f"request {b}: expected blocks 0 to {num_blocks - 1}, got {block_id}"
+                )
+
+
+@triton.jit
+def _double_kernel(x_ptr, out_ptr, n, TILE: tl.constexpr):
+    i = tl.arange(0, TILE)
+    x = tl.load(x_ptr + i, mask=i < n, other=0.0)
+    tl.store(out_ptr + i, 2 * x, mask=i < n)
+
+
+@cache
+def check_interpreter():
+    """Raise RuntimeError that says plainly what is wrong, if kernels do not run here."""
+    if not torch.cuda.is_available() and not IS_INTERPRETED:
+        raise RuntimeError(
+            "Triton: expected a GPU, or TRITON_INTERPRET=1 before Triton is imported for "
+            "the first time; import lib before anything that imports Triton"
+        )
+    if not IS_INTERPRETED:
+        return
+    x, out = torch.arange(3.0), torch.zeros(4)
+    try:
+        _double_kernel[(1,)](x, out, 3, TILE=4)
+        got = out.tolist()
+    except Exception as error:
+        got = f"{type(error).__name__}: {error}"
+    if got != [0.0, 2.0, 4.0, 0.0]:
+        raise RuntimeError(
+            f"the Triton interpreter is broken here (triton {triton.__version__}): "
+            f"expected [0, 2, 4, 0], got {got}"
+        )

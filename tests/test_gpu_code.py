@@ -1,0 +1,67 @@
+import json
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="compiling needs Triton")
+from lib import gpu_code  # noqa: E402
+from lib.gpu_code import compile_decode  # noqa: E402
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+
+
+@pytest.mark.parametrize(
+    "gpu, dtype, instruction",
+    [
+        ("sm_80", "float16", "HMMA"),
+        ("sm_90", "bfloat16", "HMMA"),
+        ("sm_100", "bfloat16", "MMA"),
+        ("gfx942", "bfloat16", "v_mfma"),
+        ("sm_80", "float32", None),
+        pytest.param("sm_80", "bfloat16", "HMMA", marks=pytest.mark.nightly),
+        pytest.param("sm_90", "float32", None, marks=pytest.mark.nightly),
+        pytest.param("sm_100", "float32", None, marks=pytest.mark.nightly),
+        pytest.param("gfx942", "float32", None, marks=pytest.mark.nightly),
+    ],
+)
+@pytest.mark.parametrize("num_splits", [1, 8])
+def test_the_kernel_compiles_without_spills_and_uses_tensor_cores(
+    gpu, dtype, instruction, num_splits
+):
+    code = compile_decode(gpu, dtype, num_splits=num_splits)
+    assert code.spilled_bytes == 0
+    assert 16 <= code.registers <= 255 and 0 < code.shared_bytes <= 99 * 1024
+    names = code.tensor_core_instructions
+    # fp32 is multiplied in full precision, which NVIDIA's tensor cores do not have.
+    if instruction:
+        assert any(instruction in name for name in names), names
+    elif gpu.startswith("sm_"):
+        assert names == []
+
+
+@pytest.mark.parametrize("head_dim, group_size", [(80, 1), (64, 8), (256, 4)])
+def test_other_shapes_compile_too(head_dim, group_size):
+    code = compile_decode("sm_90", head_dim=head_dim, group_size=group_size)
+    assert code.spilled_bytes == 0
+
+
+def test_the_command_says_what_came_out(monkeypatch, capfd):
+    monkeypatch.setattr("sys.argv", ["gpu_code", "--gpu", "sm_90"])
+    assert gpu_code.main() == 0
+    out = capfd.readouterr().out
+    assert out.startswith("sm_90, bfloat16: ") and " 0 bytes spilled" in out
+    monkeypatch.setattr("sys.argv", ["gpu_code", "--json"])
+    assert gpu_code.main() == 0
+    assert "HMMA" in json.loads(capfd.readouterr().out)["assembly"]
+
+
+def test_another_gpu_or_dtype_is_refused():
+    with pytest.raises(ValueError, match="gpu: expected one of sm_80, .*, got 'sm_12'"):
+        compile_decode("sm_12")
+    with pytest.raises(ValueError, match="dtype: expected one of float32"):
+        compile_decode("sm_90", "int8")
+
+
+def test_what_does_not_compile_is_told(monkeypatch):
+    with pytest.raises(RuntimeError, match="does not compile"):
+        compile_decode("sm_90", num_splits=3.5)
