@@ -15,9 +15,9 @@ https://crfm.stanford.edu/2023/10/12/flashdecoding.html.
 Read lib/paged_attention.py before.
 """
 
+import functools
 import math
 import os
-from functools import cache
 
 import torch
 import triton
@@ -27,8 +27,56 @@ IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LOG2_E = math.log2(math.e)
 # Tokens that a program reads at a time (block_size is another matter): with more of fp32
 # the registers of some GPUs do not suffice.
-TILES = {"float32": 32, "float16": 64, "bfloat16": 64}
+TILES = {"float32": 16, "float16": 64, "bfloat16": 64}
 MIN_DOT = 16  # rows and columns of a tl.dot on a GPU; the interpreter takes fewer
+
+
+@triton.jit
+def write_kv_kernel(
+    new_ptr,  # (N, G, D)
+    cache_ptr,  # (num_blocks, block_size, G, D)
+    slots_ptr,  # (N,) int64
+    num_numbers,  # G · D
+    TILE: tl.constexpr,  # numbers, a power of two of at least G · D
+):
+    # One program a token: all heads of a token lie together.
+    n, i = tl.program_id(0), tl.arange(0, TILE)
+    slot = tl.load(slots_ptr + n)
+    row = tl.load(new_ptr + n * num_numbers + i, mask=i < num_numbers)
+    tl.store(cache_ptr + slot * num_numbers + i, row, mask=i < num_numbers)
+
+
+@triton.jit
+def copy_blocks_kernel(
+    cache_ptr,  # (num_blocks, block_size, G, D)
+    sources_ptr,  # (num_copies,) int64
+    targets_ptr,  # (num_copies,) int64
+    num_numbers,  # block_size · G · D
+    TILE: tl.constexpr,  # numbers
+):
+    copy, tile = tl.program_id(0), tl.program_id(1)
+    i = tile * TILE + tl.arange(0, TILE)
+    source = tl.load(sources_ptr + copy) * num_numbers
+    target = tl.load(targets_ptr + copy) * num_numbers
+    block = tl.load(cache_ptr + source + i, mask=i < num_numbers)
+    tl.store(cache_ptr + target + i, block, mask=i < num_numbers)
+
+
+@triton.jit
+def gather_kernel(
+    cache_ptr,  # (num_blocks, block_size, G, D)
+    block_table_ptr,  # (M,)
+    out_ptr,  # (S, G, D)
+    block_size,  # tokens
+    num_numbers,  # G · D
+    TILE: tl.constexpr,  # numbers, a power of two of at least G · D
+):
+    # One program a token: look up its block, and copy its row.
+    position, i = tl.program_id(0), tl.arange(0, TILE)
+    block_id = tl.load(block_table_ptr + position // block_size).to(tl.int64)
+    slot = block_id * block_size + position % block_size
+    row = tl.load(cache_ptr + slot * num_numbers + i, mask=i < num_numbers)
+    tl.store(out_ptr + position * num_numbers + i, row, mask=i < num_numbers)
 
 
 @triton.jit
@@ -158,6 +206,80 @@ def merge_splits_kernel(
     tl.store(out_ptr + at * HEAD_DIM + col, out.to(out_ptr.dtype.element_ty), mask=is_col)
     logsumexp = (total_max + tl.log2(divisor)) / 1.4426950408889634
     tl.store(logsumexp_ptr + at, logsumexp)
+
+
+def write_kv(
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slots: torch.Tensor,
+):
+    """`paged_kv_cache.write_kv` by a kernel: k, v (N, G, D) to the slots, int64 (N,)."""
+    check_interpreter()
+    num_numbers = k_cache.shape[2] * k_cache.shape[3]
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        check_in_one_piece(cache)
+        if new.shape != (len(slots), *cache.shape[2:]) or new.dtype != cache.dtype:
+            raise ValueError(
+                f"k, v: expected {(len(slots), *cache.shape[2:])} of {cache.dtype}, "
+                f"got {tuple(new.shape)} of {new.dtype}"
+            )
+    tile = triton.next_power_of_2(num_numbers)
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        if len(slots) > 0:
+            write_kv_kernel[(len(slots),)](
+                new.contiguous(), cache, slots, num_numbers, TILE=tile
+            )
+
+
+def copy_blocks(cache: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor):
+    """Copy whole blocks of one layer's keys or values, for copy on write, in place.
+
+    cache (num_blocks, block_size, G, D); sources, targets: block ids, int64
+    (num_copies,), none of which stands on both sides.
+    """
+    check_interpreter()
+    check_in_one_piece(cache)
+    if sources.shape != targets.shape:
+        raise ValueError(
+            f"expected as many sources as targets, got {len(sources)} and {len(targets)}"
+        )
+    num_numbers, tile = cache[0].numel(), 1024
+    if len(sources) > 0:
+        copy_blocks_kernel[(len(sources), triton.cdiv(num_numbers, tile))](
+            cache, sources, targets, num_numbers, TILE=tile
+        )
+
+
+def gather_kv(
+    k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor, seq_len: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`paged_kv_cache.gather_kv` by a kernel: one dense piece, (S, G, D) each."""
+    check_interpreter()
+    dense = []
+    for cache in (k_cache, v_cache):
+        check_in_one_piece(cache)
+        out = torch.empty(
+            seq_len, *cache.shape[2:], dtype=cache.dtype, device=cache.device
+        )
+        num_numbers = cache.shape[2] * cache.shape[3]
+        if seq_len > 0:
+            gather_kernel[(seq_len,)](
+                *(cache, block_table, out, cache.shape[1], num_numbers),
+                TILE=triton.next_power_of_2(num_numbers),
+            )
+        dense.append(out)
+    return dense[0], dense[1]
+
+
+def check_in_one_piece(cache: torch.Tensor):
+    """Raise ValueError for a cache whose blocks do not lie behind each other."""
+    if not cache.is_contiguous():
+        raise ValueError(
+            f"cache: expected contiguous, got {tuple(cache.shape)} with strides "
+            f"{cache.stride()}"
+        )
 
 
 def paged_decode(
@@ -322,7 +444,7 @@ def _double_kernel(x_ptr, out_ptr, n, TILE: tl.constexpr):
     tl.store(out_ptr + i, 2 * x, mask=i < n)
 
 
-@cache
+@functools.cache
 def check_interpreter():
     """Raise RuntimeError that says plainly what is wrong, if kernels do not run here."""
     if not torch.cuda.is_available() and not IS_INTERPRETED:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from lib import paged_kv_cache
 from lib.paged_attention import attend_online, paged_decode_gather, paged_decode_online
 
 NOWHERE = 2147480000  # a block id behind the end of a table
@@ -213,6 +214,40 @@ def test_a_number_of_splits_that_cannot_be_merged_is_refused():
     inputs = paged(CASES[0], torch.float32)
     with pytest.raises(ValueError, match="expected a power of two, got 3"):
         paged_decode(*inputs, num_splits=3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_keys_and_values_are_written_copied_and_gathered_as_by_the_twins(dtype):
+    torch.manual_seed(0)
+    caches = torch.randn(2, 7, 4, 3, 5).to(dtype)
+    k, v = torch.randn(2, 6, 3, 5).to(dtype)
+    slots = torch.randperm(28)[:6]
+    expected = caches.clone()
+    paged_kv_cache.write_kv(*expected, k, v, slots)
+    paged_attention_triton.write_kv(*caches, k, v, slots)
+    assert torch.equal(caches, expected)
+
+    paged_attention_triton.copy_blocks(
+        caches[0], torch.tensor([2, 5]), torch.tensor([6, 0])
+    )
+    expected[0, [6, 0]] = expected[0, [2, 5]]
+    assert torch.equal(caches, expected)
+
+    for seq_len in (0, 1, 4, 11):
+        block_table = torch.tensor([5, 1, 3, NOWHERE])
+        got = paged_attention_triton.gather_kv(*caches, block_table, seq_len)
+        wanted = paged_kv_cache.gather_kv(*caches, block_table, seq_len)
+        assert all(torch.equal(one, other) for one, other in zip(got, wanted))
+
+
+def test_writes_that_do_not_fit_are_refused():
+    cache, rows, slots = torch.zeros(3, 2, 1, 4), torch.zeros(2, 1, 4), torch.arange(2)
+    with pytest.raises(ValueError, match=r"k, v: expected \(2, 1, 4\) of torch.float32"):
+        paged_attention_triton.write_kv(cache, cache, rows.half(), rows, slots)
+    with pytest.raises(ValueError, match="as many sources as targets, got 2 and 1"):
+        paged_attention_triton.copy_blocks(cache, slots, slots[:1])
+    with pytest.raises(ValueError, match="cache: expected contiguous"):
+        paged_attention_triton.gather_kv(cache.transpose(0, 1), cache, slots, 2)
 
 
 def test_no_requests_give_no_rows():
