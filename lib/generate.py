@@ -86,7 +86,8 @@ def forward_cached(
     """Logits after each new token, which from now on is in the cache.
 
     token_ids int64 (N,), request after request: query_lens[b] of request b, int64 (B,).
-    Returns (N, V). What does not fit, tokens or lengths, raises before anything changes.
+    Returns (N, V). What does not fit, tokens or lengths, raises before anything changes
+    (on a GPU ids are not looked at).
     """
     check_cache(model, cache)
     kv_cache.check_query_lens(query_lens, cache.seq_lens)
@@ -168,8 +169,7 @@ def check_cached_generation(
     if len(prompts) != len(cache.seq_lens) or not prompts:
         raise ValueError(
             f"prompts: expected {len(cache.seq_lens)}, one a request of the cache, "
-            f"and at least one, "
-            f"got {len(prompts)}"
+            f"and at least one, got {len(prompts)}"
         )
     for prompt_ids, seq_len in zip(prompts, cache.seq_lens.tolist()):
         if prompt_ids.dim() != 1:

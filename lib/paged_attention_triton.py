@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-LOG2_E = math.log2(math.e)
+LOG2_E = tl.constexpr(math.log2(math.e))
 # Tokens that a program reads at a time (block_size is another matter): with more of fp32
 # the registers of some GPUs do not suffice.
 TILES = {"float32": 16, "float16": 64, "bfloat16": 64}
@@ -164,7 +164,7 @@ def paged_decode_kernel(
     out_mask = is_head[:, None] & is_col[None, :]
     if NUM_SPLITS == 1:
         divisor = tl.where(row_sum > 0, row_sum, 1.0)
-        logsumexp = (row_max + tl.log2(divisor)) / 1.4426950408889634
+        logsumexp = (row_max + tl.log2(divisor)) / LOG2_E
         tl.store(logsumexp_ptr + at, logsumexp, mask=is_head)
         out = (acc / divisor[:, None]).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + at[:, None] * HEAD_DIM + col[None, :], out, mask=out_mask)
@@ -204,7 +204,7 @@ def merge_splits_kernel(
     divisor = tl.where(total_sum > 0, total_sum, 1.0)
     out = tl.sum(acc * rescale[:, None], axis=0) / divisor
     tl.store(out_ptr + at * HEAD_DIM + col, out.to(out_ptr.dtype.element_ty), mask=is_col)
-    logsumexp = (total_max + tl.log2(divisor)) / 1.4426950408889634
+    logsumexp = (total_max + tl.log2(divisor)) / LOG2_E
     tl.store(logsumexp_ptr + at, logsumexp)
 
 
@@ -328,7 +328,7 @@ def paged_decode(
     paged_decode_kernel[(B, G, num_splits)](
         *(q, k_cache, v_cache, block_tables, seq_lens.contiguous()),
         *(out, logsumexp, acc, row_max, row_sum),
-        (D**-0.5 if scale is None else scale) * LOG2_E,
+        (D**-0.5 if scale is None else scale) * LOG2_E.value,
         block_size,
         *q.stride()[:2],
         *k_cache.stride()[:3],
@@ -462,6 +462,6 @@ def check_interpreter():
         got = f"{type(error).__name__}: {error}"
     if got != [0.0, 2.0, 4.0, 0.0]:
         raise RuntimeError(
-            f"the Triton interpreter is broken here (triton {triton.__version__}): "
-            f"expected [0, 2, 4, 0], got {got}"
+            f"the Triton interpreter is broken here (triton {triton.__version__}), or "
+            f"Triton was imported before lib: expected [0, 2, 4, 0], got {got}"
         )
