@@ -571,8 +571,8 @@ plotting.plot_measured(
 #
 # At the right is prefill: the many tokens of a prompt share each weight that is
 # read. At the left is decode: one token, all weights, and arithmetic units that
-# wait. On a GPU, which can do hundreds of FLOPs in the time of a byte, nearly
-# all of them wait. The cure is to decode *many requests in one step*:
+# wait; the more FLOPs a machine can do in the time of a byte, the more of them.
+# The cure is to decode *many requests in one step*:
 
 # %%
 for B in [1, 2, 4, 8, 16, 32]:
@@ -690,8 +690,8 @@ print(f"{1 / share:.1f} times as many requests would fit")
 #    positions are new, and which of the logits' rows do you need for the next
 #    tokens?
 # 4. Why is there no mask to speak of when T is 1?
-# 5. On a GPU, decoding 8 requests in one step takes about as long as decoding
-#    one, and 16 too. Until when?
+# 5. A machine can do 100 FLOPs in the time of a byte, and weights have four
+#    bytes each. Up to how many requests could a step take as long as for one?
 #
 # <details><summary>Answers</summary>
 #
@@ -699,8 +699,8 @@ print(f"{1 / share:.1f} times as many requests would fit")
 # 2. 2 · 24 · 4 · 64 · 2 = 24,576: 24 KiB.
 # 3. 5 and 6 of the first request, 0 to 3 of the second; rows 1 and 5.
 # 4. The newest token may see all that are there.
-# 5. Until the arithmetic takes as long as reading the weights. (And the caches,
-#    which are not shared: each request brings its own bytes to read.)
+# 5. 200: each brings half a FLOP for a byte of the weights. (Less, in truth:
+#    the caches are not shared, and each request brings its own bytes to read.)
 #
 # </details>
 #

@@ -419,9 +419,9 @@ plotting.plot_measured(
 
 # %% [markdown]
 # *The smaller the block, the less is wasted.* Why not blocks of one, then? Each
-# block is an entry in a table that attention has to look up, and a short run of
-# memory that it has to fetch; long runs are faster. The paper (section 7.2)
-# found 16 to 128 best for chats, 16 and 32 for shorter requests, and took 16.
+# block is an entry in a table that attention has to look up, and of small
+# blocks, so the paper (section 7.2), a GPU reads too little at a time. It found
+# 16 to 128 best for chats, 16 and 32 for shorter requests, and took 16.
 #
 # ## What the pool of a server holds
 #
