@@ -565,9 +565,8 @@ plotting.plot_measured(
 # %% [markdown]
 # *At the left the step grows little with its tokens; at the right it takes
 # twice as long for twice as many. The dashed lines are what reading and
-# arithmetic take at the least. They cross where a step has as many FLOPs a byte
-# as the machine can do; there the measured step is farthest above them, since a
-# product with few rows reaches neither of the two speeds.*
+# arithmetic take at the least, and cross where a step has as many FLOPs a byte
+# as the machine can do. The measured step lies above both.*
 #
 # At the right is prefill: the many tokens of a prompt share each weight that is
 # read. At the left is decode: one token, all weights, and arithmetic units that
