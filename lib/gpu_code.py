@@ -9,14 +9,20 @@ kernels cannot compile them: `compile_decode` asks a child process.
 """
 
 import argparse
+import importlib.util
+import inspect
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+from lib import paged_attention_triton
 
 GPUS = ("sm_80", "sm_90", "sm_100", "gfx942")  # A100, H100, B200, MI300
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
@@ -27,13 +33,48 @@ class GpuCode:
     """One kernel, compiled."""
 
     gpu: str
-    dtype: str
-    num_splits: int
     registers: int  # of a thread
     spilled_bytes: int  # of a thread: what found no register and goes through memory
     shared_bytes: int  # of a program
     tensor_core_instructions: list[str]  # their names, each once
     assembly: str
+
+
+class CompileError(Exception):
+    """The compiler's words, with the line of the kernel."""
+
+
+def compile_kernel(
+    kernel: Any, types: dict[str, str], constants: dict[str, int | bool], gpu: str
+) -> GpuCode:
+    """`kernel`, compiled for `gpu` in a child process.
+
+    kernel: a function under @triton.jit, which may call others. types: of each argument
+    that is no constant, as Triton writes them: "*bf16" a pointer, "i32", "fp32". gpu: one
+    of GPUS. Pointers, and what is named stride, are taken for multiples of 16, as they
+    are where torch allocates. Raises CompileError, or ValueError for another GPU.
+    """
+    _check_known("gpu", gpu, GPUS)
+    if not paged_attention_triton.HAS_TRITON:
+        raise CompileError("expected Triton, which is for Linux")
+    job = {
+        "source": "\n\n\n".join(_sources(kernel)),
+        "name": kernel.fn.__name__,
+        "types": types,
+        "constants": constants,
+        "gpu": gpu,
+    }
+    child = subprocess.run(
+        [sys.executable, "-c", "from lib import gpu_code; gpu_code._compile_stdin()"],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+    )
+    if child.returncode != 0:
+        raise CompileError(child.stderr.strip())
+    return GpuCode(**json.loads(child.stdout))
 
 
 def compile_decode(
@@ -43,66 +84,92 @@ def compile_decode(
     head_dim: int = 128,
     group_size: int = 4,
     num_splits: int = 8,
+    kernel: Any = None,
 ) -> GpuCode:
-    """`paged_decode_kernel`, compiled for `gpu` in a child process.
+    """`paged_decode_kernel`, or another in its place, compiled as it would be launched.
 
-    gpu: one of GPUS. dtype: of q and the caches. Raises ValueError for another, and
-    RuntimeError with the compiler's words where it fails.
+    dtype: of q and the caches. Raises as `compile_kernel`.
     """
-    for name, value, known in (("gpu", gpu, GPUS), ("dtype", dtype, DTYPES)):
-        if value not in known:
-            raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-    sizes = {"head_dim": head_dim, "group_size": group_size, "num_splits": num_splits}
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in sizes.items()]
-    child = subprocess.run(
-        [sys.executable, "-m", "lib.gpu_code", "--gpu", gpu, "--dtype", dtype, *options]
-        + ["--json"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "TRITON_INTERPRET": "0"},
+    _check_known("dtype", dtype, DTYPES)
+    kernel = kernel or paged_attention_triton.paged_decode_kernel
+    constants = paged_attention_triton.decode_constants(
+        group_size, head_dim, num_splits, dtype, is_interpreted=False
     )
-    if child.returncode != 0:
-        raise RuntimeError(f"{gpu}, {dtype}: the kernel does not compile\n{child.stderr}")
-    return GpuCode(**json.loads(child.stdout))
+    part = "*fp32" if num_splits > 1 else f"*{DTYPES[dtype]}"
+    types = dict.fromkeys(("q_ptr", "k_cache_ptr", "v_cache_ptr"), f"*{DTYPES[dtype]}")
+    types |= {"block_tables_ptr": "*i32", "seq_lens_ptr": "*i32"}
+    types |= {"out_ptr": part, "logsumexp_ptr": "*fp32", "scale_log2_e": "fp32"}
+    others = [name for name in kernel.arg_names if name not in {*types, *constants}]
+    types |= dict.fromkeys(others, "i32")  # block_size and the strides
+    return compile_kernel(kernel, types, constants, gpu)
+
+
+def _check_known(name: str, value: str, known: Any):
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+
+
+def _sources(kernel: Any) -> list[str]:
+    """The source of a kernel, behind those of the constants and kernels that it uses."""
+    found = {}
+
+    def visit(kernel: Any):
+        for name in kernel.fn.__code__.co_names:
+            value = kernel.fn.__globals__.get(name)
+            if hasattr(value, "arg_names") and name not in found:
+                visit(value)
+            elif type(value).__name__ == "constexpr":
+                found[name] = f"{name} = tl.constexpr({value.value!r})"
+        found[kernel.fn.__name__] = textwrap.dedent(inspect.getsource(kernel.fn))
+
+    visit(kernel)
+    return list(found.values())
+
+
+def _compile_stdin():
+    """In the child: a job comes as JSON, a GpuCode goes as JSON."""
+    job = json.loads(sys.stdin.read())
+    try:
+        print(json.dumps(asdict(_compile_here(**job))))
+    except Exception as error:
+        sys.exit(str(error))
 
 
 def _compile_here(
-    gpu: str, dtype: str, head_dim: int, group_size: int, num_splits: int
+    source: str,
+    name: str,
+    types: dict[str, str],
+    constants: dict[str, int | bool],
+    gpu: str,
 ) -> GpuCode:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from lib import paged_attention_triton as kernels
-
-    kernel = kernels.paged_decode_kernel
-    constants = kernels.decode_constants(group_size, head_dim, num_splits, dtype)
-    signature, divisible = {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-            continue
-        if name in ("block_tables_ptr", "seq_lens_ptr"):
-            signature[name] = "*i32"
-        elif name in ("q_ptr", "k_cache_ptr", "v_cache_ptr", "out_ptr"):
-            signature[name] = f"*{DTYPES[dtype]}"
-        elif name.endswith("_ptr"):
-            signature[name] = "*fp32"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.py"  # Triton reads the source from its file
+        path.write_text(f"import triton\nimport triton.language as tl\n\n\n{source}\n")
+        spec = importlib.util.spec_from_file_location("kernel", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        kernel = getattr(module, name)
+        signature = {
+            arg: "constexpr" if arg in constants else types[arg]
+            for arg in kernel.arg_names
+        }
+        divisible = {
+            (i,): [["tt.divisibility", 16]]
+            for i, arg in enumerate(kernel.arg_names)
+            if arg.endswith("_ptr") or "stride" in arg
+        }
+        source = ASTSource(kernel, signature, constexprs=constants, attrs=divisible)
+        is_nvidia = gpu.startswith("sm_")
+        if is_nvidia:
+            target = GPUTarget("cuda", int(gpu.removeprefix("sm_")), 32)
         else:
-            signature[name] = "fp32" if name == "scale_log2_e" else "i32"
-        # As a launch would find it: torch aligns memory, and strides are multiples of D.
-        if name.endswith("_ptr") or name.startswith(("q_stride", "k_stride", "v_stride")):
-            divisible[(i,)] = [["tt.divisibility", 16]]
-    is_nvidia = gpu.startswith("sm_")
-    if is_nvidia:
-        target = GPUTarget("cuda", int(gpu.removeprefix("sm_")), 32)
-    else:
-        target = GPUTarget("hip", gpu, 64)
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=divisible)
-    compiled = triton.compile(source, target=target)
-    facts = {"gpu": gpu, "dtype": dtype, "num_splits": num_splits}
-    facts["shared_bytes"] = compiled.metadata.shared
+            target = GPUTarget("hip", gpu, 64)
+        compiled = triton.compile(source, target=target)
+    facts = {"gpu": gpu, "shared_bytes": compiled.metadata.shared}
     if is_nvidia:
         return _read_cubin(compiled.asm["cubin"], Path(triton.__file__).parent, facts)
     return _read_amdgcn(compiled.asm["amdgcn"], facts)
@@ -157,16 +224,17 @@ def main() -> int:
     parser.add_argument("--num-splits", type=int, default=8)
     parser.add_argument("--json", action="store_true", help="all of it, for a program")
     args = parser.parse_args()
-    sizes = args.head_dim, args.group_size, args.num_splits
-    if os.environ.get("TRITON_INTERPRET") == "0":
-        code = _compile_here(args.gpu, args.dtype, *sizes)
-    else:
-        names = ("head_dim", "group_size", "num_splits")
-        code = compile_decode(args.gpu, args.dtype, **dict(zip(names, sizes)))
+    code = compile_decode(
+        args.gpu,
+        args.dtype,
+        head_dim=args.head_dim,
+        group_size=args.group_size,
+        num_splits=args.num_splits,
+    )
     if args.json:
         print(json.dumps(asdict(code)))
         return 0
-    print(f"{code.gpu}, {code.dtype}: {code.registers} registers, ", end="")
+    print(f"{code.gpu}, {args.dtype}: {code.registers} registers, ", end="")
     print(f"{code.spilled_bytes} bytes spilled, {code.shared_bytes} shared; ", end="")
     print(", ".join(code.tensor_core_instructions) or "no tensor cores")
     return 0

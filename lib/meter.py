@@ -2,17 +2,19 @@
 
     cost = measure(lambda: model(token_ids, positions, attend))
     cost.peak_bytes, cost.flops["attention"], cost.calls["Block"]
+    measure_traffic(lambda: paged_decode(...)).read_bytes
 
 Under every line of torch code runs a stream of small operations. A `TorchDispatchMode`
 sees each one with its inputs and outputs, and that is all a meter needs: memory is the
 outputs' storages while they live, FLOPs follow from the shapes. On the CPU everything
 but seconds is exact and the same on every run. On a GPU memory is the peak of torch's
-own allocator.
+own allocator. What a Triton kernel loads and stores is counted where it is interpreted.
 
 What it does not see: scratch space inside one operation, and memory that numpy or
 Python hold.
 """
 
+import math
 import os
 import platform
 import statistics
@@ -90,6 +92,55 @@ def median_seconds(function: Callable[[], Any], repeats: int = 5) -> float:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:])
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What interpreted kernels moved, under their masks: each load and store counts."""
+
+    value: Any = field(compare=False)  # what the call returned
+    read_bytes: int  # of floating-point numbers
+    written_bytes: int
+    index_bytes: int  # integers read: block tables, lengths, slots
+
+
+def measure_traffic(function: Callable[[], Any]) -> Traffic:
+    """Call `function`, and count what the kernels that it launches load and store.
+
+    Raises RuntimeError where kernels are not interpreted: a GPU tells nobody.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError("traffic: expected interpreted kernels, TRITON_INTERPRET=1")
+    import triton.language as tl  # here, for it is not everywhere
+
+    load, store, counts = tl.load, tl.store, Counter()
+
+    def count(kind: str, pointer, mask):
+        if mask is None:
+            num_numbers = math.prod(int(size) for size in pointer.shape)
+        else:
+            pointer, mask = tl.broadcast(pointer, mask)
+            num_numbers = int(tl.sum(mask.to(tl.int32)))
+        number = pointer.dtype.scalar.element_ty
+        kind = kind if number.is_floating() else f"{kind} index"
+        counts[kind] += num_numbers * number.primitive_bitwidth // 8
+
+    def counted_load(pointer, mask=None, *args, _semantic=None, **kwargs):
+        count("read", pointer, mask)
+        return load(pointer, mask, *args, _semantic=_semantic, **kwargs)
+
+    def counted_store(pointer, value, mask=None, *args, _semantic=None, **kwargs):
+        count("written", pointer, mask)
+        return store(pointer, value, mask, *args, _semantic=_semantic, **kwargs)
+
+    tl.load, tl.store = (
+        tl.core.builtin(counted) for counted in (counted_load, counted_store)
+    )
+    try:
+        value = function()
+    finally:
+        tl.load, tl.store = load, store
+    return Traffic(value, counts["read"], counts["written"], counts["read index"])
 
 
 def machine_facts() -> dict:

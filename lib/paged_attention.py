@@ -6,8 +6,8 @@ the same two results, out and logsumexp: first gather, then attend, as in chapte
 tile by tile with an online softmax (https://arxiv.org/abs/1805.02867), which never has
 more than one block's scores.
 
-The logsumexp of a query's scores is what its weights were divided by; partial results
-over parts of the keys can be merged if each brings its own.
+The logsumexp of a query's scores is the logarithm of what its weights were divided by.
+Results over parts of the keys can be merged if each brings its own: `merge_splits`.
 
 Read lib/paged_kv_cache.py before.
 """
@@ -18,6 +18,7 @@ from collections.abc import Iterable
 import torch
 
 from lib import paged_kv_cache
+from lib.config import ModelConfig
 
 
 def paged_decode_gather(
@@ -106,6 +107,50 @@ def paged_decode_online(
     ]
     outs, logsumexps = zip(*results)
     return torch.stack(outs), torch.stack(logsumexps)
+
+
+def merge_splits(
+    outs: torch.Tensor, logsumexps: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over all keys, from attention over each of P parts of them.
+
+    outs (B, H, P, D), logsumexps (B, H, P): for a part without keys 0 and -inf. Returns
+    out (B, H, D) and logsumexp (B, H), 0 and -inf where no part has keys.
+
+    >>> outs = torch.tensor([5.0, 9.0]).view(1, 1, 2, 1)  # the means of 3 values and of 1
+    >>> merge_splits(outs, torch.tensor([3.0, 1.0]).log().view(1, 1, 2))
+    (tensor([[[6.]]]), tensor([[1.3863]]))
+    """
+    logsumexp = logsumexps.logsumexp(dim=-1)  # (B, H)
+    is_empty = logsumexp == -math.inf
+    weights = logsumexps.softmax(dim=-1).masked_fill(is_empty.unsqueeze(-1), 0)
+    out = (weights.unsqueeze(-2) @ outs).squeeze(-2)  # (B, H, D)
+    return out, logsumexp
+
+
+def bytes_moved(
+    config: ModelConfig,
+    seq_lens: torch.Tensor,
+    bytes_per_number: int = 4,
+    *,
+    is_gathered: bool = False,
+) -> int:
+    """Bytes that attention of one decode step reads and writes, in one layer.
+
+    seq_lens: int64 (B,), the keys of each request. Read: a query a request and query
+    head, and each key and value once. Written: the outputs. With is_gathered keys and
+    values are copied into dense pieces first: read, written, and read again. (Block
+    tables, lengths and logsumexp do not count.)
+
+    >>> config = ModelConfig(256, 1, 4, 2, d_model=32, d_ff=4, max_seq_len=8)  # D = 8
+    >>> bytes_moved(config, torch.tensor([3, 5]))  # 2·2·4·8 + 2·8·2·8 numbers
+    1536
+    """
+    B, num_keys = len(seq_lens), int(seq_lens.sum())
+    queries_and_outs = 2 * B * config.num_heads * config.head_dim
+    keys_and_values = 2 * num_keys * config.num_kv_heads * config.head_dim
+    times = 3 if is_gathered else 1
+    return (queries_and_outs + times * keys_and_values) * bytes_per_number
 
 
 def _scale(scale: float | None, q: torch.Tensor) -> float:

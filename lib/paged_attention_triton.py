@@ -7,7 +7,8 @@ running sums of `paged_attention.attend_online`. So each byte of the cache is re
 whatever the number of query heads, and nothing is copied.
 
 On a GPU the kernels are compiled; without one they are interpreted, slowly, line by line
-(lib/__init__.py decides). Importing this module needs Triton, which is there on Linux.
+(lib/__init__.py decides). Where there is no Triton, as it is for Linux, they can be read
+only, and `paged_decode` warns once that the torch twin computes in their place.
 
 FlashAttention: https://arxiv.org/abs/2205.14135. Splits, as in Flash-Decoding:
 https://crfm.stanford.edu/2023/10/12/flashdecoding.html.
@@ -18,17 +19,46 @@ Read lib/paged_attention.py before.
 import functools
 import math
 import os
+import warnings
+from types import SimpleNamespace
 
 import torch
-import triton
-import triton.language as tl
 
+from lib import paged_attention
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError:  # what it takes to read kernels without it
+    triton = SimpleNamespace(jit=lambda kernel: kernel)
+    tl = SimpleNamespace(constexpr=lambda value: value)
+
+HAS_TRITON = hasattr(triton, "compile")
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LOG2_E = tl.constexpr(math.log2(math.e))
 # Tokens that a program reads at a time (block_size is another matter): with more of fp32
 # the registers of some GPUs do not suffice.
 TILES = {"float32": 16, "float16": 64, "bfloat16": 64}
 MIN_DOT = 16  # rows and columns of a tl.dot on a GPU; the interpreter takes fewer
+
+
+@triton.jit
+def load_row_kernel(
+    x_ptr,  # (N, num_cols)
+    out_ptr,  # (N, TILE)
+    x_stride,  # numbers from one row of x to the next
+    num_cols,
+    TILE: tl.constexpr,  # a power of two of at least num_cols
+):
+    # locate: one program a row
+    row, col = tl.program_id(0), tl.arange(0, TILE)
+
+    # load what is there, zeros behind it
+    x_at = x_ptr + row * x_stride + col
+    x = tl.load(x_at, mask=col < num_cols, other=0.0)
+
+    # store all of it
+    tl.store(out_ptr + row * TILE + col, x)
 
 
 @triton.jit
@@ -71,10 +101,14 @@ def gather_kernel(
     num_numbers,  # G · D
     TILE: tl.constexpr,  # numbers, a power of two of at least G · D
 ):
-    # One program a token: look up its block, and copy its row.
+    # locate: one program a token
     position, i = tl.program_id(0), tl.arange(0, TILE)
+
+    # look up its block; int64, for id times size may pass 2^31
     block_id = tl.load(block_table_ptr + position // block_size).to(tl.int64)
     slot = block_id * block_size + position % block_size
+
+    # copy all heads of the token, which lie together
     row = tl.load(cache_ptr + slot * num_numbers + i, mask=i < num_numbers)
     tl.store(out_ptr + position * num_numbers + i, row, mask=i < num_numbers)
 
@@ -86,11 +120,8 @@ def paged_decode_kernel(
     v_cache_ptr,  # (num_blocks, block_size, G, D)
     block_tables_ptr,  # (B, M)
     seq_lens_ptr,  # (B,)
-    out_ptr,  # (B, H, D)
-    logsumexp_ptr,  # (B, H)
-    acc_ptr,  # (B, H, NUM_SPLITS, D) fp32, not divided by row_sum
-    row_max_ptr,  # (B, H, NUM_SPLITS) fp32, of scores times log2(e)
-    row_sum_ptr,  # (B, H, NUM_SPLITS) fp32
+    out_ptr,  # (B, H, NUM_SPLITS, D)
+    logsumexp_ptr,  # (B, H, NUM_SPLITS)
     scale_log2_e,  # what scores are multiplied by, so that exp2 can take the place of exp
     block_size,  # tokens
     q_stride_b,
@@ -123,30 +154,36 @@ def paged_decode_kernel(
     # load the queries of all heads of the group, once
     q_at = q_ptr + b * q_stride_b + h[:, None] * q_stride_h + col[None, :]
     q = tl.load(q_at, mask=is_head[:, None] & is_col[None, :], other=0.0)
-    if UPCAST:
-        q = q.to(tl.float32)
+    q = q.to(tl.float32) if UPCAST else q
+
+    # begin with nothing
     row_max = tl.full([ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, COLS], tl.float32)
 
+    # tile by tile: the positions of its tokens
     for tile_start in range(start, end, TILE):
-        # look up the block of each token; int64, for id times stride may pass 2^31
         position = tile_start + tl.arange(0, TILE)
         is_token = position < end
+        is_there = is_token[:, None] & is_col[None, :]
+
+        # look up the block of each token; int64, for id times stride may pass 2^31
         table_at = block_tables_ptr + b * table_stride_b + position // block_size
         block_id = tl.load(table_at, mask=is_token, other=0).to(tl.int64)
         place = position % block_size
 
-        # gather keys and values where they lie; masked, for what is dead may be NaN
-        is_there = is_token[:, None] & is_col[None, :]
+        # address: where the keys and values of these tokens begin
         k_at = block_id * k_stride_block + place * k_stride_place + g * k_stride_g
         v_at = block_id * v_stride_block + place * v_stride_place + g * v_stride_g
+
+        # gather them, masked: what is dead may be NaN
         k = tl.load(k_cache_ptr + k_at[:, None] + col[None, :], mask=is_there, other=0.0)
         v = tl.load(v_cache_ptr + v_at[:, None] + col[None, :], mask=is_there, other=0.0)
-        if UPCAST:
-            k, v = k.to(tl.float32), v.to(tl.float32)
 
-        # score
+        # upcast where the dtype needs it
+        k, v = (k.to(tl.float32), v.to(tl.float32)) if UPCAST else (k, v)
+
+        # score all heads of the group at once
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2_e
         scores = tl.where(is_token[None, :], scores, float("-inf"))
 
@@ -160,52 +197,54 @@ def paged_decode_kernel(
         row_max = new_max
 
     # store the result, or this split's part of it
-    at = b * tl.num_programs(1) * GROUP_SIZE + h
-    out_mask = is_head[:, None] & is_col[None, :]
-    if NUM_SPLITS == 1:
-        divisor = tl.where(row_sum > 0, row_sum, 1.0)
-        logsumexp = (row_max + tl.log2(divisor)) / LOG2_E
-        tl.store(logsumexp_ptr + at, logsumexp, mask=is_head)
-        out = (acc / divisor[:, None]).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + at[:, None] * HEAD_DIM + col[None, :], out, mask=out_mask)
-    else:
-        at = at * NUM_SPLITS + split
-        tl.store(row_max_ptr + at, row_max, mask=is_head)
-        tl.store(row_sum_ptr + at, row_sum, mask=is_head)
-        tl.store(acc_ptr + at[:, None] * HEAD_DIM + col[None, :], acc, mask=out_mask)
+    divisor = tl.where(row_sum > 0, row_sum, 1.0)
+    logsumexp = (row_max + tl.log2(divisor)) / LOG2_E
+    out = (acc / divisor[:, None]).to(out_ptr.dtype.element_ty)
+    at = (b * tl.num_programs(1) * GROUP_SIZE + h) * NUM_SPLITS + split
+    tl.store(logsumexp_ptr + at, logsumexp, mask=is_head)
+    out_at = out_ptr + at[:, None] * HEAD_DIM + col[None, :]
+    tl.store(out_at, out, mask=is_head[:, None] & is_col[None, :])
 
 
 @triton.jit
 def merge_splits_kernel(
-    acc_ptr,  # (B, H, NUM_SPLITS, D)
-    row_max_ptr,  # (B, H, NUM_SPLITS)
-    row_sum_ptr,  # (B, H, NUM_SPLITS)
+    outs_ptr,  # (B, H, NUM_SPLITS, D)
+    logsumexps_ptr,  # (B, H, NUM_SPLITS)
     out_ptr,  # (B, H, D)
     logsumexp_ptr,  # (B, H)
     HEAD_DIM: tl.constexpr,
-    COLS: tl.constexpr,
+    COLS: tl.constexpr,  # D, rounded up to a power of two
     NUM_SPLITS: tl.constexpr,  # a power of two
 ):
     # load the parts of one head of one request
     at = tl.program_id(0)
     split, col = tl.arange(0, NUM_SPLITS), tl.arange(0, COLS)
     is_col = col < HEAD_DIM
-    row_max = tl.load(row_max_ptr + at * NUM_SPLITS + split)
-    row_sum = tl.load(row_sum_ptr + at * NUM_SPLITS + split)
-    acc_at = acc_ptr + (at * NUM_SPLITS + split)[:, None] * HEAD_DIM + col[None, :]
-    acc = tl.load(acc_at, mask=is_col[None, :], other=0.0)
+    logsumexps = tl.load(logsumexps_ptr + at * NUM_SPLITS + split)
+    outs_at = outs_ptr + (at * NUM_SPLITS + split)[:, None] * HEAD_DIM + col[None, :]
+    outs = tl.load(outs_at, mask=is_col[None, :], other=0.0)
 
-    # rescale all to one maximum; of a request without keys that is -inf
-    total_max = tl.max(row_max, axis=0)
-    rescale = tl.exp2(row_max - tl.where(total_max > float("-inf"), total_max, 0.0))
-    total_sum = tl.sum(row_sum * rescale, axis=0)
+    # weigh each part by its share of the sum; of a request without keys all is -inf
+    largest = tl.max(logsumexps, axis=0)
+    weights = tl.exp(logsumexps - tl.where(largest > float("-inf"), largest, 0.0))
+    total = tl.sum(weights, axis=0)
+    divisor = tl.where(total > 0, total, 1.0)
 
     # store
-    divisor = tl.where(total_sum > 0, total_sum, 1.0)
-    out = tl.sum(acc * rescale[:, None], axis=0) / divisor
+    out = tl.sum(outs * weights[:, None], axis=0) / divisor
     tl.store(out_ptr + at * HEAD_DIM + col, out.to(out_ptr.dtype.element_ty), mask=is_col)
-    logsumexp = (total_max + tl.log2(divisor)) / LOG2_E
-    tl.store(logsumexp_ptr + at, logsumexp)
+    tl.store(logsumexp_ptr + at, largest + tl.log(divisor))
+
+
+def pad_rows(x: torch.Tensor) -> torch.Tensor:
+    """Rows x (N, num_cols), made a power of two wide by zeros at their end."""
+    check_interpreter()
+    N, num_cols = x.shape
+    x = x if x.stride(1) == 1 else x.contiguous()
+    out = torch.empty(N, triton.next_power_of_2(num_cols), dtype=x.dtype, device=x.device)
+    if N > 0:
+        load_row_kernel[(N,)](x, out, x.stride(0), num_cols, TILE=out.shape[1])
+    return out
 
 
 def write_kv(
@@ -303,6 +342,11 @@ def paged_decode(
     check_decode_inputs(q, k_cache, v_cache, block_tables, seq_lens)
     if check_ids:
         check_block_ids(k_cache, block_tables, seq_lens)
+    if not HAS_TRITON:
+        warn_of_twin()
+        return paged_attention.paged_decode_online(
+            q, k_cache, v_cache, block_tables, seq_lens, scale=scale
+        )
     check_interpreter()
     B, H, D = q.shape
     block_size, G = k_cache.shape[1:3]
@@ -320,14 +364,15 @@ def paged_decode(
 
     out = torch.empty(B, H, D, dtype=q.dtype, device=q.device)
     logsumexp = torch.empty(B, H, dtype=torch.float32, device=q.device)
-    num_parts = num_splits if num_splits > 1 else 0  # one split writes out directly
-    acc = torch.empty(B, H, num_parts, D, dtype=torch.float32, device=q.device)
-    row_max, row_sum = torch.empty(2, B, H, num_parts, device=q.device)
+    if num_splits == 1:  # a part is the whole
+        outs, logsumexps = out, logsumexp
+    else:
+        outs = torch.empty(B, H, num_splits, D, dtype=torch.float32, device=q.device)
+        logsumexps = torch.empty(B, H, num_splits, device=q.device)
     if B == 0:
         return out, logsumexp
     paged_decode_kernel[(B, G, num_splits)](
-        *(q, k_cache, v_cache, block_tables, seq_lens.contiguous()),
-        *(out, logsumexp, acc, row_max, row_sum),
+        *(q, k_cache, v_cache, block_tables, seq_lens.contiguous(), outs, logsumexps),
         (D**-0.5 if scale is None else scale) * LOG2_E.value,
         block_size,
         *q.stride()[:2],
@@ -338,7 +383,7 @@ def paged_decode(
     )
     if num_splits > 1:
         merge_splits_kernel[(B * H,)](
-            *(acc, row_max, row_sum, out, logsumexp),
+            *(outs, logsumexps, out, logsumexp),
             HEAD_DIM=D,
             COLS=constants["COLS"],
             NUM_SPLITS=num_splits,
@@ -346,17 +391,23 @@ def paged_decode(
     return out, logsumexp
 
 
-def decode_constants(group_size: int, head_dim: int, num_splits: int, dtype: str) -> dict:
+def decode_constants(
+    group_size: int,
+    head_dim: int,
+    num_splits: int,
+    dtype: str,
+    is_interpreted: bool = IS_INTERPRETED,
+) -> dict[str, int | bool]:
     """The constants that `paged_decode_kernel` is compiled with. dtype: "bfloat16"."""
     return {
         "GROUP_SIZE": group_size,
         "HEAD_DIM": head_dim,
         "ROWS": max(MIN_DOT, triton.next_power_of_2(group_size)),
         "COLS": max(MIN_DOT, triton.next_power_of_2(head_dim)),
-        "TILE": 64 if IS_INTERPRETED else TILES[dtype],  # interpreted, fewer are faster
+        "TILE": 64 if is_interpreted else TILES[dtype],  # interpreted, fewer are faster
         "NUM_SPLITS": num_splits,
         # The interpreter computes bf16 wrongly.
-        "UPCAST": IS_INTERPRETED or dtype == "float32",
+        "UPCAST": is_interpreted or dtype == "float32",
     }
 
 
@@ -430,7 +481,7 @@ def check_block_ids(
                 f"request {b}: expected 0 to {len(block_table) * block_size} tokens, as "
                 f"its table is wide, got {seq_len}"
             )
-        for block_id in block_table[: triton.cdiv(seq_len, block_size)]:
+        for block_id in block_table[: math.ceil(seq_len / block_size)]:
             if not 0 <= block_id < num_blocks:
                 raise ValueError(
                     f"request {b}: expected blocks 0 to {num_blocks - 1}, got {block_id}"
@@ -445,8 +496,19 @@ def _double_kernel(x_ptr, out_ptr, n, TILE: tl.constexpr):
 
 
 @functools.cache
+def warn_of_twin():
+    """Say, once, who computes where there is no Triton."""
+    warnings.warn(
+        "no Triton here (it is for Linux): the kernel's torch twin computes instead",
+        stacklevel=3,
+    )
+
+
+@functools.cache
 def check_interpreter():
     """Raise RuntimeError that says plainly what is wrong, if kernels do not run here."""
+    if not HAS_TRITON:
+        raise RuntimeError("Triton: expected it installed, which it can be on Linux")
     if not torch.cuda.is_available() and not IS_INTERPRETED:
         raise RuntimeError(
             "Triton: expected a GPU, or TRITON_INTERPRET=1 before Triton is imported for "

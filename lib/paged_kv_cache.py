@@ -16,6 +16,7 @@ Read lib/kv_cache.py and lib/block_manager.py before.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -128,6 +129,9 @@ class PagedKVCache:
     k_cache, v_cache (L, num_blocks, block_size, G, D).
     Requests 0 to batch_size - 1 are there from the start, empty. Others come, fork and go
     through `manager`; a step is over all that live, in the order of their arrival.
+
+    decode: for steps that bring one token a request, attention that reads the blocks
+    where they lie, with the arguments of chapter 5's `paged_decode`. None gathers always.
     """
 
     def __init__(
@@ -139,6 +143,7 @@ class PagedKVCache:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        decode: Callable | None = None,
     ):
         if batch_size < 0:
             raise ValueError(f"batch_size: expected at least 0, got {batch_size}")
@@ -153,6 +158,7 @@ class PagedKVCache:
             config.head_dim,
         )
         self.config = config
+        self.decode = decode
         self.k_cache = torch.zeros(shape, dtype=dtype, device=device)
         self.v_cache = torch.zeros(shape, dtype=dtype, device=device)
 
@@ -206,10 +212,14 @@ class PagedKVCache:
                 self.v_cache[:, target] = self.v_cache[:, source]
         block_tables, seq_lens = self.block_tables, self.seq_lens
         slots = slot_mapping(block_tables, seq_lens, query_lens, self.manager.block_size)
+        is_decode = set(query_lens.tolist()) == {1}
 
         def attend(layer, q, k, v):
             layer_kv = self.k_cache[layer], self.v_cache[layer]
             write_kv(*layer_kv, k, v, slots)
+            if is_decode and self.decode is not None:
+                out, _ = self.decode(q, *layer_kv, block_tables.int(), seq_lens.int())
+                return out  # (N, H, D), N = B
             return attend_paged(q, *layer_kv, block_tables, seq_lens, query_lens)
 
         return attend
