@@ -9,6 +9,7 @@ kernels cannot compile them: `compile_decode` asks a child process.
 """
 
 import argparse
+import functools
 import importlib.util
 import inspect
 import json
@@ -55,8 +56,7 @@ def compile_kernel(
     are where torch allocates. Raises CompileError, or ValueError for another GPU.
     """
     _check_known("gpu", gpu, GPUS)
-    if not paged_attention_triton.HAS_TRITON:
-        raise CompileError("expected Triton, which is for Linux")
+    _check_triton()
     job = {
         "source": "\n\n\n".join(_sources(kernel)),
         "name": kernel.fn.__name__,
@@ -64,14 +64,7 @@ def compile_kernel(
         "constants": constants,
         "gpu": gpu,
     }
-    child = subprocess.run(
-        [sys.executable, "-c", "from lib import gpu_code; gpu_code._compile_stdin()"],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "TRITON_INTERPRET": "0"},
-    )
+    child = _compile_in_child(json.dumps(job))
     if child.returncode != 0:
         raise CompileError(child.stderr.strip())
     return GpuCode(**json.loads(child.stdout))
@@ -91,6 +84,7 @@ def compile_decode(
     dtype: of q and the caches. Raises as `compile_kernel`.
     """
     _check_known("dtype", dtype, DTYPES)
+    _check_triton()
     kernel = kernel or paged_attention_triton.paged_decode_kernel
     constants = paged_attention_triton.decode_constants(
         group_size, head_dim, num_splits, dtype, is_interpreted=False
@@ -109,6 +103,11 @@ def _check_known(name: str, value: str, known: Any):
         raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
 
 
+def _check_triton():
+    if not paged_attention_triton.HAS_TRITON:
+        raise CompileError("expected Triton, which is for Linux")
+
+
 def _sources(kernel: Any) -> list[str]:
     """The source of a kernel, behind those of the constants and kernels that it uses."""
     found = {}
@@ -120,10 +119,24 @@ def _sources(kernel: Any) -> list[str]:
                 visit(value)
             elif type(value).__name__ == "constexpr":
                 found[name] = f"{name} = tl.constexpr({value.value!r})"
-        found[kernel.fn.__name__] = textwrap.dedent(inspect.getsource(kernel.fn))
+        source = textwrap.dedent(inspect.getsource(kernel.fn))
+        at = re.search(r"^def ", source, re.MULTILINE).start()  # behind its decorators
+        found[kernel.fn.__name__] = "@triton.jit\n" + source[at:]
 
     visit(kernel)
     return list(found.values())
+
+
+@functools.cache  # the same job is asked for again and again
+def _compile_in_child(job: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", "from lib import gpu_code; gpu_code._compile_stdin()"],
+        input=job,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONWARNINGS": "ignore"},
+    )
 
 
 def _compile_stdin():

@@ -6,7 +6,9 @@ import pytest
 pytest.importorskip("triton", reason="compiling needs Triton")
 from lib import gpu_code  # noqa: E402
 from lib.gpu_code import compile_decode  # noqa: E402
+from lib.paged_attention_triton import tl, triton  # noqa: E402
 
+FACTOR = tl.constexpr(2.0)
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
 
 
@@ -53,6 +55,36 @@ def test_the_command_says_what_came_out(monkeypatch, capfd):
     monkeypatch.setattr("sys.argv", ["gpu_code", "--json"])
     assert gpu_code.main() == 0
     assert "HMMA" in json.loads(capfd.readouterr().out)["assembly"]
+
+
+@triton.jit
+def twice(x):
+    return x * FACTOR
+
+
+@triton.jit
+def kernel_with_a_helper(x_ptr, TILE: tl.constexpr):
+    i = tl.arange(0, TILE)
+    tl.store(x_ptr + i, twice(tl.load(x_ptr + i)))
+
+
+@triton.jit
+def kernel_with_a_python_list(x_ptr, TILE: tl.constexpr):
+    tl.store(x_ptr + [0, 1], 0.0)
+
+
+def test_any_kernel_compiles_with_the_helpers_and_constants_it_uses():
+    code = gpu_code.compile_kernel(
+        kernel_with_a_helper, {"x_ptr": "*fp32"}, {"TILE": 32}, "sm_90"
+    )
+    assert code.tensor_core_instructions == [] and "STG" in code.assembly
+
+
+def test_what_the_compiler_refuses_is_told_with_its_line():
+    with pytest.raises(gpu_code.CompileError, match=r"tl.store\(x_ptr \+ \[0, 1\]"):
+        gpu_code.compile_kernel(
+            kernel_with_a_python_list, {"x_ptr": "*fp32"}, {"TILE": 32}, "sm_90"
+        )
 
 
 def test_another_gpu_or_dtype_is_refused():

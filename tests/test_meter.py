@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers import random_model
 
-from lib.meter import machine_facts, measure, median_seconds
+from lib.meter import machine_facts, measure, measure_traffic, median_seconds
 from lib.model import attend_causal, attend_fused
 from lib.training import next_token_loss
 
@@ -211,3 +211,9 @@ def test_on_a_gpu_memory_is_the_peak_of_its_allocator():
     assert (
         measure(lambda: torch.zeros(100) + 1).peak_bytes == 800
     )  # on the CPU, exact as ever
+
+
+def test_traffic_is_not_guessed_where_a_gpu_runs_the_kernels(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(RuntimeError, match="expected interpreted kernels"):
+        measure_traffic(lambda: None)

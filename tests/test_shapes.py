@@ -141,6 +141,9 @@ def watcher():
             paged_attention.paged_decode_online,
         ):
             paged_decode(q, *pool, torch.arange(9).view(3, 3), torch.tensor([9, 1, 12]))
+        paged_attention.merge_splits(torch.randn(3, 6, 4, 10), torch.randn(3, 6, 4))
+        cache = PagedKVCache(CONFIG, 3, 9, 4, decode=paged_attention.paged_decode_online)
+        generate.generate_cached(model, prompts, 2, cache)
         sampling.next_token_probs(torch.randn(3, 29), temperature=0)
         ids = torch.randint(29, (99,))
         text.random_batch(ids, 3, 7)

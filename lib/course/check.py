@@ -17,8 +17,10 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lib import paged_attention_triton
 from lib.course.compare import OTHER_DTYPE, difference, over_limit, show
 from lib.course.exercises import Case, Exercise, exercises, library_answer
+from lib.course.fork import ForkDiedError, in_fork
 
 SEED = 0  # of the cases that a notebook sees; a grader keeps its own
 MOST_TIMES_SLOWER = 5  # than the library's, or the notebook goes on with the library's
@@ -78,13 +80,23 @@ def restore(exercise: Exercise):
 
 def judge(exercise: Exercise, answer: Callable, seed: int) -> Result:
     """Try `answer` on every case; what it prints does no harm. Never raises."""
+    is_kernel = exercise.compile_error is not None
+    if is_kernel and not paged_attention_triton.HAS_TRITON:
+        needs = "needs Triton, which is for Linux: read on, the page goes on without"
+        return Result(False, needs)
     if is_stub(answer):
         return Result(False, "not written yet")
+    if is_kernel and not hasattr(answer, "arg_names"):
+        return Result(False, "expected a kernel, under @triton.jit, got a plain function")
     cases = exercise.cases(seed)
+    look = _what_is_wrong_in_fork if is_kernel else _what_is_wrong
     for case in cases:
-        wrong = _what_is_wrong(exercise, answer, case)
+        wrong = look(exercise, answer, case)
         if wrong:
             return Result(False, wrong)
+    does_not_compile = is_kernel and exercise.compile_error(answer)
+    if does_not_compile:
+        return Result(False, f"right, but no GPU can run it: {does_not_compile}")
     slowdown = _slowdown(exercise, answer, cases[-1])
     if slowdown > MOST_TIMES_SLOWER:
         slower = f"{slowdown:.0f} times slower: the page goes on with ours"
@@ -101,7 +113,7 @@ def _what_is_wrong(exercise: Exercise, answer: Callable, case: Case) -> str | No
             got = exercise.driver()(answer, **inputs)
     except NotImplementedError as error:
         raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-        if raised_in == inspect.unwrap(answer).__code__.co_filename:
+        if raised_in == _function(answer).__code__.co_filename:
             return "not written yet"
         return f"{wrong_for}: it calls what is not written yet: use the library's"
     except (Exception, SystemExit) as error:
@@ -120,6 +132,17 @@ def _what_is_wrong(exercise: Exercise, answer: Callable, case: Case) -> str | No
         if OTHER_DTYPE not in wrong:
             why = exercise.explain(case.inputs, expected, got)
     return f"{wrong_for}: {wrong}" + (f". {why}" if why else "")
+
+
+def _what_is_wrong_in_fork(
+    exercise: Exercise, answer: Callable, case: Case
+) -> str | None:
+    """The same for a kernel, which may crash."""
+    try:
+        return in_fork(lambda: _what_is_wrong(exercise, answer, case))
+    except ForkDiedError as error:
+        at_fault = "It reads or writes where nothing is: look at its masks and addresses"
+        return f"wrong for {case.name}: {error}. {at_fault}"
 
 
 def _slowdown(exercise: Exercise, answer: Callable, case: Case) -> float:
@@ -153,13 +176,18 @@ def _silence():
 def is_stub(answer: Callable) -> bool:
     """Whether the source of `answer` still raises NotImplementedError."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(answer)))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(_function(answer))))
     except (OSError, TypeError, SyntaxError):
         return False
     for node in ast.walk(tree):
         if isinstance(node, ast.Raise) and "NotImplementedError" in ast.unparse(node):
             return True
     return False
+
+
+def _function(answer: Callable) -> Callable:
+    """Of a kernel, the function under @triton.jit."""
+    return inspect.unwrap(getattr(answer, "fn", answer))
 
 
 class ForbiddenCallError(Exception):
@@ -194,10 +222,12 @@ def _in_brackets(inputs: dict) -> str:
 
 def _raised(error: BaseException, answer: Callable) -> str:
     """The error in one line, with the answer's own line where it happened."""
+    if type(error).__name__ == "InterpreterError":  # Triton's, around the kernel's own
+        error = error.__cause__ or error
     text = f"raised {type(error).__name__}: {error}".split("\n")[0]
     if isinstance(error, ForbiddenCallError):
         return str(error)
-    filename = inspect.unwrap(answer).__code__.co_filename
+    filename = _function(answer).__code__.co_filename
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if frame.filename == filename and frame.line:
             return f"{text}, in `{frame.line}`"

@@ -1,0 +1,529 @@
+"""Chapter 5: what its exercises are tried on."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from lib import gpu_code
+from lib.course.exercises import Case, Exercise
+
+NOWHERE = 2147480000  # a block id that stands behind the end of a table: never to be read
+TILE = 64  # tokens that an interpreted paged_decode_kernel takes at a time
+LOG2_E = math.log2(math.e)
+
+
+def attend_online_cases(seed: int) -> list[Case]:
+    rng = np.random.default_rng(seed)
+    cases = []
+    for name, sizes, (H, G, D) in (
+        ("one tile of one token", [1], (1, 1, 2)),
+        ("one tile of three tokens", [3], (1, 1, 2)),
+        ("two tiles, of two tokens and of one", [2, 1], (1, 1, 2)),
+        ("the largest score in the first tile", [2, 3], (1, 1, 2)),
+        ("the largest score in the last tile", [2, 3], (1, 1, 2)),
+        ("two heads", [2, 1], (2, 2, 2)),
+        ("four query heads on two KV heads", [3, 2, 1], (4, 2, 3)),
+        ("scores of a thousand, of which exp is infinite", [2, 2], (1, 1, 2)),
+        ("no tiles", [], (2, 1, 3)),
+        ("single precision", [3, 2], (2, 1, 4)),
+        ("a random number of tiles", rng.integers(1, 9, size=5).tolist(), (6, 3, 4)),
+        ("50 tiles of 20 tokens", [20] * 50, (8, 2, 16)),
+    ):
+        dtype = np.float32 if name == "single precision" else np.float64
+        q = rng.normal(size=(H, D))
+        tiles = [[rng.normal(size=(S, G, D)) for _ in "kv"] for S in sizes]
+        if "largest" in name:
+            tiles["last" in name and -1][0][0] = 4 * q
+        if "thousand" in name:
+            q, tiles[1][0] = 40 * np.sign(q), 40 * np.sign(tiles[1][0])
+        inputs = {
+            "q": q.astype(dtype),
+            "tiles": [[x.astype(dtype) for x in tile] for tile in tiles],
+        }
+        # One tile, a copy of it for each query head, and its scores; not all tiles.
+        tile_bytes = 8 * max(sizes, default=0) * (2 * H * D + 4 * H)
+        limits = {"peak_bytes": 2 * tile_bytes + 8 * 8 * H * D + 2048}
+        cases.append(Case(name, inputs, limits))
+    return cases
+
+
+def attend_online_explain(inputs: dict, expected: dict, got: dict) -> str | None:
+    out, logsumexp, ours = got["out"], got.get("logsumexp"), expected["out"]
+    if not isinstance(out, np.ndarray) or not isinstance(logsumexp, np.ndarray):
+        return None
+    if out.shape != ours.shape or logsumexp.shape != expected["logsumexp"].shape:
+        return "out is (H, D), logsumexp (H,)"
+    if not inputs["tiles"] and np.isnan(out).any():
+        return "Without keys the sum is 0: divide by something else then, for an out of 0"
+    if np.isnan(out).any() or np.isinf(logsumexp).any():
+        return "Subtract the largest score before exp, or it is infinite"
+    if not inputs["tiles"]:
+        return None
+    every = [np.concatenate(both) for both in zip(*inputs["tiles"])]
+    is_right, D = np.allclose(out, ours), ours.shape[1]
+    if np.allclose(logsumexp, _attention(inputs["q"] / D**0.5, *every)[1]):
+        return "q is scaled already"
+    if is_right and np.allclose(logsumexp, expected["logsumexp"]):
+        return "Keep three running numbers a head, not the tiles, or copies of them"
+    if is_right:
+        return "logsumexp is the largest score plus the logarithm of the sum"
+    parts = [_attention(inputs["q"], *tile) for tile in inputs["tiles"]]
+    by_turns = np.arange(ours.shape[0]) % every[0].shape[1]
+    sums = [np.exp(part[1])[:, None] for part in parts]
+    with np.errstate(all="ignore"):
+        for words, wrong in (
+            ("That is the last tile's result alone", parts[-1][0]),
+            (
+                "Tiles do not weigh the same: add up weighted values and weights, divide "
+                "at the end",
+                np.mean([part[0] for part in parts], axis=0),
+            ),
+            (
+                "Query head h reads KV head h // (H / G): neighbours share",
+                _attention(inputs["q"], *every, by_turns)[0],
+            ),
+            (
+                "What has been summed up is divided once, at the end",
+                sum(s * part[0] for s, part in zip(sums, parts)),
+            ),
+        ):
+            if np.allclose(out, wrong):
+                return words
+    if len(inputs["tiles"]) > 1:
+        return (
+            "When the largest score grows, the sum and acc so far were made with the old "
+            "one: rescale both by exp(old - new)"
+        )
+    return None
+
+
+def _attention(q, k, v, kv_heads=None) -> tuple[np.ndarray, np.ndarray]:
+    """q (H, D) over k, v (S, G, D): out (H, D), logsumexp (H,)."""
+    H, G = len(q), k.shape[1]
+    if kv_heads is None:
+        kv_heads = np.arange(H) // (H // G)
+    scores = np.einsum("hd,shd->hs", q, k[:, kv_heads])
+    largest = scores.max(axis=1, keepdims=True)
+    weights = np.exp(scores - largest)
+    total = weights.sum(axis=1, keepdims=True)
+    out = np.einsum("hs,shd->hd", weights / total, v[:, kv_heads])
+    return out, (largest + np.log(total))[:, 0]
+
+
+def merge_splits_cases(seed: int) -> list[Case]:
+    rng = np.random.default_rng(seed)
+    cases = []
+    for name, (B, H, P, D) in (
+        ("one part", (1, 1, 1, 2)),
+        ("two parts of equal weight", (1, 1, 2, 2)),
+        ("two parts, one of three times the weight", (1, 1, 2, 2)),
+        ("two heads of three parts", (1, 2, 3, 2)),
+        ("a part without keys", (1, 2, 3, 2)),
+        ("a request without keys", (2, 1, 2, 2)),
+        ("a logsumexp of a thousand", (1, 2, 2, 2)),
+        ("single precision", (2, 3, 4, 5)),
+        ("random parts", tuple(rng.integers(2, 7, size=4).tolist())),
+    ):
+        dtype = np.float32 if name == "single precision" else np.float64
+        outs, logsumexps = rng.normal(size=(B, H, P, D)), rng.normal(size=(B, H, P))
+        if "equal" in name:
+            logsumexps[:] = 1.5
+        if "three times" in name:
+            logsumexps[..., 1] = logsumexps[..., 0] + math.log(3)
+        if "thousand" in name:
+            logsumexps += 1000
+        if "without" in name:
+            empty = np.index_exp[0] if "request" in name else np.index_exp[:, :, 1]
+            outs[empty], logsumexps[empty] = 0, -np.inf
+        inputs = {"outs": outs.astype(dtype), "logsumexps": logsumexps.astype(dtype)}
+        cases.append(Case(name, inputs))
+    return cases
+
+
+def merge_splits_explain(inputs: dict, expected: dict, got: dict) -> str | None:
+    outs, logsumexps = inputs["outs"], inputs["logsumexps"]
+    out, logsumexp = got["out"], got.get("logsumexp")
+    if not isinstance(out, np.ndarray) or not isinstance(logsumexp, np.ndarray):
+        return None
+    if out.shape != expected["out"].shape:
+        return "The parts become one: out is (B, H, D)"
+    if np.isnan(out).any() or np.isnan(logsumexp).any():
+        if np.isinf(logsumexps).all(axis=-1).any():
+            return "Where no part has keys all are -inf, and -inf minus -inf is NaN"
+        return "exp of a large number is infinite: subtract the largest logsumexp first"
+    if np.allclose(out, expected["out"]):
+        return "The logsumexp of all keys is that of the parts' logsumexps"
+    with np.errstate(all="ignore"):
+        weights = np.exp(logsumexps - logsumexps.max(axis=-1, keepdims=True))
+    share = logsumexps / logsumexps.sum(axis=-1, keepdims=True)
+    with np.errstate(all="ignore"):
+        for words, wrong in (
+            ("Parts do not weigh the same: the more keys, the more", outs.mean(axis=-2)),
+            (
+                "A part's weight is exp(logsumexp), not logsumexp",
+                (share[..., None] * outs).sum(axis=-2),
+            ),
+            ("Divide by the sum of the weights", (weights[..., None] * outs).sum(-2)),
+            ("All parts count, not the heaviest only", _heaviest(outs, logsumexps)),
+        ):
+            if np.allclose(out, wrong):
+                return words
+    return None
+
+
+def _heaviest(outs: np.ndarray, logsumexps: np.ndarray) -> np.ndarray:
+    at = logsumexps.argmax(axis=-1)[..., None, None]
+    return np.take_along_axis(outs, at, axis=-2)[..., 0, :]
+
+
+def bytes_moved_cases(seed: int) -> list[Case]:
+    rng = np.random.default_rng(seed)
+    cases = []
+    for name, (L, H, G, D), seq_lens, bytes_per_number, is_gathered in (
+        ("one head of 2 numbers, three keys", (1, 1, 1, 2), [3], 4, False),
+        ("five keys", (1, 1, 1, 2), [5], 4, False),
+        ("two bytes a number", (1, 1, 1, 2), [5], 2, False),
+        ("three heads", (1, 3, 3, 2), [5], 4, False),
+        ("four query heads that share one KV head", (1, 4, 1, 2), [5], 4, False),
+        ("three layers", (3, 1, 1, 2), [5], 4, False),
+        ("two requests", (1, 2, 1, 2), [5, 3], 4, False),
+        ("a request without keys", (1, 2, 1, 2), [5, 0], 4, False),
+        ("keys and values gathered first", (1, 2, 1, 2), [5, 3], 4, True),
+        ("Llama 3 8B, 8,192 keys", (32, 32, 8, 128), [8192], 2, False),
+    ):
+        cases.append(
+            _bytes_case(name, L, H, G, D, seq_lens, bytes_per_number, is_gathered)
+        )
+    L, G, group_size, half = (int(n) for n in rng.integers(2, 9, size=4))
+    shape = L, G * group_size, G, 2 * half
+    cases.append(_bytes_case("random", *shape, rng.integers(1, 99, 5).tolist(), 2, True))
+    return cases
+
+
+def _bytes_case(name, L, H, G, D, seq_lens, bytes_per_number, is_gathered) -> Case:
+    sizes = {"vocab_size": 256, "d_ff": 7, "max_seq_len": 9}
+    heads = {"num_layers": L, "num_heads": H, "num_kv_heads": G, "d_model": H * D}
+    inputs = {
+        "config": {**sizes, **heads},
+        "seq_lens": np.array(seq_lens),
+        "bytes_per_number": bytes_per_number,
+        "is_gathered": is_gathered,
+    }
+    return Case(name, inputs)
+
+
+def bytes_moved_explain(inputs: dict, expected: dict, got: dict) -> str | None:
+    config, theirs = inputs["config"], got["bytes"]
+    if isinstance(theirs, float):
+        return "Bytes are counted: give an int"
+    if not isinstance(theirs, int):
+        return None
+    B, S, L = len(inputs["seq_lens"]), int(inputs["seq_lens"].sum()), config["num_layers"]
+    H, G = config["num_heads"], config["num_kv_heads"]
+    D, number = config["d_model"] // H, inputs["bytes_per_number"]
+    times = 3 if inputs["is_gathered"] else 1
+    ours, keys = expected["bytes"], 2 * S * G * D * number
+    around = 2 * B * H * D * number
+    for words, wrong in (
+        ("That counts numbers, not bytes", ours // number),
+        ("Queries are read and outputs written too", times * keys),
+        ("The outputs are written too", times * keys + around // 2),
+        ("Each token has a key and a value", times * keys // 2 + around),
+        (
+            "Query heads that share a KV head read its keys once",
+            times * keys * H // G + around,
+        ),
+        (
+            "There is a query and an output for each query head",
+            times * keys + 2 * B * G * D * number,
+        ),
+        ("There is a query and an output for each request", times * keys + around // B),
+        ("One layer is asked for", ours * L),
+        ("A copy is read, written, and read again: three times", 2 * keys + around),
+        ("Gathering copies keys and values", keys + around),
+        ("Queries and outputs are not copied: keys and values are", 3 * (keys + around)),
+    ):
+        if theirs == wrong:
+            return words
+    return None
+
+
+def load_row_kernel_cases(seed: int) -> list[Case]:
+    rng = np.random.default_rng(seed)
+    cases = []
+    for name, N, num_cols, width in (
+        ("one row of four", 1, 4, 4),
+        ("three rows of four", 3, 4, 4),
+        ("one row of five, in a tile of eight", 1, 5, 5),
+        ("two rows of five", 2, 5, 5),
+        ("rows of three that lie eight apart", 4, 3, 8),
+        ("random rows", 5, int(rng.integers(17, 60)), 64),
+    ):
+        x = np.full((N, width), np.nan, dtype=np.float32)
+        x[:, :num_cols] = rng.normal(size=(N, num_cols))
+        inputs = {"x": x, "num_cols": num_cols}
+        cases.append(Case(name, inputs, {"bytes_read": N * num_cols * 4}))
+    return cases
+
+
+def load_row_kernel_explain(inputs: dict, expected: dict, got: dict) -> str | None:
+    rows, ours, num_cols = got["rows"], expected["rows"], inputs["num_cols"]
+    if np.array_equal(rows, ours):
+        return "Load num_cols numbers, no more: what follows is somebody else's"
+    x = inputs["x"].ravel()
+    packed = x[num_cols : 2 * num_cols]
+    if len(rows) > 1 and np.array_equal(rows[1, :num_cols], packed, equal_nan=True):
+        return "From one row to the next it is x_stride numbers, not num_cols"
+    if np.isnan(rows).all() or np.isnan(rows[1:]).all() and len(rows) > 1:
+        return "A program stores its own row: TILE numbers from row · TILE on"
+    if np.isnan(rows[:, num_cols:]).any():
+        return "All TILE numbers are stored, and those behind the row are 0"
+    if len(rows) > 1 and np.array_equal(rows[1], ours[0]):
+        return "Every program loads row 0: which one is its own, tl.program_id says"
+    return None
+
+
+def gather_kernel_cases(seed: int) -> list[Case]:
+    rng = np.random.default_rng(seed)
+    cases = []
+    for name, seq_len, block_size, (G, D) in (
+        ("one token", 1, 2, (1, 4)),
+        ("a full block", 2, 2, (1, 4)),
+        ("two blocks, the second half full", 3, 2, (1, 4)),
+        ("two heads of three numbers", 3, 2, (2, 3)),
+        ("blocks of one token", 5, 1, (1, 4)),
+        ("a block larger than the text", 5, 256, (2, 4)),
+        ("a random length", int(rng.integers(9, 30)), 4, (3, 5)),
+    ):
+        (cache,), block_tables = _pool(rng, 1, [seq_len], block_size, G, D)
+        inputs = {"cache": cache, "block_table": block_tables[0].astype(np.int64)}
+        limits = {"bytes_read": 2 * 4 * seq_len * G * D}  # of keys, and of values
+        cases.append(Case(name, {**inputs, "seq_len": seq_len}, limits))
+    return cases
+
+
+def gather_kernel_explain(inputs: dict, expected: dict, got: dict) -> str | None:
+    k, ours, S = got["k"], expected["k"], inputs["seq_len"]
+    if k.shape != ours.shape:
+        return None
+    if np.array_equal(k, ours):
+        return "Read each number once, under a mask of i < num_numbers"
+    flat = inputs["cache"].reshape(-1, *ours.shape[1:])
+    if len(flat) >= S and np.array_equal(k, flat[:S], equal_nan=True):
+        return "Look up the block in the table: the pool is not in the text's order"
+    block_size = inputs["cache"].shape[1]
+    starts = inputs["block_table"][np.arange(S) // block_size] * block_size
+    if np.array_equal(k, flat[starts], equal_nan=True):
+        return "A token has a place in its block: position % block_size"
+    if np.isnan(k).any():
+        return "That reads, or leaves, numbers that are not this request's"
+    return None
+
+
+def paged_decode_kernel_cases(seed: int) -> list[Case]:
+    rng = np.random.default_rng(seed)
+    cases = []
+    for name, seq_lens, block_size, (H, G, D), num_splits in (
+        ("one token", [1], 4, (1, 1, 16), 1),
+        ("three tokens in a block of four", [3], 4, (1, 1, 16), 1),
+        ("two blocks", [7], 4, (1, 1, 16), 1),
+        ("blocks of one token", [5], 1, (1, 1, 16), 1),
+        ("100 tokens, two tiles", [100], 16, (1, 1, 16), 1),
+        ("four query heads on two KV heads", [9], 8, (4, 2, 16), 1),
+        ("a head of 20 numbers", [9], 8, (2, 1, 20), 1),
+        ("three requests, one without keys", [6, 0, 33], 8, (2, 1, 16), 1),
+        ("a pool whose heads come first", [11], 4, (2, 2, 16), 1),
+        ("half precision", [40], 16, (3, 1, 16), 1),
+        ("150 tokens, two shares", [150], 16, (2, 1, 16), 2),
+        ("four shares, one of them empty", [130], 32, (2, 1, 16), 4),
+        ("scores that fall by a thousand", [100], 16, (1, 1, 16), 1),
+        ("random", rng.integers(50, 150, 2).tolist(), 16, (4, 2, 32), 1),
+    ):
+        caches, block_tables = _pool(rng, 2, seq_lens, block_size, G, D)
+        if "heads come first" in name:  # in memory: the shape is the same
+            caches[1] = np.ascontiguousarray(caches[1].swapaxes(1, 2)).swapaxes(1, 2)
+        dtype = np.float16 if name == "half precision" else np.float32
+        q = rng.normal(size=(len(seq_lens), H, D))
+        if "two" in name and H == 1 or num_splits > 1:  # the largest score comes last
+            last = seq_lens[0] - 1
+            caches[0][block_tables[0, last // block_size], last % block_size] = (
+                2 * q[0, 0]
+            )
+        if "thousand" in name:
+            first, _ = block_tables[0, : 64 // block_size], q.fill(40)
+            caches[0][:] = np.where(np.isnan(caches[0]), np.nan, -6)
+            caches[0][first] = 6
+        inputs = {
+            "q": q.astype(dtype),
+            "k_cache": caches[0].astype(dtype),
+            "v_cache": caches[1].astype(dtype),
+            "block_tables": block_tables,
+            "seq_lens": np.array(seq_lens, dtype=np.int32),
+            "num_splits": num_splits,
+        }
+        # Each key and value once; queries for each share; partial results to be merged.
+        keys = 2 * sum(seq_lens) * G * D * np.dtype(dtype).itemsize
+        queries = num_splits * inputs["q"].nbytes
+        parts = len(seq_lens) * H * num_splits * (D + 1) * 4 if num_splits > 1 else 0
+        # A block id for each token, not for what would follow; and lengths.
+        num_ids = G * sum(seq_lens) + 8 * G * len(seq_lens) * num_splits
+        limits = {"bytes_read": keys + queries + parts, "index_bytes_read": 4 * num_ids}
+        cases.append(Case(name, inputs, limits))
+    return cases
+
+
+def _pool(rng, num_caches, seq_lens, block_size, G, D) -> tuple[list, np.ndarray]:
+    """Shuffled blocks, NaN where no token is, and tables with ids that exist nowhere."""
+    counts = [math.ceil(seq_len / block_size) for seq_len in seq_lens]
+    num_blocks = sum(counts) + 2
+    shape = num_blocks, block_size, G, D
+    caches = [np.full(shape, np.nan, dtype=np.float32) for _ in range(num_caches)]
+    block_tables = np.full((len(seq_lens), max(counts) + 1), NOWHERE, dtype=np.int32)
+    block_ids = rng.permutation(np.arange(1, num_blocks))  # block 0 is nobody's
+    for row, count, seq_len in zip(block_tables, counts, seq_lens):
+        row[:count], block_ids = block_ids[:count], block_ids[count:]
+        for i, block_id in enumerate(row[:count]):
+            filled = min(block_size, seq_len - i * block_size)
+            for cache in caches:
+                cache[block_id, :filled] = rng.normal(size=(filled, G, D))
+    return caches, block_tables
+
+
+def paged_decode_kernel_explain(inputs: dict, expected: dict, got: dict) -> str | None:
+    out, logsumexp = got["out"], got["logsumexp"]
+    is_right = np.allclose(out, expected["out"], atol=1e-3)
+    is_sum_right = np.allclose(logsumexp, expected["logsumexp"], atol=1e-3)
+    if np.isnan(out).any() and is_sum_right:
+        return (
+            "A weight of 0 does not help: 0 times NaN is NaN. Load values under the mask "
+            "is_there, from their own addresses"
+        )
+    if np.isnan(out).any() and np.abs(inputs["q"]).max() > 30:
+        return "row_max never falls: the larger of the old one and the tile's"
+    if np.isnan(out).any():
+        return (
+            "It reads, or computes, NaN: the block of position p has the id in the table "
+            "at p // block_size, and keys are loaded under the mask is_there"
+        )
+    if is_right and is_sum_right and got["bytes_read"] <= expected["bytes_read"]:
+        return "The table ends where the tokens end: look ids up under the mask is_token"
+    if is_right and is_sum_right:
+        return "Read each key and value once, and under the mask is_there"
+    b = int(inputs["seq_lens"].argmax())
+    S, (_, H, D) = int(inputs["seq_lens"][b]), inputs["q"].shape
+    natural = D**-0.5
+    with np.errstate(all="ignore"):
+        for words, wrong in (
+            (
+                "A tile may end behind the last token: scores there are -inf, not 0",
+                _decode(inputs, b, num_zeros=-S % TILE),
+            ),
+            ("Scores are multiplied by scale_log2_e", _decode(inputs, b, 1 / LOG2_E)),
+            (
+                "With exp2, not exp: scale_log2_e counts on it",
+                _decode(inputs, b, LOG2_E * natural),
+            ),
+        )[: 2 if is_right else 3]:
+            is_same = np.allclose(out[b], wrong[0], atol=1e-4)
+            if is_same and (
+                not is_right or np.allclose(logsumexp[b], wrong[1], atol=1e-4)
+            ):
+                return words
+    if is_right:
+        return "logsumexp is made of row_max and row_sum: are both right?"
+    if S > TILE and inputs["num_splits"] == 1:
+        return (
+            "When the largest score grows, row_sum and acc so far were made with the old "
+            "one: rescale both"
+        )
+    is_head_right = np.isclose(out[b], expected["out"][b], atol=1e-3).all(axis=-1)
+    if inputs["k_cache"].shape[2] < H and is_head_right[0] and not is_head_right[1]:
+        return "Only the first head of a group is right: all rows of the product count"
+    return None
+
+
+def _decode(inputs: dict, b: int, scale: float | None = None, num_zeros: int = 0):
+    """Request b's out and logsumexp, with another scale, or with keys of zeros added."""
+    S, block_size = int(inputs["seq_lens"][b]), inputs["k_cache"].shape[1]
+    used = inputs["block_tables"][b, : math.ceil(S / block_size)]
+    q = inputs["q"][b].astype(np.float64)
+    k, v = (
+        inputs[name][used].reshape(-1, *inputs[name].shape[2:])[:S].astype(np.float64)
+        for name in ("k_cache", "v_cache")
+    )
+    zeros = np.zeros((num_zeros, *k.shape[1:]))
+    q *= q.shape[-1] ** -0.5 if scale is None else scale
+    return _attention(q, np.concatenate([k, zeros]), np.concatenate([v, zeros]))
+
+
+def _compile_error(
+    compile_kernel: Callable[[Any], gpu_code.GpuCode], kernel: Any
+) -> str | None:
+    """What the compiler says, in one line, with the line of the kernel."""
+    try:
+        compile_kernel(kernel)
+    except gpu_code.CompileError as error:
+        lines = [line.strip() for line in str(error).strip().split("\n")]
+        if "^" not in lines:
+            return lines[-1]
+        at = lines.index("^")
+        return f"in `{lines[at - 1]}`: {' '.join(lines[at + 1 :])}"
+    return None
+
+
+def _kernel(name: str, points: int, cases, explain, compile_kernel) -> Exercise:
+    return Exercise(
+        f"lib.paged_attention_triton.{name}",
+        points,
+        cases,
+        explain,
+        compile_error=functools.partial(_compile_error, compile_kernel),
+    )
+
+
+def _compile_load_row(kernel: Any) -> gpu_code.GpuCode:
+    types = {"x_ptr": "*fp32", "out_ptr": "*fp32", "x_stride": "i32", "num_cols": "i32"}
+    return gpu_code.compile_kernel(kernel, types, {"TILE": 64}, "sm_90")
+
+
+def _compile_gather(kernel: Any) -> gpu_code.GpuCode:
+    types = {"cache_ptr": "*bf16", "block_table_ptr": "*i64", "out_ptr": "*bf16"}
+    types |= {"block_size": "i32", "num_numbers": "i32"}
+    return gpu_code.compile_kernel(kernel, types, {"TILE": 1024}, "sm_90")
+
+
+def _compile_paged_decode(kernel: Any) -> gpu_code.GpuCode:
+    return gpu_code.compile_decode("sm_90", kernel=kernel)
+
+
+EXERCISES = [
+    Exercise(
+        "lib.paged_attention.attend_online", 2, attend_online_cases, attend_online_explain
+    ),
+    _kernel(
+        "load_row_kernel",
+        1,
+        load_row_kernel_cases,
+        load_row_kernel_explain,
+        _compile_load_row,
+    ),
+    _kernel(
+        "gather_kernel", 2, gather_kernel_cases, gather_kernel_explain, _compile_gather
+    ),
+    _kernel(
+        "paged_decode_kernel",
+        3,
+        paged_decode_kernel_cases,
+        paged_decode_kernel_explain,
+        _compile_paged_decode,
+    ),
+    Exercise(
+        "lib.paged_attention.merge_splits", 3, merge_splits_cases, merge_splits_explain
+    ),
+    Exercise(
+        "lib.paged_attention.bytes_moved", 2, bytes_moved_cases, bytes_moved_explain
+    ),
+]

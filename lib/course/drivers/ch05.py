@@ -1,0 +1,116 @@
+"""Chapter 5: run an answer, give plain data.
+
+Kernels are launched by the library, which finds the answer in its own kernel's place.
+Memory that nobody has written holds NaN meanwhile, so that what a kernel forgets to store
+shows. What it loads is counted where it is interpreted.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from lib import paged_attention_triton
+from lib.config import ModelConfig
+from lib.course.drivers.ch01 import as_array
+from lib.course.drivers.ch03 import as_number
+from lib.meter import Traffic, measure, measure_traffic
+
+
+def attend_online(answer: Callable, q: np.ndarray, tiles: list) -> dict:
+    tensors = [[torch.from_numpy(x) for x in tile] for tile in tiles]
+    cost = measure(lambda: answer(torch.from_numpy(q), (tuple(tile) for tile in tensors)))
+    return {**_out_and_logsumexp(cost.value), "peak_bytes": cost.peak_bytes}
+
+
+def merge_splits(answer: Callable, outs: np.ndarray, logsumexps: np.ndarray) -> dict:
+    return _out_and_logsumexp(
+        answer(torch.from_numpy(outs), torch.from_numpy(logsumexps))
+    )
+
+
+def bytes_moved(
+    answer: Callable,
+    config: dict,
+    seq_lens: np.ndarray,
+    bytes_per_number: int,
+    is_gathered: bool,
+) -> dict:
+    given = [bytes_per_number] if bytes_per_number != 4 else []  # 4 is the default
+    options = {"is_gathered": True} if is_gathered else {}
+    lens = torch.from_numpy(seq_lens)
+    return {"bytes": as_number(answer(ModelConfig(**config), lens, *given, **options))}
+
+
+def load_row_kernel(answer: Any, x: np.ndarray, num_cols: int) -> dict:
+    """Rows of which `num_cols` numbers count: what follows them belongs to others."""
+    rows = on_device(x)[:, :num_cols]
+    with launched("load_row_kernel", answer):
+        moved = traffic(lambda: paged_attention_triton.pad_rows(rows))
+    return {"rows": as_array(moved.value.cpu()), "bytes_read": moved.read_bytes}
+
+
+def gather_kernel(
+    answer: Any, cache: np.ndarray, block_table: np.ndarray, seq_len: int
+) -> dict:
+    args = on_device(cache), on_device(cache), on_device(block_table), seq_len
+    with launched("gather_kernel", answer):
+        moved = traffic(lambda: paged_attention_triton.gather_kv(*args))
+    return {"k": as_array(moved.value[0].cpu()), "bytes_read": moved.read_bytes}
+
+
+def paged_decode_kernel(
+    answer: Any,
+    q: np.ndarray,
+    k_cache: np.ndarray,
+    v_cache: np.ndarray,
+    block_tables: np.ndarray,
+    seq_lens: np.ndarray,
+    num_splits: int,
+) -> dict:
+    args = [on_device(x) for x in (q, k_cache, v_cache, block_tables, seq_lens)]
+    with launched("paged_decode_kernel", answer):
+        moved = traffic(
+            lambda: paged_attention_triton.paged_decode(*args, num_splits=num_splits)
+        )
+    out, logsumexp = moved.value
+    return {
+        "out": as_array(out.cpu()),
+        "logsumexp": as_array(logsumexp.cpu()),
+        "bytes_read": moved.read_bytes,
+        "index_bytes_read": moved.index_bytes,
+    }
+
+
+def on_device(x: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(x).to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextlib.contextmanager
+def launched(name: str, kernel: Any) -> Iterator[None]:
+    """While inside, the library launches `kernel`, and new memory holds NaN."""
+    kept = getattr(paged_attention_triton, name)
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    paged_attention_triton.check_interpreter()  # now, lest it be counted
+    setattr(paged_attention_triton, name, kernel)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
+    try:
+        yield
+    finally:
+        setattr(paged_attention_triton, name, kept)
+        torch.use_deterministic_algorithms(was_deterministic)
+
+
+def traffic(function: Callable[[], Any]) -> Traffic:
+    """What it returns, and the bytes that it moved; on a GPU nobody knows, so none."""
+    if not paged_attention_triton.IS_INTERPRETED:
+        return Traffic(function(), 0, 0, 0)
+    return measure_traffic(function)
+
+
+def _out_and_logsumexp(value: Any) -> dict:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        return {"out": f"a {type(value).__name__}, not the two tensors out and logsumexp"}
+    return {"out": as_array(value[0]), "logsumexp": as_array(value[1])}

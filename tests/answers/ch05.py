@@ -1,0 +1,828 @@
+import math
+
+import torch
+
+from answers import right, wrong
+from lib.paged_attention_triton import LOG2_E, tl, triton
+
+# attend_online
+
+
+@right("attend_online")
+def attend_online_with_repeated_heads(q, tiles):
+    H = len(q)
+    row_max = torch.full((H,), -math.inf, dtype=q.dtype)
+    row_sum, acc = torch.zeros(H, dtype=q.dtype), torch.zeros_like(q)
+    for k, v in tiles:
+        k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
+        scores = torch.einsum("hd,shd->hs", q, k)
+        new_max = torch.max(row_max, scores.max(dim=1).values)
+        factor = torch.exp(row_max - new_max)
+        weights = torch.exp(scores - new_max[:, None])
+        row_sum = factor * row_sum + weights.sum(1)
+        acc = factor[:, None] * acc + torch.einsum("hs,shd->hd", weights, v)
+        row_max = new_max
+    out = torch.where(row_sum[:, None] > 0, acc / row_sum[:, None], 0)
+    return out, row_max + torch.log(row_sum)
+
+
+@right("attend_online")
+def attend_online_by_merging(q, tiles):
+    out = torch.zeros_like(q)
+    total = torch.full((len(q),), -math.inf, dtype=q.dtype)
+    for k, v in tiles:
+        group_size = len(q) // k.shape[1]
+        for h in range(len(q)):
+            scores = k[:, h // group_size] @ q[h]
+            one = scores.softmax(0) @ v[:, h // group_size]
+            new = torch.logaddexp(total[h], scores.logsumexp(0))
+            share = (total[h] - new).exp()
+            out[h] = share * out[h] + (1 - share) * one
+            total[h] = new
+    return out, total
+
+
+def online(
+    q,
+    tiles,
+    rescale_sum=True,
+    rescale_acc=True,
+    scale=1.0,
+    tiled=False,
+    best=True,
+    add_max=True,
+):
+    H, D = q.shape
+    row_max = q.new_full((H, 1), -math.inf)
+    row_sum, acc = q.new_zeros(H, 1), q.new_zeros(H, D)
+    for k, v in tiles:
+        G = k.shape[1]
+        heads = torch.arange(H) % G if tiled else torch.arange(H) // (H // G)
+        scores = scale * torch.einsum("hd,shd->hs", q, k[:, heads])
+        new_max = torch.maximum(row_max, scores.amax(dim=-1, keepdim=True))
+        if not best:
+            new_max = torch.zeros_like(new_max)
+        rescale = (row_max - new_max).exp()
+        weights = (scores - new_max).exp()
+        total = weights.sum(-1, keepdim=True)
+        row_sum = (row_sum * rescale if rescale_sum else row_sum) + total
+        weighted = torch.einsum("hs,shd->hd", weights, v[:, heads])
+        acc = (acc * rescale if rescale_acc else acc) + weighted
+        row_max = new_max
+    logsumexp = row_sum.log() + (row_max if add_max else 0)
+    return acc / row_sum.clamp(min=torch.finfo(q.dtype).tiny), logsumexp.squeeze(-1)
+
+
+@wrong("attend_online", says="rescale both by exp(old - new)")
+def attend_online_without_rescaling(q, tiles):
+    return online(q, tiles, rescale_sum=False, rescale_acc=False)
+
+
+@wrong("attend_online", says="rescale both by exp(old - new)")
+def attend_online_without_rescaling_acc(q, tiles):
+    return online(q, tiles, rescale_acc=False)
+
+
+@wrong("attend_online", says="q is scaled already")
+def attend_online_scaled_twice(q, tiles):
+    return online(q, tiles, scale=q.shape[-1] ** -0.5)
+
+
+@wrong("attend_online", says="neighbours share")
+def attend_online_with_heads_by_turns(q, tiles):
+    return online(q, tiles, tiled=True)
+
+
+@wrong("attend_online", says="Subtract the largest score")
+def attend_online_without_a_maximum(q, tiles):
+    H, D = q.shape
+    row_sum, acc = q.new_zeros(H), q.new_zeros(H, D)
+    for k, v in tiles:
+        k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
+        weights = torch.einsum("hd,shd->hs", q, k).exp()
+        row_sum += weights.sum(1)
+        acc += torch.einsum("hs,shd->hd", weights, v)
+    tiny = torch.finfo(q.dtype).tiny
+    return acc / row_sum.clamp(min=tiny)[:, None], row_sum.log()
+
+
+@wrong("attend_online", says="logsumexp is the largest score plus")
+def attend_online_with_half_a_logsumexp(q, tiles):
+    return online(q, tiles, add_max=False)
+
+
+@wrong("attend_online", says="an out of 0")
+def attend_online_without_tiles_is_nan(q, tiles):
+    H, D = q.shape
+    row_max = q.new_full((H, 1), -math.inf)
+    row_sum, acc = q.new_zeros(H, 1), q.new_zeros(H, D)
+    for k, v in tiles:
+        k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
+        scores = torch.einsum("hd,shd->hs", q, k)
+        new_max = torch.maximum(row_max, scores.amax(dim=-1, keepdim=True))
+        weights, rescale = (scores - new_max).exp(), (row_max - new_max).exp()
+        row_sum = row_sum * rescale + weights.sum(-1, keepdim=True)
+        acc = acc * rescale + torch.einsum("hs,shd->hd", weights, v)
+        row_max = new_max
+    return acc / row_sum, (row_max + row_sum.log()).squeeze(-1)
+
+
+@wrong("attend_online", says="Keep three running numbers")
+def attend_online_all_at_once(q, tiles):
+    tiles = list(tiles)
+    if not tiles:
+        return torch.zeros_like(q), q.new_full((len(q),), -math.inf)
+    k, v = (torch.cat(both) for both in zip(*tiles))
+    return online(q, [(k, v)])
+
+
+@wrong("attend_online", says="Tiles do not weigh the same")
+def attend_online_mean_of_tiles(q, tiles):
+    results = [online(q, [tile]) for tile in tiles]
+    if not results:
+        return online(q, [])
+    outs, logsumexps = zip(*results)
+    return torch.stack(outs).mean(0), torch.stack(logsumexps).logsumexp(0)
+
+
+@wrong("attend_online", says="the last tile's result alone")
+def attend_online_last_tile(q, tiles):
+    result = online(q, [])
+    for tile in tiles:
+        result = online(q, [tile])
+    return result
+
+
+# load_row_kernel
+
+
+@right("load_row_kernel")
+@triton.jit
+def load_row_with_a_where(x_ptr, out_ptr, x_stride, num_cols, TILE: tl.constexpr):
+    i = tl.arange(0, TILE)
+    n = tl.program_id(axis=0)
+    numbers = tl.load(x_ptr + x_stride * n + i, mask=i < num_cols)
+    numbers = tl.where(i < num_cols, numbers, 0)
+    tl.store(out_ptr + n * TILE + i, numbers, mask=i < TILE)
+
+
+@triton.jit
+def row_start(ptr, stride):
+    return ptr + tl.program_id(0) * stride
+
+
+@right("load_row_kernel")
+@triton.jit
+def load_row_with_a_helper(x_ptr, out_ptr, x_stride, num_cols, TILE: tl.constexpr):
+    col = tl.arange(0, TILE)
+    x = tl.load(row_start(x_ptr, x_stride) + col, num_cols > col, 0.0)
+    tl.store(row_start(out_ptr, TILE) + col, x)
+
+
+@wrong("load_row_kernel", says="those behind the row are 0")
+@triton.jit
+def load_row_stores_the_row_alone(x_ptr, out_ptr, x_stride, num_cols, TILE: tl.constexpr):
+    row, col = tl.program_id(0), tl.arange(0, TILE)
+    x = tl.load(x_ptr + row * x_stride + col, mask=col < num_cols, other=0.0)
+    tl.store(out_ptr + row * TILE + col, x, mask=col < num_cols)
+
+
+@wrong("load_row_kernel")
+@triton.jit
+def load_row_unmasked(x_ptr, out_ptr, x_stride, num_cols, TILE: tl.constexpr):
+    row, col = tl.program_id(0), tl.arange(0, TILE)
+    tl.store(out_ptr + row * TILE + col, tl.load(x_ptr + row * x_stride + col))
+
+
+@wrong("load_row_kernel", says="no more: what follows is somebody else's")
+@triton.jit
+def load_row_and_then_mask(x_ptr, out_ptr, x_stride, num_cols, TILE: tl.constexpr):
+    row, col = tl.program_id(0), tl.arange(0, TILE)
+    x = tl.load(x_ptr + row * x_stride + col)
+    tl.store(out_ptr + row * TILE + col, tl.where(col < num_cols, x, 0.0))
+
+
+@wrong("load_row_kernel", says="x_stride numbers, not num_cols")
+@triton.jit
+def load_row_without_the_stride(x_ptr, out_ptr, x_stride, num_cols, TILE: tl.constexpr):
+    row, col = tl.program_id(0), tl.arange(0, TILE)
+    x = tl.load(x_ptr + row * num_cols + col, mask=col < num_cols, other=0.0)
+    tl.store(out_ptr + row * TILE + col, x)
+
+
+@wrong("load_row_kernel", says="tl.program_id says")
+@triton.jit
+def load_row_zero(x_ptr, out_ptr, x_stride, num_cols, TILE: tl.constexpr):
+    row, col = tl.program_id(0), tl.arange(0, TILE)
+    x = tl.load(x_ptr + col, mask=col < num_cols, other=0.0)
+    tl.store(out_ptr + row * TILE + col, x)
+
+
+@wrong("load_row_kernel", says="A program stores its own row")
+@triton.jit
+def load_row_into_row_zero(x_ptr, out_ptr, x_stride, num_cols, TILE: tl.constexpr):
+    row, col = tl.program_id(0), tl.arange(0, TILE)
+    x = tl.load(x_ptr + row * x_stride + col, mask=col < num_cols, other=0.0)
+    tl.store(out_ptr + col, x)
+
+
+@wrong("load_row_kernel", says="no GPU can run it")
+@triton.jit
+def load_row_that_does_not_compile(
+    x_ptr, out_ptr, x_stride, num_cols, TILE: tl.constexpr
+):
+    row, col = tl.program_id(0), tl.arange(0, TILE)
+    start = 0
+    for _ in range(row):
+        start += x_stride * 1.0
+    at = x_ptr + row * x_stride + col
+    x = tl.load(at, mask=col < num_cols, other=0.0 * start)
+    tl.store(out_ptr + row * TILE + col, x)
+
+
+@wrong("load_row_kernel", says="expected a kernel, under @triton.jit")
+def load_row_without_jit(x_ptr, out_ptr, x_stride, num_cols, TILE):
+    out_ptr[:] = x_ptr
+
+
+@wrong("load_row_kernel", says="crashed")
+@triton.jit
+def load_row_from_nowhere(x_ptr, out_ptr, x_stride, num_cols, TILE: tl.constexpr):
+    row, col = tl.program_id(0), tl.arange(0, TILE)
+    x = tl.load(x_ptr + 2_000_000_000 + col, mask=col < num_cols, other=0.0)
+    tl.store(out_ptr + row * TILE + col, x)
+
+
+# gather_kernel
+
+
+@right("gather_kernel")
+@triton.jit
+def gather_in_one_address(
+    cache_ptr, block_table_ptr, out_ptr, block_size, num_numbers, TILE: tl.constexpr
+):
+    p = tl.program_id(0)
+    i = tl.arange(0, TILE)
+    is_number = i < num_numbers
+    block = tl.load(block_table_ptr + p // block_size)
+    at = (block * block_size + p % block_size) * num_numbers + i
+    row = tl.load(cache_ptr + at, mask=is_number, other=0.0)
+    tl.store(out_ptr + p * num_numbers + i, row, mask=is_number)
+
+
+@right("gather_kernel")
+@triton.jit
+def gather_in_a_loop(
+    cache_ptr, block_table_ptr, out_ptr, block_size, num_numbers, TILE: tl.constexpr
+):
+    position = tl.program_id(0)
+    nth = position // block_size
+    block_id = tl.load(block_table_ptr + nth).to(tl.int64)
+    source = cache_ptr + block_id * block_size * num_numbers
+    source += (position - nth * block_size) * num_numbers
+    for start in range(0, num_numbers, 16):
+        i = start + tl.arange(0, 16)
+        x = tl.load(source + i, mask=i < num_numbers)
+        tl.store(out_ptr + position * num_numbers + i, x, mask=i < num_numbers)
+
+
+@wrong("gather_kernel", says="Look up the block in the table")
+@triton.jit
+def gather_without_the_table(
+    cache_ptr, block_table_ptr, out_ptr, block_size, num_numbers, TILE: tl.constexpr
+):
+    p, i = tl.program_id(0), tl.arange(0, TILE)
+    row = tl.load(cache_ptr + p * num_numbers + i, mask=i < num_numbers)
+    tl.store(out_ptr + p * num_numbers + i, row, mask=i < num_numbers)
+
+
+@wrong("gather_kernel", says="position % block_size")
+@triton.jit
+def gather_first_places(
+    cache_ptr, block_table_ptr, out_ptr, block_size, num_numbers, TILE: tl.constexpr
+):
+    p, i = tl.program_id(0), tl.arange(0, TILE)
+    slot = tl.load(block_table_ptr + p // block_size) * block_size
+    row = tl.load(cache_ptr + slot * num_numbers + i, mask=i < num_numbers)
+    tl.store(out_ptr + p * num_numbers + i, row, mask=i < num_numbers)
+
+
+@wrong("gather_kernel")
+@triton.jit
+def gather_by_position(
+    cache_ptr, block_table_ptr, out_ptr, block_size, num_numbers, TILE: tl.constexpr
+):
+    p, i = tl.program_id(0), tl.arange(0, TILE)
+    slot = tl.load(block_table_ptr + p) * block_size + p % block_size
+    row = tl.load(cache_ptr + slot * num_numbers + i, mask=i < num_numbers)
+    tl.store(out_ptr + p * num_numbers + i, row, mask=i < num_numbers)
+
+
+@wrong("gather_kernel", says="not this request's")
+@triton.jit
+def gather_one_number_a_token(
+    cache_ptr, block_table_ptr, out_ptr, block_size, num_numbers, TILE: tl.constexpr
+):
+    p = tl.program_id(0)
+    slot = tl.load(block_table_ptr + p // block_size) * block_size + p % block_size
+    tl.store(out_ptr + p * num_numbers, tl.load(cache_ptr + slot * num_numbers))
+
+
+@wrong("gather_kernel", says="Read each number once")
+@triton.jit
+def gather_twice(
+    cache_ptr, block_table_ptr, out_ptr, block_size, num_numbers, TILE: tl.constexpr
+):
+    p, i = tl.program_id(0), tl.arange(0, TILE)
+    slot = tl.load(block_table_ptr + p // block_size) * block_size + p % block_size
+    row = tl.load(cache_ptr + slot * num_numbers + i, mask=i < num_numbers)
+    row += 0 * tl.load(cache_ptr + slot * num_numbers + i, mask=i < num_numbers)
+    tl.store(out_ptr + p * num_numbers + i, row, mask=i < num_numbers)
+
+
+# paged_decode_kernel
+
+
+@triton.jit
+def decode_variant(
+    q_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    block_tables_ptr,
+    seq_lens_ptr,
+    out_ptr,
+    logsumexp_ptr,
+    scale_log2_e,
+    block_size,
+    q_stride_b,
+    q_stride_h,
+    k_stride_block,
+    k_stride_place,
+    k_stride_g,
+    v_stride_block,
+    v_stride_place,
+    v_stride_g,
+    table_stride_b,
+    GROUP_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    TILE: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    VARIANT: tl.constexpr,
+):
+    b, g, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
+    is_head, is_col = row < GROUP_SIZE, col < HEAD_DIM
+    h = g * GROUP_SIZE + row
+    seq_len = tl.load(seq_lens_ptr + b)
+    tiles = tl.cdiv(tl.cdiv(seq_len, TILE), NUM_SPLITS)
+    start = split * tiles * TILE
+    end = tl.minimum(start + tiles * TILE, seq_len)
+    if VARIANT == "every split reads all":
+        start, end = 0, seq_len
+    q_at = q_ptr + b * q_stride_b + h[:, None] * q_stride_h + col[None, :]
+    q = tl.load(q_at, mask=is_head[:, None] & is_col[None, :], other=0.0)
+    q = q.to(tl.float32) if UPCAST else q
+    row_max = tl.full([ROWS], float("-inf"), tl.float32)
+    row_sum = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, COLS], tl.float32)
+    for tile_start in range(start, end, TILE):
+        position = tile_start + tl.arange(0, TILE)
+        is_token = position < end
+        if VARIANT == "an unmasked table":
+            block_id = tl.load(
+                block_tables_ptr + b * table_stride_b + position // block_size
+            ).to(tl.int64)
+        else:
+            block_id = tl.load(
+                block_tables_ptr + b * table_stride_b + position // block_size,
+                mask=is_token,
+                other=0,
+            ).to(tl.int64)
+        if VARIANT == "no table":
+            block_id = (position // block_size).to(tl.int64)
+        place = position % block_size
+        if VARIANT == "no place":
+            place = place * 0
+        k_at = block_id * k_stride_block + place * k_stride_place + g * k_stride_g
+        v_at = block_id * v_stride_block + place * v_stride_place + g * v_stride_g
+        if VARIANT == "one head of keys":
+            k_at -= g * k_stride_g
+        if VARIANT == "strides of k for v":
+            v_at = k_at
+        is_there = is_token[:, None] & is_col[None, :]
+        k = tl.load(k_cache_ptr + k_at[:, None] + col[None, :], mask=is_there, other=0.0)
+        if VARIANT == "k unmasked":
+            k = tl.load(
+                k_cache_ptr + k_at[:, None] + col[None, :],
+                mask=is_col[None, :],
+                other=0.0,
+            )
+        if VARIANT == "v unmasked":
+            v = tl.load(
+                v_cache_ptr + v_at[:, None] + col[None, :],
+                mask=is_col[None, :],
+                other=0.0,
+            )
+        else:
+            v = tl.load(
+                v_cache_ptr + v_at[:, None] + col[None, :], mask=is_there, other=0.0
+            )
+        k, v = (k.to(tl.float32), v.to(tl.float32)) if UPCAST else (k, v)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if VARIANT != "no scale":
+            scores *= scale_log2_e
+        if VARIANT != "scores unmasked":
+            scores = tl.where(is_token[None, :], scores, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+        if VARIANT == "the last maximum":
+            new_max = tl.max(scores, axis=1)
+        rescale = tl.exp2(row_max - new_max)
+        weights = tl.exp2(scores - new_max[:, None])
+        if VARIANT == "exp":
+            rescale = tl.exp(row_max - new_max)
+            weights = tl.exp(scores - new_max[:, None])
+        if VARIANT == "no rescale":
+            rescale = rescale * 0 + 1
+        row_sum = row_sum * rescale + tl.sum(weights, axis=1)
+        weighted = tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        if VARIANT == "acc not rescaled":
+            acc = acc + weighted
+        else:
+            acc = acc * rescale[:, None] + weighted
+        row_max = new_max
+    divisor = tl.where(row_sum > 0, row_sum, 1.0)
+    logsumexp = (row_max + tl.log2(divisor)) / LOG2_E
+    if VARIANT == "another logsumexp":
+        logsumexp = row_max + tl.log2(divisor)
+    out = (acc / divisor[:, None]).to(out_ptr.dtype.element_ty)
+    if VARIANT == "not divided":
+        out = acc.to(out_ptr.dtype.element_ty)
+    at = (b * tl.num_programs(1) * GROUP_SIZE + h) * NUM_SPLITS + split
+    tl.store(logsumexp_ptr + at, logsumexp, mask=is_head)
+    out_at = out_ptr + at[:, None] * HEAD_DIM + col[None, :]
+    tl.store(out_at, out, mask=is_head[:, None] & is_col[None, :])
+
+
+class Variant:
+    """A kernel that is launched as the library's, with one thing changed."""
+
+    arg_names = ("q_ptr",)
+    fn = decode_variant.fn if hasattr(decode_variant, "fn") else decode_variant
+
+    def __init__(self, variant):
+        self.variant, self.__name__ = variant, f"decode: {variant}"
+
+    def __getitem__(self, grid):
+        def launch(*args, **constants):
+            decode_variant[grid](*args, **constants, VARIANT=self.variant)
+
+        return launch
+
+
+for variant, says in {
+    "no table": "",
+    "no place": "",
+    "an unmasked table": "under the mask is_token",
+    "k unmasked": "under the mask is_there",
+    "v unmasked": "0 times NaN is NaN",
+    "scores unmasked": "scores there are -inf",
+    "no rescale": "rescale both",
+    "acc not rescaled": "rescale both",
+    "the last maximum": "row_max never falls",
+    "no scale": "multiplied by scale_log2_e",
+    "exp": "With exp2, not exp",
+    "one head of keys": "",
+    "strides of k for v": "",
+    "another logsumexp": "row_max and row_sum",
+    "not divided": "",
+    "every split reads all": "",
+}.items():
+    wrong("paged_decode_kernel", says)(Variant(variant))
+
+
+@right("paged_decode_kernel")
+@triton.jit
+def decode_with_transposed_keys(
+    q_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    block_tables_ptr,
+    seq_lens_ptr,
+    out_ptr,
+    logsumexp_ptr,
+    scale_log2_e,
+    block_size,
+    q_stride_b,
+    q_stride_h,
+    k_stride_block,
+    k_stride_place,
+    k_stride_g,
+    v_stride_block,
+    v_stride_place,
+    v_stride_g,
+    table_stride_b,
+    GROUP_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    TILE: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    request, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    r, d, t = tl.arange(0, ROWS), tl.arange(0, COLS), tl.arange(0, TILE)
+    heads = kv_head * GROUP_SIZE + r
+    is_real = (r < GROUP_SIZE)[:, None] & (d < HEAD_DIM)[None, :]
+    S = tl.load(seq_lens_ptr + request)
+    num_tiles = tl.cdiv(tl.cdiv(S, TILE), NUM_SPLITS)
+    first, last = part * num_tiles * TILE, tl.minimum((part + 1) * num_tiles * TILE, S)
+    q = tl.load(
+        q_ptr + request * q_stride_b + heads[:, None] * q_stride_h + d[None, :],
+        mask=is_real,
+        other=0.0,
+    )
+    # The scale goes into the queries.
+    q = q.to(tl.float32) * scale_log2_e
+    m = tl.full([ROWS], -1e30, tl.float32)
+    s = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, COLS], tl.float32)
+    for begin in range(first, last, TILE):
+        at = begin + t
+        ok = at < last
+        block = tl.load(
+            block_tables_ptr + request * table_stride_b + at // block_size, ok, 0
+        )
+        block = block.to(tl.int64)
+        inside = at - at // block_size * block_size
+        k = tl.load(
+            k_cache_ptr
+            + (block * k_stride_block + inside * k_stride_place)[None, :]
+            + kv_head * k_stride_g
+            + d[:, None],
+            mask=ok[None, :] & (d < HEAD_DIM)[:, None],
+            other=0.0,
+        ).to(tl.float32)
+        v = tl.load(
+            v_cache_ptr
+            + (block * v_stride_block + inside * v_stride_place)[:, None]
+            + kv_head * v_stride_g
+            + d[None, :],
+            mask=ok[:, None] & (d < HEAD_DIM)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        scores = tl.dot(q, k, input_precision="ieee")
+        scores += tl.where(ok, 0.0, float("-inf"))[None, :]
+        old, m = m, tl.maximum(m, tl.max(scores, 1))
+        p = tl.exp2(scores - m[:, None])
+        shrink = tl.exp2(old - m)
+        acc *= shrink[:, None]
+        acc += tl.dot(p, v, input_precision="ieee")
+        s = s * shrink + tl.sum(p, 1)
+    is_empty = s == 0.0
+    total = tl.where(is_empty, 1.0, s)
+    where = (request * tl.num_programs(1) * GROUP_SIZE + heads) * NUM_SPLITS + part
+    lse = tl.where(is_empty, float("-inf"), m / LOG2_E + tl.log(total))
+    tl.store(logsumexp_ptr + where, lse, mask=r < GROUP_SIZE)
+    out = acc / total[:, None]
+    out_at = out_ptr + where[:, None] * HEAD_DIM + d[None, :]
+    tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=is_real)
+
+
+@triton.jit
+def look_up(block_tables_ptr, position, is_token, block_size):
+    block_id = tl.load(block_tables_ptr + position // block_size, mask=is_token, other=0)
+    return block_id.to(tl.int64), position % block_size
+
+
+@right("paged_decode_kernel")
+@triton.jit
+def decode_with_a_helper_and_every_third_tile(
+    q_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    block_tables_ptr,
+    seq_lens_ptr,
+    out_ptr,
+    logsumexp_ptr,
+    scale_log2_e,
+    block_size,
+    q_stride_b,
+    q_stride_h,
+    k_stride_block,
+    k_stride_place,
+    k_stride_g,
+    v_stride_block,
+    v_stride_place,
+    v_stride_g,
+    table_stride_b,
+    GROUP_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    TILE: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    # Shares take turns: tile i belongs to share i % NUM_SPLITS.
+    b, g, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
+    is_head, is_col = row < GROUP_SIZE, col < HEAD_DIM
+    h = g * GROUP_SIZE + row
+    seq_len = tl.load(seq_lens_ptr + b)
+    q_at = q_ptr + b * q_stride_b + h[:, None] * q_stride_h + col[None, :]
+    q = tl.load(q_at, mask=is_head[:, None] & is_col[None, :], other=0.0)
+    if UPCAST:
+        q = q.to(tl.float32)
+    row_max = tl.full([ROWS], float("-inf"), tl.float32)
+    row_sum = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, COLS], tl.float32)
+    for tile_start in range(split * TILE, seq_len, NUM_SPLITS * TILE):
+        position = tile_start + tl.arange(0, TILE)
+        is_token = position < seq_len
+        block_id, place = look_up(
+            block_tables_ptr + b * table_stride_b, position, is_token, block_size
+        )
+        is_there = is_token[:, None] & is_col[None, :]
+        k_at = block_id * k_stride_block + place * k_stride_place + g * k_stride_g
+        v_at = block_id * v_stride_block + place * v_stride_place + g * v_stride_g
+        k = tl.load(k_cache_ptr + k_at[:, None] + col[None, :], mask=is_there, other=0.0)
+        scores = tl.dot(q, tl.trans(k).to(q.dtype), input_precision="ieee")
+        scores = tl.where(is_token[None, :], scores * scale_log2_e, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - new_max[:, None])
+        rescale = tl.exp2(row_max - new_max)
+        row_max = new_max
+        row_sum = tl.sum(weights, axis=1) + row_sum * rescale
+        v = tl.load(v_cache_ptr + v_at[:, None] + col[None, :], mask=is_there, other=0.0)
+        v = v.to(q.dtype)
+        acc *= rescale[:, None]
+        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
+    divisor = tl.maximum(row_sum, 1e-30)
+    at = (b * tl.num_programs(1) * GROUP_SIZE + h) * NUM_SPLITS + split
+    logsumexp = row_max * 0.6931471805599453 + tl.log(divisor)
+    tl.store(logsumexp_ptr + at, logsumexp, mask=is_head)
+    out = (acc / divisor[:, None]).to(out_ptr.dtype.element_ty)
+    out_at = out_ptr + at[:, None] * HEAD_DIM + col[None, :]
+    tl.store(out_at, out, mask=is_head[:, None] & is_col[None, :])
+
+
+# merge_splits
+
+
+@right("merge_splits")
+def merge_splits_by_hand(outs, logsumexps):
+    largest = logsumexps.max(dim=-1).values
+    safe = torch.where(largest == -math.inf, 0, largest)
+    weights = torch.exp(logsumexps - safe[..., None])
+    total = weights.sum(-1)
+    out = (weights[..., None] * outs).sum(-2) / torch.where(total > 0, total, 1)[
+        ..., None
+    ]
+    return out, safe + total.log()
+
+
+@right("merge_splits")
+def merge_splits_one_by_one(outs, logsumexps):
+    out = torch.zeros_like(outs[:, :, 0])
+    total = torch.full_like(logsumexps[:, :, 0], -math.inf)
+    for p in range(outs.shape[2]):
+        new = torch.logaddexp(total, logsumexps[:, :, p])
+        safe = new.masked_fill(new == -math.inf, 0)
+        old_share, share = (x.sub(safe).exp() for x in (total, logsumexps[:, :, p]))
+        out = old_share[..., None] * out + share[..., None] * outs[:, :, p]
+        total = new
+    return out, total
+
+
+@wrong("merge_splits", says="Parts do not weigh the same")
+def merge_splits_by_mean(outs, logsumexps):
+    return outs.mean(dim=2), logsumexps.logsumexp(dim=-1)
+
+
+@wrong("merge_splits", says="subtract the largest logsumexp first")
+def merge_splits_without_a_maximum(outs, logsumexps):
+    weights = logsumexps.exp()
+    total = weights.sum(-1, keepdim=True)
+    tiny = torch.finfo(outs.dtype).tiny
+    out = (weights.unsqueeze(-2) @ outs).squeeze(-2) / total.clamp(min=tiny)
+    return out, total.squeeze(-1).log()
+
+
+@wrong("merge_splits", says="-inf minus -inf is NaN")
+def merge_splits_of_nothing_is_nan(outs, logsumexps):
+    weights = logsumexps.softmax(dim=-1)
+    return (weights.unsqueeze(-2) @ outs).squeeze(-2), logsumexps.logsumexp(dim=-1)
+
+
+@wrong("merge_splits", says="A part's weight is exp(logsumexp)")
+def merge_splits_weighed_by_logsumexp(outs, logsumexps):
+    share = logsumexps / logsumexps.sum(-1, keepdim=True)
+    return (share.unsqueeze(-2) @ outs).squeeze(-2), logsumexps.logsumexp(dim=-1)
+
+
+@wrong("merge_splits", says="not the heaviest only")
+def merge_splits_takes_the_heaviest(outs, logsumexps):
+    at = logsumexps.argmax(dim=-1)[..., None, None].expand(-1, -1, 1, outs.shape[-1])
+    return outs.gather(2, at).squeeze(2), logsumexps.logsumexp(dim=-1)
+
+
+@wrong("merge_splits", says="that of the parts' logsumexps")
+def merge_splits_adds_logsumexps(outs, logsumexps):
+    weights = logsumexps.softmax(dim=-1).nan_to_num(0)
+    return (weights.unsqueeze(-2) @ outs).squeeze(-2), logsumexps.sum(dim=-1)
+
+
+@wrong("merge_splits", says="Divide by the sum")
+def merge_splits_not_divided(outs, logsumexps):
+    largest = logsumexps.amax(-1, keepdim=True)
+    weights = (logsumexps - largest.masked_fill(largest == -math.inf, 0)).exp()
+    return (weights.unsqueeze(-2) @ outs).squeeze(-2), logsumexps.logsumexp(dim=-1)
+
+
+# bytes_moved
+
+
+@right("bytes_moved")
+def bytes_moved_request_by_request(
+    config, seq_lens, bytes_per_number=4, *, is_gathered=False
+):
+    D, total = config.d_model // config.num_heads, 0
+    for seq_len in seq_lens.tolist():
+        kv = seq_len * config.num_kv_heads * D * 2
+        total += kv + 2 * config.num_heads * D
+        if is_gathered:
+            total += 2 * kv
+    return total * bytes_per_number
+
+
+@right("bytes_moved")
+def bytes_moved_as_a_tensor(config, seq_lens, bytes_per_number=4, *, is_gathered=False):
+    around = len(seq_lens) * config.d_model * 2
+    kv = seq_lens.sum() * config.num_kv_heads * config.head_dim * 2
+    return (around + kv * (1 + 2 * is_gathered)) * bytes_per_number
+
+
+def moved(
+    config, seq_lens, number, is_gathered, around=2, heads=None, kv=2, times=3, copies=0
+):
+    D, num_keys = config.head_dim, int(seq_lens.sum())
+    queries = around * len(seq_lens) * config.num_heads * D
+    keys = kv * num_keys * (heads or config.num_kv_heads) * D
+    extra = copies * queries if is_gathered else 0
+    return (queries + extra + (times if is_gathered else 1) * keys) * number
+
+
+@wrong("bytes_moved", says="outputs written too")
+def bytes_moved_keys_only(config, seq_lens, bytes_per_number=4, *, is_gathered=False):
+    return moved(config, seq_lens, bytes_per_number, is_gathered, around=0)
+
+
+@wrong("bytes_moved", says="The outputs are written too")
+def bytes_moved_read_only(config, seq_lens, bytes_per_number=4, *, is_gathered=False):
+    return moved(config, seq_lens, bytes_per_number, is_gathered, around=1)
+
+
+@wrong("bytes_moved", says="read its keys once")
+def bytes_moved_per_query_head(
+    config, seq_lens, bytes_per_number=4, *, is_gathered=False
+):
+    H = config.num_heads
+    return moved(config, seq_lens, bytes_per_number, is_gathered, heads=H)
+
+
+@wrong("bytes_moved", says="a key and a value")
+def bytes_moved_without_values(
+    config, seq_lens, bytes_per_number=4, *, is_gathered=False
+):
+    return moved(config, seq_lens, bytes_per_number, is_gathered, kv=1)
+
+
+@wrong("bytes_moved", says="read, written, and read again")
+def bytes_moved_twice(config, seq_lens, bytes_per_number=4, *, is_gathered=False):
+    return moved(config, seq_lens, bytes_per_number, is_gathered, times=2)
+
+
+@wrong("bytes_moved", says="Queries and outputs are not copied")
+def bytes_moved_copies_queries(
+    config, seq_lens, bytes_per_number=4, *, is_gathered=False
+):
+    return moved(config, seq_lens, bytes_per_number, is_gathered, copies=2)
+
+
+@wrong("bytes_moved", says="One layer is asked for")
+def bytes_moved_in_all_layers(config, seq_lens, bytes_per_number=4, *, is_gathered=False):
+    one = moved(config, seq_lens, bytes_per_number, is_gathered)
+    return one * config.num_layers
+
+
+@wrong("bytes_moved", says="numbers, not bytes")
+def bytes_moved_in_numbers(config, seq_lens, bytes_per_number=4, *, is_gathered=False):
+    return moved(config, seq_lens, 1, is_gathered)
+
+
+@wrong("bytes_moved", says="give an int")
+def bytes_moved_as_a_float(config, seq_lens, bytes_per_number=4, *, is_gathered=False):
+    return moved(config, seq_lens, bytes_per_number, is_gathered) / 1
