@@ -4,7 +4,9 @@
     python -m lib.bench --json data/results/bench.json
 
 All caches hold the same passages of the book. Their decode steps take turns, so that
-whatever else the machine does meets all of them alike; figures are medians.
+whatever else the machine does meets all of them alike; figures are medians. The model
+runs on the processor. A second table is of attention alone, on a GPU where there is one:
+lib/bench_attention.py.
 """
 
 import argparse
@@ -20,11 +22,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lib import generate, text
+from lib import bench_attention, generate, paged_attention_triton, text
 from lib.kv_cache import ContiguousKVCache
 from lib.meter import machine_facts
 from lib.model import Transformer, attend_fused, load_model
 from lib.paged_kv_cache import PagedKVCache
+
+CONTEXTS = [128, 512, 2048, 8192, 16384, 65536]  # of attention alone, tokens
+BATCHES = [1, 8, 64]  # requests
+ATTENTION_REPEATS = {"cpu": 5, "cuda": 30}
 
 
 def decode_steps(
@@ -96,32 +102,14 @@ def bench(
     ]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m lib.bench",
-        description="Tokens per second of decoding on this machine.",
-    )
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--context", type=int, default=1024, help="tokens of a request")
-    parser.add_argument("--steps", type=int, default=40, help="timed, of each cache")
-    parser.add_argument("--block-size", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=1, help="of torch")
-    parser.add_argument(
-        "--json", type=Path, metavar="PATH", help="write all figures there"
-    )
-    args = parser.parse_args()
-    for name in ("batch_size", "context", "steps", "block_size", "threads"):
-        if getattr(args, name) < 1:
-            parser.error(f"{name}: expected at least 1, got {getattr(args, name)}")
-    torch.set_num_threads(args.threads)
-
+def bench_decoding(args: argparse.Namespace, facts: dict) -> list[dict]:
+    """Run `bench` and print what it says."""
     with tqdm(
         total=args.steps + 1, file=sys.stdout, leave=False, disable=None
     ) as progress:
         results = bench(
             args.batch_size, args.context, args.steps, args.block_size, progress
         )
-    facts = machine_facts()
     print(
         f"decoding, batch {args.batch_size}, context {args.context}; "
         f"{facts['processor']}, {facts['torch_threads']} thread(s), "
@@ -134,9 +122,128 @@ def main() -> int:
         )
     speed = {result["name"]: result["tokens_per_s"] for result in results}
     print(f"paged writes {speed['paged'] / speed['contiguous']:.2f} of contiguous")
+    return results
+
+
+def bench_attention_alone(args: argparse.Namespace, facts: dict) -> dict:
+    """Run `bench_attention`, print what it says, and return it for the json."""
+    device, sizes = args.device, bench_attention.SIZES[args.device]
+    dtype = bench_attention.DTYPES[device]
+    copy_bytes_per_s = bench_attention.copy_bandwidth(device)
+    flops_per_s = bench_attention.matmul_flops_per_s(device, dtype)
+    num_cases = len(args.attention_batches) * len(args.attention_contexts)
+    with tqdm(total=num_cases, file=sys.stdout, leave=False, disable=None) as progress:
+        rows = bench_attention.bench_attention(
+            args.attention_contexts,
+            args.attention_batches,
+            device=device,
+            dtype=dtype,
+            **sizes,
+            block_size=args.block_size,
+            repeats=ATTENTION_REPEATS[device],
+            progress=progress,
+            copy_bytes_per_s=copy_bytes_per_s,
+        )
+    result = {
+        "device": device,
+        "dtype": str(dtype).removeprefix("torch."),
+        **sizes,
+        "block_size": args.block_size,
+        "repeats": ATTENTION_REPEATS[device],
+        "copy_gb_per_s": copy_bytes_per_s / 1e9,
+        "matmul_tflops_per_s": flops_per_s / 1e12,
+        "rows": rows,
+    }
+    print_attention(result, num_cases, facts)
+    return result
+
+
+def print_attention(result: dict, num_cases: int, facts: dict):
+    on_gpu = result["device"] == "cuda"
+    where = facts["gpu"] if on_gpu else f"{facts['processor']}, "
+    where += "" if on_gpu else f"{facts['torch_threads']} thread(s)"
+    print(
+        f"\nattention of one layer, a new token a request: {result['num_heads']} heads, "
+        f"{result['num_kv_heads']} KV heads of {result['head_dim']}, {result['dtype']}, "
+        f"blocks of {result['block_size']}\n{where}: a copy moves "
+        f"{result['copy_gb_per_s']:.1f} GB/s, a matrix product makes "
+        f"{result['matmul_tflops_per_s']:.2f} TFLOP/s; medians; GB/s (% of the copy's)"
+    )
+    rows = result["rows"]
+    print(*bench_attention.table_lines(rows), sep="\n")
+    num_skipped = num_cases - len(bench_attention.by_case(rows))
+    if num_skipped:
+        print(f"skipped {num_skipped} of {num_cases}: too many bytes of keys and values")
+    if on_gpu:
+        print("in place, against its goals:")
+        print(*bench_attention.goal_lines(rows), sep="\n")
+    else:
+        print("in place is the kernel's torch twin: the kernel itself needs a GPU")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m lib.bench",
+        description="Tokens per second of decoding on this machine, and bytes per second "
+        "of attention alone.",
+    )
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--context", type=int, default=1024, help="tokens of a request")
+    parser.add_argument("--steps", type=int, default=40, help="timed, of each cache")
+    parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument(
+        "--attention-contexts", type=int, nargs="+", default=CONTEXTS, metavar="TOKENS"
+    )
+    parser.add_argument(
+        "--attention-batches", type=int, nargs="+", default=BATCHES, metavar="REQUESTS"
+    )
+    parser.add_argument(
+        "--device",
+        default="cuda" if bench_attention.can_compile_kernels() else "cpu",
+        help="that attention alone runs on: cpu or cuda",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="PATH", help="write all figures there"
+    )
+    args = parser.parse_args()
+    for name in (
+        "batch_size",
+        "context",
+        "steps",
+        "block_size",
+        "threads",
+        "attention_contexts",
+        "attention_batches",
+    ):
+        values = getattr(args, name)
+        for value in values if isinstance(values, list) else [values]:
+            if value < 1:
+                parser.error(f"{name}: expected at least 1, got {value}")
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"json: expected a folder that is there, got {args.json.parent}")
+    try:
+        bench_attention.check_device(args.device)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def main() -> int:
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    triton_version = getattr(paged_attention_triton.triton, "__version__", None)
+    facts = {**machine_facts(), "triton": triton_version}
+    results = bench_decoding(args, facts)
+    attention = bench_attention_alone(args, facts)
     if args.json:
         command = shlex.join(["python", "-m", "lib.bench", *sys.argv[1:]])
-        result = {"command": command, "machine": facts, "results": results}
+        result = {
+            "command": command,
+            "machine": facts,
+            "results": results,
+            "attention": attention,
+        }
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 

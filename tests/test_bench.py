@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from lib import bench
+from lib import bench, bench_attention
 
 
 @pytest.fixture(autouse=True)
@@ -15,13 +15,27 @@ def the_same_number_of_threads_after():
 
 def run(monkeypatch, *args):
     monkeypatch.setattr("sys.argv", ["bench", *args])
+    monkeypatch.setattr(bench_attention, "COPY_BYTES", {"cpu": 2**12})
+    monkeypatch.setattr(bench_attention, "MATMUL_ROWS", {"cpu": 10})
     return bench.main()
 
 
+FAST = ["--batch-size", "2", "--context", "30", "--steps", "2", "--block-size", "8"]
+FAST += [
+    "--attention-contexts",
+    "9",
+    "17",
+    "25",
+    "--attention-batches",
+    "1",
+    "--device",
+    "cpu",
+]
+
+
 def test_each_way_to_decode_is_timed_and_written_down(tmp_path, monkeypatch, capfd):
-    sizes = ["--batch-size", "2", "--context", "30", "--steps", "2", "--block-size", "8"]
     path = tmp_path / "bench.json"
-    assert run(monkeypatch, *sizes, "--threads", "2", "--json", str(path)) == 0
+    assert run(monkeypatch, *FAST, "--threads", "2", "--json", str(path)) == 0
     out, err = capfd.readouterr()
     assert err == "" and "2 thread(s)" in out
     result = json.loads(path.read_text())
@@ -33,6 +47,54 @@ def test_each_way_to_decode_is_timed_and_written_down(tmp_path, monkeypatch, cap
     for row in result["results"]:
         assert row["tokens_per_s"] == pytest.approx(2 / row["median_seconds"])
         assert (row["batch_size"], row["context"], row["steps"]) == (2, 30, 2)
+
+
+def test_attention_alone_is_timed_and_written_down(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(bench_attention, "MAX_KV_BYTES", 2 * 24 * 2 * 64 * 4)
+    copies = iter([5e9])  # measured once
+    monkeypatch.setattr(bench_attention, "copy_bandwidth", lambda device: next(copies))
+    monkeypatch.setattr(bench_attention, "matmul_flops_per_s", lambda device, dtype: 7e12)
+    path = tmp_path / "bench.json"
+    run(monkeypatch, *FAST, "--json", str(path))
+    result, out = json.loads(path.read_text()), capfd.readouterr()[0]
+    triton = getattr(bench.paged_attention_triton.triton, "__version__", None)
+    assert result["machine"]["triton"] == triton
+    attention = result["attention"]
+    rows = attention.pop("rows")
+    contexts = [9, 9, 9, 17, 17, 17]  # 17 tokens are 3 blocks of 8, 25 are 4
+    assert [row["context"] for row in rows] == contexts
+    assert "skipped 1 of 3" in out
+    assert "moves 5.0 GB/s" in out and "makes 7.00 TFLOP/s" in out
+    assert attention == {
+        "device": "cpu",
+        "dtype": "float32",
+        "num_heads": 8,
+        "num_kv_heads": 2,
+        "head_dim": 64,
+        "block_size": 8,
+        "repeats": 5,
+        "copy_gb_per_s": 5.0,
+        "matmul_tflops_per_s": 7.0,
+    }
+    for row in rows:
+        assert row["share_of_copy"] == pytest.approx(row["gb_per_s"] / 5)
+    assert "\n".join(bench_attention.table_lines(rows)) in out
+    assert "goal" not in out and "needs a GPU" in out
+
+
+def test_goals_are_judged_on_a_gpu(capfd):
+    like = {"batch_size": 8, "context": 16384, "share_of_copy": 0.9}
+    rows = [
+        {"name": name, "gb_per_s": 2.0, **like} for name in ("contiguous", "in place")
+    ]
+    sizes = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64, "block_size": 16}
+    speeds = {"copy_gb_per_s": 3.0, "matmul_tflops_per_s": 4.0}
+    result = {"device": "cuda", "dtype": "bfloat16", **sizes, **speeds, "rows": rows}
+    bench.print_attention(result, 1, {"gpu": "Some GPU", "processor": "Some processor"})
+    out = capfd.readouterr()[0]
+    assert "Some GPU: a copy" in out and "Some processor" not in out
+    assert "skipped" not in out and "needs a GPU" not in out
+    assert bench_attention.goal_lines(rows)[0] in out
 
 
 def test_texts_may_be_longer_than_the_model_was_trained_on():
@@ -48,7 +110,26 @@ def test_the_steps_of_both_caches_give_the_same_logits():
         torch.testing.assert_close(*logits)
 
 
-def test_sizes_without_meaning_are_refused(monkeypatch, capfd):
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ("--block-size 0", "block_size: expected at least 1, got 0"),
+        ("--attention-contexts 5 -1", "attention_contexts: expected at least 1, got -1"),
+        ("--attention-batches 0", "attention_batches: expected at least 1, got 0"),
+        ("--attention-batches", "expected at least one argument"),
+        ("--device tpu", "device: expected cpu or cuda, got tpu"),
+        ("--json no/such/folder/x.json", "expected a folder that is there, got no/such"),
+    ],
+)
+def test_what_has_no_meaning_is_refused(monkeypatch, capfd, args, message):
     with pytest.raises(SystemExit):
-        run(monkeypatch, "--block-size", "0")
-    assert "block_size: expected at least 1, got 0" in capfd.readouterr().err
+        run(monkeypatch, *args.split())
+    assert message in capfd.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch, capfd):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--device", "cuda")
+    assert "device: expected cpu" in (err := capfd.readouterr().err)
+    assert "got cuda" in err

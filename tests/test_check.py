@@ -1,3 +1,5 @@
+import ctypes
+import os
 import sys
 import time
 import warnings
@@ -12,6 +14,7 @@ from lib.course.build import chapter_texts, student_notebook
 from lib.course.check import Check, forbid
 from lib.course.compare import OTHER_DTYPE, difference
 from lib.course.exercises import exercises, library_answer
+from lib.course.fork import ForkDiedError, in_fork
 
 
 @pytest.fixture
@@ -190,3 +193,36 @@ class EqualToEverything:
 @pytest.mark.parametrize("expected", [1, 0.5, "a", None, [1], np.zeros(2)])
 def test_an_object_equal_to_everything_is_equal_to_nothing(expected):
     assert difference(expected, EqualToEverything()) is not None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_fork_gives_its_answer_and_takes_nothing_with_it_when_it_dies():
+    torch.set_num_threads(1)
+    seen = []
+    assert in_fork(lambda: seen.append(1) or {"sum": torch.ones(3).sum().item()}) == {
+        "sum": 3.0
+    }
+    assert seen == [], "the fork's memory is its own"
+    assert in_fork(lambda: None) is None
+    with pytest.raises(ForkDiedError, match="crashed .SIGSEGV"):
+        in_fork(lambda: ctypes.string_at(0))
+    with pytest.raises(ForkDiedError, match="took longer than 0.2 seconds"):
+        in_fork(lambda: time.sleep(60), timeout_s=0.2)
+    with pytest.raises(ForkDiedError, match="ended with status 3"):
+        in_fork(lambda: os._exit(3))
+    with pytest.raises(ForkDiedError, match="ended with status 1"):
+        in_fork(lambda: [][0])
+
+
+def test_a_kernel_check_needs_triton_and_says_so(check, monkeypatch, capsys):
+    monkeypatch.setattr("lib.paged_attention_triton.HAS_TRITON", False)
+
+    def gather_kernel(*args):
+        raise NotImplementedError
+
+    result = check(gather_kernel)
+    assert not result.passed
+    assert capsys.readouterr().out == (
+        "gather_kernel: needs Triton, which is for Linux: read on, the page goes on "
+        "without\n"
+    )

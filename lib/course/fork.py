@@ -32,21 +32,25 @@ def in_fork(function: Callable[[], Any], timeout_s: float = 120) -> Any:
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
+        status = 1
         try:
             with os.fdopen(write_end, "wb") as pipe:
                 pickle.dump(function(), pipe)
+            status = 0
         finally:
-            os._exit(0)
+            os._exit(status)
     os.close(write_end)
     torch.set_num_threads(num_threads)
-    try:
-        with os.fdopen(read_end, "rb") as pipe:
-            if not select.select([pipe], [], [], timeout_s)[0]:
-                raise ForkDiedError(f"took longer than {timeout_s} seconds")
-            answer = pipe.read()
-    finally:
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-    if not answer:
-        raise ForkDiedError(f"crashed ({signal.Signals(os.WTERMSIG(status)).name})")
+    with os.fdopen(read_end, "rb") as pipe:
+        is_late = not select.select([pipe], [], [], timeout_s)[0]
+        if is_late:
+            os.kill(child, signal.SIGKILL)
+        answer = pipe.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if is_late:
+        raise ForkDiedError(f"took longer than {timeout_s} seconds")
+    if status < 0:
+        raise ForkDiedError(f"crashed ({signal.Signals(-status).name})")
+    if status > 0:
+        raise ForkDiedError(f"ended with status {status}")
     return pickle.loads(answer)

@@ -1,0 +1,325 @@
+"""Chapter 5: how fast does attention of a decode step read its keys, and from where?
+
+One new query a request reads all keys and values of its request, each once. If memory is
+what it waits for, a step takes as long as a copy of as many bytes. Measured, for one
+layer and random keys, is how near each way comes to that: over one dense piece
+(contiguous), over a dense piece that is copied together from blocks first (gather), and
+over shuffled blocks where they lie (in place).
+
+All ways are charged the same bytes, those that have to move at least: what a way moves
+beside them, as gather does, makes it slower and not busier. `python -m lib.bench` prints
+the table.
+
+Read lib/paged_attention.py and lib/paged_attention_triton.py before.
+"""
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from lib import kv_cache, paged_attention, paged_attention_triton, paged_kv_cache
+from lib.config import ModelConfig
+
+SIZES = {  # by device type: a GPU gets the heads of Llama 3 8B
+    "cpu": {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64},
+    "cuda": {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128},
+}
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}  # several times what a cache holds
+MATMUL_ROWS = {"cpu": 1024, "cuda": 8192}
+MAX_KV_BYTES = 2**28  # without a GPU
+IMPLEMENTATIONS = {
+    "cpu": {
+        "contiguous": "attend_cached",
+        "gather": "attend_paged",
+        "in place": "torch twin",
+    },
+    "cuda": {
+        "contiguous": "Triton kernel, blocks in order",
+        "torch": "scaled_dot_product_attention",
+        "gather": "index, then scaled_dot_product_attention",
+        "in place": "Triton kernel",
+    },
+}
+GOAL_OF_COPY, GOAL_FROM = 0.85, 16384  # of the copy's bandwidth, from this context on
+GOAL_OF_CONTIGUOUS = 0.95
+
+
+def can_compile_kernels() -> bool:
+    """Whether kernels run here as they are meant to, on a GPU and not interpreted."""
+    is_there = torch.cuda.is_available() and paged_attention_triton.HAS_TRITON
+    return is_there and not paged_attention_triton.IS_INTERPRETED
+
+
+def check_device(device: torch.device | str):
+    """Raise ValueError for a device that says nothing of the kernel, or is not there."""
+    if str(device) not in SIZES:
+        raise ValueError(f"device: expected {' or '.join(SIZES)}, got {device}")
+    if str(device) == "cuda" and not can_compile_kernels():
+        raise ValueError(
+            "device: expected cpu (without a GPU, without Triton, or with "
+            f"TRITON_INTERPRET=1 kernels are not compiled), got {device}"
+        )
+
+
+def copy_bandwidth(device: torch.device | str) -> float:
+    """Bytes a second, read and written, that a copy of one large tensor moves, median."""
+    scratch = _scratch(device)
+    copy = {"copy": lambda: scratch[0].copy_(scratch[1])}
+    return scratch.nbytes / statistics.median(_take_turns(copy, 10, scratch)["copy"])
+
+
+def matmul_flops_per_s(device: torch.device | str, dtype: torch.dtype) -> float:
+    """FLOPs a second in the product of two large square matrices, median."""
+    num_rows = MATMUL_ROWS[torch.device(device).type]
+    x = torch.randn(num_rows, num_rows, device=device).to(dtype)
+    seconds = _take_turns({"matmul": lambda: x @ x}, 10, _scratch(device))["matmul"]
+    return 2 * num_rows**3 / statistics.median(seconds)
+
+
+def one_layer(num_heads: int, num_kv_heads: int, head_dim: int) -> ModelConfig:
+    """A config for attention alone; ValueError for heads that do not fit each other."""
+    return ModelConfig(
+        vocab_size=1,
+        num_layers=1,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        d_model=num_heads * head_dim,
+        d_ff=1,
+        max_seq_len=1,
+    )
+
+
+def attention_ways(
+    config: ModelConfig,
+    batch_size: int,
+    context: int,
+    block_size: int,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    uses_kernels: bool | None = None,
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """By name, a function that attends once, for its outputs (B, H, D).
+
+    All ways are over the same random queries, keys and values: `batch_size` requests of
+    `context` tokens, once in dense pieces (B, S, G, D) and once in a pool of shuffled
+    blocks. uses_kernels: as on a GPU, with Triton kernels and torch's fused attention;
+    None: on a GPU only.
+    """
+    B, H, G, D = batch_size, config.num_heads, config.num_kv_heads, config.head_dim
+    M = math.ceil(context / block_size)
+    generator = torch.Generator(device).manual_seed(0)
+    like = {"generator": generator, "dtype": dtype, "device": device}
+    q = torch.randn(B, H, D, **like)
+    dense = [torch.randn(B, M * block_size, G, D, **like) for _ in range(2)]
+
+    order = torch.randperm(B * M, generator=generator, device=device)
+    pool = [x.view(B * M, block_size, G, D)[order] for x in dense]
+    block_tables = order.argsort().view(B, M)  # where each block has gone
+    seq_lens = torch.full((B,), context, device=device)
+    if uses_kernels is None:
+        uses_kernels = torch.device(device).type == "cuda"
+    make = _kernel_ways if uses_kernels else _twin_ways
+    return make(q, dense, pool, block_tables, seq_lens)
+
+
+def bench_attention(
+    contexts: list[int],
+    batch_sizes: list[int],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    num_heads: int | None = None,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+    block_size: int = 16,
+    repeats: int,
+    progress: tqdm | None = None,
+    max_bytes: int | None = None,
+    copy_bytes_per_s: float | None = None,
+) -> list[dict]:
+    """A row for each batch size, context and way: its median seconds, and GB/s.
+
+    device: "cpu" or "cuda". Heads that are None are those of SIZES. GB/s are those of
+    `paged_attention.bytes_moved` for one layer without a gather, whatever the way does.
+    share_of_copy is their share of copy_bytes_per_s, measured first if None.
+
+    Left out is what has more than max_bytes of keys and values; None: a quarter of what
+    a GPU has free (they are there up to three times), MAX_KV_BYTES elsewhere.
+
+    The ways take turns, each `repeats` times after one that does not count. Before each
+    a large copy drives its keys out of the caches, as other layers' keys do in a model.
+    A GPU is still busy with it while Python launches what follows, so its clock holds the
+    kernels and the gaps between them, and not the wait for the first one. Elsewhere what
+    torch spends on each call is in the figures too.
+    """
+    check_device(device)
+    heads = (num_heads, num_kv_heads, head_dim)
+    defaults = SIZES[str(device)].values()
+    config = one_layer(*(d if size is None else size for size, d in zip(heads, defaults)))
+    if copy_bytes_per_s is None:
+        copy_bytes_per_s = copy_bandwidth(device)
+
+    scratch, rows = _scratch(device), []
+    for batch_size, context in itertools.product(batch_sizes, contexts):
+        num_tokens = batch_size * math.ceil(context / block_size) * block_size
+        kv_bytes = kv_cache.kv_cache_bytes(config, num_tokens, dtype.itemsize)
+        if kv_bytes <= (_max_kv_bytes(device) if max_bytes is None else max_bytes):
+            sizes = (config, batch_size, context, block_size)
+            ways = attention_ways(*sizes, device=device, dtype=dtype)
+            seconds = _take_turns(ways, repeats, scratch)
+            del ways  # and its keys, before the next are made
+            num_bytes = paged_attention.bytes_moved(
+                config, torch.full((batch_size,), context), dtype.itemsize
+            )
+            for name, values in seconds.items():
+                median_seconds = statistics.median(values)
+                bytes_per_s = num_bytes / median_seconds
+                row = {
+                    "name": name,
+                    "implementation": IMPLEMENTATIONS[str(device)][name],
+                    "batch_size": batch_size,
+                    "context": context,
+                    "median_seconds": median_seconds,
+                    "gb_per_s": bytes_per_s / 1e9,
+                    "share_of_copy": bytes_per_s / copy_bytes_per_s,
+                }
+                rows.append(row)
+        if progress is not None:
+            progress.update()
+    return rows
+
+
+def by_case(rows: list[dict]) -> dict[tuple[int, int], dict[str, dict]]:
+    """Rows of `bench_attention` by (batch size, context), and there by name."""
+    cases = {}
+    for row in rows:
+        cases.setdefault((row["batch_size"], row["context"]), {})[row["name"]] = row
+    return cases
+
+
+def table_lines(rows: list[dict]) -> list[str]:
+    """A line for each batch size and context: GB/s and share of a copy, of each way."""
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    header = "batch context" + "".join(f"{name:>18}" for name in names)
+    lines = [header + "   in place / contiguous"]
+    for (batch_size, context), ways in by_case(rows).items():
+        cells = (
+            f"{ways[name]['gb_per_s']:9.2f} ({100 * ways[name]['share_of_copy']:4.0f} %)"
+            for name in names
+        )
+        line = f"{batch_size:5} {context:7}" + "".join(cells)
+        lines.append(f"{line} {_of_contiguous(ways):23.2f}")
+    return lines
+
+
+def goal_lines(rows: list[dict]) -> list[str]:
+    """Of each batch size and context, whether reading in place is as fast as it should
+    be on a GPU."""
+    lines = []
+    for (batch_size, context), ways in by_case(rows).items():
+        ratio, share = _of_contiguous(ways), ways["in place"]["share_of_copy"]
+        parts = [f"{ratio:.3f} of contiguous, {_verdict(ratio, GOAL_OF_CONTIGUOUS)}"]
+        if context >= GOAL_FROM:
+            parts.append(f"{share:.3f} of a copy, {_verdict(share, GOAL_OF_COPY)}")
+        lines.append(f"batch {batch_size}, context {context}: {'; '.join(parts)}")
+    return lines
+
+
+def _twin_ways(
+    q: torch.Tensor,
+    dense: list[torch.Tensor],
+    pool: list[torch.Tensor],
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+) -> dict[str, Callable[[], torch.Tensor]]:
+    ones = torch.ones_like(seq_lens)
+    paged = (q, *pool, block_tables, seq_lens)
+    return {
+        "contiguous": lambda: kv_cache.attend_cached(q, *dense, seq_lens, ones),
+        "gather": lambda: paged_kv_cache.attend_paged(*paged, ones),
+        "in place": lambda: paged_attention.paged_decode_online(*paged)[0],
+    }
+
+
+def _kernel_ways(
+    q: torch.Tensor,
+    dense: list[torch.Tensor],
+    pool: list[torch.Tensor],
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+) -> dict[str, Callable[[], torch.Tensor]]:
+    S, lens, tables = int(seq_lens[0]), seq_lens.int(), block_tables.int()
+    # The same kernel over the dense pieces, cut in blocks: the order alone differs.
+    in_order = torch.arange(tables.numel(), dtype=torch.int32, device=q.device)
+    in_order = in_order.view_as(tables)
+    blocks = [x.view_as(cache) for x, cache in zip(dense, pool)]
+    decode = paged_attention_triton.paged_decode
+
+    def attend_dense(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        k, v = (x[:, :S].transpose(1, 2) for x in (k, v))
+        out = F.scaled_dot_product_attention(q.unsqueeze(2), k, v, enable_gqa=True)
+        return out.squeeze(2)
+
+    return {
+        "contiguous": lambda: decode(q, *blocks, in_order, lens)[0],
+        "torch": lambda: attend_dense(*dense),
+        "gather": lambda: attend_dense(*(x[block_tables].flatten(1, 2) for x in pool)),
+        "in place": lambda: decode(q, *pool, tables, lens)[0],
+    }
+
+
+def _take_turns(
+    steps: dict[str, Callable[[], torch.Tensor]], repeats: int, scratch: torch.Tensor
+) -> dict[str, list[float]]:
+    """Seconds of each step, `repeats` of them after one that does not count."""
+    seconds = {name: [] for name in steps}
+    for i in range(repeats + 1):
+        for name, step in steps.items():
+            value = _seconds(step, scratch)
+            if i > 0:  # the first warms up, and compiles
+                seconds[name].append(value)
+    return seconds
+
+
+def _seconds(step: Callable[[], torch.Tensor], scratch: torch.Tensor) -> float:
+    """Of one step whose tensors are in no cache, after a copy inside `scratch`."""
+    scratch[0].copy_(scratch[1])
+    if scratch.is_cuda:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000  # it says milliseconds
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def _scratch(device: torch.device | str) -> torch.Tensor:
+    """Two large rows to copy between. Ones: untouched zeros may all be one page."""
+    num_bytes = COPY_BYTES[torch.device(device).type]
+    return torch.ones(2, num_bytes // 4, dtype=torch.float32, device=device)
+
+
+def _max_kv_bytes(device: torch.device | str) -> int:
+    if torch.device(device).type != "cuda":
+        return MAX_KV_BYTES
+    torch.cuda.empty_cache()  # what torch keeps for later is free for us
+    return torch.cuda.mem_get_info(device)[0] // 4
+
+
+def _of_contiguous(ways: dict[str, dict]) -> float:
+    return ways["in place"]["gb_per_s"] / ways["contiguous"]["gb_per_s"]
+
+
+def _verdict(value: float, goal: float) -> str:
+    return f"goal {goal} {'met' if value >= goal else 'missed'}"

@@ -1,0 +1,305 @@
+import pytest
+import torch
+from helpers import TOLERANCES
+
+from lib import bench_attention, paged_attention, paged_attention_triton
+
+HEADS = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 16}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where kernels run, if anyhow
+SMALL = {"device": "cpu", "dtype": torch.float32, "repeats": 2}
+ODD = (bench_attention.one_layer(**HEADS), 3, 33, 8)  # a last block with one token
+needs_triton = pytest.mark.skipif(
+    not paged_attention_triton.HAS_TRITON, reason="kernels need Triton"
+)
+
+
+@pytest.fixture(autouse=True)
+def small_copies(monkeypatch):
+    monkeypatch.setattr(bench_attention, "COPY_BYTES", {"cpu": 2**12, "cuda": 2**30})
+
+
+class Progress:
+    num_updates = 0
+
+    def update(self):
+        self.num_updates += 1
+
+
+def ways_agree(ways, tolerance):
+    outs = {name: way() for name, way in ways.items()}
+    for out in outs.values():
+        assert out.shape == (3, 8, 16) and out.abs().max() > 0.1
+        expected = outs["contiguous"]
+        torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
+    return outs
+
+
+def test_all_ways_give_the_same():
+    ways = bench_attention.attention_ways(*ODD, device="cpu", dtype=torch.float32)
+    assert list(ways) == ["contiguous", "gather", "in place"]
+    ways_agree(ways, TOLERANCES[torch.float32])
+
+
+@needs_triton
+def test_all_ways_of_a_gpu_give_what_their_twins_give():
+    like = {"device": DEVICE, "dtype": torch.float32}
+    outs = []
+    for uses_kernels in (False, True):
+        ways = bench_attention.attention_ways(*ODD, **like, uses_kernels=uses_kernels)
+        outs.append(ways_agree(ways, TOLERANCES[torch.float32]))
+    assert list(outs[1]) == ["contiguous", "torch", "gather", "in place"]
+    torch.testing.assert_close(outs[0]["in place"], outs[1]["in place"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_ways_give_the_same_on_a_gpu(dtype):
+    ways = bench_attention.attention_ways(*ODD, device="cuda", dtype=dtype)
+    assert list(ways) == ["contiguous", "torch", "gather", "in place"]
+    ways_agree(ways, 2 * TOLERANCES[dtype])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_rows_of_a_gpu_name_the_kernel():
+    sizes = {"device": "cuda", "dtype": torch.bfloat16, "repeats": 2}
+    rows = bench_attention.bench_attention([33], [3], **sizes)
+    assert [row["name"] for row in rows] == ["contiguous", "torch", "gather", "in place"]
+    assert rows[3]["implementation"] == "Triton kernel"
+    assert all(0 < row["share_of_copy"] < 10 for row in rows)
+
+
+def spied_tables(monkeypatch, module, name, uses_kernels):
+    """The block tables that `module.name` was called with, way after way."""
+    tables, function = [], getattr(module, name)
+
+    def spy(q, k_cache, v_cache, block_tables, seq_lens):
+        tables.append(block_tables.flatten().tolist())
+        assert seq_lens.tolist() == [33, 33, 33]
+        return function(q, k_cache, v_cache, block_tables, seq_lens)
+
+    monkeypatch.setattr(module, name, spy)
+    ways = bench_attention.attention_ways(
+        *ODD, device=DEVICE, dtype=torch.float32, uses_kernels=uses_kernels
+    )
+    for way in ways.values():
+        way()
+    return tables
+
+
+def test_blocks_lie_in_another_order_than_the_text(monkeypatch):
+    (table,) = spied_tables(monkeypatch, paged_attention, "paged_decode_online", False)
+    assert sorted(table) == list(range(15)) and table != sorted(table)
+
+
+@needs_triton
+def test_the_contiguous_kernel_reads_blocks_in_order(monkeypatch):
+    name = "paged_decode"
+    contiguous, in_place = spied_tables(monkeypatch, paged_attention_triton, name, True)
+    assert contiguous == list(range(15)) and in_place != contiguous
+    assert sorted(in_place) == contiguous
+
+
+def test_rows_say_how_many_bytes_a_second_and_how_near_to_a_copy():
+    progress = Progress()
+    rows = bench_attention.bench_attention(
+        [5, 33], [1, 3], **SMALL, **HEADS, progress=progress, copy_bytes_per_s=2e9
+    )
+    assert progress.num_updates == 4
+    cases = [(row["batch_size"], row["context"], row["name"]) for row in rows]
+    names = ["contiguous", "gather", "in place"]
+    assert cases == [(B, S, name) for B in (1, 3) for S in (5, 33) for name in names]
+    implementations = ["attend_cached", "attend_paged", "torch twin"]
+    assert [row["implementation"] for row in rows[:3]] == implementations
+    for row in rows:
+        assert list(row)[-3:] == ["median_seconds", "gb_per_s", "share_of_copy"]
+        B, S = row["batch_size"], row["context"]
+        num_bytes = 4 * (2 * B * 8 * 16 + 2 * B * S * 2 * 16)  # q, out, k, v
+        num_gb = row["gb_per_s"] * row["median_seconds"]
+        assert num_gb == pytest.approx(num_bytes / 1e9)
+        assert row["share_of_copy"] == pytest.approx(row["gb_per_s"] / 2)
+
+
+def test_rows_hold_the_median_of_their_own_way(monkeypatch):
+    seconds = {
+        "contiguous": [1.0, 2.0, 9.0],
+        "gather": [9.0, 4.0, 3.0],
+        "in place": [7.0],
+    }
+    monkeypatch.setattr(bench_attention, "_take_turns", lambda *args: seconds)
+    rows = bench_attention.bench_attention([5], [1], **SMALL, copy_bytes_per_s=1.0)
+    medians = [(row["name"], row["median_seconds"]) for row in rows]
+    assert medians == [("contiguous", 2), ("gather", 4), ("in place", 7)]
+
+
+def test_heads_not_given_are_those_of_the_device():
+    for given, heads in (({}, (8, 2, 64)), ({"head_dim": 32}, (8, 2, 32))):
+        row = bench_attention.bench_attention([5], [1], **SMALL, **given)[0]
+        H, G, D = heads
+        num_gb = 4 * (2 * H * D + 2 * 5 * G * D) / 1e9
+        assert row["gb_per_s"] * row["median_seconds"] == pytest.approx(num_gb)
+
+
+def test_the_copy_is_measured_where_nobody_did(monkeypatch):
+    monkeypatch.setattr(bench_attention, "copy_bandwidth", lambda device: 4e9)
+    row = bench_attention.bench_attention([5], [1], **SMALL)[0]
+    assert row["share_of_copy"] == pytest.approx(row["gb_per_s"] / 4)
+
+
+def test_what_does_not_fit_is_left_out():
+    num_bytes = 2 * 3 * 40 * 2 * 16 * 4  # keys and values of 3 requests of 5 full blocks
+    for max_bytes, batch_sizes in ((num_bytes, [1, 3]), (num_bytes - 1, [1])):
+        progress = Progress()
+        rows = bench_attention.bench_attention(
+            [33],
+            [1, 3],
+            **SMALL,
+            **HEADS,
+            block_size=8,
+            max_bytes=max_bytes,
+            progress=progress,
+        )
+        assert [B for B, _ in bench_attention.by_case(rows)] == batch_sizes
+        assert progress.num_updates == 2
+    assert bench_attention.bench_attention([2**40], [1], **SMALL) == []
+
+
+def test_a_gpu_takes_a_quarter_of_what_is_free(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
+    monkeypatch.setattr(
+        torch.cuda, "mem_get_info", lambda _: calls.append("ask") or (8, 9)
+    )
+    assert bench_attention._max_kv_bytes("cuda") == 2
+    assert calls == ["empty", "ask"]
+    assert bench_attention._max_kv_bytes("cpu") == 256 * 2**20
+
+
+def test_a_copy_counts_what_it_reads_and_writes(monkeypatch):
+    take_turns, seconds = bench_attention._take_turns, [1.0, 2.0, 9.0]
+
+    def two_seconds(steps, repeats, scratch):
+        take_turns(steps, 1, scratch)
+        return dict.fromkeys(steps, seconds)
+
+    monkeypatch.setattr(bench_attention, "_take_turns", two_seconds)
+    monkeypatch.setattr(bench_attention, "MATMUL_ROWS", {"cpu": 10})
+    assert bench_attention.copy_bandwidth("cpu") == 2 * 2**12 / 2
+    assert bench_attention.matmul_flops_per_s("cpu", torch.float32) == 2 * 10**3 / 2
+
+
+def test_ways_take_turns_and_the_first_round_does_not_count():
+    rounds = []
+    steps = {name: lambda name=name: rounds.append(name) for name in "abc"}
+    seconds = bench_attention._take_turns(steps, 2, torch.ones(2, 4))
+    assert "".join(rounds) == "abcabcabc"
+    assert {name: len(values) for name, values in seconds.items()} == dict.fromkeys(
+        "abc", 2
+    )
+
+
+class Scratch:
+    """Stands in for a tensor, on a GPU."""
+
+    is_cuda = True
+
+    def __init__(self, calls):
+        self.calls = calls
+
+    def __getitem__(self, i):
+        return self
+
+    def copy_(self, _):
+        self.calls.append("copy")
+
+
+def test_a_gpu_measures_itself_after_a_copy(monkeypatch):
+    calls = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            calls.append(self)
+
+        def synchronize(self):
+            calls.append("wait")
+
+        def elapsed_time(self, end):
+            assert calls == ["copy", self, "step", end, "wait"]
+            return 1500.0  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    step = lambda: calls.append("step")  # noqa: E731
+    assert bench_attention._seconds(step, Scratch(calls)) == 1.5
+
+
+def rows_of(batch_size, context, **gb_per_s):
+    """Rows with these GB/s by name, where a copy makes 100."""
+    return [
+        {
+            "name": name.replace("_", " "),
+            "batch_size": batch_size,
+            "context": context,
+            "gb_per_s": value,
+            "share_of_copy": value / 100,
+        }
+        for name, value in gb_per_s.items()
+    ]
+
+
+def test_the_table_has_a_line_for_each_batch_and_context():
+    rows = rows_of(1, 128, contiguous=50.0, gather=20.0, in_place=40.0)
+    rows += rows_of(64, 65536, contiguous=80.0, gather=30.0, in_place=84.0)
+    lines = [" ".join(line.split()) for line in bench_attention.table_lines(rows)]
+    assert lines == [
+        "batch context contiguous gather in place in place / contiguous",
+        "1 128 50.00 ( 50 %) 20.00 ( 20 %) 40.00 ( 40 %) 0.80",
+        "64 65536 80.00 ( 80 %) 30.00 ( 30 %) 84.00 ( 84 %) 1.05",
+    ]
+
+
+@pytest.mark.parametrize(
+    "context, in_place, verdict",
+    [
+        (16383, 80.0, "0.941 of contiguous, goal 0.95 missed"),
+        (16383, 80.75, "0.950 of contiguous, goal 0.95 met"),
+        (
+            16384,
+            84.9,
+            "0.999 of contiguous, goal 0.95 met; 0.849 of a copy, goal 0.85 missed",
+        ),
+        (
+            16384,
+            85.0,
+            "1.000 of contiguous, goal 0.95 met; 0.850 of a copy, goal 0.85 met",
+        ),
+    ],
+)
+def test_goals_are_judged_one_by_one(context, in_place, verdict):
+    rows = rows_of(8, context, contiguous=85.0, in_place=in_place)
+    expected = [f"batch 8, context {context}: {verdict}"]
+    assert bench_attention.goal_lines(rows) == expected
+
+
+def test_devices_that_time_nothing_are_refused(monkeypatch):
+    bench_attention.check_device("cpu")
+    with pytest.raises(ValueError, match="expected cpu or cuda, got mps"):
+        bench_attention.bench_attention([5], [1], **{**SMALL, "device": "mps"})
+    monkeypatch.setattr(paged_attention_triton, "IS_INTERPRETED", True)
+    with pytest.raises(ValueError, match="expected cpu .*, got cuda"):
+        bench_attention.bench_attention([5], [1], **{**SMALL, "device": "cuda"})
+
+
+def test_kernels_are_compiled_with_a_gpu_and_triton_only(monkeypatch):
+    for on_gpu, has_triton, is_interpreted in (
+        (True, True, False),
+        (False, True, False),
+        (True, False, False),
+        (True, True, True),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda on_gpu=on_gpu: on_gpu)
+        monkeypatch.setattr(paged_attention_triton, "HAS_TRITON", has_triton)
+        monkeypatch.setattr(paged_attention_triton, "IS_INTERPRETED", is_interpreted)
+        is_all = on_gpu and has_triton and not is_interpreted
+        assert bench_attention.can_compile_kernels() == is_all
