@@ -101,13 +101,16 @@ def contiguous(num_tokens: int, num_layers: int) -> Callable[[], KVCache]:
     )
 
 
-def paged(num_tokens: int, num_layers: int) -> Callable[[], KVCache]:
+def paged(
+    num_tokens: int, num_layers: int, decode: Callable | None = None
+) -> Callable[[], KVCache]:
+    """decode: as of `PagedKVCache`; None gathers."""
     num_blocks = math.ceil(num_tokens / 16)
     return _cached(
         num_layers,
         num_tokens,
         lambda config: PagedKVCache(
-            config, batch_size=1, num_blocks=num_blocks, block_size=16
+            config, batch_size=1, num_blocks=num_blocks, block_size=16, decode=decode
         ),
     )
 

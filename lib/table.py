@@ -18,6 +18,7 @@ import json
 import math
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,6 +34,10 @@ TOLERANCE = 0.1  # of an exponent
 SIZES = {
     "N": [(64, 4), (128, 4), (256, 4)],
     "L": [(16, 4), (16, 16), (16, 64)],
+}
+SMALL_SIZES = {  # a quarter of the time
+    "N": [(32, 4), (64, 4), (128, 4)],
+    "L": [(16, 1), (16, 4), (16, 16)],
 }
 
 QUANTITIES = {
@@ -58,10 +63,11 @@ class Sweep:
     # FLOPs beyond those of plain training, in forward passes: 1 + (f - plain) / forward.
     factors: dict[str, float]  # by quantity
     seconds: float  # median, at the last size along N
+    sizes: dict[str, list[tuple[int, int]]]
 
     def along(self, axis: str, quantity: str) -> tuple[list[int], list[float]]:
         """The sizes along "N" or "L", and a quantity there: x and y of a plot."""
-        sizes = SIZES[axis]
+        sizes = self.sizes[axis]
         x = [size["NL".index(axis)] for size in sizes]
         return x, [QUANTITIES[quantity](self.costs[size]) for size in sizes]
 
@@ -89,16 +95,25 @@ class Cell:
         return not abs(self.measured - self.theory) <= tolerance  # NaN is out
 
 
-def sweep(column: str, progress: tqdm | None = None) -> Sweep:
-    """Run one column under the meter, at every size."""
-    setup, theory = COLUMNS[column].setup, COLUMNS[column].theory
+def sweep(
+    column: str,
+    progress: tqdm | None = None,
+    *,
+    sizes: dict[str, list[tuple[int, int]]] = SIZES,
+    setup: Callable[[int, int], Callable] | None = None,
+) -> Sweep:
+    """Run one column under the meter, at every size.
+
+    setup: another way to run it than its own, with the same theory.
+    """
+    setup, theory = setup or COLUMNS[column].setup, COLUMNS[column].theory
     costs = {}
-    for N, L in SIZES["N"] + SIZES["L"]:
+    for N, L in sizes["N"] + sizes["L"]:
         costs[N, L] = measure(setup(N, L))
         if progress is not None:
             progress.set_postfix_str(f"{column}, {N} tokens, {L} layers")
             progress.update()
-    N, L = SIZES["N"][-1]
+    N, L = sizes["N"][-1]
     factors = {}
     if any(theory[quantity].factor != 1 for quantity in FACTORS):
         plain, forward = (
@@ -109,7 +124,8 @@ def sweep(column: str, progress: tqdm | None = None) -> Sweep:
                 QUANTITIES[quantity](cost) for cost in (costs[N, L], plain, forward)
             )
             factors[quantity] = 1 + (f - f_plain) / f_forward
-    return Sweep(column, costs, factors, median_seconds(setup(N, L), repeats=3))
+    seconds = median_seconds(setup(N, L), repeats=3)
+    return Sweep(column, costs, factors, seconds, sizes)
 
 
 def fit(sweep: Sweep) -> list[Cell]:
@@ -147,8 +163,11 @@ def growth_exponent(values: list[float], ratio: int) -> float:
     return math.log(second / first, ratio) if first > 0 and second > 0 else math.nan
 
 
-def render(cells: list[Cell]) -> str:
-    """A Markdown table that reads well in a terminal too; ✗ marks a cell that is out."""
+def render(cells: list[Cell], sizes: dict[str, list[tuple[int, int]]] = SIZES) -> str:
+    """A Markdown table that reads well in a terminal too; ✗ marks a cell that is out.
+
+    sizes: those of the sweeps.
+    """
     names = list(dict.fromkeys(cell.column for cell in cells))
     of = {(name, quantity): [] for name in names for quantity in (*QUANTITIES, "seconds")}
     for cell in cells:
@@ -158,12 +177,12 @@ def render(cells: list[Cell]) -> str:
     for quantity in QUANTITIES:
         if not any(of[name, quantity] for name in names):
             continue
-        where = " at N={}, L={}".format(*SIZES["L"][-1]) if quantity in COUNTS else ""
+        where = " at N={}, L={}".format(*sizes["L"][-1]) if quantity in COUNTS else ""
         theory = [str(COLUMNS[name].theory.get(quantity, "")) for name in names]
         measured = [_render_measured(of[name, quantity]) for name in names]
         rows += [[f"{quantity}: theory", *theory], [f"measured{where}", *measured]]
     seconds = [f"{of[name, 'seconds'][0].measured:.3f}" for name in names]
-    rows.append(["seconds at N={}, L={}".format(*SIZES["N"][-1]), *seconds])
+    rows.append(["seconds at N={}, L={}".format(*sizes["N"][-1]), *seconds])
 
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     padded = [[text.ljust(width) for text, width in zip(row, widths)] for row in rows]

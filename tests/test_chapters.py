@@ -21,8 +21,11 @@ from lib.course.build import solved_notebook
 from lib.course.check import check
 from lib.course.exercises import exercises
 
-def raiser(*args, **kwargs):
-    raise ZeroDivisionError("the exercise was replaced")
+class Raiser:  # a function, or a kernel, which is launched on a grid
+    def __call__(self, *args, **kwargs):
+        raise ZeroDivisionError("the exercise was replaced")
+    def __getitem__(self, grid):
+        return self
 
 cells = [c for c in solved_notebook(Path(sys.argv[1])).cells if c.cell_type == "code"]
 namespace = {"__name__": "__main__"}
@@ -34,7 +37,7 @@ for number, cell in enumerate(cells):
     assert check.results[name].message == "passed", check.results[name]
     child = os.fork()
     if child == 0:
-        setattr(exercises()[name].owner, name, raiser)
+        setattr(exercises()[name].owner, name, Raiser())
         try:
             for later in cells[number + 1:]:
                 exec(compile(later.source, "later", "exec"), namespace)

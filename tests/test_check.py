@@ -1,16 +1,18 @@
 import ctypes
 import os
+import shutil
 import sys
 import time
 import warnings
 
+import nbformat
 import numpy as np
 import pytest
 import torch
 from tqdm import tqdm
 
 from lib import generate, text
-from lib.course.build import chapter_texts, student_notebook
+from lib.course.build import ROOT, chapter_texts, student_notebook
 from lib.course.check import Check, forbid
 from lib.course.compare import OTHER_DTYPE, difference
 from lib.course.exercises import exercises, library_answer
@@ -139,6 +141,55 @@ def test_the_summary_counts_points(check, capsys):
     assert lines[0].split() == ["decode", "passed"]
     assert lines[1].split() == ["attention_flops", "not", "yet"]
     assert lines[2] == "1 of 3 points"
+
+
+def notebook(path, *sources):
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+
+
+def test_answers_are_collected_from_notebooks_of_which_nothing_else_runs(
+    check, tmp_path, capsys
+):
+    notebook(
+        tmp_path / "01_generation.ipynb",
+        "import math\nfrom lib import no_such_module\nimport torch",
+        "%matplotlib inline",
+        "raise SystemExit('a cell was run')",
+        "def decode(token_ids):\n    return '?'",
+        "def decode(token_ids):\n    ids = bytes(token_ids.tolist())\n"
+        "    return ids.decode(errors='replace')",
+        "def attention_flops(config, prompt_len, num_new_tokens):\n    return 7",
+        "def attend_causal(layer, q, k, v):\n    raise NotImplementedError",
+        "def no_exercise():\n    pass",
+    )
+    notebook(tmp_path / "02_training.ipynb", "def best_num_segments(:")
+    check(library_answer("kv_cache_bytes"))
+    notebook(tmp_path / "03_kv_cache.ipynb", "def kv_cache_bytes():\n    return 7")
+    capsys.readouterr()
+    check.collect(tmp_path)
+    lines = capsys.readouterr().out.strip().split("\n")
+    assert lines[0].startswith("attention_flops: wrong for")
+    assert lines[1:] == [
+        "01_generation: 1 of 3 answers are yours",
+        "02_training: 0 of 0 answers are yours",
+        "03_kv_cache: 1 of 1 answers are yours",
+    ]
+    assert text.decode.__code__.co_filename == "<01_generation.ipynb, cell 4>"
+    assert generate.attention_flops is library_answer("attention_flops")
+
+
+def test_a_folder_without_notebooks_is_named(check, tmp_path, capsys):
+    check.collect(tmp_path)
+    assert f"expected notebooks in {tmp_path}, found none" in capsys.readouterr().out
+
+
+def test_untouched_notebooks_have_no_answers_that_are_yours(check, tmp_path, capsys):
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    check.collect(tmp_path / "notebooks")
+    lines = capsys.readouterr().out.strip().split("\n")
+    assert len(lines) == len(chapter_texts())
+    assert all(": 0 of " in line for line in lines), lines
 
 
 def test_what_was_forbidden_works_again_afterwards():

@@ -48,7 +48,7 @@ def made_up_sweep(column: str) -> Sweep:
     factors = {
         q: float(g.factor) for q, g in theory.items() if g.factor != 1 and "FLOPs" in q
     }
-    return Sweep(column, costs, factors, seconds=0.5)
+    return Sweep(column, costs, factors, seconds=0.5, sizes=SIZES)
 
 
 @pytest.mark.parametrize("column", COLUMNS)
