@@ -71,16 +71,21 @@ def check_device(device: torch.device | str):
 def copy_bandwidth(device: torch.device | str) -> float:
     """Bytes a second, read and written, that a copy of one large tensor moves, median."""
     scratch = _scratch(device)
-    copy = {"copy": lambda: scratch[0].copy_(scratch[1])}
-    return scratch.nbytes / statistics.median(_take_turns(copy, 10, scratch)["copy"])
+    return scratch.nbytes / cold_seconds(lambda: scratch[0].copy_(scratch[1]), device)
 
 
 def matmul_flops_per_s(device: torch.device | str, dtype: torch.dtype) -> float:
     """FLOPs a second in the product of two large square matrices, median."""
     num_rows = MATMUL_ROWS[torch.device(device).type]
     x = torch.randn(num_rows, num_rows, device=device).to(dtype)
-    seconds = _take_turns({"matmul": lambda: x @ x}, 10, _scratch(device))["matmul"]
-    return 2 * num_rows**3 / statistics.median(seconds)
+    return 2 * num_rows**3 / cold_seconds(lambda: x @ x, device)
+
+
+def cold_seconds(
+    step: Callable[[], torch.Tensor], device: torch.device | str, repeats: int = 5
+) -> float:
+    """Median seconds of a step that finds its tensors in memory, and not in a cache."""
+    return statistics.median(_take_turns({"": step}, repeats, _scratch(device))[""])
 
 
 def one_layer(num_heads: int, num_kv_heads: int, head_dim: int) -> ModelConfig:

@@ -4,7 +4,8 @@ As in lib/plotting.py, solid is written now, and hatched grey is wasted or compu
 A light tint was written before, white is free. Each function returns what it drew on.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Hashable, Sequence
 
 import matplotlib.pyplot as plt
 import torch
@@ -168,6 +169,56 @@ def draw_history(
     ax.tick_params(length=0)
     ax.set(xlim=(-0.55, num_blocks - 0.45), ylim=(len(history) - 0.4, -0.6))
     ax.set(xlabel="block of the pool", title=title)
+    return ax
+
+
+def draw_reads(
+    manager: BlockManager,
+    request_id: Hashable,
+    tile: int,
+    num_splits: int,
+    *,
+    title: str,
+    ax: Axes | None = None,
+) -> Axes:
+    """What the programs of one KV head read of a request, and by which way.
+
+    Above, the request's blocks in the order of its text, under its tiles of `tile`
+    tokens, in the colour of the program that reads them: whole tiles, as even as can be.
+    Below, the pool, where the blocks lie.
+    """
+    size, block_table = manager.block_size, manager.block_tables[request_id]
+    seq_len, num_blocks = manager.seq_lens[request_id], manager.num_blocks
+    left = (num_blocks - len(block_table)) / 2  # the text in the middle
+    ax = ax or plt.subplots(figsize=(min(9.0, 1.2 + 0.62 * num_blocks), 3.2))[1]
+    tiles_per_split = math.ceil(math.ceil(seq_len / tile) / num_splits)
+    for block_id in range(num_blocks):
+        _draw_block(ax, block_id, 2.4, size, 0, FREE, str(block_id))
+    for i, block_id in enumerate(block_table):
+        filled = manager.num_tokens_in(request_id, i)
+        colour = REQUESTS[i * size // tile // tiles_per_split % len(REQUESTS)]
+        look = {"facecolor": colour, "edgecolor": "#8C8C8C"}
+        _draw_block(ax, left + i, 0.8, size, filled, look, str(block_id))
+        _draw_block(ax, block_id, 2.4, size, filled, look, str(block_id))
+        ax.plot([left + i, block_id], [1.15, 2.05], color="#8C8C8C", linewidth=1)
+    for width, y, word in (
+        (tile, 0.3, "tile"),
+        (tiles_per_split * tile, -0.2, "program"),
+    ):
+        for i, at in enumerate(range(0, seq_len, width)):
+            start, end = (
+                left - 0.45 + 0.9 * place / size + 0.1 * (place // size)
+                for place in (at, min(at + width, seq_len) - 0.5)
+            )
+            ax.plot([start + 0.05, end], [y, y], color="black", linewidth=1.5)
+            middle = (start + end) / 2
+            ax.text(middle, y - 0.08, f"{word} {i}", ha="center", va="bottom", fontsize=8)
+    ax.set_yticks([0.8, 2.4], ["its blocks,\nin order", "the pool"])
+    ax.set_xticks([])
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    ax.set(xlim=(-0.55, num_blocks - 0.45), ylim=(2.8, -0.6), title=title)
     return ax
 
 

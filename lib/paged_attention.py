@@ -68,10 +68,13 @@ def attend_online(
     row_sum = q.new_zeros(H, 1)
     acc = q.new_zeros(H, D)
 
+    # tile by tile: scores of all heads
     for k, v in tiles:
         G = k.shape[1]
         grouped = q.view(G, H // G, D)
         scores = (grouped @ k.permute(1, 2, 0)).flatten(0, 1)  # (H, S)
+
+        # rescale what was summed up under another maximum, and add
         new_max = torch.maximum(row_max, scores.amax(dim=-1, keepdim=True))  # (H, 1)
         rescale = (row_max - new_max).exp()  # (H, 1)
         weights = (scores - new_max).exp()  # (H, S)
@@ -80,6 +83,7 @@ def attend_online(
         acc = acc * rescale + weighted.flatten(0, 1)  # (H, D)
         row_max = new_max
 
+    # divide, once
     out = acc / row_sum.clamp(min=torch.finfo(q.dtype).tiny)  # (H, D)
     return out, (row_max + row_sum.log()).squeeze(-1)  # out (H, D), logsumexp (H,)
 

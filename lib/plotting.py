@@ -194,6 +194,40 @@ def plot_usage(
     return ax
 
 
+def plot_roofline(
+    roofs: Mapping[str, tuple[float, float]],
+    points: Mapping[str, tuple[float, float]],
+    *,
+    title: str,
+    published: Sequence[str] = (),
+    ax: Axes | None = None,
+) -> Axes:
+    """What a machine can do with a byte that it moves, and what some work does.
+
+    roofs: name -> (bytes/s, FLOP/s), of which those in `published` are dashed: somebody
+    else's. points: name -> (FLOPs per byte moved, FLOP/s).
+    """
+    ax = ax or plt.subplots(figsize=(7.0, 4.2))[1]
+    x = [2.0**i for i in range(-2, 13)]
+    ends = {}
+    for name, (bytes_per_s, flops_per_s) in roofs.items():
+        look = PREDICTED if name in published else {"color": NEW}
+        y = [min(intensity * bytes_per_s, flops_per_s) for intensity in x]
+        (ends[name],) = ax.plot(x, y, **look)
+    for name, (intensity, flops_per_s) in points.items():
+        ax.plot(intensity, flops_per_s, "o", color="#D55E00")
+        look = {"xytext": (6, -10), "textcoords": "offset points", "color": "#D55E00"}
+        ax.annotate(name, (intensity, flops_per_s), fontsize=9, **look)
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: quantity(y)))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.set(xlabel="FLOPs for each byte moved", ylabel="FLOP/s", title=title)
+    _label_ends(ax, ends)
+    return ax
+
+
 def plot_loss_curve(result: dict, *, ax: Axes | None = None) -> Axes:
     """The run that `python -m lib.training` wrote to data/results/training.json."""
     ax = ax or plt.subplots()[1]
@@ -222,7 +256,7 @@ def quantity(value: float) -> str:
     >>> [quantity(value) for value in (0, 0.25, 1500, 2_000_000, 3e9)]
     ['0', '0.25', '1.5 k', '2 M', '3 G']
     """
-    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(value) >= size:
             return f"{value / size:.3g} {prefix}"
     return f"{value:.3g}"

@@ -49,6 +49,39 @@ for number, cell in enumerate(cells):
 """
 
 
+# Chapter 5 where nobody installed Triton. (Of the table one column is enough.)
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+from pathlib import Path
+import matplotlib
+matplotlib.use("agg")
+import torch
+torch.set_num_threads(1)
+from lib.course import build
+from lib import columns
+del columns.COLUMNS["recompute"], columns.COLUMNS["contiguous"]
+notebook = getattr(build, sys.argv[2])(Path(sys.argv[1]))
+namespace = {"__name__": "__main__"}
+for number, cell in enumerate(c for c in notebook.cells if c.cell_type == "code"):
+    exec(compile(cell.source, f"cell {number}", "exec"), namespace)
+"""
+
+
+@pytest.mark.parametrize("kind", ["solved_notebook", "student_notebook"])
+def test_chapter_5_runs_without_triton_and_says_what_its_checks_need(kind):
+    (text,) = (path for path in chapter_texts() if path.stem == "05_paged_attention")
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TRITON, str(text), kind],
+        capture_output=True,
+        text=True,
+        cwd=ROOT / "notebooks",
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("_kernel: needs Triton, which is for Linux") == 3
+    assert result.stderr.count("UserWarning: no Triton here") == 1
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.parametrize("text", chapter_texts(), ids=lambda path: path.stem)
 def test_a_solved_chapter_passes_and_runs_on_the_readers_code(text):
@@ -56,7 +89,7 @@ def test_a_solved_chapter_passes_and_runs_on_the_readers_code(text):
         [sys.executable, "-c", SCRIPT, str(text)],
         capture_output=True,
         text=True,
-        cwd=ROOT,
+        cwd=ROOT / "notebooks",
     )
     assert result.returncode == 0, result.stdout + result.stderr
     lines = [line for line in result.stdout.split("\n") if line.split(" ")[0].isupper()]

@@ -152,7 +152,7 @@ def execute(notebook: nbformat.NotebookNode, name: str) -> nbformat.NotebookNode
         kernel_name="python3",
         record_timing=False,
         coalesce_streams=True,  # of a progress bar keep what was seen last
-        resources={"metadata": {"path": str(ROOT / "notebooks")}},  # as students run it
+        resources={"metadata": {"path": str(ROOT / "solutions")}},
     )
     try:
         client.execute()
