@@ -442,11 +442,11 @@ check(merge_splits)
 q, k_cache, v_cache, tables, _ = random_pool([90], H=4, G=2, D=16)
 k, v = paged_kv_cache.gather_kv(k_cache, v_cache, tables[0], 90)
 shares = [(k[a:b], v[a:b]) for a, b in ((0, 50), (50, 60), (60, 90))]
-parts = [attend_online(q[0], [share]) for share in shares]
+parts = [paged_attention.attend_online(q[0], [share]) for share in shares]
 outs, logsumexps = (torch.stack(x, dim=1)[None] for x in zip(*parts))
-merged, whole = merge_splits(outs, logsumexps), attend_online(q[0], [(k, v)])
-print(f"{logsumexps.shape[-1]} parts, merged; off by ", end="")
-print(f"{(merged[0][0] - whole[0]).abs().max():.0e}")
+merged, _ = paged_attention.merge_splits(outs, logsumexps)
+whole, _ = paged_attention.attend_online(q[0], [(k, v)])
+print(f"{len(parts)} parts, merged: off by {(merged - whole).abs().max():.0e}")
 
 # %% [markdown]
 # Your kernel does its part already: look at its first lines, `start` and `end`,
@@ -532,7 +532,9 @@ small = ModelConfig(256, 1, 2, 1, d_model=32, d_ff=1, max_seq_len=1)  # D = 16
 contexts = [8, 16, 32, 64]
 predicted = {
     name: (contexts, [
-        bytes_moved(small, torch.tensor([n]), is_gathered=name == "gather")
+        paged_attention.bytes_moved(
+            small, torch.tensor([n]), is_gathered=name == "gather"
+        )
         for n in contexts
     ])
     for name in ("in place", "gather")
@@ -578,7 +580,8 @@ plotting.plot_measured(
 def flops_per_byte(config, bytes_per_number, num_keys=8192):
     flops = 4 * num_keys * config.num_heads * config.head_dim
     keys = torch.tensor([num_keys])
-    return flops / bytes_moved(config, keys, bytes_per_number)
+    moved = paged_attention.bytes_moved(config, keys, bytes_per_number)
+    return flops / moved
 
 
 print(f"Llama 3 8B in bf16: {flops_per_byte(LLAMA3_8B, 2):.1f} FLOPs a byte")
@@ -729,7 +732,7 @@ print(f"as it is: {full_loss:.3f} nats per byte")
 # %%
 kv_heads = [1, 2, 3, 6]
 by_heads = [
-    bytes_moved(
+    paged_attention.bytes_moved(
         ModelConfig(256, 4, 6, G, d_model=192, d_ff=512, max_seq_len=512),
         torch.tensor([512]),
     )

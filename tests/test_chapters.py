@@ -19,6 +19,7 @@ import torch
 torch.set_num_threads(1)  # more, and a forked child hangs
 from lib.course.build import solved_notebook
 from lib.course.check import check
+from lib.course.collect import register
 from lib.course.exercises import exercises
 
 class Raiser:  # a function, or a kernel, which is launched on a grid
@@ -30,7 +31,8 @@ class Raiser:  # a function, or a kernel, which is launched on a grid
 cells = [c for c in solved_notebook(Path(sys.argv[1])).cells if c.cell_type == "code"]
 namespace = {"__name__": "__main__"}
 for number, cell in enumerate(cells):
-    exec(compile(cell.source, f"cell {number}", "exec"), namespace)
+    filename = register(f"cell {number}", cell.source)
+    exec(compile(cell.source, filename, "exec"), namespace)
     if not cell.source.startswith("check(") or not cell.metadata:
         continue
     name = cell.source[len("check("):-1]

@@ -113,6 +113,8 @@ def judge(exercise: Exercise, answer: Callable, seed: int) -> Result:
         return Result(False, "not written yet")
     if is_kernel and not hasattr(answer, "arg_names"):
         return Result(False, "expected a kernel, under @triton.jit, got a plain function")
+    if is_kernel and not _has_source(answer):
+        return Result(False, "expected its source in a cell or a file, found none")
     cases = exercise.cases(seed)
     look = _what_is_wrong_in_fork if is_kernel else _what_is_wrong
     for case in cases:
@@ -208,6 +210,14 @@ def is_stub(answer: Callable) -> bool:
         if isinstance(node, ast.Raise) and "NotImplementedError" in ast.unparse(node):
             return True
     return False
+
+
+def _has_source(answer: Callable) -> bool:
+    """Without it Triton interprets what nobody wrote, and compiles nothing."""
+    try:
+        return bool(inspect.getsource(_function(answer)))
+    except (OSError, TypeError):
+        return False
 
 
 def _function(answer: Callable) -> Callable:

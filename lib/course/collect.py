@@ -29,10 +29,7 @@ def answers(path: Path) -> dict[str, Callable]:
             tree = ast.parse(cell.source)
         except SyntaxError:
             continue
-        # Where tracebacks, and Triton, look for the source of what no file holds.
-        filename = f"<{path.name}, cell {number}>"
-        lines = [line + "\n" for line in cell.source.split("\n")]
-        linecache.cache[filename] = len(cell.source), None, lines, filename
+        filename = register(f"<{path.name}, cell {number}>", cell.source)
         for node in tree.body:
             if isinstance(node, DEFINITIONS):
                 code = compile(ast.Module([node], []), filename, "exec")
@@ -41,3 +38,10 @@ def answers(path: Path) -> dict[str, Callable]:
                     if isinstance(node, ast.FunctionDef) and node.name in exercises():
                         found[node.name] = vars(module)[node.name]
     return found
+
+
+def register(filename: str, source: str) -> str:
+    """Let tracebacks, and Triton, find source that no file holds; gives the filename."""
+    lines = [line + "\n" for line in source.split("\n")]
+    linecache.cache[filename] = len(source), None, lines, filename
+    return filename
