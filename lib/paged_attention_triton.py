@@ -254,8 +254,12 @@ def write_kv(
     v: torch.Tensor,
     slots: torch.Tensor,
 ):
-    """`paged_kv_cache.write_kv` by a kernel: k, v (N, G, D) to the slots, int64 (N,)."""
+    """`paged_kv_cache.write_kv` by a kernel: k, v (N, G, D) to the slots, int64 (N,).
+
+    Raises ValueError for tensors that do not fit; where slots lie is looked at on a CPU.
+    """
     check_interpreter()
+    check_range("slots", slots, k_cache.shape[0] * k_cache.shape[1])
     num_numbers = k_cache.shape[2] * k_cache.shape[3]
     for cache, new in ((k_cache, k), (v_cache, v)):
         check_in_one_piece(cache)
@@ -276,9 +280,11 @@ def copy_blocks(cache: torch.Tensor, sources: torch.Tensor, targets: torch.Tenso
     """Copy whole blocks of one layer's keys or values, for copy on write, in place.
 
     cache (num_blocks, block_size, G, D); sources, targets: block ids, int64
-    (num_copies,), none of which stands on both sides.
+    (num_copies,), none of which stands on both sides. Raises as `write_kv`.
     """
     check_interpreter()
+    for name, block_ids in (("sources", sources), ("targets", targets)):
+        check_range(name, block_ids, len(cache))
     check_in_one_piece(cache)
     if sources.shape != targets.shape:
         raise ValueError(
@@ -294,8 +300,18 @@ def copy_blocks(cache: torch.Tensor, sources: torch.Tensor, targets: torch.Tenso
 def gather_kv(
     k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor, seq_len: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`paged_kv_cache.gather_kv` by a kernel: one dense piece, (S, G, D) each."""
+    """`paged_kv_cache.gather_kv` by a kernel: one dense piece, (S, G, D) each.
+
+    Raises as `write_kv`.
+    """
     check_interpreter()
+    block_size = k_cache.shape[1]
+    num_used, room = math.ceil(seq_len / block_size), len(block_table) * block_size
+    if not 0 <= seq_len <= room:
+        raise ValueError(
+            f"seq_len: expected 0 to {room} tokens, as its table is wide, got {seq_len}"
+        )
+    check_range("block_table", block_table[:num_used], len(k_cache))
     dense = []
     for cache in (k_cache, v_cache):
         check_in_one_piece(cache)
@@ -310,6 +326,12 @@ def gather_kv(
             )
         dense.append(out)
     return dense[0], dense[1]
+
+
+def check_range(name: str, ids: torch.Tensor, end: int):
+    """Raise ValueError unless all ids are in 0 to end - 1. On a GPU nobody looks."""
+    if not ids.is_cuda and len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < end:
+        raise ValueError(f"{name}: expected 0 to {end - 1}, got {ids.tolist()}")
 
 
 def check_in_one_piece(cache: torch.Tensor):
@@ -330,17 +352,17 @@ def paged_decode(
     *,
     scale: float | None = None,
     num_splits: int | None = None,
-    check_ids: bool = False,
+    check_ids: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`paged_attention.paged_decode_gather` by the kernels.
 
     block_tables int32 (B, M), seq_lens int32 (B,). num_splits: programs that share the
-    keys of a request and KV head, a power of two; None chooses. check_ids looks whether
-    tables and lengths fit the pool, for which a GPU has to be waited for. Raises
-    ValueError for tensors that do not fit each other.
+    keys of a request and KV head, a power of two; None chooses. check_ids: whether to
+    look if tables and lengths fit the pool, for which a GPU has to be waited for; None
+    looks on a CPU only. Raises ValueError for tensors that do not fit each other.
     """
     check_decode_inputs(q, k_cache, v_cache, block_tables, seq_lens)
-    if check_ids:
+    if check_ids or (check_ids is None and not q.is_cuda):
         check_block_ids(k_cache, block_tables, seq_lens)
     if not HAS_TRITON:
         warn_of_twin()
