@@ -5,7 +5,7 @@
 Triton's wheel brings the compilers of NVIDIA and AMD. So the kernels of
 lib/paged_attention_triton.py can be compiled for a GPU that is not there, and the result
 be looked at: registers, spills, shared memory, tensor cores. A process that interprets
-kernels cannot compile them: `compile_decode` asks a child process.
+kernels cannot compile them: `compile_kernel` asks a child process.
 """
 
 import argparse
@@ -29,6 +29,16 @@ GPUS = ("sm_80", "sm_90", "sm_100", "gfx942")  # A100, H100, B200, MI300
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
+# Of the file that is compiled: what a notebook's first cell has for all.
+PREAMBLE = """
+import math
+import torch
+import triton
+import triton.language as tl
+
+"""
+
+
 @dataclass(frozen=True)
 class GpuCode:
     """One kernel, compiled."""
@@ -46,14 +56,14 @@ class CompileError(Exception):
 
 
 def compile_kernel(
-    kernel: Any, types: dict[str, str], constants: dict[str, int | bool], gpu: str
+    kernel: Any, types: list[str], constants: dict[str, int | bool], gpu: str
 ) -> GpuCode:
     """`kernel`, compiled for `gpu` in a child process.
 
-    kernel: a function under @triton.jit, which may call others. types: of each argument
-    that is no constant, as Triton writes them: "*bf16" a pointer, "i32", "fp32". gpu: one
-    of GPUS. Pointers, and what is named stride, are taken for multiples of 16, as they
-    are where torch allocates. Raises CompileError, or ValueError for another GPU.
+    kernel: a function under @triton.jit, which may call others. types: of the arguments
+    that are no constants, in their order, as Triton writes them: "*bf16" a pointer,
+    "fp32", "i32"; ":16" behind it promises a multiple of 16, as a launch would find.
+    gpu: one of GPUS. Raises CompileError, or ValueError for another GPU.
     """
     _check_known("gpu", gpu, GPUS)
     _check_triton()
@@ -64,7 +74,10 @@ def compile_kernel(
         "constants": constants,
         "gpu": gpu,
     }
-    child = _compile_in_child(json.dumps(job))
+    try:
+        child = _compile_in_child(json.dumps(job))
+    except subprocess.TimeoutExpired as error:
+        raise CompileError(f"it takes longer than {error.timeout} seconds") from None
     if child.returncode != 0:
         raise CompileError(child.stderr.strip())
     return GpuCode(**json.loads(child.stdout))
@@ -89,12 +102,10 @@ def compile_decode(
     constants = paged_attention_triton.decode_constants(
         group_size, head_dim, num_splits, dtype, is_interpreted=False
     )
-    part = "*fp32" if num_splits > 1 else f"*{DTYPES[dtype]}"
-    types = dict.fromkeys(("q_ptr", "k_cache_ptr", "v_cache_ptr"), f"*{DTYPES[dtype]}")
-    types |= {"block_tables_ptr": "*i32", "seq_lens_ptr": "*i32"}
-    types |= {"out_ptr": part, "logsumexp_ptr": "*fp32", "scale_log2_e": "fp32"}
-    others = [name for name in kernel.arg_names if name not in {*types, *constants}]
-    types |= dict.fromkeys(others, "i32")  # block_size and the strides
+    number = f"*{DTYPES[dtype]}:16"
+    out = "*fp32:16" if num_splits > 1 else number
+    types = [number, number, number, "*i32:16", "*i32:16", out, "*fp32:16", "fp32", "i32"]
+    types += ["i32:16"] * 8 + ["i32"]  # strides: of numbers, and of block_tables
     return compile_kernel(kernel, types, constants, gpu)
 
 
@@ -113,15 +124,25 @@ def _sources(kernel: Any) -> list[str]:
     found = {}
 
     def visit(kernel: Any):
-        for name in kernel.fn.__code__.co_names:
-            value = kernel.fn.__globals__.get(name)
-            if hasattr(value, "arg_names") and name not in found:
-                visit(value)
+        name = kernel.fn.__name__
+        found[name] = ""  # lest a kernel that names itself be visited for ever
+        for used in kernel.fn.__code__.co_names:
+            value = kernel.fn.__globals__.get(used)
+            if hasattr(value, "arg_names"):
+                if value.fn.__name__ not in found:
+                    visit(value)
+                if value.fn.__name__ != used:
+                    found[used] = f"{used} = {value.fn.__name__}"
             elif type(value).__name__ == "constexpr":
-                found[name] = f"{name} = tl.constexpr({value.value!r})"
+                number = value.value
+                words = (
+                    f"float('{number}')" if isinstance(number, float) else repr(number)
+                )
+                found[used] = f"{used} = tl.constexpr({words})"
         source = textwrap.dedent(inspect.getsource(kernel.fn))
         at = re.search(r"^def ", source, re.MULTILINE).start()  # behind its decorators
-        found[kernel.fn.__name__] = "@triton.jit\n" + source[at:]
+        del found[name]  # and now behind all that it uses
+        found[name] = "@triton.jit\n" + source[at:]
 
     visit(kernel)
     return list(found.values())
@@ -136,6 +157,7 @@ def _compile_in_child(job: str) -> subprocess.CompletedProcess:
         text=True,
         cwd=Path(__file__).parents[1],
         env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONWARNINGS": "ignore"},
+        timeout=120,
     )
 
 
@@ -151,7 +173,7 @@ def _compile_stdin():
 def _compile_here(
     source: str,
     name: str,
-    types: dict[str, str],
+    types: list[str],
     constants: dict[str, int | bool],
     gpu: str,
 ) -> GpuCode:
@@ -161,19 +183,19 @@ def _compile_here(
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.py"  # Triton reads the source from its file
-        path.write_text(f"import triton\nimport triton.language as tl\n\n\n{source}\n")
+        path.write_text(PREAMBLE + source)
         spec = importlib.util.spec_from_file_location("kernel", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         kernel = getattr(module, name)
-        signature = {
-            arg: "constexpr" if arg in constants else types[arg]
-            for arg in kernel.arg_names
-        }
+        names = [arg for arg in kernel.arg_names if arg not in constants]
+        if len(names) != len(types):
+            raise TypeError(f"expected {len(types)} arguments, got {', '.join(names)}")
+        signature = dict.fromkeys(kernel.arg_names, "constexpr")
+        signature |= {n: t.removesuffix(":16") for n, t in zip(names, types)}
+        aligned = [n for n, t in zip(names, types) if t.endswith(":16")]
         divisible = {
-            (i,): [["tt.divisibility", 16]]
-            for i, arg in enumerate(kernel.arg_names)
-            if arg.endswith("_ptr") or "stride" in arg
+            (kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned
         }
         source = ASTSource(kernel, signature, constexprs=constants, attrs=divisible)
         is_nvidia = gpu.startswith("sm_")
@@ -235,7 +257,6 @@ def main() -> int:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--group-size", type=int, default=4, help="query heads a KV head")
     parser.add_argument("--num-splits", type=int, default=8)
-    parser.add_argument("--json", action="store_true", help="all of it, for a program")
     args = parser.parse_args()
     code = compile_decode(
         args.gpu,
@@ -244,9 +265,6 @@ def main() -> int:
         group_size=args.group_size,
         num_splits=args.num_splits,
     )
-    if args.json:
-        print(json.dumps(asdict(code)))
-        return 0
     print(f"{code.gpu}, {args.dtype}: {code.registers} registers, ", end="")
     print(f"{code.spilled_bytes} bytes spilled, {code.shared_bytes} shared; ", end="")
     print(", ".join(code.tensor_core_instructions) or "no tensor cores")

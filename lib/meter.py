@@ -107,17 +107,23 @@ class Traffic:
 def measure_traffic(function: Callable[[], Any]) -> Traffic:
     """Call `function`, and count what the kernels that it launches load and store.
 
-    Raises RuntimeError where kernels are not interpreted: a GPU tells nobody.
+    Atomics do not count. Where a mask keeps a number out and no `other` is given, a GPU
+    may give anything; here it gives NaN, so that it shows. Raises RuntimeError where
+    kernels are not interpreted: a GPU tells nobody.
     """
-    if os.environ.get("TRITON_INTERPRET") != "1":
+    try:
+        import triton.language as tl  # here, for it is not everywhere
+    except ModuleNotFoundError:
+        tl = None
+    if tl is None or os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("traffic: expected interpreted kernels, TRITON_INTERPRET=1")
-    import triton.language as tl  # here, for it is not everywhere
 
     load, store, counts = tl.load, tl.store, Counter()
 
     def count(kind: str, pointer, mask):
-        if mask is None:
-            num_numbers = math.prod(int(size) for size in pointer.shape)
+        if mask is None or isinstance(mask, (bool, tl.constexpr)):
+            is_all = mask is None or bool(mask)
+            num_numbers = is_all * math.prod(int(size) for size in pointer.shape)
         else:
             pointer, mask = tl.broadcast(pointer, mask)
             num_numbers = int(tl.sum(mask.to(tl.int32)))
@@ -125,9 +131,12 @@ def measure_traffic(function: Callable[[], Any]) -> Traffic:
         kind = kind if number.is_floating() else f"{kind} index"
         counts[kind] += num_numbers * number.primitive_bitwidth // 8
 
-    def counted_load(pointer, mask=None, *args, _semantic=None, **kwargs):
+    def counted_load(pointer, mask=None, other=None, *args, _semantic=None, **kwargs):
         count("read", pointer, mask)
-        return load(pointer, mask, *args, _semantic=_semantic, **kwargs)
+        is_float = pointer.dtype.scalar.element_ty.is_floating()
+        if mask is not None and other is None and is_float:
+            other = float("nan")
+        return load(pointer, mask, other, *args, _semantic=_semantic, **kwargs)
 
     def counted_store(pointer, value, mask=None, *args, _semantic=None, **kwargs):
         count("written", pointer, mask)

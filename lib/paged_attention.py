@@ -37,16 +37,16 @@ def paged_decode_gather(
     multiplied by `scale`, 1 / √D if None. Returns out (B, H, D) and logsumexp (B, H), of
     the scaled scores, natural; for a request without keys 0 and -inf.
     """
-    outs, logsumexps = [], []
-    for q_b, block_table, seq_len in zip(q, block_tables, seq_lens.tolist()):
+    out, logsumexp = torch.empty_like(q), q.new_empty(q.shape[:2])
+    for b, (block_table, seq_len) in enumerate(zip(block_tables, seq_lens.tolist())):
         k, v = paged_kv_cache.gather_kv(k_cache, v_cache, block_table, seq_len)
         group_size = q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(group_size, dim=1).transpose(0, 1) for x in (k, v))
-        scores = (k @ q_b.unsqueeze(-1)).squeeze(-1) * _scale(scale, q)  # (H, S)
+        scores = (k @ q[b].unsqueeze(-1)).squeeze(-1) * _scale(scale, q)  # (H, S)
         weights = scores.softmax(dim=-1)  # (H, S)
-        outs.append((weights.unsqueeze(-2) @ v).squeeze(-2))
-        logsumexps.append(scores.logsumexp(dim=-1))
-    return torch.stack(outs), torch.stack(logsumexps)
+        out[b] = (weights.unsqueeze(-2) @ v).squeeze(-2)
+        logsumexp[b] = scores.logsumexp(dim=-1)
+    return out, logsumexp
 
 
 def attend_online(
@@ -105,12 +105,11 @@ def paged_decode_online(
             block_id, filled = block_table[i], min(block_size, seq_len - i * block_size)
             yield k_cache[block_id, :filled], v_cache[block_id, :filled]
 
-    results = [
-        attend_online(q_b * _scale(scale, q), blocks(block_table, seq_len))
-        for q_b, block_table, seq_len in zip(q, block_tables, seq_lens.tolist())
-    ]
-    outs, logsumexps = zip(*results)
-    return torch.stack(outs), torch.stack(logsumexps)
+    out, logsumexp = torch.empty_like(q), q.new_empty(q.shape[:2])
+    for b, (block_table, seq_len) in enumerate(zip(block_tables, seq_lens.tolist())):
+        scaled = q[b] * _scale(scale, q)
+        out[b], logsumexp[b] = attend_online(scaled, blocks(block_table, seq_len))
+    return out, logsumexp
 
 
 def merge_splits(

@@ -259,10 +259,10 @@ def write_kv(
     Raises ValueError for tensors that do not fit; where slots lie is looked at on a CPU.
     """
     check_interpreter()
-    check_range("slots", slots, k_cache.shape[0] * k_cache.shape[1])
+    slots = checked_ids("slots", slots, k_cache, k_cache.shape[0] * k_cache.shape[1])
     num_numbers = k_cache.shape[2] * k_cache.shape[3]
     for cache, new in ((k_cache, k), (v_cache, v)):
-        check_in_one_piece(cache)
+        check_in_one_piece(cache, like=k_cache)
         if new.shape != (len(slots), *cache.shape[2:]) or new.dtype != cache.dtype:
             raise ValueError(
                 f"k, v: expected {(len(slots), *cache.shape[2:])} of {cache.dtype}, "
@@ -283,9 +283,9 @@ def copy_blocks(cache: torch.Tensor, sources: torch.Tensor, targets: torch.Tenso
     (num_copies,), none of which stands on both sides. Raises as `write_kv`.
     """
     check_interpreter()
-    for name, block_ids in (("sources", sources), ("targets", targets)):
-        check_range(name, block_ids, len(cache))
-    check_in_one_piece(cache)
+    check_in_one_piece(cache, like=cache)
+    sources = checked_ids("sources", sources, cache, len(cache))
+    targets = checked_ids("targets", targets, cache, len(cache))
     if sources.shape != targets.shape:
         raise ValueError(
             f"expected as many sources as targets, got {len(sources)} and {len(targets)}"
@@ -311,31 +311,46 @@ def gather_kv(
         raise ValueError(
             f"seq_len: expected 0 to {room} tokens, as its table is wide, got {seq_len}"
         )
-    check_range("block_table", block_table[:num_used], len(k_cache))
+    used = block_table[:num_used].to(torch.int64)
+    used = checked_ids("block_table", used, k_cache, len(k_cache))
     dense = []
     for cache in (k_cache, v_cache):
-        check_in_one_piece(cache)
+        check_in_one_piece(cache, like=k_cache)
         out = torch.empty(
             seq_len, *cache.shape[2:], dtype=cache.dtype, device=cache.device
         )
         num_numbers = cache.shape[2] * cache.shape[3]
         if seq_len > 0:
             gather_kernel[(seq_len,)](
-                *(cache, block_table, out, cache.shape[1], num_numbers),
+                *(cache, used, out, block_size, num_numbers),
                 TILE=triton.next_power_of_2(num_numbers),
             )
         dense.append(out)
     return dense[0], dense[1]
 
 
-def check_range(name: str, ids: torch.Tensor, end: int):
-    """Raise ValueError unless all ids are in 0 to end - 1. On a GPU nobody looks."""
+def checked_ids(
+    name: str, ids: torch.Tensor, cache: torch.Tensor, end: int
+) -> torch.Tensor:
+    """The ids in one piece; ValueError unless they are int64, beside the cache, and in
+    0 to end - 1, at which on a GPU nobody looks."""
+    if ids.dtype != torch.int64 or ids.device != cache.device:
+        raise ValueError(
+            f"{name}: expected torch.int64 on {cache.device}, got {ids.dtype} on "
+            f"{ids.device}"
+        )
     if not ids.is_cuda and len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < end:
         raise ValueError(f"{name}: expected 0 to {end - 1}, got {ids.tolist()}")
+    return ids.contiguous()
 
 
-def check_in_one_piece(cache: torch.Tensor):
-    """Raise ValueError for a cache whose blocks do not lie behind each other."""
+def check_in_one_piece(cache: torch.Tensor, like: torch.Tensor):
+    """Raise ValueError for a cache whose blocks do not lie behind each other, or that is
+    of another shape, dtype or device than `like`."""
+    for what in ("shape", "dtype", "device"):
+        expected, got = getattr(like, what), getattr(cache, what)
+        if got != expected:
+            raise ValueError(f"cache: expected {what} {expected}, got {got}")
     if not cache.is_contiguous():
         raise ValueError(
             f"cache: expected contiguous, got {tuple(cache.shape)} with strides "
@@ -364,35 +379,36 @@ def paged_decode(
     check_decode_inputs(q, k_cache, v_cache, block_tables, seq_lens)
     if check_ids or (check_ids is None and not q.is_cuda):
         check_block_ids(k_cache, block_tables, seq_lens)
+    if num_splits is not None and (num_splits < 1 or num_splits & (num_splits - 1)):
+        raise ValueError(f"num_splits: expected a power of two, got {num_splits}")
     if not HAS_TRITON:
         warn_of_twin()
-        return paged_attention.paged_decode_online(
+        out, logsumexp = paged_attention.paged_decode_online(
             q, k_cache, v_cache, block_tables, seq_lens, scale=scale
         )
+        return out, logsumexp.float()
     check_interpreter()
     B, H, D = q.shape
     block_size, G = k_cache.shape[1:3]
+    out = torch.empty(B, H, D, dtype=q.dtype, device=q.device)
+    logsumexp = torch.empty(B, H, dtype=torch.float32, device=q.device)
+    if B == 0:
+        return out, logsumexp
     if num_splits is None:
         num_splits = choose_num_splits(
             B * G, block_tables.shape[1] * block_size, q.device
         )
-    if num_splits < 1 or num_splits & (num_splits - 1):
-        raise ValueError(f"num_splits: expected a power of two, got {num_splits}")
     q, k_cache, v_cache, block_tables = (
         x if x.stride(-1) == 1 else x.contiguous()
         for x in (q, k_cache, v_cache, block_tables)
     )
     constants = decode_constants(H // G, D, num_splits, str(q.dtype).split(".")[1])
 
-    out = torch.empty(B, H, D, dtype=q.dtype, device=q.device)
-    logsumexp = torch.empty(B, H, dtype=torch.float32, device=q.device)
     if num_splits == 1:  # a part is the whole
         outs, logsumexps = out, logsumexp
     else:
         outs = torch.empty(B, H, num_splits, D, dtype=torch.float32, device=q.device)
         logsumexps = torch.empty(B, H, num_splits, device=q.device)
-    if B == 0:
-        return out, logsumexp
     paged_decode_kernel[(B, G, num_splits)](
         *(q, k_cache, v_cache, block_tables, seq_lens.contiguous(), outs, logsumexps),
         (D**-0.5 if scale is None else scale) * LOG2_E.value,
@@ -434,8 +450,9 @@ def decode_constants(
 
 
 def choose_num_splits(num_programs: int, max_seq_len: int, device: torch.device) -> int:
-    """Enough programs to fill a GPU twice, but not for less than some 256 tokens each.
+    """Enough programs to fill a GPU twice, of some 256 to 8,192 tokens each, at most 64.
 
+    A long text is split even in a large batch, which would wait for it in the end.
     max_seq_len: what the tables have room for. Reading the longest length instead would
     make the GPU wait.
     """
@@ -443,7 +460,8 @@ def choose_num_splits(num_programs: int, max_seq_len: int, device: torch.device)
         return 1
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     wanted = triton.next_power_of_2(triton.cdiv(2 * num_sms, num_programs))
-    return max(1, min(wanted, triton.next_power_of_2(max_seq_len // 256), 64))
+    fewest, most = (triton.next_power_of_2(max(1, max_seq_len // n)) for n in (8192, 256))
+    return min(max(wanted, fewest), most, 64)
 
 
 def check_decode_inputs(

@@ -212,14 +212,14 @@ class PagedKVCache:
                 self.v_cache[:, target] = self.v_cache[:, source]
         block_tables, seq_lens = self.block_tables, self.seq_lens
         slots = slot_mapping(block_tables, seq_lens, query_lens, self.manager.block_size)
-        is_decode = set(query_lens.tolist()) == {1}
+        is_decode = self.decode is not None and set(query_lens.tolist()) == {1}
+        index = block_tables.int(), seq_lens.int()
 
         def attend(layer, q, k, v):
             layer_kv = self.k_cache[layer], self.v_cache[layer]
             write_kv(*layer_kv, k, v, slots)
-            if is_decode and self.decode is not None:
-                out, _ = self.decode(q, *layer_kv, block_tables.int(), seq_lens.int())
-                return out  # (N, H, D), N = B
+            if is_decode:
+                return self.decode(q, *layer_kv, *index)[0]  # (N, H, D), N = B
             return attend_paged(q, *layer_kv, block_tables, seq_lens, query_lens)
 
         return attend

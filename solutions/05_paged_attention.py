@@ -75,9 +75,10 @@ print(f"with a gather it takes {ratio:.1f} times as long")
 
 # %% [markdown]
 # A block is read, its copy is written, the copy is read: three times the
-# traffic. Where attention waits for memory, and on a GPU it does, it can take
-# three times as long. The shape of Llama 3 8B, the same eight requests, with
-# the memory bandwidth that NVIDIA publishes for its A100 (80 GB, SXM):
+# traffic. Where attention waits for memory, and we shall see that on a GPU it
+# does, it can take three times as long. The shape of Llama 3 8B, the same eight
+# requests, with the memory bandwidth that NVIDIA publishes for its A100 (80 GB,
+# SXM):
 
 # %%
 A100_BYTES_PER_S = 2039e9  # published, not measured here
@@ -465,8 +466,8 @@ for num_splits in (1, 2, 4):
 # ## What a GPU would run
 #
 # Triton brings the compilers, so your kernel can be compiled here, for GPUs
-# that are not. For the heads of Llama 3 8B, in bf16: a **register** holds one
-# number of one of the program's 128 threads; **shared memory** belongs to all
+# that are not. For the heads of Llama 3 8B, in bf16: a **register** holds
+# 32 bits of one of the program's 128 threads; **shared memory** belongs to all
 # of them; what finds no register is **spilled** to memory, and slow.
 
 # %%
@@ -634,8 +635,8 @@ for name, (bytes_per_s, flops_per_s) in roofs.items():
 #
 # ## How fast it is
 #
-# `make bench` times attention alone, by context and batch. What is in
-# data/results, and the machine that it came from:
+# `make bench` times the whole model with each cache, and attention alone, by
+# context and batch. What is in data/results, and the machine that it came from:
 
 # %%
 def plot_bench(path, batch_size=8):
@@ -649,6 +650,9 @@ def plot_bench(path, batch_size=8):
             y.append(100 * row["share_of_copy"])
     is_gpu = attention["device"] == "cuda"
     where = machine["gpu" if is_gpu else "processor"]
+    for way in result["results"]:  # the whole model, on the processor
+        print(f"{way['name']:10} {way['tokens_per_s']:6.1f} tokens/s, ", end="")
+        print(f"{way['batch_size']} requests of {way['context']} tokens")
     plotting.plot_measured(
         series, log_x=True,
         xlabel=f"tokens of a request ({batch_size} requests)",
@@ -664,8 +668,8 @@ for path in sorted((text.DATA / "results").glob("bench*.json")):
 # *Each way is charged the same bytes, those that have to move.*
 #
 # On a processor, in place means the torch twin, block by block, and it loses:
-# a dozen calls of torch for sixteen tokens cost more than the copy that they
-# save. An interpreted kernel would be slower still, so we do not time it.
+# a dozen calls of torch for sixteen tokens take longer than to copy them. An
+# interpreted kernel takes longer still, so we do not time it.
 # Without a GPU this chapter's win is one of bytes, not of seconds. If you have
 # one, `make bench` measures what it makes of them, against its own copies.
 #
@@ -755,9 +759,9 @@ print(f"both KV heads averaged to one: {loss(one_kv_head):.3f} nats per byte")
 
 # %% [markdown]
 # Averaging the heads of a trained model is where Ainslie and others begin, and
-# then they train on, with 5% of the steps. Without that, it is ruined. What is
-# open: how few heads, or how small a shared code for all of them, a model of a
-# given size can do with.
+# then they train on, for 5% of the training. Without that, it is ruined. What
+# is open: how few heads, or how small a shared code for all of them, a model of
+# a given size can do with.
 #
 # ### Fewer keys
 #
@@ -818,9 +822,8 @@ plotting.plot_measured(
 
 # %% [markdown]
 # *They fall, but there is no edge.* (These are keys after the rotation by their
-# position, as the cache holds them; rotating spreads them over more directions
-# than they had.) What is open: to compress them so that attention can be
-# computed on the codes.
+# position, as the cache holds them.) What is open: to compress them so that
+# attention can be computed on the codes.
 #
 # ### A state that does not grow
 #

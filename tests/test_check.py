@@ -162,16 +162,24 @@ def test_answers_are_collected_from_notebooks_of_which_nothing_else_runs(
         "def attention_flops(config, prompt_len, num_new_tokens):\n    return 7",
         "def attend_causal(layer, q, k, v):\n    raise NotImplementedError",
         "def no_exercise():\n    pass",
+        "%%time\nTEMPERATURE = 1 / 2\nUNUSED = print('a cell was run')",
+        "def next_token_loss(logits, token_ids):\n    return TEMPERATURE",
+        "class Odd:\n    raise SystemExit",
+        "from lib.training import training_bytes as mine\ntraining_bytes = mine",
     )
+    (tmp_path / "00_broken.ipynb").write_text("{")
+    shutil.copy(tmp_path / "01_generation.ipynb", tmp_path / "01_generation-Copy1.ipynb")
     notebook(tmp_path / "02_training.ipynb", "def best_num_segments(:")
     check(library_answer("kv_cache_bytes"))
     notebook(tmp_path / "03_kv_cache.ipynb", "def kv_cache_bytes():\n    return 7")
     capsys.readouterr()
     check.collect(tmp_path)
     lines = capsys.readouterr().out.strip().split("\n")
-    assert lines[0].startswith("attention_flops: wrong for")
-    assert lines[1:] == [
-        "01_generation: 1 of 3 answers are yours",
+    assert lines[0].startswith("00_broken.ipynb: expected a notebook, got")
+    assert lines[1].startswith("attention_flops: wrong for")
+    assert lines[2].startswith("next_token_loss: wrong for") and "a float" in lines[2]
+    assert lines[3:] == [
+        "01_generation: 2 of 5 answers are yours",
         "02_training: 0 of 0 answers are yours",
         "03_kv_cache: 1 of 1 answers are yours",
     ]
@@ -246,6 +254,11 @@ def test_an_object_equal_to_everything_is_equal_to_nothing(expected):
     assert difference(expected, EqualToEverything()) is not None
 
 
+class Slow:
+    def __reduce__(self):
+        time.sleep(60)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_a_fork_gives_its_answer_and_takes_nothing_with_it_when_it_dies():
     torch.set_num_threads(1)
@@ -255,10 +268,19 @@ def test_a_fork_gives_its_answer_and_takes_nothing_with_it_when_it_dies():
     }
     assert seen == [], "the fork's memory is its own"
     assert in_fork(lambda: None) is None
-    with pytest.raises(ForkDiedError, match="crashed .SIGSEGV"):
+    with pytest.raises(ForkDiedError, match="crashed .Segmentation fault"):
         in_fork(lambda: ctypes.string_at(0))
+    start = time.monotonic()
     with pytest.raises(ForkDiedError, match="took longer than 0.2 seconds"):
         in_fork(lambda: time.sleep(60), timeout_s=0.2)
+    with pytest.raises(ForkDiedError, match="took longer than 0.2 seconds"):
+        in_fork(lambda: Slow(), timeout_s=0.2)
+    assert time.monotonic() - start < 30, "the copy was waited for"
+    assert in_fork(lambda: bytes(10**7)) == bytes(10**7), "more than a pipe holds"
+    assert torch.get_num_threads() == 1
+    torch.set_num_threads(2)
+    assert in_fork(torch.get_num_threads) == 1 and torch.get_num_threads() == 2
+    torch.set_num_threads(1)
     with pytest.raises(ForkDiedError, match="ended with status 3"):
         in_fork(lambda: os._exit(3))
     with pytest.raises(ForkDiedError, match="ended with status 1"):

@@ -1,3 +1,4 @@
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from helpers import random_model
 
 from lib.meter import machine_facts, measure, measure_traffic, median_seconds
 from lib.model import attend_causal, attend_fused
+from lib.paged_attention_triton import tl, triton
 from lib.training import next_token_loss
 
 
@@ -211,6 +213,28 @@ def test_on_a_gpu_memory_is_the_peak_of_its_allocator():
     assert (
         measure(lambda: torch.zeros(100) + 1).peak_bytes == 800
     )  # on the CPU, exact as ever
+
+
+def test_traffic_counts_what_masks_let_through_and_shows_what_nobody_filled_in():
+    pytest.importorskip("triton")
+
+    @triton.jit
+    def kernel(x_ptr, out_ptr, TILE: tl.constexpr):
+        i = tl.arange(0, TILE)
+        x = tl.load(x_ptr + i, mask=i < 5)  # and what, behind it?
+        tl.store(out_ptr + i, x, mask=True)
+        tl.store(out_ptr, tl.load(x_ptr), mask=False)
+
+    x, out = torch.arange(8.0), torch.zeros(8)
+    source = "".join(inspect.getsource(kernel.fn))
+    assert "mask=True" in source
+    load, store = tl.load, tl.store
+    traffic = measure_traffic(lambda: kernel[(2,)](x, out, TILE=8))
+    assert (traffic.read_bytes, traffic.written_bytes) == (2 * 4 * (5 + 1), 2 * 4 * 8)
+    assert torch.equal(out[:5], x[:5]) and out[5:].isnan().all()
+    with pytest.raises(ZeroDivisionError):
+        measure_traffic(lambda: 1 / 0)
+    assert (tl.load, tl.store) == (load, store)
 
 
 def test_traffic_is_not_guessed_where_a_gpu_runs_the_kernels(monkeypatch):

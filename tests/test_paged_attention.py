@@ -4,6 +4,7 @@ import itertools
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from lib.paged_attention import (
 from lib.paged_kv_cache import PagedKVCache
 
 NOWHERE = 2147480000  # a block id behind the end of a table
+
+TWINS = [paged_decode_gather, paged_decode_online]
 
 # (lengths, heads, D, block_size)
 CASES = [
@@ -128,7 +131,7 @@ def test_scores_that_exp_could_not_take_are_no_trouble_online():
 def test_another_scale_is_used():
     inputs = paged(CASES[1])
     half = inputs[0] * 0.5, *inputs[1:]
-    for decode in (paged_decode_gather, paged_decode_online):
+    for decode in TWINS:
         got = decode(*inputs, scale=0.5 * 64**-0.5)
         for one, other in zip(got, decode(*half)):
             torch.testing.assert_close(one, other)
@@ -306,6 +309,9 @@ def test_tensors_that_are_not_in_one_piece_are_read_right():
     assert_near(paged_decode(*strided), strided)
 
 
+LAST = torch.tensor([1])  # the block that is filled in part
+
+
 def change(index, change_one):
     def apply(inputs):
         inputs = list(inputs)
@@ -330,6 +336,10 @@ def change(index, change_one):
         (change(4, lambda n: n + 99), "request 0: expected 0 to 48 tokens"),
         (change(3, lambda t: t + 7000), "request 0: expected blocks 0 to"),
         (change(3, lambda t: t.to("meta")), "block_tables: expected on cpu"),
+        (
+            change(3, lambda t: t.index_fill(1, LAST, 7000)),
+            "to .* got 7000",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_with_what_was_expected(spoil, words):
@@ -361,8 +371,14 @@ def test_keys_and_values_are_written_copied_and_gathered_as_by_the_twins(dtype):
     expected[0, [6, 0]] = expected[0, [2, 5]]
     assert torch.equal(caches, expected)
 
+    everywhere = torch.stack([slots, slots + 28], dim=1)  # not in one piece
+    paged_attention_triton.write_kv(*caches, 2 * k, 2 * v, everywhere[:, 0])
+    paged_kv_cache.write_kv(*expected, 2 * k, 2 * v, slots)
+    assert torch.equal(caches, expected)
+
     for seq_len in (0, 1, 4, 11):
-        block_table = torch.tensor([5, 1, 3, NOWHERE])
+        block_table = torch.tensor([[5, 1, 3, NOWHERE], [0, 0, 0, 0]]).t().contiguous()
+        block_table = block_table.t()[0]
         got = paged_attention_triton.gather_kv(*caches, block_table, seq_len)
         wanted = paged_kv_cache.gather_kv(*caches, block_table, seq_len)
         assert all(torch.equal(one, other) for one, other in zip(got, wanted))
@@ -376,6 +392,10 @@ def test_writes_that_do_not_fit_are_refused():
         paged_attention_triton.copy_blocks(cache, slots, slots[:1])
     with pytest.raises(ValueError, match="cache: expected contiguous"):
         paged_attention_triton.gather_kv(cache.transpose(0, 1), cache, slots, 2)
+    with pytest.raises(ValueError, match="slots: expected torch.int64 on cpu, got"):
+        paged_attention_triton.write_kv(cache, cache, rows, rows, slots.int())
+    with pytest.raises(ValueError, match="cache: expected shape .*2, 1, 4.*2, 1, 2"):
+        paged_attention_triton.write_kv(cache, cache[..., :2], rows, rows, slots)
     with pytest.raises(ValueError, match=r"slots: expected 0 to 5, got \[0, 6\]"):
         paged_attention_triton.write_kv(cache, cache, rows, rows, slots * 6)
     with pytest.raises(ValueError, match=r"targets: expected 0 to 2, got \[-1, 0\]"):
@@ -386,10 +406,41 @@ def test_writes_that_do_not_fit_are_refused():
         paged_attention_triton.gather_kv(cache, cache, slots, 5)
 
 
-def test_no_requests_give_no_rows():
+@pytest.mark.parametrize("decode", [paged_decode, *TWINS])
+def test_no_requests_give_no_rows(decode):
     q, k_cache, v_cache, block_tables, seq_lens = paged(CASES[1], torch.float32)
-    out, logsumexp = paged_decode(q[:0], k_cache, v_cache, block_tables[:0], seq_lens[:0])
+    out, logsumexp = decode(q[:0], k_cache, v_cache, block_tables[:0], seq_lens[:0])
     assert out.shape == (0, 4, 64) and logsumexp.shape == (0, 4)
+
+
+@pytest.mark.parametrize("num_splits", [1, 2])
+def test_the_kernel_uses_another_scale(num_splits):
+    inputs = paged(CASES[1], torch.float32)
+    got = paged_decode(*inputs, scale=0.5 * 64**-0.5, num_splits=num_splits)
+    assert_near(got, (inputs[0] * 0.5, *inputs[1:]))
+
+
+@pytest.mark.parametrize(
+    "num_programs, max_seq_len, num_splits",
+    [
+        (1, 100, 1),  # too short to be shared
+        (8, 2048, 8),  # 256 tokens each
+        (8, 131072, 64),  # 264 programs wanted, for twice 132 processors
+        (512, 2048, 1),  # enough programs without
+        (512, 131072, 16),  # but one of the texts may be long
+    ],
+)
+def test_texts_are_split_for_many_processors(
+    monkeypatch, num_programs, max_seq_len, num_splits
+):
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda device: SimpleNamespace(multi_processor_count=132),
+    )
+    choose, gpu = paged_attention_triton.choose_num_splits, torch.device("cuda")
+    assert choose(num_programs, max_seq_len, gpu) == num_splits
+    assert choose(num_programs, max_seq_len, torch.device("cpu")) == 1
 
 
 def test_a_broken_interpreter_is_named(monkeypatch):

@@ -4,10 +4,13 @@ A wrong pointer in an interpreted kernel reads or writes memory that is not its 
 the process dies. In a fork it takes nothing with it.
 """
 
+import contextlib
+import faulthandler
 import os
 import pickle
 import select
 import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,36 +24,53 @@ class ForkDiedError(Exception):
 def in_fork(function: Callable[[], Any], timeout_s: float = 120) -> Any:
     """What `function()` returns, which has to be plain data.
 
-    Raises ForkDiedError where it crashed or took longer than `timeout_s`. Without
-    os.fork, and on a GPU, which a fork cannot use, it is called as it is. With more than
-    one torch thread a fork may hang, so it runs with one.
+    Raises ForkDiedError where it crashed, raised, or took longer than `timeout_s`.
+    Without os.fork, and on a GPU, which a fork cannot use, it is called as it is. With
+    more than one torch thread a fork may hang, so it runs with one.
     """
     if not hasattr(os, "fork") or torch.cuda.is_available():
         return function()
     num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     read_end, write_end = os.pipe()
+    torch.set_num_threads(1)
     child = os.fork()
     if child == 0:
         status = 1
+        faulthandler.disable()  # a crash is expected here, and told by the parent
         try:
             with os.fdopen(write_end, "wb") as pipe:
                 pickle.dump(function(), pipe)
             status = 0
         finally:
             os._exit(status)
-    os.close(write_end)
     torch.set_num_threads(num_threads)
-    with os.fdopen(read_end, "rb") as pipe:
-        is_late = not select.select([pipe], [], [], timeout_s)[0]
-        if is_late:
-            os.kill(child, signal.SIGKILL)
-        answer = pipe.read()
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if is_late:
+    os.close(write_end)
+    answer = None
+    try:
+        answer = _read_all(read_end, time.monotonic() + timeout_s)
+    finally:  # an interrupt too
+        if answer is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        os.close(read_end)
+    if answer is None:
         raise ForkDiedError(f"took longer than {timeout_s} seconds")
     if status < 0:
-        raise ForkDiedError(f"crashed ({signal.Signals(-status).name})")
+        raise ForkDiedError(f"crashed ({signal.strsignal(-status)})")
     if status > 0:
         raise ForkDiedError(f"ended with status {status}")
     return pickle.loads(answer)
+
+
+def _read_all(read_end: int, deadline: float) -> bytes | None:
+    """What comes until the other side closes the pipe; None if that takes too long."""
+    data = b""
+    while True:
+        left = deadline - time.monotonic()
+        if left <= 0 or not select.select([read_end], [], [], left)[0]:
+            return None
+        chunk = os.read(read_end, 2**20)
+        if not chunk:
+            return data
+        data += chunk

@@ -1,9 +1,14 @@
+import inspect
 import math
 
 import torch
 
 from answers import right, wrong
+from lib import paged_attention_triton
+from lib.course.collect import register
 from lib.paged_attention_triton import LOG2_E, tl, triton
+
+STORE = "    tl.store(out_ptr + row * TILE + col, x)\n"
 
 # attend_online
 
@@ -51,15 +56,23 @@ def online(
     tiled=False,
     best=True,
     add_max=True,
+    running=True,
+    shared=False,
+    begin=-math.inf,
+    follow=True,
+    divide=True,
 ):
     H, D = q.shape
-    row_max = q.new_full((H, 1), -math.inf)
+    row_max = q.new_full((H, 1), begin)
     row_sum, acc = q.new_zeros(H, 1), q.new_zeros(H, D)
     for k, v in tiles:
         G = k.shape[1]
         heads = torch.arange(H) % G if tiled else torch.arange(H) // (H // G)
         scores = scale * torch.einsum("hd,shd->hs", q, k[:, heads])
-        new_max = torch.maximum(row_max, scores.amax(dim=-1, keepdim=True))
+        tile_max = scores.amax(dim=-1, keepdim=True)
+        if shared:
+            tile_max = tile_max * 0 + tile_max.max()
+        new_max = torch.maximum(row_max, tile_max) if running else tile_max
         if not best:
             new_max = torch.zeros_like(new_max)
         rescale = (row_max - new_max).exp()
@@ -68,9 +81,10 @@ def online(
         row_sum = (row_sum * rescale if rescale_sum else row_sum) + total
         weighted = torch.einsum("hs,shd->hd", weights, v[:, heads])
         acc = (acc * rescale if rescale_acc else acc) + weighted
-        row_max = new_max
+        row_max = new_max if follow else row_max
     logsumexp = row_sum.log() + (row_max if add_max else 0)
-    return acc / row_sum.clamp(min=torch.finfo(q.dtype).tiny), logsumexp.squeeze(-1)
+    divisor = row_sum.clamp(min=torch.finfo(q.dtype).tiny) if divide else 1
+    return acc / divisor, logsumexp.squeeze(-1)
 
 
 @wrong("attend_online", says="rescale both by exp(old - new)")
@@ -125,6 +139,36 @@ def attend_online_without_tiles_is_nan(q, tiles):
         acc = acc * rescale + torch.einsum("hs,shd->hd", weights, v)
         row_max = new_max
     return acc / row_sum, (row_max + row_sum.log()).squeeze(-1)
+
+
+@wrong("attend_online", says="Subtract the largest score")
+def attend_online_with_a_maximum_of_zero(q, tiles):
+    return online(q, tiles, best=False)
+
+
+@wrong("attend_online", says="row_max never falls")
+def attend_online_with_the_tiles_maximum(q, tiles):
+    return online(q, tiles, running=False)
+
+
+@wrong("attend_online", says="keep one for each head")
+def attend_online_with_one_maximum_for_all_heads(q, tiles):
+    return online(q, tiles, shared=True)
+
+
+@wrong("attend_online", says="begin with -inf")
+def attend_online_beginning_at_zero(q, tiles):
+    return online(q, tiles, begin=0.0)
+
+
+@wrong("attend_online", says="acc is divided by row_sum")
+def attend_online_not_divided(q, tiles):
+    return online(q, tiles, divide=False)
+
+
+@wrong("attend_online", says="row_max has to follow")
+def attend_online_that_forgets_the_maximum(q, tiles):
+    return online(q, tiles, follow=False)
 
 
 @wrong("attend_online", says="Keep three running numbers")
@@ -226,7 +270,7 @@ def load_row_into_row_zero(x_ptr, out_ptr, x_stride, num_cols, TILE: tl.constexp
     tl.store(out_ptr + col, x)
 
 
-@wrong("load_row_kernel", says="no GPU can run it")
+@wrong("load_row_kernel", says="right, but not for a GPU")
 @triton.jit
 def load_row_that_does_not_compile(
     x_ptr, out_ptr, x_stride, num_cols, TILE: tl.constexpr
@@ -343,164 +387,146 @@ def gather_twice(
 # paged_decode_kernel
 
 
-@triton.jit
-def decode_variant(
-    q_ptr,
-    k_cache_ptr,
-    v_cache_ptr,
-    block_tables_ptr,
-    seq_lens_ptr,
-    out_ptr,
-    logsumexp_ptr,
-    scale_log2_e,
-    block_size,
-    q_stride_b,
-    q_stride_h,
-    k_stride_block,
-    k_stride_place,
-    k_stride_g,
-    v_stride_block,
-    v_stride_place,
-    v_stride_g,
-    table_stride_b,
-    GROUP_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    TILE: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
-    UPCAST: tl.constexpr,
-    VARIANT: tl.constexpr,
+def changed(name, title, *changes):
+    """The library's kernel, with some of its text replaced."""
+    kernel = vars(paged_attention_triton)[name]
+    source = inspect.getsource(getattr(kernel, "fn", kernel))
+    for old, new in changes:
+        assert old in source, f"{title}: the kernel has no {old}"
+        source = source.replace(old, new)
+    namespace = dict(vars(paged_attention_triton))
+    exec(compile(source, register(f"<{name}: {title}>", source), "exec"), namespace)
+    return namespace[name]
+
+
+for title, says, *changes in (
+    ("no other", "what a mask keeps out is `other`", (", other=0.0", "")),
+    ("store twice", "Store TILE numbers, once", ("    # store", STORE + "    # store")),
 ):
-    b, g, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
-    is_head, is_col = row < GROUP_SIZE, col < HEAD_DIM
-    h = g * GROUP_SIZE + row
-    seq_len = tl.load(seq_lens_ptr + b)
-    tiles = tl.cdiv(tl.cdiv(seq_len, TILE), NUM_SPLITS)
-    start = split * tiles * TILE
-    end = tl.minimum(start + tiles * TILE, seq_len)
-    if VARIANT == "every split reads all":
-        start, end = 0, seq_len
-    q_at = q_ptr + b * q_stride_b + h[:, None] * q_stride_h + col[None, :]
-    q = tl.load(q_at, mask=is_head[:, None] & is_col[None, :], other=0.0)
-    q = q.to(tl.float32) if UPCAST else q
-    row_max = tl.full([ROWS], float("-inf"), tl.float32)
-    row_sum = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, COLS], tl.float32)
-    for tile_start in range(start, end, TILE):
-        position = tile_start + tl.arange(0, TILE)
-        is_token = position < end
-        if VARIANT == "an unmasked table":
-            block_id = tl.load(
-                block_tables_ptr + b * table_stride_b + position // block_size
-            ).to(tl.int64)
-        else:
-            block_id = tl.load(
-                block_tables_ptr + b * table_stride_b + position // block_size,
-                mask=is_token,
-                other=0,
-            ).to(tl.int64)
-        if VARIANT == "no table":
-            block_id = (position // block_size).to(tl.int64)
-        place = position % block_size
-        if VARIANT == "no place":
-            place = place * 0
-        k_at = block_id * k_stride_block + place * k_stride_place + g * k_stride_g
-        v_at = block_id * v_stride_block + place * v_stride_place + g * v_stride_g
-        if VARIANT == "one head of keys":
-            k_at -= g * k_stride_g
-        if VARIANT == "strides of k for v":
-            v_at = k_at
-        is_there = is_token[:, None] & is_col[None, :]
-        k = tl.load(k_cache_ptr + k_at[:, None] + col[None, :], mask=is_there, other=0.0)
-        if VARIANT == "k unmasked":
-            k = tl.load(
-                k_cache_ptr + k_at[:, None] + col[None, :],
-                mask=is_col[None, :],
-                other=0.0,
-            )
-        if VARIANT == "v unmasked":
-            v = tl.load(
-                v_cache_ptr + v_at[:, None] + col[None, :],
-                mask=is_col[None, :],
-                other=0.0,
-            )
-        else:
-            v = tl.load(
-                v_cache_ptr + v_at[:, None] + col[None, :], mask=is_there, other=0.0
-            )
-        k, v = (k.to(tl.float32), v.to(tl.float32)) if UPCAST else (k, v)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if VARIANT != "no scale":
-            scores *= scale_log2_e
-        if VARIANT != "scores unmasked":
-            scores = tl.where(is_token[None, :], scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, axis=1))
-        if VARIANT == "the last maximum":
-            new_max = tl.max(scores, axis=1)
-        rescale = tl.exp2(row_max - new_max)
-        weights = tl.exp2(scores - new_max[:, None])
-        if VARIANT == "exp":
-            rescale = tl.exp(row_max - new_max)
-            weights = tl.exp(scores - new_max[:, None])
-        if VARIANT == "no rescale":
-            rescale = rescale * 0 + 1
-        row_sum = row_sum * rescale + tl.sum(weights, axis=1)
-        weighted = tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        if VARIANT == "acc not rescaled":
-            acc = acc + weighted
-        else:
-            acc = acc * rescale[:, None] + weighted
-        row_max = new_max
-    divisor = tl.where(row_sum > 0, row_sum, 1.0)
-    logsumexp = (row_max + tl.log2(divisor)) / LOG2_E
-    if VARIANT == "another logsumexp":
-        logsumexp = row_max + tl.log2(divisor)
-    out = (acc / divisor[:, None]).to(out_ptr.dtype.element_ty)
-    if VARIANT == "not divided":
-        out = acc.to(out_ptr.dtype.element_ty)
-    at = (b * tl.num_programs(1) * GROUP_SIZE + h) * NUM_SPLITS + split
-    tl.store(logsumexp_ptr + at, logsumexp, mask=is_head)
-    out_at = out_ptr + at[:, None] * HEAD_DIM + col[None, :]
-    tl.store(out_at, out, mask=is_head[:, None] & is_col[None, :])
+    wrong("load_row_kernel", says)(changed("load_row_kernel", title, *changes))
 
-
-class Variant:
-    """A kernel that is launched as the library's, with one thing changed."""
-
-    arg_names = ("q_ptr",)
-    fn = decode_variant.fn if hasattr(decode_variant, "fn") else decode_variant
-
-    def __init__(self, variant):
-        self.variant, self.__name__ = variant, f"decode: {variant}"
-
-    def __getitem__(self, grid):
-        def launch(*args, **constants):
-            decode_variant[grid](*args, **constants, VARIANT=self.variant)
-
-        return launch
-
-
-for variant, says in {
-    "no table": "",
-    "no place": "",
-    "an unmasked table": "under the mask is_token",
-    "k unmasked": "under the mask is_there",
-    "v unmasked": "0 times NaN is NaN",
-    "scores unmasked": "scores there are -inf",
-    "no rescale": "rescale both",
-    "acc not rescaled": "rescale both",
-    "the last maximum": "row_max never falls",
-    "no scale": "multiplied by scale_log2_e",
-    "exp": "With exp2, not exp",
-    "one head of keys": "",
-    "strides of k for v": "",
-    "another logsumexp": "row_max and row_sum",
-    "not divided": "",
-    "every split reads all": "",
-}.items():
-    wrong("paged_decode_kernel", says)(Variant(variant))
+NEGATIVE_INF = 'float("-inf")'
+for title, says, *changes in (
+    (
+        "no table",
+        "the block of position p",
+        (
+            "block_id = tl.load(table_at, mask=is_token, other=0)",
+            "block_id = (position // block_size)",
+        ),
+    ),
+    ("no place", "", ("place = position % block_size", "place = position * 0")),
+    (
+        "an unmasked table",
+        "under the mask is_token",
+        ("tl.load(table_at, mask=is_token, other=0)", "tl.load(table_at)"),
+    ),
+    ("table without its stride", "", ("b * table_stride_b + ", "")),
+    (
+        "k unmasked",
+        "under the mask is_there",
+        (
+            "k_at[:, None] + col[None, :], mask=is_there",
+            "k_at[:, None] + col[None, :], mask=is_col[None, :]",
+        ),
+    ),
+    (
+        "v unmasked",
+        "0 times NaN is NaN",
+        (
+            "v_at[:, None] + col[None, :], mask=is_there",
+            "v_at[:, None] + col[None, :], mask=is_col[None, :]",
+        ),
+    ),
+    (
+        "no other for k",
+        "NaN",
+        (
+            "k_at[:, None] + col[None, :], mask=is_there, other=0.0",
+            "k_at[:, None] + col[None, :], mask=is_there",
+        ),
+    ),
+    (
+        "no other for v",
+        "0 times NaN is NaN",
+        (
+            "v_at[:, None] + col[None, :], mask=is_there, other=0.0",
+            "v_at[:, None] + col[None, :], mask=is_there",
+        ),
+    ),
+    (
+        "scores unmasked",
+        "scores there are -inf",
+        ("tl.where(is_token[None, :], scores, " + NEGATIVE_INF + ")", "scores"),
+    ),
+    (
+        "masked scores of -100",
+        "masked scores are -inf",
+        ("scores, " + NEGATIVE_INF, "scores, -100.0"),
+    ),
+    (
+        "row_max begins at 0",
+        "row_max and row_sum",
+        (
+            "tl.full([ROWS], " + NEGATIVE_INF + ", tl.float32)",
+            "tl.zeros([ROWS], tl.float32)",
+        ),
+    ),
+    (
+        "one maximum for all heads",
+        "row_max of its own",
+        ("tl.max(scores, axis=1)", "tl.max(scores)"),
+    ),
+    (
+        "no rescale",
+        "rescale both",
+        ("acc * rescale[:, None]", "acc"),
+        ("row_sum * rescale", "row_sum"),
+    ),
+    ("sum not rescaled", "rescale both", ("row_sum * rescale", "row_sum")),
+    ("acc not rescaled", "rescale both", ("acc * rescale[:, None]", "acc")),
+    (
+        "the last maximum",
+        "row_max never falls",
+        ("tl.maximum(row_max, tl.max(scores, axis=1))", "tl.max(scores, axis=1)"),
+    ),
+    ("no scale", "multiplied by scale_log2_e", (" * scale_log2_e", "")),
+    ("its own scale", "", ("* scale_log2_e", "* 0.25 * 1.4426950408889634")),
+    ("exp", "With exp2, not exp", ("tl.exp2(", "tl.exp(")),
+    ("one head of keys", "", (" + g * k_stride_g", "")),
+    (
+        "strides of k for v",
+        "their own addresses",
+        (
+            "v_at = block_id * v_stride_block + place * v_stride_place + g * v_stride_g",
+            "v_at = k_at",
+        ),
+    ),
+    ("another logsumexp", "row_max and row_sum", (" / LOG2_E", "")),
+    ("not divided", "", ("(acc / divisor[:, None])", "acc")),
+    (
+        "every share reads all",
+        "",
+        ("start = split * tiles_per_split * TILE", "start = 0"),
+        ("tl.minimum(start + tiles_per_split * TILE, seq_len)", "seq_len"),
+    ),
+    ("stores unmasked", "", ("out, mask=is_head[:, None] & is_col[None, :])", "out)")),
+    (
+        "ids of 32 bits",
+        "blocks 2^31 numbers away: crashed",
+        (".to(tl.int64)", ".to(tl.int32)"),
+    ),
+    (
+        "scores in half precision",
+        "",
+        (
+            'tl.dot(q, tl.trans(k), input_precision="ieee")',
+            "tl.dot(q.to(tl.float16), tl.trans(k).to(tl.float16)).to(tl.float32)",
+        ),
+    ),
+    ("fp32 rounded", "fp32 is rounded", (', input_precision="ieee"', "")),
+):
+    wrong("paged_decode_kernel", says)(changed("paged_decode_kernel", title, *changes))
 
 
 @right("paged_decode_kernel")
@@ -715,6 +741,15 @@ def merge_splits_without_a_maximum(outs, logsumexps):
 def merge_splits_of_nothing_is_nan(outs, logsumexps):
     weights = logsumexps.softmax(dim=-1)
     return (weights.unsqueeze(-2) @ outs).squeeze(-2), logsumexps.logsumexp(dim=-1)
+
+
+@wrong("merge_splits", says="a largest logsumexp of its own")
+def merge_splits_with_one_maximum(outs, logsumexps):
+    weights = (logsumexps - logsumexps.max()).exp()
+    total = weights.sum(-1, keepdim=True)
+    tiny = torch.finfo(outs.dtype).tiny
+    out = (weights.unsqueeze(-2) @ outs).squeeze(-2) / total.clamp(min=tiny)
+    return out, total.squeeze(-1).log() + logsumexps.max()
 
 
 @wrong("merge_splits", says="A part's weight is exp(logsumexp)")

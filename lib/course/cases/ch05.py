@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,9 @@ def attend_online_cases(seed: int) -> list[Case]:
         ("the largest score in the last tile", [2, 3], (1, 1, 2)),
         ("two heads", [2, 1], (2, 2, 2)),
         ("four query heads on two KV heads", [3, 2, 1], (4, 2, 3)),
-        ("scores of a thousand, of which exp is infinite", [2, 2], (1, 1, 2)),
+        ("a score of a thousand, of which exp is infinite", [2, 2], (1, 1, 2)),
+        ("scores that fall by a thousand", [2, 2], (1, 1, 2)),
+        ("scores far below zero, and in another head far above", [2, 3], (2, 1, 2)),
         ("no tiles", [], (2, 1, 3)),
         ("single precision", [3, 2], (2, 1, 4)),
         ("a random number of tiles", rng.integers(1, 9, size=5).tolist(), (6, 3, 4)),
@@ -38,7 +41,11 @@ def attend_online_cases(seed: int) -> list[Case]:
         if "largest" in name:
             tiles["last" in name and -1][0][0] = 4 * q
         if "thousand" in name:
-            q, tiles[1][0] = 40 * np.sign(q), 40 * np.sign(tiles[1][0])
+            q = 40 * np.sign(q)
+            tiles["fall" not in name][0][0] = q
+        if "far below" in name:
+            q = np.array([[-100.0], [100.0]]) + 0 * q
+            tiles = [[10 + 0.01 * k, v] for k, v in tiles]
         inputs = {
             "q": q.astype(dtype),
             "tiles": [[x.astype(dtype) for x in tile] for tile in tiles],
@@ -58,7 +65,18 @@ def attend_online_explain(inputs: dict, expected: dict, got: dict) -> str | None
         return "out is (H, D), logsumexp (H,)"
     if not inputs["tiles"] and np.isnan(out).any():
         return "Without keys the sum is 0: divide by something else then, for an out of 0"
+    if not np.isnan(out).any() and np.abs(inputs["q"]).min() == 100:
+        return (
+            "A head's largest score may be far below 0, or below another head's: begin "
+            "with -inf, and keep one for each head"
+        )
+    if np.isneginf(logsumexp).any():
+        return "row_max has to follow: after each tile it is new_max"
     if np.isnan(out).any() or np.isinf(logsumexp).any():
+        if np.abs(inputs["q"]).min() < 40:
+            return "That rescales the wrong way round: exp(old - new)"
+        if np.abs(inputs["tiles"][0][0]).max() == 40:
+            return "row_max never falls: the larger of the old one and the tile's"
         return "Subtract the largest score before exp, or it is infinite"
     if not inputs["tiles"]:
         return None
@@ -89,6 +107,13 @@ def attend_online_explain(inputs: dict, expected: dict, got: dict) -> str | None
                 "What has been summed up is divided once, at the end",
                 sum(s * part[0] for s, part in zip(sums, parts)),
             ),
+            (
+                "At the end acc is divided by row_sum",
+                expected["out"]
+                * np.exp(expected["logsumexp"] - _largest(inputs["q"], every[0]))[
+                    :, None
+                ],
+            ),
         ):
             if np.allclose(out, wrong):
                 return words
@@ -98,6 +123,12 @@ def attend_online_explain(inputs: dict, expected: dict, got: dict) -> str | None
             "one: rescale both by exp(old - new)"
         )
     return None
+
+
+def _largest(q: np.ndarray, k: np.ndarray) -> np.ndarray:
+    """The largest score of each head, (H,)."""
+    kv_heads = np.arange(len(q)) // (len(q) // k.shape[1])
+    return np.einsum("hd,shd->hs", q, k[:, kv_heads]).max(axis=1)
 
 
 def _attention(q, k, v, kv_heads=None) -> tuple[np.ndarray, np.ndarray]:
@@ -124,6 +155,7 @@ def merge_splits_cases(seed: int) -> list[Case]:
         ("a part without keys", (1, 2, 3, 2)),
         ("a request without keys", (2, 1, 2, 2)),
         ("a logsumexp of a thousand", (1, 2, 2, 2)),
+        ("a head with logsumexps of -1000, beside others", (2, 2, 2, 2)),
         ("single precision", (2, 3, 4, 5)),
         ("random parts", tuple(rng.integers(2, 7, size=4).tolist())),
     ):
@@ -135,6 +167,8 @@ def merge_splits_cases(seed: int) -> list[Case]:
             logsumexps[..., 1] = logsumexps[..., 0] + math.log(3)
         if "thousand" in name:
             logsumexps += 1000
+        if "-1000" in name:
+            logsumexps[0, 1] -= 1000
         if "without" in name:
             empty = np.index_exp[0] if "request" in name else np.index_exp[:, :, 1]
             outs[empty], logsumexps[empty] = 0, -np.inf
@@ -150,6 +184,8 @@ def merge_splits_explain(inputs: dict, expected: dict, got: dict) -> str | None:
         return None
     if out.shape != expected["out"].shape:
         return "The parts become one: out is (B, H, D)"
+    if logsumexps.min() < -900 and np.isfinite(logsumexps).all():
+        return "Each head of each request has a largest logsumexp of its own"
     if np.isnan(out).any() or np.isnan(logsumexp).any():
         if np.isinf(logsumexps).all(axis=-1).any():
             return "Where no part has keys all are -inf, and -inf minus -inf is NaN"
@@ -265,12 +301,16 @@ def load_row_kernel_cases(seed: int) -> list[Case]:
         x = np.full((N, width), np.nan, dtype=np.float32)
         x[:, :num_cols] = rng.normal(size=(N, num_cols))
         inputs = {"x": x, "num_cols": num_cols}
-        cases.append(Case(name, inputs, {"bytes_read": N * num_cols * 4}))
+        written = N * 2 ** math.ceil(math.log2(num_cols)) * 4
+        limits = {"bytes_read": N * num_cols * 4, "bytes_written": written}
+        cases.append(Case(name, inputs, limits))
     return cases
 
 
 def load_row_kernel_explain(inputs: dict, expected: dict, got: dict) -> str | None:
     rows, ours, num_cols = got["rows"], expected["rows"], inputs["num_cols"]
+    if np.array_equal(rows, ours) and got["bytes_read"] <= expected["bytes_read"]:
+        return "Store TILE numbers, once"
     if np.array_equal(rows, ours):
         return "Load num_cols numbers, no more: what follows is somebody else's"
     x = inputs["x"].ravel()
@@ -280,7 +320,10 @@ def load_row_kernel_explain(inputs: dict, expected: dict, got: dict) -> str | No
     if np.isnan(rows).all() or np.isnan(rows[1:]).all() and len(rows) > 1:
         return "A program stores its own row: TILE numbers from row · TILE on"
     if np.isnan(rows[:, num_cols:]).any():
-        return "All TILE numbers are stored, and those behind the row are 0"
+        return (
+            "All TILE numbers are stored, and those behind the row are 0: what a mask "
+            "keeps out is `other`, or anything at all"
+        )
     if len(rows) > 1 and np.array_equal(rows[1], ours[0]):
         return "Every program loads row 0: which one is its own, tl.program_id says"
     return None
@@ -300,7 +343,8 @@ def gather_kernel_cases(seed: int) -> list[Case]:
     ):
         (cache,), block_tables = _pool(rng, 1, [seq_len], block_size, G, D)
         inputs = {"cache": cache, "block_table": block_tables[0].astype(np.int64)}
-        limits = {"bytes_read": 2 * 4 * seq_len * G * D}  # of keys, and of values
+        num_bytes = 2 * 4 * seq_len * G * D  # of keys, and of values
+        limits = {"bytes_read": num_bytes, "bytes_written": num_bytes}
         cases.append(Case(name, {**inputs, "seq_len": seq_len}, limits))
     return cases
 
@@ -309,6 +353,8 @@ def gather_kernel_explain(inputs: dict, expected: dict, got: dict) -> str | None
     k, ours, S = got["k"], expected["k"], inputs["seq_len"]
     if k.shape != ours.shape:
         return None
+    if np.array_equal(k, ours) and got["bytes_read"] <= expected["bytes_read"]:
+        return "Write each number once, under a mask of i < num_numbers"
     if np.array_equal(k, ours):
         return "Read each number once, under a mask of i < num_numbers"
     flat = inputs["cache"].reshape(-1, *ours.shape[1:])
@@ -340,12 +386,17 @@ def paged_decode_kernel_cases(seed: int) -> list[Case]:
         ("150 tokens, two shares", [150], 16, (2, 1, 16), 2),
         ("four shares, one of them empty", [130], 32, (2, 1, 16), 4),
         ("scores that fall by a thousand", [100], 16, (1, 1, 16), 1),
+        ("scores far below zero, and in another head far above", [70], 16, (2, 1, 16), 1),
+        ("another scale", [9], 8, (2, 1, 16), 1),
+        ("blocks 2^31 numbers away", [9], 4, (2, 1, 16), 1),
         ("random", rng.integers(50, 150, 2).tolist(), 16, (4, 2, 32), 1),
     ):
         caches, block_tables = _pool(rng, 2, seq_lens, block_size, G, D)
         if "heads come first" in name:  # in memory: the shape is the same
+            caches[0] = np.ascontiguousarray(caches[0].swapaxes(0, 2)).swapaxes(0, 2)
             caches[1] = np.ascontiguousarray(caches[1].swapaxes(1, 2)).swapaxes(1, 2)
-        dtype = np.float16 if name == "half precision" else np.float32
+        is_half = name in ("half precision", "blocks 2^31 numbers away")
+        dtype = np.float16 if is_half else np.float32
         q = rng.normal(size=(len(seq_lens), H, D))
         if "two" in name and H == 1 or num_splits > 1:  # the largest score comes last
             last = seq_lens[0] - 1
@@ -356,6 +407,9 @@ def paged_decode_kernel_cases(seed: int) -> list[Case]:
             first, _ = block_tables[0, : 64 // block_size], q.fill(40)
             caches[0][:] = np.where(np.isnan(caches[0]), np.nan, -6)
             caches[0][first] = 6
+        if "far below" in name:
+            q = np.array([[-10.0], [10.0]]) + 0 * q
+            caches[0] = 2.75 + 0.01 * caches[0]
         inputs = {
             "q": q.astype(dtype),
             "k_cache": caches[0].astype(dtype),
@@ -363,14 +417,22 @@ def paged_decode_kernel_cases(seed: int) -> list[Case]:
             "block_tables": block_tables,
             "seq_lens": np.array(seq_lens, dtype=np.int32),
             "num_splits": num_splits,
+            "scale": 0.1 if name == "another scale" else None,
+            "is_far": "2^31" in name,
         }
         # Each key and value once; queries for each share; partial results to be merged.
         keys = 2 * sum(seq_lens) * G * D * np.dtype(dtype).itemsize
         queries = num_splits * inputs["q"].nbytes
-        parts = len(seq_lens) * H * num_splits * (D + 1) * 4 if num_splits > 1 else 0
+        rows = len(seq_lens) * H
+        parts = rows * num_splits * (D + 1) * 4 if num_splits > 1 else 0
+        written = rows * (D * np.dtype(dtype).itemsize + 4) + parts
         # A block id for each token, not for what would follow; and lengths.
         num_ids = G * sum(seq_lens) + 8 * G * len(seq_lens) * num_splits
-        limits = {"bytes_read": keys + queries + parts, "index_bytes_read": 4 * num_ids}
+        limits = {
+            "bytes_read": keys + queries + parts,
+            "index_bytes_read": 4 * num_ids,
+            "bytes_written": written,
+        }
         cases.append(Case(name, inputs, limits))
     return cases
 
@@ -396,6 +458,11 @@ def paged_decode_kernel_explain(inputs: dict, expected: dict, got: dict) -> str 
     out, logsumexp = got["out"], got["logsumexp"]
     is_right = np.allclose(out, expected["out"], atol=1e-3)
     is_sum_right = np.allclose(logsumexp, expected["logsumexp"], atol=1e-3)
+    if np.abs(inputs["q"]).min() == 10 and not np.isnan(out).any():
+        return (
+            "A head's largest score may be far below 0, or below another head's: masked "
+            "scores are -inf, and each row has a row_max of its own"
+        )
     if np.isnan(out).any() and is_sum_right:
         return (
             "A weight of 0 does not help: 0 times NaN is NaN. Load values under the mask "
@@ -409,17 +476,19 @@ def paged_decode_kernel_explain(inputs: dict, expected: dict, got: dict) -> str 
             "at p // block_size, and keys are loaded under the mask is_there"
         )
     if is_right and is_sum_right and got["bytes_read"] <= expected["bytes_read"]:
-        return "The table ends where the tokens end: look ids up under the mask is_token"
-    if is_right and is_sum_right:
+        if got["index_bytes_read"] > expected["index_bytes_read"]:
+            return "The table ends where the tokens end: look up under the mask is_token"
+        return "Store each result once, and under its mask"
+    if is_right and is_sum_right and got["bytes_read"] > expected["bytes_read"]:
         return "Read each key and value once, and under the mask is_there"
     b = int(inputs["seq_lens"].argmax())
     S, (_, H, D) = int(inputs["seq_lens"][b]), inputs["q"].shape
-    natural = D**-0.5
+    natural = D**-0.5 if inputs["scale"] is None else inputs["scale"]
     with np.errstate(all="ignore"):
         for words, wrong in (
             (
                 "A tile may end behind the last token: scores there are -inf, not 0",
-                _decode(inputs, b, num_zeros=-S % TILE),
+                _decode(inputs, b, natural, num_zeros=-S % TILE),
             ),
             ("Scores are multiplied by scale_log2_e", _decode(inputs, b, 1 / LOG2_E)),
             (
@@ -434,6 +503,8 @@ def paged_decode_kernel_explain(inputs: dict, expected: dict, got: dict) -> str 
                 return words
     if is_right:
         return "logsumexp is made of row_max and row_sum: are both right?"
+    if inputs["is_far"]:
+        return "block_id has to be int64 before it is multiplied"
     if S > TILE and inputs["num_splits"] == 1:
         return (
             "When the largest score grows, row_sum and acc so far were made with the old "
@@ -445,7 +516,7 @@ def paged_decode_kernel_explain(inputs: dict, expected: dict, got: dict) -> str 
     return None
 
 
-def _decode(inputs: dict, b: int, scale: float | None = None, num_zeros: int = 0):
+def _decode(inputs: dict, b: int, scale: float, num_zeros: int = 0):
     """Request b's out and logsumexp, with another scale, or with keys of zeros added."""
     S, block_size = int(inputs["seq_lens"][b]), inputs["k_cache"].shape[1]
     used = inputs["block_tables"][b, : math.ceil(S / block_size)]
@@ -455,7 +526,7 @@ def _decode(inputs: dict, b: int, scale: float | None = None, num_zeros: int = 0
         for name in ("k_cache", "v_cache")
     )
     zeros = np.zeros((num_zeros, *k.shape[1:]))
-    q *= q.shape[-1] ** -0.5 if scale is None else scale
+    q *= scale
     return _attention(q, np.concatenate([k, zeros]), np.concatenate([v, zeros]))
 
 
@@ -468,10 +539,17 @@ def _compile_error(
     except gpu_code.CompileError as error:
         lines = [line.strip() for line in str(error).strip().split("\n")]
         if "^" not in lines:
-            return lines[-1]
+            return lines[0]
         at = lines.index("^")
         return f"in `{lines[at - 1]}`: {' '.join(lines[at + 1 :])}"
     return None
+
+
+KERNEL_ERRORS = {
+    "object is not iterable": "A pointer is no tensor: tl.load(pointer + offsets)",
+    "pointer<": "A pointer is an address: tl.load gives the number that lies there",
+    "for @": "tl.dot multiplies two matrices, tl.trans transposes one",
+}
 
 
 def _kernel(name: str, points: int, cases, explain, compile_kernel) -> Exercise:
@@ -480,23 +558,29 @@ def _kernel(name: str, points: int, cases, explain, compile_kernel) -> Exercise:
         points,
         cases,
         explain,
+        errors=KERNEL_ERRORS,
         compile_error=functools.partial(_compile_error, compile_kernel),
     )
 
 
 def _compile_load_row(kernel: Any) -> gpu_code.GpuCode:
-    types = {"x_ptr": "*fp32", "out_ptr": "*fp32", "x_stride": "i32", "num_cols": "i32"}
+    types = ["*fp32:16", "*fp32:16", "i32", "i32"]
     return gpu_code.compile_kernel(kernel, types, {"TILE": 64}, "sm_90")
 
 
 def _compile_gather(kernel: Any) -> gpu_code.GpuCode:
-    types = {"cache_ptr": "*bf16", "block_table_ptr": "*i64", "out_ptr": "*bf16"}
-    types |= {"block_size": "i32", "num_numbers": "i32"}
+    types = ["*bf16:16", "*i64:16", "*bf16:16", "i32", "i32"]
     return gpu_code.compile_kernel(kernel, types, {"TILE": 1024}, "sm_90")
 
 
 def _compile_paged_decode(kernel: Any) -> gpu_code.GpuCode:
-    return gpu_code.compile_decode("sm_90", kernel=kernel)
+    compile_for = functools.partial(gpu_code.compile_decode, kernel=kernel)
+    with ThreadPoolExecutor() as pool:  # each waits for a process of its own
+        jobs = ("sm_80", "sm_90"), ("float32", "bfloat16")
+        in_fp32, in_bf16 = pool.map(compile_for, *jobs)
+    if in_fp32.tensor_core_instructions:  # which there are for fewer bits only
+        raise gpu_code.CompileError('fp32 is rounded: input_precision="ieee"')
+    return in_bf16
 
 
 EXERCISES = [

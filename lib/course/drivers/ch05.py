@@ -6,6 +6,7 @@ shows. What it loads is counted where it is interpreted.
 """
 
 import contextlib
+import mmap
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,9 @@ from lib.config import ModelConfig
 from lib.course.drivers.ch01 import as_array
 from lib.course.drivers.ch03 import as_number
 from lib.meter import Traffic, measure, measure_traffic
+
+# MAP_PRIVATE, MAP_ANONYMOUS and MAP_NORESERVE of Linux, where the kernels run.
+PROMISED = 0x2 | 0x20 | 0x4000
 
 
 def attend_online(answer: Callable, q: np.ndarray, tiles: list) -> dict:
@@ -49,7 +53,7 @@ def load_row_kernel(answer: Any, x: np.ndarray, num_cols: int) -> dict:
     rows = on_device(x)[:, :num_cols]
     with launched("load_row_kernel", answer):
         moved = traffic(lambda: paged_attention_triton.pad_rows(rows))
-    return {"rows": as_array(moved.value.cpu()), "bytes_read": moved.read_bytes}
+    return {"rows": as_array(moved.value.cpu()), **_bytes(moved)}
 
 
 def gather_kernel(
@@ -58,7 +62,7 @@ def gather_kernel(
     args = on_device(cache), on_device(cache), on_device(block_table), seq_len
     with launched("gather_kernel", answer):
         moved = traffic(lambda: paged_attention_triton.gather_kv(*args))
-    return {"k": as_array(moved.value[0].cpu()), "bytes_read": moved.read_bytes}
+    return {"k": as_array(moved.value[0].cpu()), **_bytes(moved)}
 
 
 def paged_decode_kernel(
@@ -69,19 +73,48 @@ def paged_decode_kernel(
     block_tables: np.ndarray,
     seq_lens: np.ndarray,
     num_splits: int,
+    scale: float | None,
+    is_far: bool,
 ) -> dict:
+    """is_far: move the blocks 2^31 numbers away from the pool's first."""
     args = [on_device(x) for x in (q, k_cache, v_cache, block_tables, seq_lens)]
+    if is_far and args[0].device.type == "cpu":
+        args[1:4] = _move_away(*args[1:4])
+    options = {"num_splits": num_splits, "scale": scale}
     with launched("paged_decode_kernel", answer):
-        moved = traffic(
-            lambda: paged_attention_triton.paged_decode(*args, num_splits=num_splits)
-        )
+        moved = traffic(lambda: paged_attention_triton.paged_decode(*args, **options))
     out, logsumexp = moved.value
     return {
         "out": as_array(out.cpu()),
         "logsumexp": as_array(logsumexp.cpu()),
-        "bytes_read": moved.read_bytes,
+        **_bytes(moved),
         "index_bytes_read": moved.index_bytes,
     }
+
+
+def _move_away(
+    k_cache: torch.Tensor, v_cache: torch.Tensor, block_tables: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same blocks, 2^20 numbers apart and behind 2^31 others, which nobody touches:
+    of memory that is only promised they take a few pages."""
+    spread = 2**20
+    first, num_numbers = 2**31 // spread, k_cache[0].numel()
+    size = (first + len(k_cache)) * spread
+    memory = mmap.mmap(-1, size * k_cache.itemsize, flags=PROMISED)
+    flat = torch.frombuffer(memory, dtype=k_cache.dtype)
+    moved = []
+    for start, cache in ((0, k_cache), (num_numbers, v_cache)):
+        shape = (first + len(cache), *cache.shape[1:])
+        stride = (spread, *cache.contiguous().stride()[1:])
+        far = flat.as_strided(shape, stride, start)
+        far[first:] = cache
+        moved.append(far)
+    tables = torch.where(block_tables < len(k_cache), block_tables + first, block_tables)
+    return moved[0], moved[1], tables
+
+
+def _bytes(moved: Traffic) -> dict:
+    return {"bytes_read": moved.read_bytes, "bytes_written": moved.written_bytes}
 
 
 def on_device(x: np.ndarray) -> torch.Tensor:
@@ -92,7 +125,8 @@ def on_device(x: np.ndarray) -> torch.Tensor:
 def launched(name: str, kernel: Any) -> Iterator[None]:
     """While inside, the library launches `kernel`, and new memory holds NaN."""
     kept = getattr(paged_attention_triton, name)
-    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    was = torch.are_deterministic_algorithms_enabled()
+    was_warning = torch.is_deterministic_algorithms_warn_only_enabled()
     paged_attention_triton.check_interpreter()  # now, lest it be counted
     setattr(paged_attention_triton, name, kernel)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
@@ -100,7 +134,7 @@ def launched(name: str, kernel: Any) -> Iterator[None]:
         yield
     finally:
         setattr(paged_attention_triton, name, kept)
-        torch.use_deterministic_algorithms(was_deterministic)
+        torch.use_deterministic_algorithms(was, warn_only=was_warning)
 
 
 def traffic(function: Callable[[], Any]) -> Traffic:
