@@ -39,7 +39,7 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 # Tokens that a program reads at a time (block_size is another matter): with more of fp32
 # the registers of some GPUs do not suffice.
 TILES = {"float32": 16, "float16": 64, "bfloat16": 64}
-MIN_DOT = 16  # rows and columns of a tl.dot on a GPU; the interpreter takes fewer
+MIN_DOT = 16  # rows that tensor cores multiply at a time
 
 
 @triton.jit

@@ -212,8 +212,9 @@ def plot_roofline(
     ends = {}
     for name, (bytes_per_s, flops_per_s) in roofs.items():
         look = PREDICTED if name in published else {"color": NEW}
-        y = [min(intensity * bytes_per_s, flops_per_s) for intensity in x]
-        (ends[name],) = ax.plot(x, y, **look)
+        with_corner = sorted([*x, flops_per_s / bytes_per_s])
+        y = [min(intensity * bytes_per_s, flops_per_s) for intensity in with_corner]
+        (ends[name],) = ax.plot(with_corner, y, **look)
     for name, (intensity, flops_per_s) in points.items():
         ax.plot(intensity, flops_per_s, "o", color="#D55E00")
         look = {"xytext": (6, -10), "textcoords": "offset points", "color": "#D55E00"}

@@ -11,7 +11,7 @@
 # line, and we also compile it, for GPUs that are not there, and look at what
 # they would run.
 #
-# **You need:** chapters 3 and 4, and 150 minutes. Triton is for Linux (on
+# **You need:** chapters 3 and 4, and 180 minutes. Triton is for Linux (on
 # Windows: WSL). Elsewhere this page runs as well, with the kernel's twin in
 # torch, and the kernels' checks say what they need.
 #
@@ -75,10 +75,11 @@ print(f"with a gather it takes {ratio:.1f} times as long")
 
 # %% [markdown]
 # A block is read, its copy is written, the copy is read: three times the
-# traffic. Where attention waits for memory, and we shall see that on a GPU it
-# does, it can take three times as long. The shape of Llama 3 8B, the same eight
-# requests, with the memory bandwidth that NVIDIA publishes for its A100 (80 GB,
-# SXM):
+# traffic. Where attention waits for memory, as on a GPU it should (we come to
+# why), it can take three times as long. Here it is less; how much less depends
+# on where the memory for the copy comes from. The shape of Llama 3 8B, the same
+# eight requests, with the memory bandwidth that NVIDIA publishes for its A100
+# (80 GB, SXM):
 
 # %%
 A100_BYTES_PER_S = 2039e9  # published, not measured here
@@ -159,7 +160,8 @@ check(attend_online)
 # %% [markdown]
 # A block is a tile. So this is attention that reads blocks where they lie, in
 # torch: for each request `paged_decode_online` hands you views of its blocks.
-# The same three requests, with the gather and without:
+# Three requests, with the gather and without. The peak is what is alive at one
+# time, beside what was there before:
 
 # %%
 def random_pool(seq_lens, H, G, D, block_size=16, dtype=torch.float32):
@@ -184,22 +186,25 @@ for decode in (paged_decode_gather, paged_decode_online):
     print(f"off by {error:.0e}")
 
 # %% [markdown]
-# The same numbers, and nothing is copied. But look at what it does: a loop in
-# Python, a dozen small operations for sixteen tokens. We want all of it in one
-# go, on the machine that has the bandwidth.
+# The same numbers. The gather's peak is the longest request, copied for each
+# query head; in place there is a block's scores, and three running numbers. But
+# look at what it does: a loop in Python, a dozen small operations for sixteen
+# tokens. We want all of it in one go, on the machine that has the bandwidth.
 #
 # ## A kernel is a few lines that run many times
 #
-# A GPU runs the same **program** many times at once. A program is not told what
-# to do by arguments of its own: it asks which one it is, and works out its
-# share from that. And it is given no tensors but addresses, **pointers** to a
-# first number; where the rest lies, it computes. In Triton:
+# A GPU runs the same **program** many times at once. All are given
+# the same arguments; a program asks which one it is, and works out its share
+# from that. And it is given no tensors but addresses, **pointers** to a first
+# number; where the rest lies, it computes. A pointer plus `tl.arange` is that
+# many addresses at once. In Triton:
 #
 # - `tl.program_id(0)`: which program am I?
 # - `tl.arange(0, TILE)`: the numbers 0 to TILE - 1, at once. TILE must be a
 #   power of two, and known when the kernel is compiled: `tl.constexpr`.
 # - `tl.load(pointer + offsets, mask=..., other=0.0)`: the numbers at these
-#   places. Where the mask is False nothing is touched, and `other` comes back.
+#   places. Where the mask is False nothing is touched, and `other` comes back;
+#   without `other`, anything may.
 # - `tl.store(pointer + offsets, numbers, mask=...)`: the way back.
 #
 # `kernel[(N,)](...)` launches N programs, with ids 0 to N - 1.
@@ -232,9 +237,10 @@ check(load_row_kernel)
 # </details>
 
 # %% [markdown]
-# The check ran it without a GPU, counted what it loads, and then compiled it
-# for one. (The interpreter is not strict: it takes things that no GPU could
-# run.) Three rows of five, cut out of rows of seven:
+# The check runs a kernel without a GPU, counts what it loads, and then compiles
+# it for one. (The interpreter is not strict: it takes things that no GPU could
+# run.) As always, what passes takes the library's place: `kernels.pad_rows`
+# launches your kernel now. Three rows of five, cut out of rows of seven:
 
 # %%
 if kernels.HAS_TRITON:
@@ -296,9 +302,44 @@ if kernels.HAS_TRITON:
 # read this KV head belong to the same program: it loads each key once, for all
 # of them, and their scores are *one* product of two matrices, queries (rows) by
 # keys (columns). GPUs have units for that, **tensor cores**, and `tl.dot` uses
-# them. On a GPU it takes no fewer than 16 rows and columns. So the
-# `GROUP_SIZE` query heads are padded to `ROWS`, the `HEAD_DIM` numbers to
-# `COLS`, and masks keep out what is not there.
+# them. They multiply 16 rows at a time, and a tile's sides are powers of two.
+# So the `GROUP_SIZE` query heads are padded to `ROWS`, the `HEAD_DIM` numbers
+# to `COLS`, and masks keep out what is not there. Here are 16 queries, 32 keys,
+# and what you need for two dimensions: `[:, None]` makes a column of addresses,
+# `[None, :]` a row, and their sum is all of them.
+
+# %%
+@triton.jit
+def scores_kernel(
+    q_ptr,  # (ROWS, COLS)
+    k_ptr,  # (TILE, COLS)
+    scores_ptr,  # (ROWS, TILE)
+    row_max_ptr,  # (ROWS,)
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
+    token = tl.arange(0, TILE)
+    q = tl.load(q_ptr + row[:, None] * COLS + col[None, :])
+    k = tl.load(k_ptr + token[:, None] * COLS + col[None, :])
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    scores = tl.where(token[None, :] < 30, scores, float("-inf"))
+    tl.store(scores_ptr + row[:, None] * TILE + token[None, :], scores)
+    tl.store(row_max_ptr + row, tl.max(scores, axis=1))
+
+
+q, k = torch.randn(16, 64, device=device), torch.randn(32, 64, device=device)
+scores, row_max = torch.empty(16, 32).to(q), torch.empty(16).to(q)
+if kernels.HAS_TRITON:
+    scores_kernel[(1,)](q, k, scores, row_max, ROWS=16, COLS=64, TILE=32)
+    error = (row_max - (q @ k.T)[:, :30].amax(dim=1)).abs().max()
+    print(f"the largest scores, off by {error:.0e}")
+
+# %% [markdown]
+# (The last two keys are masked, as at the end of a text. By default `tl.dot`
+# multiplies fp32 in less than full precision; `input_precision="ieee"` asks for
+# all of it.)
 #
 # A program goes through its keys in tiles of `TILE` tokens, which have nothing
 # to do with the size of a block: the block is looked up for each token. A text
@@ -333,15 +374,18 @@ drawing.draw_reads(
 #   token; with `[:, None]` it becomes a column, and `col[None, :]` a row. The
 #   mask is `is_there`. What is dead may be NaN, and a weight of 0 does not save
 #   you: 0 times NaN is NaN.
-# - **score**: `tl.dot` of q and the transposed k, (ROWS, TILE), times
-#   `scale_log2_e`. Scores of tokens that are not there are -inf.
-# - **rescale**: the six lines of `attend_online`.
+# - **score**: as in `scores_kernel`, (ROWS, TILE), times `scale_log2_e`. Scores
+#   of tokens that are not there are -inf.
+# - **rescale**: as in `attend_online`, with `tl.maximum`, `tl.max(..., axis=1)`
+#   and `tl.sum(..., axis=1)`.
 #
 # Two things are new. A GPU has an instruction for 2 to the power of x, not for
 # e to the power of x. So scores come multiplied by log2(e), and `tl.exp2` takes
-# the place of exp; the last step turns `logsumexp` back. And `tl.dot`
-# multiplies fp32 in less than full precision, unless you give it
-# `input_precision="ieee"`.
+# the place of exp; the last step turns `logsumexp` back. And `tl.dot` wants
+# both sides of one dtype: weights are fp32, values may not be. (`UPCAST` is
+# given: it is on for fp32, and in the interpreter, which computes bf16 wrongly.
+# Each tensor comes with its strides, since none has to lie in one piece. And
+# `start` and `end` are this program's share of the text.)
 
 # %% exercise="paged_decode_kernel" given="1 2 3 4 6 8 11"
 from lib.paged_attention_triton import paged_decode_kernel
@@ -362,7 +406,7 @@ check(paged_decode_kernel)
 #
 # `tl.max(scores, axis=1)` and `tl.sum(weights, axis=1)` are (ROWS,). With
 # `[:, None]` they are a column beside (ROWS, TILE) or (ROWS, COLS). The second
-# `tl.dot` wants both sides of one dtype: `weights.to(v.dtype)`.
+# product: `tl.dot(weights.to(v.dtype), v, input_precision="ieee")`.
 #
 # </details>
 
@@ -402,11 +446,11 @@ for prompt_ids, token_ids in zip(prompts, texts):
 # ## One long text, and nobody to help
 #
 # One program for each request and KV head: a single request to Llama 3 8B makes
-# eight programs a layer. An A100 has 108 processors for them, an H100 (SXM) has
-# 132, so NVIDIA; a hundred would watch eight read a long text. So its keys are
-# shared out, and `num_splits` programs each attend to some of them. What each
-# has in the end is attention over its own share, divided by its own sum. How do
-# these become one?
+# eight programs a layer. NVIDIA counts 108 processors in an A100, and 132 in an
+# H100 (SXM). A hundred of them would watch eight read a long text. So its keys
+# are shared out, and `num_splits` programs each attend to some of them. What
+# each has in the end is attention over its own share, divided by its own sum.
+# How do these become one?
 #
 # ### Exercise 5.5 · `merge_splits` ★★★ (20 minutes)
 #
@@ -467,24 +511,27 @@ for num_splits in (1, 2, 4):
 #
 # Triton brings the compilers, so your kernel can be compiled here, for GPUs
 # that are not. For the heads of Llama 3 8B, in bf16: a **register** holds
-# 32 bits of one of the program's 128 threads; **shared memory** belongs to all
-# of them; what finds no register is **spilled** to memory, and slow.
+# 32 bits of one of the program's threads; **shared memory** belongs to all of
+# them; what finds no register is **spilled** to memory, and slow.
 
 # %%
 codes = {}
 if kernels.HAS_TRITON:
-    gpus = {"A100": "sm_80", "H100": "sm_90", "MI300": "gfx942"}
+    gpus = {"A100": "sm_80", "H100": "sm_90"}
     for name, gpu in gpus.items():
         code = codes[name] = gpu_code.compile_decode(gpu)
-        print(f"{name:5} {code.registers} registers a thread, ", end="")
+        print(f"{name} {code.registers} registers a thread, ", end="")
         print(f"{code.spilled_bytes} bytes spilled, ", end="")
         print(f"{code.shared_bytes:,} bytes of shared memory")
 
 # %% [markdown]
-# And this is a piece of it, the machine code for the A100 around its first
-# matrix product. `HMMA` is the tensor cores' instruction: a product of 16 by 16
-# and 16 by 8 numbers in bf16, summed up in fp32. `LDSM` brings numbers from
-# shared memory into registers.
+# Nothing is spilled, which is what we look for: a thread of these GPUs
+# has 255 registers at most, and the more a program takes, the fewer programs a
+# processor holds at once. And this is a piece of it, the machine code for the
+# A100 around its first matrix product. `HMMA` is the tensor cores' instruction:
+# a product of 16 by 16 and 16 by 8 numbers in bf16, summed up in fp32. `LDSM`
+# brings numbers from shared memory into registers, R36 and others; RZ is a
+# zero.
 
 # %%
 if codes:
@@ -500,8 +547,8 @@ if codes:
 #
 # ### Exercise 5.6 · `bytes_moved` ★★ (15 minutes)
 #
-# What must attention move in one step, in one layer? Predict it, exactly, for
-# reading in place and for gathering first.
+# What must attention move in one step, in one layer, with one program a text?
+# Predict it, exactly, for reading in place and for gathering first.
 
 # %% exercise="bytes_moved"
 from lib.paged_attention import bytes_moved
@@ -541,7 +588,8 @@ predicted = {
     for name in ("in place", "gather")
 }
 counted = {"in place": [], "gather": []}
-for n in contexts if count(lambda: None) else []:
+is_counted = count(lambda: None) is not None
+for n in contexts if is_counted else []:
     inputs = random_pool([n], H=2, G=1, D=16)
     in_place = count(lambda: kernels.paged_decode(*inputs))
     copy = count(lambda: kernels.gather_kv(*inputs[1:3], inputs[3][0], n))
@@ -561,7 +609,7 @@ plotting.plot_measured(
     predicted={f"{name}: predicted": xy for name, xy in predicted.items()},
     xlabel="tokens in the cache",
     ylabel="bytes moved in one step, one layer",
-    title="Reading in place moves a third as much",
+    title="Gathering moves up to three times as many bytes",
 );
 
 # %% [markdown]
@@ -589,15 +637,17 @@ print(f"Llama 3 8B in bf16: {flops_per_byte(LLAMA3_8B, 2):.1f} FLOPs a byte")
 
 # %% [markdown]
 # Now this machine: its bandwidth from copying, its roof from a large product,
-# both measured. As points: attention in decode, contiguous, from above; and the
-# product of one weight matrix with 1, 8, 64 and 512 tokens, which is the other
-# half of a step. Dashed are two GPUs, as NVIDIA publishes them.
+# both measured. As points: attention in decode, contiguous, as timed at the
+# beginning (in fp32 on a processor, so it has half as many FLOPs a byte); and
+# the product of one weight matrix with 1, 8, 64 and 512 tokens, which is the
+# other half of a step. Dashed are two GPUs, as NVIDIA publishes them.
 
 # %%
 dtype = bench_attention.DTYPES[device]
 here = bench_attention.one_layer(**bench_attention.SIZES[device])
 points = {"attention": (
     flops_per_byte(here, dtype.itemsize, 2048),
+    # 8 requests of 2,048 keys, 4 · H · D FLOPs a key
     4 * 8 * 2048 * here.num_heads * here.head_dim / seconds["contiguous"],
 )}
 W = torch.randn(2048, 2048).to(device, dtype)
@@ -618,7 +668,7 @@ roofs = {
 }
 plotting.plot_roofline(
     roofs, points, published=["A100", "H100"],
-    title="Few FLOPs for each byte: decoding is on the slope",
+    title="Decoding computes little with each byte",
 );
 
 # %%
@@ -628,10 +678,15 @@ for name, (bytes_per_s, flops_per_s) in roofs.items():
     print(f"{flops_per_s / bytes_per_s:.0f} FLOPs a byte to be busy")
 
 # %% [markdown]
+# A GPU needs a hundred FLOPs and more for each byte, attention has four: there,
+# memory sets the pace. On a processor the corner is far to the left, and our
+# attention, many small calls of torch, may lie below the slope: then it is not
+# the memory that it waits for.
+#
 # Two ways lead up the slope. More requests in a batch share the weights: that
-# moves W @ 1 to W @ 64, and it is what paging made room for in chapter 4. They
-# do not share keys, so attention stays where it is. Its way is a larger group,
-# more query heads for each KV head.
+# moves W @ 1 to W @ 64, and it is what paging made room for in chapter 4. But
+# for a common prompt they do not share keys, so attention stays where it is.
+# Its way is a larger group, more query heads for each KV head.
 #
 # ## How fast it is
 #
@@ -657,7 +712,8 @@ def plot_bench(path, batch_size=8):
         series, log_x=True,
         xlabel=f"tokens of a request ({batch_size} requests)",
         ylabel="bandwidth (% of a copy's)",
-        title=f"{where}: attention in decode, bytes moved a second",
+        title=f"{where}: in place reaches {series['in place'][1][-1]:.0f}% "
+        "of a copy's bandwidth",
     )
 
 
@@ -665,7 +721,8 @@ for path in sorted((text.DATA / "results").glob("bench*.json")):
     plot_bench(path)
 
 # %% [markdown]
-# *Each way is charged the same bytes, those that have to move.*
+# *Each way is charged the same bytes, those that have to move: what gathering
+# moves beside them makes it slower, not busier.*
 #
 # On a processor, in place means the torch twin, block by block, and it loses:
 # a dozen calls of torch for sixteen tokens take longer than to copy them. An
@@ -679,7 +736,8 @@ for path in sorted((text.DATA / "results").glob("bench*.json")):
 # notebooks of this folder, as they were saved, and tries them. Those that pass
 # are in the table; for what you left out the library stands in. The last column
 # is read in place, with your `attend_online`. (The sizes are smaller than those
-# of `make table`, which takes a minute.)
+# of `make table`, which takes a minute; at so few tokens a cache saves no
+# seconds yet.)
 
 # %%
 check.collect()
@@ -699,10 +757,10 @@ check.summary()
 # %% [markdown]
 # ## Four ways to read fewer bytes
 #
-# Bytes set the pace. So how could there be fewer? Four ideas, each an open
-# problem, each with one measurement on our model. To measure what an idea costs
-# we put it in at `attend`, and ask how well the model still predicts text that
-# it never saw.
+# On a GPU, bytes set the pace. So how could there be fewer? Four ideas, each an
+# open problem, each with one measurement on our model. To measure what an idea
+# costs we put it in at `attend`, and ask how well the model still predicts text
+# that it never saw.
 
 # %%
 lm = lm.cpu()
@@ -802,33 +860,37 @@ plotting.plot_measured(
 #
 # The keys of one text, in one layer, are a matrix (S, G · D), 512 by 64 here.
 # If it were of low rank, keys could be stored as short codes. Its singular
-# values say how nearly it is:
+# values, squared and added up, say how nearly it is:
 
 # %%
-num_needed = {}
-for layer, values in spectra.items():
-    energy = values.square().cumsum(0) / values.square().sum()
-    num_needed[layer] = int((energy < 0.9).sum()) + 1
+energies = {
+    layer: 100 * values.square().cumsum(0) / values.square().sum()
+    for layer, values in spectra.items()
+}
+num_needed = {
+    layer: int((energy < 90).sum()) + 1 for layer, energy in energies.items()
+}
 plotting.plot_measured(
     {
-        f"layer {layer}": (range(1, 65), (values / values[0]).tolist())
-        for layer, values in spectra.items()
+        f"layer {layer}": (range(1, 65), energy.tolist())
+        for layer, energy in energies.items()
     },
-    xlabel="singular values of the cached keys, the largest first",
-    ylabel="singular value / the largest",
+    xlabel="directions, the strongest first",
+    ylabel="share of the keys' squared length (%)",
     title=f"{min(num_needed.values())} to {max(num_needed.values())} of 64 "
-    "directions hold 90% of the keys' energy",
+    "directions hold 90% of the keys",
 ).set_xticks([1, 16, 32, 48, 64]);
 
 # %% [markdown]
-# *They fall, but there is no edge.* (These are keys after the rotation by their
-# position, as the cache holds them.) What is open: to compress them so that
-# attention can be computed on the codes.
+# *No layer needs all 64, but none is done with a few.* (These are keys after
+# the rotation by their position, as the cache holds them.) What is open: to
+# compress them so that attention can be computed on the codes.
 #
 # ### A state that does not grow
 #
-# Without the softmax, attention is q @ (Kᵀ V), and Kᵀ V is a matrix of D by D,
-# however long the text: add each token's k vᵀ, and forget the token. Beside it,
+# Without the softmax, attention is q @ (Kᵀ V), divided by the sum of its
+# weights. Kᵀ V is a matrix of D by D, however long the text, and the sum needs
+# D numbers more: add each token's k vᵀ and k, and forget the token. Beside it,
 # the plainest fixed memory: the last W tokens.
 
 # %%
@@ -878,12 +940,13 @@ plotting.plot_measured(
 );
 
 # %% [markdown]
-# *The model was trained for neither.* A byte is a short token, and 16 of them
-# are three words, yet in this model most of what can be known is there. (That
-# the curve does not fall all the way, look at 32, warns us: what a model was
-# not trained on it does not do smoothly.) The state fails altogether here;
-# models that are trained for one do far better. What is open: how much of a
-# long text can be recalled from a state that does not grow.
+# *The model was trained for neither.* With 16 tokens a layer, four layers reach
+# back 4 · 15 = 60 bytes, some ten words, and most of what this model can know
+# is there. (That the curve does not fall all the way, look at 32 tokens, which
+# are 16,384 bytes, warns us: what a model was not trained on it does not do
+# smoothly.) The state fails altogether here; models that are trained for one do
+# far better. What is open: how much of a long text can be recalled from a state
+# that does not grow.
 #
 # ## What is still wrong
 #
@@ -904,26 +967,26 @@ plotting.plot_measured(
 #    once, and their scores are one product of matrices.
 # 4. A long text is shared among programs, whose results are merged by the
 #    softmax of their logsumexps.
-# 5. Attention in decode moves G · D numbers for 2 · H · D FLOPs, wherever it
-#    runs: fewer bytes are what makes it faster.
+# 5. Attention in decode computes 2 · H / G FLOPs with each number it moves, far
+#    fewer than a GPU needs to be busy: there, fewer bytes make it faster.
 #
 # ## Do you recall?
 #
-# 1. A second tile brings a largest score of 5, the first had 3. By what is
-#    `acc` multiplied?
+# 1. The first tile has a largest score of 7, the second one of 4. By what is
+#    `acc` multiplied in between?
 # 2. Why is it not enough to give dead tokens a weight of 0?
 # 3. Does TILE have to be the block size?
-# 4. Two shares have logsumexps log(3) and log(1), and outs 5 and 9. What is out
+# 4. Two shares have logsumexps 0 and log(4), and outs 10 and 5. What is out
 #    over both?
 # 5. A batch twice as large: how many FLOPs a byte does attention have then, and
 #    how many a weight matrix?
 #
 # <details><summary>Answers</summary>
 #
-# 1. By exp(3 - 5), about 0.135.
+# 1. By exp(7 - 7) = 1: the maximum stays.
 # 2. Their values may be NaN, and 0 times NaN is NaN: they must not be loaded.
 # 3. No. The block is looked up for each token of a tile.
-# 4. 3/4 of 5 and 1/4 of 9: 6.
+# 4. 1/5 of 10 and 4/5 of 5: 6.
 # 5. Attention has as many as before, since each request brings its own keys.
 #    The matrix has about twice as many, as long as its bytes are most of what
 #    moves.
