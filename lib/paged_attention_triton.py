@@ -135,7 +135,7 @@ def paged_decode_kernel(
     table_stride_b,
     GROUP_SIZE: tl.constexpr,  # query heads that read one KV head
     HEAD_DIM: tl.constexpr,  # D
-    ROWS: tl.constexpr,  # GROUP_SIZE, rounded up to what tl.dot takes
+    ROWS: tl.constexpr,  # GROUP_SIZE, rounded up to what tensor cores take
     COLS: tl.constexpr,  # D, rounded up to a power of two
     TILE: tl.constexpr,  # tokens
     NUM_SPLITS: tl.constexpr,
