@@ -287,6 +287,15 @@ def test_a_fork_gives_its_answer_and_takes_nothing_with_it_when_it_dies():
         in_fork(lambda: [][0])
 
 
+def test_a_kernel_that_crashes_only_now_and_then_is_told_so(check, monkeypatch):
+    pytest.importorskip("triton")
+    module = sys.modules["lib.course.check"]
+    monkeypatch.setattr(module, "_slowdown", lambda *args: ctypes.string_at(0))
+    result = check(library_answer("load_row_kernel"))
+    words = "launched again and again it crashed (Segmentation fault)"
+    assert (result.passed, result.message) == (False, words)
+
+
 def test_a_kernel_check_needs_triton_and_says_so(check, monkeypatch, capsys):
     monkeypatch.setattr("lib.paged_attention_triton.HAS_TRITON", False)
 

@@ -1,4 +1,3 @@
-import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -226,8 +225,6 @@ def test_traffic_counts_what_masks_let_through_and_shows_what_nobody_filled_in()
         tl.store(out_ptr, tl.load(x_ptr), mask=False)
 
     x, out = torch.arange(8.0), torch.zeros(8)
-    source = "".join(inspect.getsource(kernel.fn))
-    assert "mask=True" in source
     load, store = tl.load, tl.store
     traffic = measure_traffic(lambda: kernel[(2,)](x, out, TILE=8))
     assert (traffic.read_bytes, traffic.written_bytes) == (2 * 4 * (5 + 1), 2 * 4 * 8)
