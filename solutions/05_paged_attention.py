@@ -726,7 +726,7 @@ for path in sorted((text.DATA / "results").glob("bench*.json")):
 #
 # On a processor, in place means the torch twin, block by block, and it loses:
 # a dozen calls of torch for sixteen tokens take longer than to copy them. An
-# interpreted kernel takes longer still, so we do not time it.
+# interpreted kernel says nothing about a compiled one, so we do not time it.
 # Without a GPU this chapter's win is one of bytes, not of seconds. If you have
 # one, `make bench` measures what it makes of them, against its own copies.
 #
@@ -1015,3 +1015,8 @@ plotting.plot_measured(
 # - NVIDIA's data sheets of the A100 (80 GB, SXM: 2,039 GB/s, 312 TFLOP/s in
 #   bf16) and the H100 (SXM: 3.35 TB/s, 1,979 TFLOP/s with sparsity, half of it
 #   without), and its whitepapers for the number of processors.
+# - NVIDIA's *CUDA C++ Programming Guide* (technical specifications: 255
+#   registers a thread) and *PTX ISA* (`ex2`, and the shape of `mma`).
+# - Triton's own documentation, of
+#   [tl.dot](https://triton-lang.org/main/python-api/generated/triton.language.dot.html):
+#   what `input_precision` is when nobody says.
