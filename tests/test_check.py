@@ -12,8 +12,9 @@ import torch
 from tqdm import tqdm
 
 from lib import generate, text
+from lib.course.attempt import forbid
 from lib.course.build import ROOT, chapter_texts, student_notebook
-from lib.course.check import Check, forbid
+from lib.course.check import Check
 from lib.course.compare import OTHER_DTYPE, difference
 from lib.course.exercises import exercises, library_answer
 from lib.course.fork import ForkDiedError, in_fork

@@ -18,9 +18,7 @@ NIGHTLY_SEEDS = pytest.param(range(3, 23), marks=pytest.mark.nightly, id="nightl
 
 
 NAMES = [
-    name
-    for name, exercise in exercises().items()
-    if HAS_TRITON or exercise.compile_error is None
+    name for name, exercise in exercises().items() if HAS_TRITON or not exercise.is_kernel
 ]
 
 
@@ -34,7 +32,7 @@ def pairs(table):
 
 def in_ci(name, seeds):
     """Interpreting a kernel takes seconds: one seed, but for the nightly run."""
-    is_slow = exercises()[name].compile_error is not None and seeds is SEEDS
+    is_slow = exercises()[name].is_kernel and seeds is SEEDS
     return seeds[:1] if is_slow else seeds
 
 

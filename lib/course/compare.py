@@ -1,16 +1,56 @@
 """Expected against got, both plain data; and the words for where they differ."""
 
+import contextlib
 import math
 import textwrap
 from typing import Any
 
 import numpy as np
 
+from lib.course.exercises import Case, Exercise
+
 # Largest difference, beside 1 + |expected|, that rounding explains.
 TOLERANCES = {"float64": 1e-9, "float32": 2e-5, "float16": 2e-3}
 
 
 OTHER_DTYPE = "New tensors are made with the dtype of those that came in"
+
+
+def verdict(exercise: Exercise, case: Case, expected: dict, got: dict) -> str | None:
+    """What is wrong with an answer to one case, in a line, or None.
+
+    expected: the library's outputs. got: what `attempt` gave. All is plain data.
+    """
+    if not got:
+        return "not written yet"
+    wrong_for = f"wrong for {case.name}{_in_brackets(case.inputs)}"
+    if "error" in got:
+        return f"{wrong_for}: {got['error']}"
+    if difference(case.inputs, got["inputs"]):
+        return f"{wrong_for}: it changed its inputs"
+    outputs = {key: expected[key] for key in expected if key not in case.limits}
+    wrong = difference(outputs, got["outputs"]) or over_limit(case.limits, got["outputs"])
+    if not wrong:
+        return None
+    why = None
+    with contextlib.suppress(Exception):  # an output so odd that no words fit it
+        if OTHER_DTYPE not in wrong:
+            why = exercise.explain(case.inputs, expected, got["outputs"])
+    return f"{wrong_for}: {wrong}" + (f". {why}" if why else "")
+
+
+def crash(exercise: Exercise, case: Case, how: str) -> str:
+    """The words for an answer that took its process with it."""
+    at_fault = "It reads or writes where nothing is: look at its masks and addresses"
+    return f"wrong for {case.name}: {how}" + (
+        f". {at_fault}" if exercise.is_kernel else ""
+    )
+
+
+def _in_brackets(inputs: dict) -> str:
+    """A case's inputs where they are short enough to be read in a line."""
+    words = ", ".join(f"{key}={show(value)}" for key, value in inputs.items())
+    return f" ({words})" if len(words) <= 80 else ""
 
 
 def difference(expected: Any, got: Any, where: str = "") -> str | None:

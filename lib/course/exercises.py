@@ -50,6 +50,10 @@ class Exercise:
         return self.target.rsplit(".", 1)[1]
 
     @property
+    def is_kernel(self) -> bool:
+        return self.compile_error is not None
+
+    @property
     def owner(self) -> Any:
         """The module or class that holds the answer."""
         module_name, name = self.target.rsplit(".", 1)
