@@ -1,0 +1,1 @@
+"""Grade a folder of notebooks, so that no accident costs more than its exercise."""
