@@ -38,10 +38,10 @@ from nbclient.exceptions import (
 from PIL import Image
 from tqdm import tqdm
 
+from lib.course import ROOT
 from lib.course.exercises import exercises
 from lib.course.stubs import answer, bound_names, free_names, stub
 
-ROOT = Path(__file__).resolve().parents[2]
 MAX_BYTES = 500_000  # of an executed notebook: it is read online
 
 

@@ -4,15 +4,19 @@ import ast
 import contextlib
 import linecache
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
+from IPython.core.inputtransformer2 import TransformerManager
 
 from lib.course.exercises import exercises
 from lib.course.stubs import bound_names, free_names
 
-DEFINITIONS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
+IMPORTS = (ast.Import, ast.ImportFrom)
+DEFINITIONS = (*IMPORTS, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+ASSIGNMENTS = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.If, ast.Try)
 
 
 def answers(path: Path) -> dict[str, Callable]:
@@ -24,49 +28,92 @@ def answers(path: Path) -> dict[str, Callable]:
         cells = nbformat.read(path, as_version=4).cells
     except Exception as error:  # whatever nbformat finds wrong with a file
         raise ValueError(f"{path.name}: expected a notebook, got {error}") from None
-    return define([c.source for c in cells if c.cell_type == "code"], path.name)
+    sources = [c.source for c in cells if c.cell_type == "code"]
+    return define(sources, path.name, exercises())
 
 
-def define(cells: list[str], name: str) -> dict[str, Callable]:
-    """By exercise, what these cells define under its name.
+def define(
+    cells: list[str],
+    name: str,
+    wanted: Collection[str],
+    guard: Callable = contextlib.nullcontext,
+) -> dict[str, Callable]:
+    """Of `wanted`, what these cells define.
 
-    Imports, functions and classes are executed, and assignments that one of these needs;
-    all else is left out, and so is what fails or does not parse. Of several definitions
-    the last counts. name: of the notebook, for tracebacks.
+    Executed is what that needs, in the order of the cells: imports, functions, classes,
+    assignments, and these under `if` or `try`. All else is left out, and so is what fails
+    or does not parse. Of several definitions the last counts. name: of the notebook, for
+    tracebacks. guard: a context in which each statement is executed.
     """
-    statements = list(_statements(cells, name))
-    needed = set(exercises())  # decode = my_decode is an answer too
-    for _, source, node in statements:
-        if isinstance(node, DEFINITIONS):
-            needed |= free_names(source)
+    statements = _needed(_statements(cells, name), set(wanted))
     module, found = types.ModuleType(name), {}
-    for filename, source, node in statements:
-        is_needed = isinstance(node, (ast.Assign, ast.AnnAssign)) and (
-            bound_names(source) & needed
-        )
-        if not isinstance(node, DEFINITIONS) and not is_needed:
-            continue
-        with contextlib.suppress(Exception, SystemExit):
-            exec(compile(ast.Module([node], []), filename, "exec"), vars(module))
-            for bound in bound_names(source) & exercises().keys():
-                if not isinstance(node, (ast.Import, ast.ImportFrom)):
-                    found[bound] = vars(module)[bound]
+    for statement in statements:
+        with contextlib.suppress(Exception, SystemExit), guard():
+            code = compile(ast.Module([statement.node], []), statement.filename, "exec")
+            exec(code, vars(module))
+            if not isinstance(statement.node, IMPORTS):  # of the library's own
+                for bound in statement.binds & set(wanted):
+                    value = vars(module)[bound]
+                    # `free = 3`, further down, is no other answer to `free`
+                    if callable(value) or bound not in found:
+                        found[bound] = value
     return found
 
 
-def _statements(cells: list[str], name: str) -> Iterator[tuple[str, str, ast.stmt]]:
-    """Top-level statements, each with its file's name and its own source."""
+@dataclass
+class _Statement:
+    """At the top level of a cell."""
+
+    filename: str
+    node: ast.stmt
+    binds: set[str]
+    needs: set[str]
+
+
+def _statements(cells: list[str], name: str) -> list[_Statement]:
+    found = []
     for number, source in enumerate(cells):
-        # A magic, or a command for the shell, is no Python: a comment of as many lines.
-        lines = [
-            "#" + s if s.lstrip()[:1] in ("%", "!") else s for s in source.split("\n")
+        filename = f"<{name}, cell {number}>"
+        with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+            source, tree = _parse(source)
+            lines = source.split("\n")
+            register(filename, source)
+            for node in tree.body:
+                if isinstance(node, (*DEFINITIONS, *ASSIGNMENTS)):
+                    decorators = getattr(node, "decorator_list", [])
+                    first = min([node.lineno, *(d.lineno for d in decorators)])
+                    own = "\n".join(lines[first - 1 : node.end_lineno])
+                    binds, needs = bound_names(own), free_names(own)
+                    if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
+                        binds.add("*")
+                    found.append(_Statement(filename, node, binds, needs))
+    return found
+
+
+def _parse(source: str) -> tuple[str, ast.Module]:
+    """A cell as Python; what IPython adds to it, magics and commands, as calls."""
+    try:
+        return source, ast.parse(source)
+    except SyntaxError:
+        if source.lstrip().startswith("%%"):  # of the whole cell: only this line
+            source = source.replace("%%", "# ", 1)
+        source = TransformerManager().transform_cell(source)
+        return source, ast.parse(source)
+
+
+def _needed(statements: list[_Statement], names: set[str]) -> list[_Statement]:
+    """Those that bind one of `names`, or what such a statement needs, and so on."""
+    needed: list[_Statement] = []
+    while True:
+        more = [
+            s
+            for s in statements
+            if s not in needed and (s.binds & names or "*" in s.binds)
         ]
-        with contextlib.suppress(SyntaxError, ValueError, RecursionError):
-            filename = register(f"<{name}, cell {number}>", "\n".join(lines))
-            for node in ast.parse("\n".join(lines)).body:
-                decorators = getattr(node, "decorator_list", [])
-                first = min([node.lineno, *(d.lineno for d in decorators)])
-                yield filename, "\n".join(lines[first - 1 : node.end_lineno]), node
+        if not more:
+            return [s for s in statements if s in needed]
+        needed += more
+        names = names.union(*(s.needs | s.binds for s in more))
 
 
 def register(filename: str, source: str) -> str:

@@ -42,6 +42,7 @@ class Exercise:
     explain: Callable[[dict, dict, dict], str | None] = lambda inputs, expected, got: None
     forbidden: tuple[str, ...] = ()  # functions that an answer may not call
     errors: dict[str, str] = field(default_factory=dict)  # part of a message -> advice
+    parts: tuple[str, ...] = ()  # what else the answer is made of, beside `target`
     # Of a Triton kernel: what the compiler says against an answer, in a line, or None.
     compile_error: Callable[[Any], str | None] | None = None
 

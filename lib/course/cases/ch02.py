@@ -322,6 +322,7 @@ EXERCISES = [
         checkpoint_cases,
         checkpoint_explain,
         forbidden=("torch.utils.checkpoint.checkpoint",),
+        parts=("Checkpoint",),
         errors={
             "backward through the graph a second time": (
                 "x still belongs to the graph before: begin from x.detach()"

@@ -19,8 +19,9 @@ from lib.course.drivers.ch01 import as_array
 from lib.course.drivers.ch03 import as_number
 from lib.meter import Traffic, measure, measure_traffic
 
-# MAP_PRIVATE, MAP_ANONYMOUS and MAP_NORESERVE of Linux, where the kernels run.
-PROMISED = 0x2 | 0x20 | 0x4000
+# MAP_SHARED, MAP_ANONYMOUS and MAP_NORESERVE of Linux, where the kernels run: not
+# counted against a limit on the data of a process.
+PROMISED = 0x1 | 0x20 | 0x4000
 
 
 def attend_online(answer: Callable, q: np.ndarray, tiles: list) -> dict:

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-MAX_BYTES = 64 * 2**20
+MAX_BYTES = 32 * 2**20  # of a message
 MAX_DEPTH = 20
 DTYPES = ("bool", "int32", "int64", "uint8", "float16", "float32", "float64")
 ARRAY = "__array__"
@@ -29,6 +29,8 @@ def encode(value: Any) -> bytes:
             raise WireError(f"expected at most {MAX_DEPTH} levels, got more")
         if value is None or type(value) in (bool, int, float, str):
             return value
+        if isinstance(value, np.floating):  # a float64 passes for a float in a notebook
+            return float(value)
         if type(value) in (list, tuple):
             return [plain(item, depth + 1) for item in value]
         if type(value) is dict and all(type(key) is str for key in value):

@@ -1,0 +1,253 @@
+"""Points for submissions: asks a worker for outputs, and compares them here.
+
+No line of a student's is executed in this process. What comes back is plain data.
+"""
+
+import contextlib
+import functools
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+
+from lib.course import ROOT
+from lib.course.check import SEED, expected_outputs
+from lib.course.compare import crash, verdict
+from lib.course.exercises import Case, exercises
+from lib.course.grading import sandbox, wire
+from lib.course.grading.submissions import Submission
+from lib.course.grading.worker import CRASHED, NOT_THERE, TIMEOUT
+
+LEAST_SECONDS = 5  # that any answer has for a call
+MOST_TIMES_SLOWER = 20  # than the library's, where that takes longer
+OK, PARTIAL, UNREADABLE = "ok", "partial", "unreadable"  # what else a row's status may be
+
+
+@dataclass
+class Score:
+    """What became of one exercise.
+
+    message: "passed", or what is wrong, in a line, on cases that anyone may see; of a
+    hidden case only its name.
+    """
+
+    points: int
+    max_points: int
+    message: str
+    case: str = ""  # the first that it failed, hidden or not
+    status: str = OK  # whether it came to its end
+
+
+@dataclass
+class Grade:
+    """What became of one submission."""
+
+    student: str
+    scores: dict[str, Score] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    is_readable: bool = True
+    seconds: float = 0.0
+    sandbox: str = ""
+    sha256: str = ""
+
+    @property
+    def points(self) -> int:
+        return sum(score.points for score in self.scores.values())
+
+    @property
+    def max_points(self) -> int:
+        return sum(score.max_points for score in self.scores.values())
+
+    @property
+    def status(self) -> str:
+        """Of its exercises' the worst; partial where some of the files were no help."""
+        if not self.is_readable:
+            return UNREADABLE
+        ends = {score.status for score in self.scores.values()}
+        for status in (TIMEOUT, CRASHED):
+            if status in ends:
+                return status
+        return PARTIAL if self.notes else OK
+
+    def as_dict(self) -> dict:
+        totals = {"points": self.points, "max_points": self.max_points}
+        return {**asdict(self), **totals, "status": self.status}
+
+
+class Worker:
+    """A process that runs students' functions; started again when it has died."""
+
+    def __init__(self):
+        self.process: subprocess.Popen | None = None
+        self.sandbox = ""
+
+    def ask(self, job: dict) -> dict:
+        """The worker's reply; one about a crash where it died twice over a job."""
+        for _ in range(2):
+            try:
+                if self.process is None:
+                    self._start()
+                # A worker ends every job in time. This is for one that cannot.
+                with self._ended_after(10 * job["seconds"] + 300):
+                    wire.write(self.process.stdin, wire.encode(job))
+                    return wire.decode(wire.read(self.process.stdout))
+            except (EOFError, OSError, wire.WireError):
+                self.close()
+        return {"status": CRASHED, "words": CRASHED, "attempts": []}
+
+    def _start(self):
+        self.folder = tempfile.TemporaryDirectory(prefix="grading-")
+        command = (sys.executable, "-m", "lib.course.grading.worker", self.folder.name)
+        self.process = subprocess.Popen(
+            [*sandbox.prefix(), *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=ROOT,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"},
+            start_new_session=True,  # Ctrl-C is for the grader
+        )
+        with self._ended_after(300):
+            self.sandbox = wire.decode(wire.read(self.process.stdout))["sandbox"]
+
+    @contextlib.contextmanager
+    def _ended_after(self, seconds: float) -> Iterator[None]:
+        timer = threading.Timer(seconds, self.process.kill)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def close(self):
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process.stdin.close()
+            self.process.stdout.close()
+            self.folder.cleanup()
+            self.process = None
+
+
+@functools.cache
+def tried_on(name: str, seed: int) -> tuple[list[tuple[Case, dict]], float]:
+    """The cases of an exercise, each with what the library's answer gives; and how many
+    seconds an answer has for one of them."""
+    pairs, slowest = [], 0.0
+    for case in exercises()[name].cases(seed):
+        start = time.perf_counter()
+        pairs.append((case, expected_outputs(exercises()[name], case)))
+        slowest = max(slowest, time.perf_counter() - start)
+    return pairs, max(LEAST_SECONDS, MOST_TIMES_SLOWER * slowest)
+
+
+def grade(submission: Submission, names: list[str], seed: int, worker: Worker) -> Grade:
+    """One row, whatever the submission holds."""
+    start = time.perf_counter()
+    notebooks, notes, digest = submission.read()
+    result = Grade(submission.student, notes=notes, sha256=digest)
+    result.is_readable = bool(notebooks)
+    for name in names:
+        if notebooks:
+            result.scores[name] = score(notebooks, name, seed, worker)
+        else:
+            result.scores[name] = Score(0, exercises()[name].points, "no notebook")
+    if notebooks and all(s.message == NOT_THERE for s in result.scores.values()):
+        result.notes.append("it has none of these exercises: another notebook?")
+    result.sandbox = worker.sandbox
+    result.seconds = round(time.perf_counter() - start, 2)
+    return result
+
+
+def score(notebooks: list[list[str]], name: str, seed: int, worker: Worker) -> Score:
+    """Points for one exercise, tried on the cases of `seed`.
+
+    notebooks: code cells of each. Where the answer fails, the words are about the cases
+    that the notebook shows, which have another seed: those of `seed` are hidden.
+    """
+    result = _try(notebooks, name, seed, worker)
+    if not result.case or seed == SEED:
+        return result
+    shown = _try(notebooks, name, SEED, worker)
+    if shown.points:
+        words = "right for all cases that the notebook shows, wrong for a hidden one: "
+        return replace(result, message=words + result.case)
+    return replace(shown, case=result.case)
+
+
+def _try(notebooks: list[list[str]], name: str, seed: int, worker: Worker) -> Score:
+    exercise, (cases, seconds) = exercises()[name], tried_on(name, seed)
+    reply = worker.ask(
+        {
+            "name": name,
+            "notebooks": notebooks,
+            "calls": [case.inputs for case, _ in cases],
+            "seconds": seconds,
+        }
+    )
+    none = Score(0, exercise.points, reply["words"] or "")
+    for (case, expected), attempted in zip(cases, reply["attempts"]):
+        try:
+            wrong = verdict(exercise, case, expected, attempted)
+        except Exception:  # no answer gives such data: somebody has forged a message
+            wrong = f"wrong for {case.name}: gave what cannot be compared"
+        if wrong:
+            return replace(none, message=wrong, case=case.name)
+    num_left = len(cases) - len(reply["attempts"])
+    if reply["status"] in (TIMEOUT, CRASHED):
+        case = cases[-num_left][0] if num_left else cases[-1][0]
+        words = crash(exercise, case, reply["words"])
+        return replace(none, message=words, case=case.name, status=reply["status"])
+    if num_left or reply["words"]:  # unready, or not compiled
+        return none
+    return replace(none, points=exercise.points, message="passed")
+
+
+def grade_all(
+    submissions: list[Submission],
+    names: list[str],
+    seed: int,
+    num_jobs: int,
+    done: Callable[[Grade], None],
+):
+    """Grade each with `num_jobs` workers; `done` hears of each, in any order.
+
+    What `done` raises, or an interrupt, ends it: no submission is begun after that.
+    """
+    for name in names:  # here, before the threads ask for it
+        tried_on(name, seed), tried_on(name, SEED)
+    waiting: queue.SimpleQueue = queue.SimpleQueue()
+    graded: queue.SimpleQueue = queue.SimpleQueue()
+    for submission in submissions:
+        waiting.put(submission)
+    workers = [Worker() for _ in range(min(num_jobs, len(submissions)))]
+
+    def serve(worker: Worker):
+        with contextlib.suppress(queue.Empty):
+            while True:
+                submission = waiting.get_nowait()
+                try:
+                    graded.put(grade(submission, names, seed, worker))
+                except Exception as error:  # of the grader's own
+                    graded.put(error)
+
+    threads = [threading.Thread(target=serve, args=(w,), daemon=True) for w in workers]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in submissions:
+            result = graded.get()
+            if isinstance(result, Exception):
+                raise result
+            done(result)
+    finally:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                waiting.get_nowait()
+        for worker in workers:
+            worker.close()
