@@ -13,6 +13,7 @@ it prints goes nowhere, and what it leaves running is ended.
 
 import contextlib
 import copy
+import functools
 import importlib
 import os
 import resource
@@ -52,6 +53,7 @@ def main(folder: str):
         importlib.import_module(name)
     jobs, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    not_handed_out()  # once, for all jobs
     sandbox.adopt_orphans()
     wire.write(replies, wire.encode({"sandbox": sandbox.enter(folder)}))
     warm: set[str] = set()
@@ -89,7 +91,8 @@ def run(job: dict, folder: str) -> dict:
                 _prepare(folder)
                 _answer(job, pipe)
             except BaseException as error:  # SystemExit and KeyboardInterrupt too
-                _send(pipe, {"status": CRASHED, "words": f"raised {_words(error)}"})
+                words = f"the worker failed: {_words(error)}"
+                _send(pipe, {"status": CRASHED, "words": words})
         os._exit(0)
     os.close(write_end)
     try:
@@ -201,6 +204,8 @@ def _answer(job: dict, pipe: BinaryIO):
         except TooLateError:
             words = f"took longer than {job['seconds']:.0f} seconds"
             return _send(pipe, {"status": TIMEOUT, "words": words})
+        except BaseException as error:  # KeyboardInterrupt; others end in `attempt`
+            return _send(pipe, {"status": CRASHED, "words": f"raised {_words(error)}"})
         _send(pipe, attempted)
     if exercise.is_kernel:
         _send(pipe, {"status": COMPILING})
@@ -221,22 +226,24 @@ def _find(exercise: Exercise, job: dict):
     Of several notebooks' answers the last counts that is written. Where the course was
     handed out without other answers, the student's stand in for these too.
     """
-    missing = [
-        n for n in exercises() if is_stub(library_answer(n)) and n != exercise.name
-    ]
+    wanted = {exercise.name, *not_handed_out()}
     found = {}
     for number, cells in enumerate(job["notebooks"], start=1):
         with contextlib.suppress(TooLateError):
             name = f"notebook {number}"
             guard = lambda: _guard(job["seconds"])  # noqa: E731
-            for key, answer in collect.define(
-                cells, name, [exercise.name, *missing], guard
-            ).items():
+            for key, answer in collect.define(cells, name, wanted, guard).items():
                 if key not in found or not is_stub(answer):
                     found[key] = answer
     for name, answer in found.items():
         setattr(exercises()[name].owner, name, answer)
     return found.get(exercise.name)
+
+
+@functools.cache
+def not_handed_out() -> list[str]:
+    """The exercises whose answers are stubs in this course's library."""
+    return [name for name in exercises() if is_stub(library_answer(name))]
 
 
 @contextlib.contextmanager
