@@ -94,6 +94,19 @@ def find(path: Path) -> tuple[list[Submission], list[str]]:
     return sorted(found.values(), key=lambda s: s.student), ignored
 
 
+def in_one_folder(path: Path) -> Submission:
+    """All notebooks in a folder, as one submission.
+
+    Raises ValueError where there is none.
+    """
+    if not path.is_dir():
+        raise ValueError(f"expected a folder of notebooks, got {path}")
+    files = [(name, read) for name, read in _files(path) if read is not None]
+    if not files:
+        raise ValueError(f"expected notebooks in {path}, found none")
+    return Submission("", files)
+
+
 def _student(top: str) -> str:
     """From the name of a file or folder; the same for any way to write an accent."""
     name = re.sub(r"\.(ipynb|zip)$", "", top, flags=re.IGNORECASE)

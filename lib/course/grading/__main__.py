@@ -1,0 +1,178 @@
+"""The command.
+
+python -m lib.course.grading SUBMISSIONS        a folder or zip of students' notebooks
+python -m lib.course.grading --mine notebooks/  one's own: exit status 0 if all pass
+python -m lib.course.grading --gradescope       inside Gradescope's container
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from urllib.parse import quote
+
+import torch
+from tqdm import tqdm
+
+from lib.course.check import SEED
+from lib.course.exercises import exercises
+from lib.course.grading import report
+from lib.course.grading.grader import Grade, Worker, grade, grade_all
+from lib.course.grading.results import Results, as_gradescope, seed_number, write
+from lib.course.grading.submissions import find, in_one_folder
+
+
+def main() -> int:
+    args = _arguments()
+    torch.set_num_threads(1)  # beside the workers
+    names = _names(args.chapters)
+    if args.mine:
+        return mine(args.mine, names)
+    if args.gradescope:
+        return gradescope(args.gradescope, names, args.seed)
+    return grade_class(args.submissions, args.out, names, args.seed, args.jobs)
+
+
+def grade_class(
+    path: Path, out: Path, names: list[str], seed: str | None, num_jobs: int
+) -> int:
+    """Grade every submission in `path`; 0 when the table is written."""
+    submissions, ignored = find(path)
+    if ignored:
+        print(f"no notebooks, left out: {', '.join(ignored)}")
+    results = Results(out, names, seed)
+    grades, new = {}, []
+    for submission in submissions:
+        kept = results.kept(submission.student, submission.read()[2])
+        if kept is None:
+            new.append(submission)
+        else:
+            grades[submission.student] = kept
+    if grades:
+        print(f"{len(grades)} of {len(submissions)} were graded before, and are kept")
+    bar = tqdm(total=len(new), unit="submission", file=sys.stdout, disable=None)
+
+    def done(grade: Grade):
+        results.keep(grade)
+        write(results.path(grade.student, ".html"), report.student_page(grade))
+        grades[grade.student] = grade
+        bar.update()
+
+    try:
+        grade_all(new, names, seed_number(results.seed), num_jobs, done)
+    except (KeyboardInterrupt, OSError) as error:
+        bar.close()
+        why = "interrupted" if isinstance(error, KeyboardInterrupt) else error
+        print(f"{why}: {len(grades)} of {len(submissions)} are graded and kept")
+        print("The same command again goes on from here")
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
+    bar.close()
+    return _finish(results, list(grades.values()))
+
+
+def _finish(results: Results, grades: list[Grade]) -> int:
+    def page_of(student: str) -> str:
+        path = results.path(student, ".html").relative_to(results.out)
+        return quote(path.as_posix())
+
+    try:
+        table = results.write_table(grades)
+        page = results.out / "class.html"
+        write(page, report.class_page(grades, page_of))
+    except OSError as error:
+        print(f"{error}: the grades are kept; the same command again writes the table")
+        return 1
+    print(f"{len(grades)} submissions: {table}, {page}")
+    return 0
+
+
+def mine(path: Path, names: list[str]) -> int:
+    """Grade the notebooks of one folder on the cases that they show themselves.
+
+    Prints a line an exercise; 0 if all of them pass.
+    """
+    worker = Worker()
+    try:
+        result = grade(in_one_folder(path), names, SEED, worker)
+    finally:
+        worker.close()
+    for name, score in result.scores.items():
+        print(f"{name:22} {score.points} of {score.max_points}  {score.message}")
+    for note in result.notes:
+        print(note)
+    print(f"{result.points} of {result.max_points} points")
+    return 0 if result.points == result.max_points else 1
+
+
+def gradescope(root: Path, names: list[str], seed: str | None) -> int:
+    """Grade root/submission into root/results/results.json, as Gradescope asks."""
+    worker = Worker()
+    try:
+        submission = in_one_folder(root / "submission")
+        result = grade(submission, names, seed_number(seed or str(SEED)), worker)
+    except ValueError as error:
+        result = Grade("", notes=[str(error)], is_readable=False)
+    finally:
+        worker.close()
+    (root / "results").mkdir(parents=True, exist_ok=True)
+    write(root / "results" / "results.json", json.dumps(as_gradescope(result), indent=1))
+    print(f"{result.points} of {result.max_points} points")
+    return 0
+
+
+def _names(chapters: str | None) -> list[str]:
+    """The exercises of chapters, "3" or "1,2"; ValueError for one that there is not."""
+    by_chapter: dict[str, list[str]] = {}
+    for name in exercises():
+        by_chapter.setdefault(str(int(report.chapter_of(name))), []).append(name)
+    chosen = (chapters or ",".join(by_chapter)).split(",")
+    for chapter in chosen:
+        if chapter not in by_chapter:
+            known = ", ".join(by_chapter)
+            raise ValueError(f"chapters: expected some of {known}, got {chapter!r}")
+    return [
+        name
+        for chapter in by_chapter
+        if chapter in chosen
+        for name in by_chapter[chapter]
+    ]
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m lib.course.grading",
+        description="Grade students' notebooks, each function on hidden cases.",
+    )
+    parser.add_argument(
+        "submissions", nargs="?", type=Path, help="a folder, or a platform's .zip"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("grades"), help="where results go (./grades)"
+    )
+    parser.add_argument("--chapters", help="as 3 or 1,2 (default: all)")
+    parser.add_argument(
+        "--seed",
+        help="a secret word or number for the hidden cases (default: drawn once)",
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="workers (one a core)"
+    )
+    parser.add_argument("--mine", type=Path, help="a folder of your own notebooks")
+    parser.add_argument(
+        "--gradescope", nargs="?", type=Path, const=Path("/autograder"), metavar="ROOT"
+    )
+    args = parser.parse_args()
+    if sum(bool(x) for x in (args.submissions, args.mine, args.gradescope)) != 1:
+        parser.error("expected one of SUBMISSIONS, --mine, --gradescope")
+    if args.jobs < 1:
+        parser.error(f"--jobs: expected at least 1, got {args.jobs}")
+    return args
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        print(error)
+        sys.exit(2)
