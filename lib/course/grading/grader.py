@@ -21,7 +21,7 @@ from lib.course.compare import crash, verdict
 from lib.course.exercises import Case, exercises
 from lib.course.grading import sandbox, wire
 from lib.course.grading.submissions import Submission
-from lib.course.grading.worker import CRASHED, NOT_THERE, TIMEOUT
+from lib.course.grading.worker import CRASHED, NOT_THERE, SECONDS_TO_COMPILE, TIMEOUT
 
 LEAST_SECONDS = 5  # that any answer has for a call
 MOST_TIMES_SLOWER = 20  # than the library's, where that takes longer
@@ -93,7 +93,7 @@ class Worker:
                 if self.process is None:
                     self._start()
                 # A worker ends every job in time. This is for one that cannot.
-                with self._ended_after(10 * job["seconds"] + 300):
+                with self._ended_after(10 * job["seconds"] + SECONDS_TO_COMPILE):
                     wire.write(self.process.stdin, wire.encode(job))
                     return wire.decode(wire.read(self.process.stdout))
             except (EOFError, OSError, wire.WireError):

@@ -85,10 +85,9 @@ def run(job: dict, folder: str) -> dict:
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
-        os.close(read_end)
         with os.fdopen(write_end, "wb") as pipe:
             try:
-                _prepare(folder)
+                _prepare(folder, write_end)
                 _answer(job, pipe)
             except BaseException as error:  # SystemExit and KeyboardInterrupt too
                 words = f"the worker failed: {_words(error)}"
@@ -150,9 +149,12 @@ def _messages(data: bytearray) -> Iterator[dict]:
         yield wire.decode(message)
 
 
-def _prepare(folder: str):
-    """In the copy: a group of its own, limits, no terminal, an empty folder."""
+def _prepare(folder: str, pipe: int):
+    """In the copy: a group of its own, limits, no terminal, no way to the grader but
+    `pipe`, an empty folder."""
     os.setsid()
+    os.closerange(3, pipe)
+    os.closerange(pipe + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     if os.getppid() == 1:
         sandbox.drop_rights()
     nowhere = os.open(os.devnull, os.O_RDWR)
