@@ -4,15 +4,23 @@ Two exercises, `decode` and `append_kv`: what goes wrong in the first must not c
 second. Every attack that was ever tried on the grader stays here.
 """
 
+import contextlib
+import io
+import json
 import os
 import textwrap
+import zipfile
+from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 
-from lib.course.grading import grader
+from lib.course import ROOT
+from lib.course.check import SEED
+from lib.course.grading import grader, sandbox, wire
 from lib.course.grading.grader import Worker, grade
-from lib.course.grading.submissions import Submission
+from lib.course.grading.submissions import Submission, find
 from lib.course.stubs import answer, stub
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
@@ -435,3 +443,297 @@ def test_an_attack_earns_nothing_and_harms_nobody(worker, name):
     got, result = points(worker, notebook(IMPORTS, ATTACKS[name], APPEND))
     assert got == ONLY_APPEND, [score.message for score in result.scores.values()]
     assert all("\n" not in s.message for s in result.scores.values())
+
+
+def test_what_a_job_leaves_behind_is_gone_when_the_next_begins(worker, tmp_path):
+    mark = f"left-behind-{os.getpid()}"
+    cells = [
+        body(
+            f"""
+            import subprocess, sys
+            code = "import time; time.sleep(1000)  # {mark}"
+            subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+            open("left", "w").write("behind")
+            return right(token_ids)
+            """
+        ),
+        APPEND,
+    ]
+    assert points(worker, notebook(IMPORTS, *cells))[0] == BOTH
+    processes = Path("/proc").glob("[0-9]*/cmdline")
+    for path in processes:
+        with contextlib.suppress(OSError):
+            assert mark not in path.read_bytes().decode(errors="replace")
+    assert os.listdir(worker.folder.name) == []
+
+
+def test_a_job_writes_nowhere_and_reaches_nobody(worker, tmp_path):
+    if worker.sandbox != sandbox.NAMESPACES:
+        pytest.skip("this machine lets no user make namespaces")
+    target = tmp_path / "grades.csv"
+    target.write_text("safe")
+    out = ROOT / "written_by_a_student"
+    cells = body(
+        f"""
+        import os, socket
+        done = []
+        for path in ({str(target)!r}, {str(out)!r}, "/dev/shm/x", "/proc/1/mem"):
+            try:
+                open(path, "r+" if os.path.exists(path) else "w").write("x")
+                done.append(path)
+            except OSError: pass
+        try:
+            os.remove({str(target)!r})
+            done.append("removed")
+        except OSError: pass
+        try:
+            socket.create_connection(("127.0.0.1", 22), timeout=1)
+            done.append("connected")
+        except ConnectionRefusedError: done.append("refused: there is a network")
+        except OSError: pass
+        try:
+            open("/proc/1/environ", "rb").read()
+            done.append("looked into the worker")
+        except OSError: pass
+        assert not done, done
+        return right(token_ids)
+        """
+    )
+    got, result = points(worker, notebook(IMPORTS, cells, APPEND))
+    assert got == BOTH, result.scores["decode"].message
+    assert target.read_text() == "safe" and not out.exists()
+
+
+def test_the_same_holds_without_namespaces(monkeypatch):
+    monkeypatch.setattr(sandbox, "prefix", lambda: ())
+    monkeypatch.setattr(grader, "LEAST_SECONDS", 1)
+    grader.tried_on.cache_clear()
+    worker = Worker()
+    try:
+        for name in ("right answers", "os._exit", "a loop in C", "one terabyte"):
+            cells, expected = ACCIDENTS[name]
+            assert points(worker, notebook(IMPORTS, *cells))[0] == expected, name
+        for name in ("kills its parent", "leaves a process that holds the pipe"):
+            cells = [ATTACKS[name], APPEND]
+            assert points(worker, notebook(IMPORTS, *cells))[0] == ONLY_APPEND, name
+        assert worker.sandbox == sandbox.LIMITS
+    finally:
+        worker.close()
+        grader.tried_on.cache_clear()
+
+
+def test_a_hidden_case_is_told_by_its_name_only(worker):
+    shown = [case.inputs["token_ids"] for case, _ in grader.tried_on("decode", SEED)[0]]
+    cells = body(f"return right(token_ids) if token_ids.tolist() in {shown} else 'whale'")
+    got, result = points(worker, notebook(IMPORTS, cells, APPEND))
+    assert got == ONLY_APPEND
+    message = result.scores["decode"].message
+    assert message.startswith("right for all cases that the notebook shows, wrong for a")
+    assert message.endswith("hidden one: random bytes")
+    wrong = points(worker, notebook(IMPORTS, WRONG))[1].scores["decode"]
+    assert (
+        "wrong for a dash of three bytes" in wrong.message and "'whale'" in wrong.message
+    )
+
+
+def test_answers_stand_for_themselves(worker):
+    """A wrong `append_kv` does not cost `generate_cached`, which needs one."""
+    names = ["append_kv", "generate_cached"]
+    generate = answer("lib.generate", ["generate_cached"])
+    imports = (
+        "import torch\nfrom lib import generate, sampling\nfrom lib.generate import *"
+    )
+    cells = [imports, "def append_kv(*args): pass", generate]
+    result = grade(submission(notebook(*cells)), names, SECRET, worker)
+    assert [score.points for score in result.scores.values()] == [0, 3]
+
+
+def test_of_several_notebooks_the_last_written_answer_counts(worker):
+    blank = notebook(stub("lib.text", ["decode"], []))
+    right, wrong = notebook(IMPORTS, DECODE), notebook(IMPORTS, WRONG)
+    append = notebook(IMPORTS, APPEND)
+    assert points(worker, right, append, blank)[0] == BOTH
+    assert points(worker, wrong, right, append)[0] == BOTH
+    assert points(worker, right, wrong, append)[0] == ONLY_APPEND
+
+
+FILES = {
+    "truncated": (notebook(DECODE)[:200], "unreadable"),
+    "empty": (b"", "unreadable"),
+    "no JSON": (b"PK\x03\x04 and more", "unreadable"),
+    "JSON, but no notebook": (b'{"cells": 3}', "unreadable"),
+    "a list": (b"[1, 2]", "unreadable"),
+    "nested too deep": (b"[" * 100_000, "unreadable"),
+    "200 MB": (b'{"cells": "' + b" " * (200 * 2**20) + b'"}', "unreadable"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_no_notebook_gives_a_row_with_a_note(worker, name, tmp_path):
+    content, status = FILES[name]
+    (tmp_path / "ada.ipynb").write_bytes(content)
+    (tmp_path / "bob.ipynb").write_bytes(notebook(IMPORTS, DECODE, APPEND))
+    (ada, bob), _ = find(tmp_path)
+    results = [grade(one, NAMES, SECRET, worker) for one in (ada, bob)]
+    assert [r.status for r in results] == [status, "ok"]
+    assert [r.points for r in results] == [0, 3]
+    assert results[0].notes and "ada.ipynb: unreadable: " in results[0].notes[0]
+
+
+def test_formats_that_jupyter_would_refuse_are_read(worker):
+    code = {"cell_type": "code", "source": [IMPORTS + "\n", DECODE]}
+    bare = {"cells": [code, {"cell_type": "code", "source": APPEND}, {"odd": 1}, 7]}
+    cells = [
+        {"cell_type": "code", "language": "python", "input": [IMPORTS, "\n", DECODE]}
+    ]
+    cells += [{"cell_type": "code", "language": "python", "input": [APPEND]}]
+    old = {"nbformat": 3, "nbformat_minor": 0, "metadata": {}}
+    old["worksheets"] = [{"cells": cells, "metadata": {}}]
+    unknown = {**bare, "metadata": {"kernelspec": {"name": "julia"}}, "nbformat": 4}
+    for tree in (bare, old, unknown):
+        content = json.dumps(tree).encode()
+        for mark in (b"", b"\xef\xbb\xbf"):
+            got, result = points(worker, mark + content)
+            assert got == BOTH, result
+
+
+def test_another_courses_notebook_is_told_from_a_blank_one(worker):
+    _, result = points(worker, notebook("print('hello')", "def fib(n):\n    return n"))
+    assert result.status == "partial" and "another notebook?" in result.notes[0]
+    blank = [stub("lib.text", ["decode"], []), stub("lib.kv_cache", ["append_kv"], [])]
+    assert points(worker, notebook(IMPORTS, *blank))[1].notes == []
+
+
+def test_a_cell_that_fails_is_told_so(worker):
+    cells = ["def decode(token_ids:\n    return", APPEND]  # and no imports
+    _, result = points(worker, notebook(*cells))
+    decode, append = (score.message for score in result.scores.values())
+    assert (
+        decode == "its cell fails: SyntaxError: '(' was never closed (<unknown>, line 1)"
+    )
+    assert append == "its cell fails: NameError: name 'torch' is not defined"
+
+
+def packed(files: dict[str, bytes]) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
+def test_submissions_are_found_however_a_platform_hands_them_over(tmp_path):
+    one, other = notebook("ONE = 1"), notebook("OTHER = 2")
+    files = {
+        "ada.ipynb": one,
+        "bob_03_kv_cache.ipynb": one,
+        "Čapek, Karel_123_file_/03_kv_cache (2).ipynb": one,
+        "李 雷/work/01_generation.ipynb": one,
+        "李 雷/02_training.ipynb": other,
+        "李 雷/.ipynb_checkpoints/02_training-checkpoint.ipynb": other,
+        "dora.zip": packed({"x/01.ipynb": one, "__MACOSX/x/._01.ipynb": other}),
+        "eve/all.zip": packed({"01.ipynb": one, "notes.txt": b""}),
+        "frank.zip": b"no archive",
+        "gil/report.pdf": b"%PDF",
+        "roster.csv": b"",
+        ".DS_Store": b"",
+    }
+    for name, content in files.items():
+        (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folder" / name).write_bytes(content)
+    (tmp_path / "folder" / "hal").mkdir()
+    (tmp_path / "class.zip").write_bytes(packed(files))
+    for path in (tmp_path / "folder", tmp_path / "class.zip"):
+        found, ignored = find(path)
+        sizes = {s.student: len(s.files) for s in found}
+        sizes.pop("hal", None)  # a zip need not list an empty folder
+        others = {"Čapek, Karel_123_file_": 1, "李 雷": 2, "gil": 0}
+        assert sizes == others | dict.fromkeys(("ada", "bob", "dora", "eve", "frank"), 1)
+        assert ignored == ["roster.csv"]
+        notes = {s.student: s.read()[1] for s in found}
+        assert "expected a zip archive" in notes["frank"][0]
+        assert notes["gil"] == ["expected a notebook, found none"]
+
+
+def test_two_submissions_of_one_student_are_one_row_with_a_note(tmp_path):
+    (tmp_path / "Zoe\u0308.ipynb").write_bytes(notebook("ONE = 1"))  # as macOS writes it
+    (tmp_path / "Zo\u00eb.zip").write_bytes(packed({"a.ipynb": notebook("TWO = 2")}))
+    (found,), _ = find(tmp_path)
+    assert found.student == "Zo\u00eb" and len(found.files) == 2
+    assert "handed in more than once, all is read" in found.notes[0]
+
+
+def test_an_archive_cannot_grow_without_limit(tmp_path):
+    bomb = packed({"a.ipynb": b" " * (60 * 2**20)})
+    assert len(bomb) < 100_000
+    (tmp_path / "ada.zip").write_bytes(bomb)
+    (ada,), _ = find(tmp_path)
+    assert "expected at most 20,971,520 bytes, got more" in ada.read()[1][0]
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, Path.touch, lambda path: None])
+def test_no_submissions_are_named(tmp_path, make):
+    make(tmp_path / "class")
+    with pytest.raises(ValueError, match="submissions: expected"):
+        find(tmp_path / "class")
+
+
+PLAIN = [
+    None,
+    True,
+    3,
+    -(2**70),
+    0.1,
+    float("inf"),
+    "ä\n",
+    [],
+    [1, [2]],
+    {"a": {"b": []}},
+]
+
+
+def test_plain_data_crosses_as_it_is():
+    rng = np.random.default_rng(0)
+    for value in PLAIN:
+        assert wire.decode(wire.encode(value)) == value
+    for array in (
+        rng.normal(size=(2, 3, 4)).transpose(2, 0, 1),
+        rng.integers(9, size=(3, 4)).astype(np.int32)[:, ::2],
+        np.zeros((0, 5)),
+        np.array(1.5, dtype=np.float16),
+        np.broadcast_to(np.arange(3), (2, 3)),
+    ):
+        (got,) = wire.decode(wire.encode([array]))
+        assert got.dtype == array.dtype and np.array_equal(got, array)
+    turned = np.zeros((2, 3)).T
+    assert wire.decode(wire.encode(turned)).strides == turned.strides
+
+
+@pytest.mark.parametrize(
+    "value",
+    [object(), {1: 2}, {"a": b""}, np.array(["a"]), np.array([1j]), {1, 2}, 10**5000],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_no_plain_data_does_not_cross(value):
+    with pytest.raises(wire.WireError):
+        wire.encode(value)
+
+
+def test_too_much_or_too_deep_does_not_cross():
+    deep = []
+    for _ in range(100):
+        deep = [deep]
+    for value in (deep, np.zeros(wire.MAX_BYTES)):
+        with pytest.raises(wire.WireError, match="expected at most"):
+            wire.encode(value)
+
+
+def test_no_bytes_at_all_make_the_reader_stumble():
+    rng = np.random.default_rng(1)
+    good = wire.encode({"a": np.arange(6).reshape(2, 3), "b": [1.5, "x", None]})
+    for _ in range(3000):
+        broken = bytearray(good)
+        for index in rng.integers(len(good), size=3):
+            broken[index] = rng.integers(256)
+        with contextlib.suppress(wire.WireError):
+            wire.decode(bytes(broken[: rng.integers(len(good) + 1)]))

@@ -3,8 +3,9 @@
 import ast
 import contextlib
 import linecache
+import re
 import types
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,18 +38,21 @@ def define(
     name: str,
     wanted: Collection[str],
     guard: Callable = contextlib.nullcontext,
+    failures: dict[str, str] | None = None,
 ) -> dict[str, Callable]:
     """Of `wanted`, what these cells define.
 
     Executed is what that needs, in the order of the cells: imports, functions, classes,
     assignments, and these under `if` or `try`. All else is left out, and so is what fails
     or does not parse. Of several definitions the last counts. name: of the notebook, for
-    tracebacks. guard: a context in which each statement is executed.
+    tracebacks. guard: a context in which each statement is executed. failures: gets, by
+    name, what was wrong with a definition that failed.
     """
-    statements = _needed(_statements(cells, name), set(wanted))
+    failures = {} if failures is None else failures
+    statements = _needed(_statements(cells, name, failures), set(wanted))
     module, found = types.ModuleType(name), {}
     for statement in statements:
-        with contextlib.suppress(Exception, SystemExit), guard():
+        with _noted(failures, statement.binds), guard():
             code = compile(ast.Module([statement.node], []), statement.filename, "exec")
             exec(code, vars(module))
             if not isinstance(statement.node, IMPORTS):  # of the library's own
@@ -70,11 +74,23 @@ class _Statement:
     needs: set[str]
 
 
-def _statements(cells: list[str], name: str) -> list[_Statement]:
+@contextlib.contextmanager
+def _noted(failures: dict[str, str], names: Collection[str]) -> Iterator[None]:
+    """What is raised inside ends here, and is noted under these names."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        words = f"its cell fails: {type(error).__name__}: {error}".split("\n")[0]
+        failures.update(dict.fromkeys(names, words))
+
+
+def _statements(
+    cells: list[str], name: str, failures: dict[str, str]
+) -> list[_Statement]:
     found = []
     for number, source in enumerate(cells):
         filename = f"<{name}, cell {number}>"
-        with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+        with _noted(failures, re.findall(r"^def (\w+)", source, re.MULTILINE)):
             source, tree = _parse(source)
             lines = source.split("\n")
             register(filename, source)

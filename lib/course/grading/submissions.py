@@ -20,8 +20,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-import nbformat
-
 from lib.course import ROOT
 
 MAX_BYTES = 20 * 2**20  # of a notebook
@@ -189,13 +187,13 @@ def _words(error: Exception) -> str:
 def _code_cells(content: bytes) -> list[str]:
     """Sources of the code cells. Of the format only what is needed is asked for."""
     tree = json.loads(content.decode("utf-8-sig"))
-    if isinstance(tree, dict) and "worksheets" in tree:  # from before 2015
-        tree = nbformat.convert(nbformat.from_dict(tree), 4)
+    if isinstance(tree, dict) and tree.get("worksheets"):  # as it was before 2015
+        tree = tree["worksheets"][0]
     if not isinstance(tree, dict) or not isinstance(tree.get("cells"), list):
         raise ValueError("expected a notebook, found no cells in it")
     sources = []
     for cell in tree["cells"]:
         if isinstance(cell, dict) and cell.get("cell_type") == "code":
-            source = cell.get("source", "")
+            source = cell.get("source", cell.get("input", ""))
             sources.append(source if isinstance(source, str) else "".join(source))
     return sources

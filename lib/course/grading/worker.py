@@ -23,7 +23,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -195,8 +195,12 @@ def _at_most(seconds: float) -> Iterator[None]:
 def _answer(job: dict, pipe: BinaryIO):
     exercise = exercises()[job["name"]]
     remove(exercise)
-    answer = _find(exercise, job)
-    unready = not_ready(exercise, answer) if answer is not None else NOT_THERE
+    failures: dict[str, str] = {}
+    answer = _find(exercise, job, failures)
+    if answer is None:
+        unready = failures.get(exercise.name, NOT_THERE)[:300]
+    else:
+        unready = not_ready(exercise, answer)
     if unready:
         return _send(pipe, {"status": UNREADY, "words": unready})
     for inputs in job["calls"]:
@@ -222,7 +226,7 @@ def _send(pipe: BinaryIO, message: dict):
     wire.write(pipe, encoded)
 
 
-def _find(exercise: Exercise, job: dict):
+def _find(exercise: Exercise, job: dict, failures: dict[str, str]) -> Callable | None:
     """The student's answer, now in the library's place, or None.
 
     Of several notebooks' answers the last counts that is written. Where the course was
@@ -234,7 +238,8 @@ def _find(exercise: Exercise, job: dict):
         with contextlib.suppress(TooLateError):
             name = f"notebook {number}"
             guard = lambda: _guard(job["seconds"])  # noqa: E731
-            for key, answer in collect.define(cells, name, wanted, guard).items():
+            defined = collect.define(cells, name, wanted, guard, failures)
+            for key, answer in defined.items():
                 if key not in found or not is_stub(answer):
                     found[key] = answer
     for name, answer in found.items():
