@@ -54,8 +54,8 @@ def grade_class(
     bar = tqdm(total=len(new), unit="submission", file=sys.stdout, disable=None)
 
     def done(grade: Grade):
-        results.keep(grade)
         write(results.path(grade.student, ".html"), report.student_page(grade))
+        results.keep(grade)  # last: from now on it counts as graded
         grades[grade.student] = grade
         bar.update()
 

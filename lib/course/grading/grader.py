@@ -84,11 +84,14 @@ class Worker:
 
     def __init__(self):
         self.process: subprocess.Popen | None = None
+        self.is_closed = False
         self.sandbox = ""
 
     def ask(self, job: dict) -> dict:
         """The worker's reply; one about a crash where it died twice over a job."""
         for _ in range(2):
+            if self.is_closed:
+                break
             try:
                 if self.process is None:
                     self._start()
@@ -96,8 +99,8 @@ class Worker:
                 with self._ended_after(10 * job["seconds"] + SECONDS_TO_COMPILE):
                     wire.write(self.process.stdin, wire.encode(job))
                     return wire.decode(wire.read(self.process.stdout))
-            except (EOFError, OSError, wire.WireError):
-                self.close()
+            except (EOFError, OSError, ValueError, wire.WireError):
+                self._end()
         return {"status": CRASHED, "words": CRASHED, "attempts": []}
 
     def _start(self):
@@ -125,13 +128,17 @@ class Worker:
             timer.cancel()
 
     def close(self):
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process.stdin.close()
-            self.process.stdout.close()
+        self.is_closed = True
+        self._end()
+
+    def _end(self):
+        process, self.process = self.process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            process.stdin.close()
+            process.stdout.close()
             self.folder.cleanup()
-            self.process = None
 
 
 @functools.cache
@@ -249,5 +256,9 @@ def grade_all(
         with contextlib.suppress(queue.Empty):
             while True:
                 waiting.get_nowait()
-        for worker in workers:
+        for worker, thread in zip(workers, threads):
+            worker.is_closed = True
+            if worker.process is not None:
+                worker.process.kill()
+            thread.join()
             worker.close()

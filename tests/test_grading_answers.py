@@ -1,0 +1,89 @@
+"""Local pass is graded pass: the answers of tests/answers through worker and grader."""
+
+import ast
+import importlib
+import inspect
+import os
+import re
+
+import pytest
+from test_exercises import NAMES
+from test_exercises import RIGHT as ANSWERS_RIGHT
+from test_exercises import WRONG as ANSWERS_WRONG
+
+from lib.course.exercises import exercises
+from lib.course.grading.grader import Worker, score
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+
+SECRET_SEEDS = range(1000, 1020)
+CHEAP = [name for name in NAMES if not exercises()[name].is_kernel]
+
+
+@pytest.fixture(scope="module")
+def worker():
+    worker = Worker()
+    yield worker
+    worker.close()
+
+
+def cells(name: str, answer) -> list[str]:
+    """A notebook in which this is the answer: its module, without the registers."""
+    function = inspect.unwrap(getattr(answer, "fn", answer))
+    module = importlib.import_module(function.__module__)
+    source = inspect.getsource(module)
+    source = re.sub(r"^from answers import .*$", "", source, flags=re.MULTILINE)
+    source = re.sub(
+        r"^@(right|wrong)\(.*?\)$", "", source, flags=re.MULTILINE | re.DOTALL
+    )
+    ast.parse(source)
+    return [source, f"{name} = {function.__name__}"]
+
+
+def right(name):
+    return [(name, answer) for answer in ANSWERS_RIGHT[name]]
+
+
+def wrong(name):
+    return [(name, answer) for answer, _ in ANSWERS_WRONG[name]]
+
+
+def identify(value):
+    return value if isinstance(value, str) else getattr(value, "__name__", "kernel")
+
+
+def graded(worker, name, answer, seed):
+    result = score([cells(name, answer)], name, seed, worker)
+    return result.points == result.max_points, result.message
+
+
+# A sample: of each exercise one of either kind, and of the kernels the smallest.
+SAMPLE = [*CHEAP, *(name for name in NAMES if name == "load_row_kernel")]
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_a_right_and_a_wrong_answer_are_graded_as_the_notebook_checks_them(worker, name):
+    passed, message = graded(worker, *right(name)[0], 999)
+    assert passed, message
+    passed, message = graded(worker, *wrong(name)[0], 999)
+    assert not passed, message
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    "name, answer", [pair for name in NAMES for pair in right(name)], ids=identify
+)
+def test_right_answers_pass_twenty_secret_seeds(worker, name, answer):
+    for seed in SECRET_SEEDS:
+        passed, message = graded(worker, name, answer, seed)
+        assert passed, f"seed {seed}: {message}"
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    "name, answer", [pair for name in NAMES for pair in wrong(name)], ids=identify
+)
+def test_wrong_answers_fail_twenty_secret_seeds(worker, name, answer):
+    for seed in SECRET_SEEDS:
+        passed, message = graded(worker, name, answer, seed)
+        assert not passed, f"seed {seed}: passed"

@@ -1,0 +1,227 @@
+"""The command: the table, the files, the pages, and what may come between."""
+
+import csv
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+
+from lib.course import ROOT
+from lib.course.build import chapter_texts, solved_notebook, student_notebook
+from lib.course.exercises import exercises
+from lib.course.grading import __main__ as command
+from lib.course.grading import report, results
+from lib.course.grading.grader import Grade, Score
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+
+CHAPTER_4 = [text for text in chapter_texts() if text.stem.startswith("04")][0]
+POINTS_4 = sum(exercises()[name].points for name in command._names("4"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Four submissions of chapter 4."""
+    folder = tmp_path / "class"
+    folder.mkdir()
+    nbformat.write(solved_notebook(CHAPTER_4), folder / "ada.ipynb")
+    nbformat.write(student_notebook(CHAPTER_4), folder / "bob.ipynb")
+    (folder / "李 雷").mkdir()
+    nbformat.write(solved_notebook(CHAPTER_4), folder / "李 雷" / "04.ipynb")
+    (folder / "=cmd.ipynb").write_text("{")
+    return folder
+
+
+def run(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr(sys, "argv", ["grading", *map(str, arguments)])
+    return command.main()
+
+
+def rows(path):
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        return {row["student"]: row for row in csv.DictReader(file)}
+
+
+def test_a_class_gets_a_table_files_and_pages(folder, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    chosen = ("--chapters", "4", "--seed", "secret word", "--jobs", "1")
+    assert run(monkeypatch, folder, "--out", out, *chosen) == 0
+    table = (out / "grades.csv").read_bytes()
+    found = rows(out / "grades.csv")
+    assert {name: (int(row["points"]), row["status"]) for name, row in found.items()} == {
+        "'=cmd": (0, "unreadable"),
+        "ada": (POINTS_4, "ok"),
+        "bob": (0, "ok"),
+        "李 雷": (POINTS_4, "ok"),
+    }
+    for row in found.values():
+        assert int(row["max_points"]) == POINTS_4 and len(row["sha256"]) == 64
+        assert sum(int(row[n]) for n in command._names("4")) == int(row["points"])
+    kept = json.loads((out / "students" / "李 雷.json").read_text("utf-8"))
+    assert kept["score"] == POINTS_4 and len(kept["tests"]) == 8
+    assert "secret word" not in (out / "students" / "ada.json").read_text()
+    assert "4 submissions" in capsys.readouterr().out
+    page = (out / "class.html").read_text("utf-8")
+    links = re.findall(r'href="(students/[^"]+)"', page)
+    assert len(set(links)) == 4 and "%E6%9D%8E%20%E9%9B%B7.html" in page
+    assert (out / "students" / "bob.html").read_text().count("<summary>A hint") == 8
+
+    # Again: what was graded is kept, and the seed with it.
+    assert run(monkeypatch, folder, "--out", out, "--chapters", "4") == 0
+    assert "4 of 4 were graded before" in capsys.readouterr().out
+    assert (out / "grades.csv").read_bytes() == table
+
+    # In another folder, from nothing: the same table.
+    assert run(monkeypatch, folder, "--out", tmp_path / "again", *chosen) == 0
+    assert (tmp_path / "again" / "grades.csv").read_bytes() == table
+
+    # A new submission is graded, and no other.
+    capsys.readouterr()
+    shutil.copy(folder / "ada.ipynb", folder / "bob.ipynb")
+    assert run(monkeypatch, folder, "--out", out, "--chapters", "4") == 0
+    assert "3 of 4 were graded before" in capsys.readouterr().out
+    assert int(rows(out / "grades.csv")["bob"]["points"]) == POINTS_4
+
+
+def start(folder, out):
+    arguments = (folder, "--out", out, "--chapters", "4", "--jobs", "1", "--seed", "1")
+    return subprocess.Popen(
+        [sys.executable, "-m", "lib.course.grading", *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_was_ended_goes_on_where_it_was(folder, tmp_path, how):
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    process = start(folder, cut)
+    while process.poll() is None and not list(cut.glob("students/a*.json")):
+        time.sleep(0.02)
+    process.send_signal(how)
+    said = process.communicate(timeout=60)[0]
+    num_kept = len(list(cut.glob("students/*.json")))
+    assert 1 <= num_kept < 4 and not (cut / "grades.csv").exists()
+    assert len(list(cut.glob("students/*.html"))) >= num_kept
+    if how is signal.SIGINT:
+        assert process.returncode == 130
+        assert re.search("interrupted: [12] of 4 are graded and kept", said), said
+    process = start(folder, cut)
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 0 and f"{num_kept} of 4 were graded before" in said
+    assert start(folder, whole).wait(timeout=300) == 0
+    cut, whole = ((out / "grades.csv").read_bytes() for out in (cut, whole))
+    assert cut == whole
+    assert not subprocess.run(
+        ["pgrep", "-f", "lib.course.grading.worker.*" + str(tmp_path)]
+    ).stdout
+
+
+def test_a_full_disk_loses_nothing(folder, tmp_path, monkeypatch, capsys):
+    out, fsync, calls = tmp_path / "out", os.fsync, []
+
+    def full(file):
+        calls.append(file)
+        if len(calls) > 3:  # settings, a file and a page
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(file)
+
+    chosen = ("--chapters", "4", "--seed", "1", "--jobs", "1", "--out", out)
+    monkeypatch.setattr(os, "fsync", full)
+    assert run(monkeypatch, folder, *chosen) == 1
+    said = capsys.readouterr().out
+    assert "No space left on device" in said and "1 of 4 are graded and kept" in said
+    assert len(list((out / "students").glob("*.json"))) == 1
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert run(monkeypatch, folder, *chosen) == 0
+    assert "1 of 4 were graded before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (
+            ["no_such_folder"],
+            "submissions: expected a folder or a .zip, got no_such_folder",
+        ),
+        (["--mine", "no_such_folder"], "expected a folder of notebooks"),
+        ([ROOT / "lib"], "expected notebooks in"),
+        (["--mine", ROOT / "lib"], "expected notebooks in"),
+        (["--mine", ".", "--chapters", "9"], "expected some of 1, 2, 3, 4, 5, got '9'"),
+    ],
+)
+def test_bad_input_is_told_what_was_expected(monkeypatch, tmp_path, arguments, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        run(monkeypatch, *arguments, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_ones_own_notebooks_have_an_exit_status(folder, tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, "--mine", folder / "李 雷", "--chapters", "4") == 0
+    assert f"{POINTS_4} of {POINTS_4} points" in capsys.readouterr().out
+    assert run(monkeypatch, "--mine", folder / "李 雷", "--chapters", "3,4") == 1
+    assert "kv_cache_bytes         0 of 1  not there" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "content, points", [("solved", POINTS_4), ("broken", 0), (None, 0)]
+)
+def test_gradescope_finds_its_file(folder, tmp_path, monkeypatch, content, points):
+    (tmp_path / "submission").mkdir()
+    if content:
+        path = tmp_path / "submission" / "mine.ipynb"
+        shutil.copy(
+            folder / {"solved": "ada.ipynb", "broken": "=cmd.ipynb"}[content], path
+        )
+    assert run(monkeypatch, "--gradescope", tmp_path, "--chapters", "4") == 0
+    got = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert got["score"] == points and isinstance(got["output"], str)
+    for test in got["tests"]:
+        assert test.keys() >= {"name", "score", "max_score", "status", "output"}
+        assert test["status"] in ("passed", "failed")
+
+
+def graded(message="wrong for <b>x</b> (T=3)", student="<script>alert(1)</script>"):
+    scores = {name: Score(0, 1, message) for name in ("decode", "append_kv")}
+    return Grade(student, scores, notes=["<img src=x>"], sha256="0" * 64)
+
+
+def test_what_students_wrote_cannot_run_in_a_page():
+    for page in (
+        report.student_page(graded()),
+        report.class_page([graded()], lambda student: "x"),
+    ):
+        assert "<script>" not in page and "<b>x" not in page and "<img src=x" not in page
+        assert "&lt;script&gt;" in page
+
+
+def test_every_exercise_has_a_hint_in_the_report():
+    assert all(report.hint(name) for name in exercises())
+
+
+def test_names_too_long_for_a_file_do_not_meet(tmp_path):
+    kept = results.Results(tmp_path, ["decode"], "1")
+    long = ["ß" * 120 + end for end in "ab"]
+    for name in long:
+        kept.keep(graded(student=name))
+    assert len({kept.path(name) for name in long}) == 2
+    assert kept.kept(long[0], "0" * 64).student == long[0]
+    assert kept.kept(long[0], "1" * 64) is None, "another submission"
+    assert results.Results(tmp_path, ["decode"], "2").kept(long[0], "0" * 64) is None
+    assert results.Results(tmp_path, ["append"], "2").kept(long[0], "0" * 64) is None
+
+
+def test_a_damaged_file_is_graded_again(tmp_path):
+    kept = results.Results(tmp_path, ["decode"], "1")
+    kept.keep(graded(student="ada"))
+    kept.path("ada").write_text('{"score": 1')
+    assert kept.kept("ada", "0" * 64) is None
