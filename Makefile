@@ -4,13 +4,15 @@
 #   make test        run all tests
 #   make table       measure the table on this machine
 #   make bench       tokens per second of decoding, bandwidth of attention, on this machine
+#   make grade       grade submissions: make grade SUBMISSIONS=folder ARGS="--chapters 3"
+#   make gradescope  the zip for an assignment on Gradescope: make gradescope CHAPTERS=3
 #   make notebooks   rebuild notebooks/ and solutions/*.ipynb from solutions/*.py
 
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: lab test table bench notebooks
+.PHONY: lab test table bench grade gradescope notebooks
 .DEFAULT_GOAL := lab
 
 lab: .venv/course
@@ -26,6 +28,14 @@ table: .venv/course
 
 bench: .venv/course
 	@$(BIN)/python -m lib.bench $(ARGS)
+
+grade: .venv/course
+	$(if $(SUBMISSIONS),,$(error expected a folder or zip of notebooks: make grade SUBMISSIONS=folder))
+	@$(BIN)/python -m lib.course.grading "$(SUBMISSIONS)" $(ARGS)
+
+gradescope: .venv/course
+	$(if $(CHAPTERS),,$(error expected chapters: make gradescope CHAPTERS=3))
+	@$(BIN)/python -m lib.course.grading.gradescope $(CHAPTERS) $(ARGS)
 
 notebooks: .venv/dev
 	@$(BIN)/python -m lib.course.build $(ARGS)

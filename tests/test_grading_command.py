@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import nbformat
 import pytest
@@ -24,14 +25,16 @@ from lib.course.grading.grader import Grade, Score
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
 CHAPTER_4 = [text for text in chapter_texts() if text.stem.startswith("04")][0]
-POINTS_4 = sum(exercises()[name].points for name in command._names("4"))
+POINTS_4 = sum(exercises()[name].points for name in command.names_of("4"))
 
 
-@pytest.fixture
-def folder(tmp_path):
+SEED = ("--chapters", "4", "--jobs", "1", "--seed", "secret word")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
     """Four submissions of chapter 4."""
-    folder = tmp_path / "class"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("class")
     nbformat.write(solved_notebook(CHAPTER_4), folder / "ada.ipynb")
     nbformat.write(student_notebook(CHAPTER_4), folder / "bob.ipynb")
     (folder / "李 雷").mkdir()
@@ -45,16 +48,35 @@ def run(monkeypatch, *arguments) -> int:
     return command.main()
 
 
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """The table of a run that nothing came between."""
+    out = tmp_path_factory.mktemp("whole")
+    assert start(folder, out).wait(timeout=300) == 0
+    return (out / "grades.csv").read_bytes()
+
+
+def start(folder, out):
+    return subprocess.Popen(
+        [sys.executable, "-m", "lib.course.grading", folder, "--out", out, *SEED],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
 def rows(path):
     with open(path, encoding="utf-8-sig", newline="") as file:
         return {row["student"]: row for row in csv.DictReader(file)}
 
 
-def test_a_class_gets_a_table_files_and_pages(folder, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "out"
-    chosen = ("--chapters", "4", "--seed", "secret word", "--jobs", "1")
-    assert run(monkeypatch, folder, "--out", out, *chosen) == 0
+def test_a_class_gets_a_table_files_and_pages(
+    folder, whole, tmp_path, monkeypatch, capsys
+):
+    out, folder = tmp_path / "out", shutil.copytree(folder, tmp_path / "class")
+    assert run(monkeypatch, folder, "--out", out, *SEED) == 0
     table = (out / "grades.csv").read_bytes()
+    assert table == whole, "graded twice, the same"
     found = rows(out / "grades.csv")
     assert {name: (int(row["points"]), row["status"]) for name, row in found.items()} == {
         "'=cmd": (0, "unreadable"),
@@ -64,7 +86,7 @@ def test_a_class_gets_a_table_files_and_pages(folder, tmp_path, monkeypatch, cap
     }
     for row in found.values():
         assert int(row["max_points"]) == POINTS_4 and len(row["sha256"]) == 64
-        assert sum(int(row[n]) for n in command._names("4")) == int(row["points"])
+        assert sum(int(row[n]) for n in command.names_of("4")) == int(row["points"])
     kept = json.loads((out / "students" / "李 雷.json").read_text("utf-8"))
     assert kept["score"] == POINTS_4 and len(kept["tests"]) == 8
     assert "secret word" not in (out / "students" / "ada.json").read_text()
@@ -79,10 +101,6 @@ def test_a_class_gets_a_table_files_and_pages(folder, tmp_path, monkeypatch, cap
     assert "4 of 4 were graded before" in capsys.readouterr().out
     assert (out / "grades.csv").read_bytes() == table
 
-    # In another folder, from nothing: the same table.
-    assert run(monkeypatch, folder, "--out", tmp_path / "again", *chosen) == 0
-    assert (tmp_path / "again" / "grades.csv").read_bytes() == table
-
     # A new submission is graded, and no other.
     capsys.readouterr()
     shutil.copy(folder / "ada.ipynb", folder / "bob.ipynb")
@@ -91,19 +109,9 @@ def test_a_class_gets_a_table_files_and_pages(folder, tmp_path, monkeypatch, cap
     assert int(rows(out / "grades.csv")["bob"]["points"]) == POINTS_4
 
 
-def start(folder, out):
-    arguments = (folder, "--out", out, "--chapters", "4", "--jobs", "1", "--seed", "1")
-    return subprocess.Popen(
-        [sys.executable, "-m", "lib.course.grading", *map(str, arguments)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_a_run_that_was_ended_goes_on_where_it_was(folder, tmp_path, how):
-    cut, whole = tmp_path / "cut", tmp_path / "whole"
+def test_a_run_that_was_ended_goes_on_where_it_was(folder, whole, tmp_path, how):
+    cut = tmp_path / "cut"
     process = start(folder, cut)
     while process.poll() is None and not list(cut.glob("students/a*.json")):
         time.sleep(0.02)
@@ -118,12 +126,7 @@ def test_a_run_that_was_ended_goes_on_where_it_was(folder, tmp_path, how):
     process = start(folder, cut)
     said = process.communicate(timeout=300)[0]
     assert process.returncode == 0 and f"{num_kept} of 4 were graded before" in said
-    assert start(folder, whole).wait(timeout=300) == 0
-    cut, whole = ((out / "grades.csv").read_bytes() for out in (cut, whole))
-    assert cut == whole
-    assert not subprocess.run(
-        ["pgrep", "-f", "lib.course.grading.worker.*" + str(tmp_path)]
-    ).stdout
+    assert (cut / "grades.csv").read_bytes() == whole
 
 
 def test_a_full_disk_loses_nothing(folder, tmp_path, monkeypatch, capsys):
@@ -135,14 +138,13 @@ def test_a_full_disk_loses_nothing(folder, tmp_path, monkeypatch, capsys):
             raise OSError(errno.ENOSPC, "No space left on device")
         fsync(file)
 
-    chosen = ("--chapters", "4", "--seed", "1", "--jobs", "1", "--out", out)
     monkeypatch.setattr(os, "fsync", full)
-    assert run(monkeypatch, folder, *chosen) == 1
+    assert run(monkeypatch, folder, "--out", out, *SEED) == 1
     said = capsys.readouterr().out
     assert "No space left on device" in said and "1 of 4 are graded and kept" in said
     assert len(list((out / "students").glob("*.json"))) == 1
     monkeypatch.setattr(os, "fsync", fsync)
-    assert run(monkeypatch, folder, *chosen) == 0
+    assert run(monkeypatch, folder, "--out", out, *SEED) == 0
     assert "1 of 4 were graded before" in capsys.readouterr().out
 
 
@@ -188,6 +190,28 @@ def test_gradescope_finds_its_file(folder, tmp_path, monkeypatch, content, point
     for test in got["tests"]:
         assert test.keys() >= {"name", "score", "max_score", "status", "output"}
         assert test["status"] in ("passed", "failed")
+
+
+def test_the_zip_for_gradescope_runs_where_it_is_unpacked(folder, tmp_path):
+    root, file = tmp_path / "autograder", tmp_path / "gradescope.zip"
+    zip_it = [sys.executable, "-m", "lib.course.grading.gradescope", "4", "--out", file]
+    said = subprocess.run(zip_it, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "it grades with the seed" in said.stdout
+    with zipfile.ZipFile(file) as archive:
+        archive.extractall(root / "source")
+        modes = {i.filename: i.external_attr >> 16 for i in archive.infolist()}
+    assert modes["run_autograder"] == modes["setup.sh"] == 0o755
+    assert not any(name.startswith(("solutions", "tests", "data")) for name in modes)
+    assert file.stat().st_size < 10**6
+    (root / "submission").mkdir()
+    shutil.copy(folder / "ada.ipynb", root / "submission")
+    (root / "venv" / "bin").mkdir(parents=True)
+    (root / "venv" / "bin" / "python").symlink_to(sys.executable)
+    environment = {"PATH": os.environ["PATH"], "AUTOGRADER": str(root)}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)  # of the link's own packages
+    subprocess.run(["bash", root / "source/run_autograder"], env=environment, check=True)
+    got = json.loads((root / "results" / "results.json").read_text())
+    assert got["score"] == POINTS_4
 
 
 def graded(message="wrong for <b>x</b> (T=3)", student="<script>alert(1)</script>"):

@@ -26,7 +26,7 @@ from lib.course.grading.submissions import find, in_one_folder
 def main() -> int:
     args = _arguments()
     torch.set_num_threads(1)  # beside the workers
-    names = _names(args.chapters)
+    names = names_of(args.chapters)
     if args.mine:
         return mine(args.mine, names)
     if args.gradescope:
@@ -121,7 +121,7 @@ def gradescope(root: Path, names: list[str], seed: str | None) -> int:
     return 0
 
 
-def _names(chapters: str | None) -> list[str]:
+def names_of(chapters: str | None) -> list[str]:
     """The exercises of chapters, "3" or "1,2"; ValueError for one that there is not."""
     by_chapter: dict[str, list[str]] = {}
     for name in exercises():

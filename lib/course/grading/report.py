@@ -12,10 +12,12 @@ import jinja2
 import matplotlib.pyplot as plt
 import mistune
 import nbformat
+from matplotlib.ticker import MaxNLocator
 
 from lib.course import ROOT
 from lib.course.exercises import exercises
-from lib.course.grading.grader import Grade
+from lib.course.grading.grader import Grade, Score
+from lib.course.grading.worker import NOT_THERE
 from lib.plotting import NEW, WASTED, use_course_style
 
 PAGES = jinja2.Environment(
@@ -43,7 +45,7 @@ def class_page(grades: list[Grade], page_of: Callable[[str], str]) -> str:
         name: Counter(
             re.sub(r" \(.*?\)", "", grade.scores[name].message)
             for grade in grades
-            if not grade.scores[name].points
+            if _kind(grade.scores[name]) == "wrong"
         ).most_common(3)
         for name in names
     }
@@ -78,6 +80,7 @@ def _picture(grades: list[Grade], names: list[str]) -> str:
     num_passed = kinds[hardest]["passed"]
     ax.set_title(f"{hardest}: fewest passed, {num_passed} of {len(grades)}")
     ax.invert_yaxis()
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("submissions")
     ax.grid(axis="y", visible=False)
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
@@ -87,10 +90,10 @@ def _picture(grades: list[Grade], names: list[str]) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _kind(score) -> str:
+def _kind(score: Score) -> str:
     if score.points:
         return "passed"
-    is_there = score.message not in ("not written yet", "not there", "no notebook")
+    is_there = score.message not in ("not written yet", NOT_THERE, "no notebook")
     return "wrong" if is_there else "not written"
 
 
