@@ -1,6 +1,5 @@
 """Local pass is graded pass: the answers of tests/answers through worker and grader."""
 
-import ast
 import importlib
 import inspect
 import os
@@ -11,6 +10,7 @@ from test_exercises import NAMES
 from test_exercises import RIGHT as ANSWERS_RIGHT
 from test_exercises import WRONG as ANSWERS_WRONG
 
+from lib.course.collect import _needed, _statements
 from lib.course.exercises import exercises
 from lib.course.grading.grader import Worker, score
 

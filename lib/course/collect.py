@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import functools
 import linecache
 import re
 import types
@@ -16,7 +17,7 @@ from lib.course.exercises import exercises
 from lib.course.stubs import bound_names, free_names
 
 IMPORTS = (ast.Import, ast.ImportFrom)
-DEFINITIONS = (*IMPORTS, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 ASSIGNMENTS = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.If, ast.Try)
 
 
@@ -64,14 +65,20 @@ def define(
     return found
 
 
-@dataclass
+@dataclass(eq=False)
 class _Statement:
     """At the top level of a cell."""
 
     filename: str
     node: ast.stmt
-    binds: set[str]
-    needs: set[str]
+    source: str
+
+    @functools.cached_property
+    def binds(self) -> set[str]:
+        if isinstance(self.node, FUNCTIONS):  # of most we need to know no more
+            return {self.node.name}
+        is_star = isinstance(self.node, ast.ImportFrom) and self.node.names[0].name == "*"
+        return bound_names(self.source) | ({"*"} if is_star else set())
 
 
 @contextlib.contextmanager
@@ -95,14 +102,11 @@ def _statements(
             lines = source.split("\n")
             register(filename, source)
             for node in tree.body:
-                if isinstance(node, (*DEFINITIONS, *ASSIGNMENTS)):
+                if isinstance(node, (*IMPORTS, *FUNCTIONS, *ASSIGNMENTS)):
                     decorators = getattr(node, "decorator_list", [])
                     first = min([node.lineno, *(d.lineno for d in decorators)])
                     own = "\n".join(lines[first - 1 : node.end_lineno])
-                    binds, needs = bound_names(own), free_names(own)
-                    if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
-                        binds.add("*")
-                    found.append(_Statement(filename, node, binds, needs))
+                    found.append(_Statement(filename, node, own))
     return found
 
 
@@ -119,17 +123,14 @@ def _parse(source: str) -> tuple[str, ast.Module]:
 
 def _needed(statements: list[_Statement], names: set[str]) -> list[_Statement]:
     """Those that bind one of `names`, or what such a statement needs, and so on."""
-    needed: list[_Statement] = []
+    needed: set[_Statement] = set()
     while True:
-        more = [
-            s
-            for s in statements
-            if s not in needed and (s.binds & names or "*" in s.binds)
-        ]
+        names = {*names, "*"}  # an import of everything may bind anything
+        more = [s for s in statements if s not in needed and s.binds & names]
         if not more:
             return [s for s in statements if s in needed]
-        needed += more
-        names = names.union(*(s.needs | s.binds for s in more))
+        needed.update(more)
+        names = names.union(*(free_names(s.source) | s.binds for s in more))
 
 
 def register(filename: str, source: str) -> str:
