@@ -30,14 +30,12 @@ def worker():
 def cells(name: str, answer) -> list[str]:
     """A notebook in which this is the answer: its module, without the registers."""
     function = inspect.unwrap(getattr(answer, "fn", answer))
-    module = importlib.import_module(function.__module__)
-    source = inspect.getsource(module)
+    source = inspect.getsource(importlib.import_module(function.__module__))
     source = re.sub(r"^from answers import .*$", "", source, flags=re.MULTILINE)
-    source = re.sub(
-        r"^@(right|wrong)\(.*?\)$", "", source, flags=re.MULTILINE | re.DOTALL
-    )
-    ast.parse(source)
-    return [source, f"{name} = {function.__name__}"]
+    registers = r"^@(right|wrong)\(.*?\)$"
+    source = re.sub(registers, "", source, flags=re.MULTILINE | re.DOTALL)
+    needed = _needed(_statements([source], "answers", {}), {function.__name__})
+    return [*(s.source for s in needed), f"{name} = {function.__name__}"]
 
 
 def right(name):

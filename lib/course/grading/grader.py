@@ -23,7 +23,7 @@ from lib.course.grading import sandbox, wire
 from lib.course.grading.submissions import Submission
 from lib.course.grading.worker import CRASHED, NOT_THERE, SECONDS_TO_COMPILE, TIMEOUT
 
-LEAST_SECONDS = 10  # that any answer has for a call
+LEAST_SECONDS = 5  # that any answer has for a call
 MOST_TIMES_SLOWER = 20  # than the library's, where that takes longer
 OK, PARTIAL, UNREADABLE = "ok", "partial", "unreadable"  # what else a row's status may be
 
