@@ -179,7 +179,7 @@ def write(files: dict[str, bytes], folder: str, path: Path):
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m lib.course.release",
-        description="A zip of the course without the answers of a chapter and later ones.",
+        description="A zip of the course without the answers of a chapter and later.",
     )
     parser.add_argument("chapter", help="the last chapter that is handed out: 3")
     parser.add_argument("--out", type=Path, help="default: release_03.zip")
