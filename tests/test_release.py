@@ -267,9 +267,7 @@ def test_without_triton_there_is_no_release_of_its_chapter(monkeypatch):
 def test_a_bundle_sets_itself_up_and_its_notebooks_run(unpacked):
     bundle = unpacked(3)
     setup = ["make", ".venv/course", f"PYTHON={sys.executable}"]
-    subprocess.run(
-        setup, cwd=bundle, check=True, env={**os.environ, **FROM_THE_CPU_INDEX}
-    )
+    subprocess.run(setup, cwd=bundle, check=True)
     solved = bundle / "notebooks" / "03_kv_cache.ipynb"
     nbformat.write(solved_notebook(CHAPTERS[3]), solved)
     for path in (bundle / "notebooks" / "02_training.ipynb", solved):
