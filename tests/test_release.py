@@ -18,6 +18,7 @@ from lib.course.build import (
     chapter_texts,
     marked_exercises,
     solved_notebook,
+    student_notebook,
 )
 from lib.course.release import FILES, release, write
 from lib.course.stubs import answer, stub
@@ -243,6 +244,11 @@ def test_a_bundle_is_written_whole_and_starts(tmp_path, no_outputs):
     assert notebooks == ["notebooks/01_generation.ipynb", "notebooks/02_training.ipynb"]
     assert not [path for path in files if path.startswith(("solutions/", "tests/"))]
     assert {"LICENSE", "requirements.txt", "data/moby_dick.pt"} <= files.keys()
+    one, two = (nbformat.reads(files[path].decode(), 4) for path in notebooks)
+    assert one == student_notebook(CHAPTERS[1])
+    assert [c.source for c in two.cells] == [
+        c.source for c in student_notebook(CHAPTERS[2]).cells
+    ]
     makefile = files["Makefile"].decode()
     targets = re.findall(r"(?m)^([\w./]+):(?!=)", makefile)
     assert targets == [".PHONY", "lab", "mine", ".venv/course"]
