@@ -7,12 +7,14 @@
 #   make grade       grade submissions: make grade SUBMISSIONS=folder ARGS="--chapters 3"
 #   make gradescope  the zip for an assignment on Gradescope: make gradescope CHAPTERS=3
 #   make notebooks   rebuild notebooks/ and solutions/*.ipynb from solutions/*.py
+#   make mine        try what is written in notebooks/, each answer in a process of its own
+#   make release     a zip without the answers of a chapter and of later ones: make release THROUGH=3
 
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: lab test table bench grade gradescope notebooks
+.PHONY: lab test table bench mine grade gradescope release notebooks
 .DEFAULT_GOAL := lab
 
 lab: .venv/course
@@ -40,11 +42,17 @@ gradescope: .venv/course
 notebooks: .venv/dev
 	@$(BIN)/python -m lib.course.build $(ARGS)
 
-# The two environments are one: `course` is what a reader needs, `dev` adds what tests and builds need.
+mine: .venv/course
+	@$(BIN)/python -m lib.course.grading --mine notebooks $(ARGS)
+
+release: .venv/dev
+	@$(BIN)/python -m lib.course.release "$(THROUGH)" $(ARGS)
+
 .venv/course: requirements.txt pyproject.toml
 	@$(call install,-r requirements.txt)
 	@touch $@
 
+# The same environment, and what tests and builds need.
 .venv/dev: .venv/course
 	@$(call install,-e '.[dev]')
 	@touch $@

@@ -9,18 +9,20 @@ import contextlib
 import importlib
 import inspect
 import os
+import re
 import textwrap
 import traceback
 from collections.abc import Callable, Iterator
 
-from lib.course.exercises import Exercise
+from lib.course.exercises import Exercise, exercises, library_answer
 
 
 def attempt(exercise: Exercise, answer: Callable, inputs: dict) -> dict:
     """Call `answer` with the `inputs` of a case, which it may change.
 
     The result holds "outputs" and "inputs" where it came to its end, "error" where it
-    raised, and is empty where it is not written yet. What it prints goes nowhere.
+    raised, and is empty where it is not written yet. Where another answer has to be there
+    first, "needs" names it. What it prints goes nowhere.
     """
     try:
         with silence(), forbid(exercise.forbidden):
@@ -29,7 +31,7 @@ def attempt(exercise: Exercise, answer: Callable, inputs: dict) -> dict:
         raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
         if raised_in == function_of(answer).__code__.co_filename:
             return {}
-        return {"error": "it calls what is not written yet: use the library's"}
+        return _needs(error)
     except (Exception, SystemExit) as error:
         advice = [text for part, text in exercise.errors.items() if part in str(error)]
         return {"error": ". ".join([_raised(error, answer), *advice])}
@@ -103,6 +105,17 @@ def forbid(names: tuple[str, ...]) -> Iterator[None]:
     finally:
         for module, attribute, original in kept:
             setattr(module, attribute, original)
+
+
+def _needs(error: NotImplementedError) -> dict:
+    """What to say of a stub that was called: a notebook's, or the library's, which says
+    whose it is."""
+    caller = traceback.extract_tb(error.__traceback__)[-1].name
+    says = re.match(r"(\w+) is yours to write", str(error))
+    name = says[1] if says else caller
+    if not says and not (name in exercises() and is_stub(library_answer(name))):
+        return {"error": "it calls what is not written yet: use the library's"}
+    return {"error": f"needs {name}, which is yours to write: that first", "needs": name}
 
 
 def _raised(error: BaseException, answer: Callable) -> str:

@@ -25,6 +25,7 @@ import io
 import re
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import jupytext
@@ -109,12 +110,7 @@ def _notebook(text: Path, is_solved: bool) -> nbformat.NotebookNode:
 
 def _expand(cell, exercise: str, given: list[str], bound: set[str], is_solved: bool):
     """Put a stub, or the library's source, in the place of the marked import."""
-    (node,) = ast.parse(cell.source).body
-    if isinstance(node, ast.ImportFrom):
-        module, names = node.module, [alias.name for alias in node.names]
-    else:  # a method: allocate = BlockManager.allocate
-        module, class_name, name = exercises()[exercise].target.rsplit(".", 2)
-        names = [f"{class_name}.{name}"]
+    module, names = _marked_names(cell, exercise)
     source = answer(module, names)
     missing = free_names(source) - bound
     if missing:
@@ -122,6 +118,36 @@ def _expand(cell, exercise: str, given: list[str], bound: set[str], is_solved: b
     cell.source = source if is_solved else stub(module, names, given)
     compile(cell.source, exercise, "exec")
     cell.metadata = _nbgrader(exercise, is_solution=True)
+
+
+def _marked_names(cell, exercise: str) -> tuple[str, list[str]]:
+    """The module of a marked import, and what is imported."""
+    (node,) = ast.parse(cell.source).body
+    if isinstance(node, ast.ImportFrom):
+        return node.module, [alias.name for alias in node.names]
+    # a method: allocate = BlockManager.allocate
+    module, class_name, name = exercises()[exercise].target.rsplit(".", 2)
+    return module, [f"{class_name}.{name}"]
+
+
+@dataclass(frozen=True)
+class Marked:
+    """An exercise of a chapter text: what its cell names, and what its stub keeps."""
+
+    exercise: str
+    module: str
+    names: list[str]
+    given: list[str]
+
+
+def marked_exercises(text: Path) -> list[Marked]:
+    """The exercises of a chapter, in order."""
+    found = []
+    for cell in jupytext.reads(text.read_text(encoding="utf-8"), fmt="py:percent").cells:
+        if exercise := cell.metadata.get("exercise"):
+            given = cell.metadata.get("given", "").split()
+            found.append(Marked(exercise, *_marked_names(cell, exercise), given))
+    return found
 
 
 def _nbgrader(

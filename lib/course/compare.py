@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from lib.course.exercises import Case, Exercise
+from lib.course.exercises import Case, Exercise, exercises
+from lib.course.shipped import is_withheld
 
 # Largest difference, beside 1 + |expected|, that rounding explains.
 TOLERANCES = {"float64": 1e-9, "float32": 2e-5, "float16": 2e-3}
@@ -16,18 +17,27 @@ TOLERANCES = {"float64": 1e-9, "float32": 2e-5, "float16": 2e-3}
 OTHER_DTYPE = "New tensors are made with the dtype of those that came in"
 
 
-def verdict(exercise: Exercise, case: Case, expected: dict, got: dict) -> str | None:
+def verdict(
+    exercise: Exercise, case: Case, expected: dict | None, got: dict
+) -> str | None:
     """What is wrong with an answer to one case, in a line, or None.
 
-    expected: the library's outputs. got: what `attempt` gave. All is plain data.
+    expected: the library's outputs, None where nobody knows them. got: what `attempt`
+    gave. All is plain data.
     """
     if not got:
         return "not written yet"
+    if waits_for(exercise, got):
+        return None
+    if is_withheld(got.get("needs", "")):
+        return got["error"]
     wrong_for = f"wrong for {case.name}{_in_brackets(case.inputs)}"
     if "error" in got:
         return f"{wrong_for}: {got['error']}"
     if difference(case.inputs, got["inputs"]):
         return f"{wrong_for}: it changed its inputs"
+    if expected is None:
+        return None
     outputs = {key: expected[key] for key in expected if key not in case.limits}
     wrong = difference(outputs, got["outputs"]) or over_limit(case.limits, got["outputs"])
     if not wrong:
@@ -37,6 +47,15 @@ def verdict(exercise: Exercise, case: Case, expected: dict, got: dict) -> str | 
         if OTHER_DTYPE not in wrong:
             why = exercise.explain(case.inputs, expected, got["outputs"])
     return f"{wrong_for}: {wrong}" + (f". {why}" if why else "")
+
+
+def waits_for(exercise: Exercise, got: dict) -> str | None:
+    """The withheld answer, further down in the chapters, without which a case cannot be
+    tried yet, or None."""
+    names, needed = list(exercises()), got.get("needs", "")
+    if is_withheld(needed) and names.index(needed) > names.index(exercise.name):
+        return needed
+    return None
 
 
 def crash(exercise: Exercise, case: Case, how: str) -> str:

@@ -26,6 +26,7 @@ class Case:
     name: str  # completes "wrong for ..."
     inputs: dict[str, Any]
     limits: dict[str, float] = field(default_factory=dict)  # output -> the most it may be
+    draws: bool = False  # whether outputs follow from the random numbers of torch
 
 
 @dataclass(frozen=True)

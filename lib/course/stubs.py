@@ -7,6 +7,7 @@ import ast
 import builtins
 import importlib
 import inspect
+import re
 import symtable
 import textwrap
 from pathlib import Path
@@ -28,6 +29,24 @@ def stub(module: str, names: list[str], given: list[str]) -> str:
     by its number.
     """
     return "\n\n\n".join(_blank(answer(module, [name]), given) for name in names)
+
+
+def withheld(text: str, names: list[str], given: list[str], words: str) -> str:
+    """The text of a module in which `names` are the stubs that `stub` gives.
+
+    words: what the NotImplementedError of each says.
+    """
+    for name in names:
+        first, last = _lines(text, name)
+        lines = text.split("\n")
+        source = "\n".join(lines[first:last])
+        indent = source[: len(source) - len(source.lstrip())]
+        blank = textwrap.indent(_blank(textwrap.dedent(source), given), indent)
+        raising = f'\\g<0>("{words}")'
+        blank = re.sub("raise NotImplementedError$", raising, blank, flags=re.MULTILINE)
+        lines[first:last] = blank.split("\n")
+        text = "\n".join(lines)
+    return text
 
 
 def free_names(source: str) -> set[str]:
@@ -52,14 +71,23 @@ def _source(module: str, name: str) -> str:
     """From the file, not the live object, which a reader's answer may have replaced."""
     path = Path(inspect.getsourcefile(importlib.import_module(module)))
     text = path.read_text(encoding="utf-8")
+    try:
+        first, last = _lines(text, name)
+    except LookupError:
+        raise LookupError(f"expected {name} in {path.name}, found none") from None
+    return "\n".join(text.split("\n")[first:last])
+
+
+def _lines(text: str, name: str) -> tuple[int, int]:
+    """Where in a module's text `name` is defined: its first line, and behind its last."""
     body = ast.parse(text).body
     for part in name.split("."):
         found = [node for node in body if getattr(node, "name", None) == part]
         if not found:
-            raise LookupError(f"expected {name} in {path.name}, found none")
+            raise LookupError(f"expected {name}, found none")
         body = found[0].body
     first = min([found[0].lineno, *(d.lineno for d in found[0].decorator_list)])
-    return "\n".join(text.split("\n")[first - 1 : found[0].end_lineno])
+    return first - 1, found[0].end_lineno
 
 
 def _blank(source: str, given: list[str]) -> str:

@@ -180,7 +180,8 @@ def generate_recompute_cases(seed: int) -> list[Case]:
             "draw_seed": int(rng.integers(1000)),
         }
         limits = {"kept_for_a_backward_pass_bytes": 0}
-        cases.append(Case(name, inputs, limits))
+        draws = settings["temperature"] != 0
+        cases.append(Case(name, inputs, limits, draws))
     return cases
 
 

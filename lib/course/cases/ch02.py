@@ -159,7 +159,7 @@ def checkpoint_cases(seed: int) -> list[Case]:
             "bytes_saved_by_the_forward_pass": 2 * edge * num_segments,
             "bytes_saved_by_the_backward_pass": 20 * edge * num_layers // num_segments,
         }
-        cases.append(Case(name, inputs, limits))
+        cases.append(Case(name, inputs, limits, draws=dropout > 0))
     return cases
 
 
@@ -281,7 +281,7 @@ def checkpoint_recursive_cases(seed: int) -> list[Case]:
             # Once forward, once with autograd, and half of them again a halving.
             "block_calls": 2 * num_layers + math.ceil(num_layers * halvings / 2),
         }
-        cases.append(Case(name, inputs, limits))
+        cases.append(Case(name, inputs, limits, draws=dropout > 0))
     return cases
 
 

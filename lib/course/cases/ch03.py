@@ -263,7 +263,8 @@ def generate_cached_cases(seed: int) -> list[Case]:
             "settings": settings,
             "draw_seed": int(rng.integers(1000)),
         }
-        cases.append(Case(name, inputs, {"kept_for_a_backward_pass_bytes": 0}))
+        limits = {"kept_for_a_backward_pass_bytes": 0}
+        cases.append(Case(name, inputs, limits, draws=settings is not greedy))
     return cases
 
 

@@ -1,6 +1,5 @@
 """Chapter 4: what its exercises are tried on."""
 
-import contextlib
 import math
 import re
 from collections import Counter
@@ -8,7 +7,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lib.block_manager import BlockManager, OutOfBlocksError
 from lib.course.exercises import Case, Exercise
 
 NOWHERE = 2147480000  # a block id that stands behind the end of a table: never to be read
@@ -95,11 +93,11 @@ def _script(name: str, num_blocks: int, block_size: int, *calls: tuple) -> Case:
 def _random_script(seed: int, num_calls: int = 40) -> Case:
     """Calls on a small pool, some of which are refused: too many, or for nobody."""
     rng = np.random.default_rng(seed)
-    manager, calls = BlockManager(12, 3), []
+    begun, calls = [], []  # begun, if it was not refused, and not freed
     for number in range(num_calls):
         kind = str(rng.choice(["allocate", "append", "append", "append", "fork", "free"]))
-        live, new_id = list(manager.block_tables), f"r{number}"
-        some_id = str(rng.choice(live)) if live and rng.random() < 0.9 else "nobody"
+        new_id = f"r{number}"
+        some_id = str(rng.choice(begun)) if begun and rng.random() < 0.9 else "nobody"
         if kind == "allocate":
             call = [kind, new_id, int(rng.integers(0, 13))]
         elif kind == "append":
@@ -107,8 +105,10 @@ def _random_script(seed: int, num_calls: int = 40) -> Case:
         else:
             call = [kind, some_id, new_id] if kind == "fork" else [kind, some_id]
         calls.append(call)
-        with contextlib.suppress(ValueError, OutOfBlocksError):
-            getattr(manager, kind)(*call[1:])
+        if kind == "free":
+            begun = [request_id for request_id in begun if request_id != some_id]
+        elif kind != "append":
+            begun.append(new_id)
     return _script("forty random calls", 12, 3, *calls)
 
 

@@ -82,14 +82,16 @@ def _step(
     run: Callable, seed: int, num_layers: int, dropout: float, input_wants_gradient: bool
 ) -> dict:
     """Forward and backward over random blocks in float64: gradients, and what it cost."""
-    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)  # torch rounds its own otherwise on other machines
     config = ModelConfig(256, num_layers, 2, 1, 16, 24, 16, dropout=dropout)
     blocks = Transformer(config).double().train().blocks
     for parameter in blocks.parameters():
         if parameter.dim() == 2:
-            parameter.data.mul_(8)
-    x = torch.randn(2, 8, 16, dtype=torch.float64)
-    x = (x * 1).requires_grad_(input_wants_gradient)
+            parameter.data = torch.from_numpy(rng.normal(0, 0.16, parameter.shape))
+    x = torch.from_numpy(rng.normal(size=(2, 8, 16)))
+    x = x.requires_grad_(input_wants_gradient)
+    torch.manual_seed(seed)
+    torch.rand(())  # whoever sets the seed anew goes back to before this
     positions = torch.arange(8)
     forward = measure(lambda: run(blocks, x, positions))
     loss = forward.value.square().sum()

@@ -13,7 +13,6 @@ it prints goes nowhere, and what it leaves running is ended.
 
 import contextlib
 import copy
-import functools
 import importlib
 import os
 import resource
@@ -33,6 +32,7 @@ from lib.course import collect
 from lib.course.attempt import attempt, function_of, is_stub, not_compiled, not_ready
 from lib.course.exercises import Exercise, exercises, library_answer
 from lib.course.grading import sandbox, wire
+from lib.course.shipped import withheld_names
 
 MEMORY_BYTES = 2 * 2**30  # of data that a job may ask for, beyond what the worker has
 RESIDENT_BYTES = 4 * 2**30  # of all processes of a job together
@@ -53,7 +53,6 @@ def main(folder: str):
         importlib.import_module(name)
     jobs, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    not_handed_out()  # once, for all jobs
     sandbox.adopt_orphans()
     wire.write(replies, wire.encode({"sandbox": sandbox.enter(folder)}))
     warm: set[str] = set()
@@ -229,10 +228,10 @@ def _send(pipe: BinaryIO, message: dict):
 def _find(exercise: Exercise, job: dict, failures: dict[str, str]) -> Callable | None:
     """The student's answer, now in the library's place, or None.
 
-    Of several notebooks' answers the last counts that is written. Where the course was
-    handed out without other answers, the student's stand in for these too.
+    Of several notebooks' answers the last counts that is written. Where the library's
+    others are withheld, the student's stand in for these too.
     """
-    wanted = {exercise.name, *not_handed_out()}
+    wanted = {exercise.name, *withheld_names()}
     found = {}
     for number, cells in enumerate(job["notebooks"], start=1):
         with contextlib.suppress(TooLateError):
@@ -245,12 +244,6 @@ def _find(exercise: Exercise, job: dict, failures: dict[str, str]) -> Callable |
     for name, answer in found.items():
         setattr(exercises()[name].owner, name, answer)
     return found.get(exercise.name)
-
-
-@functools.cache
-def not_handed_out() -> list[str]:
-    """The exercises whose answers are stubs in this course's library."""
-    return [name for name in exercises() if is_stub(library_answer(name))]
 
 
 @contextlib.contextmanager

@@ -1,0 +1,212 @@
+"""The course for a class that must not see the answers of a chapter yet.
+
+    python -m lib.course.release 3    # chapters 1 to 3, in release_03.zip
+
+The answers of the chapters before it are there. Those of this one, and of all that come
+later, are the stubs that the notebooks show, in the library too. What they give on the
+cases of the notebooks comes along as plain data, so that `check` works: see shipped.py.
+
+The same course gives the same zip on the same machine.
+"""
+
+import argparse
+import re
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+
+from lib.course.build import (
+    ROOT,
+    BuildError,
+    Marked,
+    chapter_texts,
+    marked_exercises,
+    student_notebook,
+)
+from lib.course.check import SEED, expected_outputs
+from lib.course.exercises import exercises
+from lib.course.grading import wire
+from lib.course.shipped import PATH, draws
+from lib.course.stubs import withheld
+from lib.paged_attention_triton import HAS_TRITON
+
+# Patterns of what is handed out as it is, and what only those need who make the course.
+FILES = (
+    *("LICENSE", "pyproject.toml", "requirements.txt"),
+    *("lib/**/*.py", "lib/*.mplstyle", "lib/course/grading/pages/*.html"),
+    *("data/README.md", "data/moby_dick.pt", "data/moby_dick.txt", "data/results/*.*"),
+)
+NOT_FOR_STUDENTS = ("lib/course/build.py", "lib/course/release.py")
+TARGETS = ("lab", "mine")  # of the Makefile, that work without the answers
+
+README = """# Where the Memory Goes, through chapter {chapter}
+
+How language models generate text, and where the memory goes: a course in notebooks, in
+which you write the library.
+
+## Start
+
+{start}
+
+`make mine` tries what you have written in all notebooks, each answer in a process of its
+own. Without make: `.venv/bin/python -m lib.course.grading --mine notebooks`.
+
+## Chapters
+
+{chapters}
+
+## What is not here yet
+
+The answers of chapter {chapter}{later}. In lib/ they are stubs, as in the notebook:
+
+{names}
+
+When `check` says that yours passed, it fills the library's gap for the rest of
+the page, until the kernel restarts; what needs it before raises NotImplementedError and
+says whose turn it is. Go on then: running all cells does not end there. With
+`check.collect(".")` behind the imports, what you have saved is there from the top on.
+
+The answers of earlier chapters are in lib/: whoever did not finish one goes on all the
+same.
+
+## Licence
+
+MIT. The book is in the public domain; see [data/README.md](data/README.md).
+"""
+
+
+def release(chapter: int, root: Path = ROOT) -> dict[str, bytes]:
+    """What is handed out while the answers of `chapter` are not, by path in the bundle.
+
+    Raises BuildError where there is no such chapter, or where its answers cannot be tried
+    on this machine.
+    """
+    texts = {int(text.stem[:2]): text for text in chapter_texts(root)}
+    if chapter not in texts:
+        first, last = min(texts), max(texts)
+        raise BuildError(f"THROUGH: expected a chapter, {first} to {last}, got {chapter}")
+    stubs = {n: marked_exercises(text) for n, text in texts.items() if n >= chapter}
+    files = {}
+    for path in sorted(path for pattern in FILES for path in root.glob(pattern)):
+        name = path.relative_to(root).as_posix()
+        if name not in NOT_FOR_STUDENTS:
+            files[name] = path.read_bytes()
+    for number, marks in stubs.items():
+        for mark in marks:
+            name = mark.module.replace(".", "/") + ".py"
+            words = f"{mark.exercise} is yours to write, in chapter {number}"
+            text = files[name].decode()
+            files[name] = withheld(text, mark.names, mark.given, words).encode()
+    for number, text in texts.items():
+        if number <= chapter:
+            notebook = student_notebook(text)
+            if number == chapter:
+                _go_on_after_errors(notebook)
+            written = nbformat.writes(notebook) + "\n"
+            files[f"notebooks/{text.stem}.ipynb"] = written.encode()
+    files[PATH.relative_to(ROOT).as_posix()] = wire.encode(_expected(chapter, stubs))
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    files["README.md"] = _readme(readme, chapter, stubs).encode()
+    makefile = (root / "Makefile").read_text(encoding="utf-8")
+    files["Makefile"] = _makefile(makefile).encode()
+    return files
+
+
+def _go_on_after_errors(notebook: nbformat.NotebookNode):
+    """Some cells need what is not written yet: running all must not end there."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.metadata["tags"] = ["raises-exception"]
+
+
+def _expected(chapter: int, stubs: dict[int, list[Marked]]) -> dict:
+    """What the answers of `chapter` give on the cases of its notebook: see shipped.py."""
+    tried = {}
+    for mark in stubs[chapter]:
+        exercise = exercises()[mark.exercise]
+        if exercise.is_kernel and not HAS_TRITON:
+            raise BuildError(
+                f"{mark.exercise}: expected Triton, to try it, found none: make the "
+                "release on Linux"
+            )
+        tried[mark.exercise] = [
+            [case.inputs, expected_outputs(exercise, case)]
+            for case in exercise.cases(SEED)
+        ]
+    numbers = {mark.exercise: number for number in stubs for mark in stubs[number]}
+    return {"withheld": numbers, "tried": tried, "draws": draws()}
+
+
+def _readme(text: str, chapter: int, stubs: dict[int, list[Marked]]) -> str:
+    """The bundle's README: how to start, and the chapters, are those of the course's."""
+    start = text.split("## Start\n\n")[1].split("\n\n| command |")[0]
+    start = start.replace("\ngit and make", "\nand make")
+    rows = text.split("## Chapters\n\n")[1].split("\n\n")[0].split("\n")
+    names = ", ".join(f"`{mark.exercise}`" for mark in stubs[chapter])
+    return README.format(
+        chapter=chapter,
+        start=start,
+        chapters="\n".join(rows[: 2 + chapter]),
+        later=" and of all later ones" if len(stubs) > 1 else "",
+        names=names,
+    )
+
+
+def _makefile(text: str) -> str:
+    """The Makefile with TARGETS alone, and what they need."""
+    kept = "\n\n".join(_kept_rules(text))
+    kept = re.sub(r"(?m)^#   make (\w+) .*\n", _if_kept, kept)
+    return re.sub(r"(?m)^\.PHONY: .*", f".PHONY: {' '.join(TARGETS)}", kept)
+
+
+def _kept_rules(text: str) -> Iterator[str]:
+    phony = re.search(r"(?m)^\.PHONY: (.*)", text)[1].split()
+    dropped = [*phony, ".venv/dev"]
+    for paragraph in text.split("\n\n"):
+        target = re.sub(r"(?m)^#.*\n", "", paragraph).split(":")[0]
+        if target in TARGETS or target not in dropped:
+            yield paragraph
+
+
+def _if_kept(line: re.Match) -> str:
+    return line[0] if line[1] in TARGETS else ""
+
+
+def write(files: dict[str, bytes], folder: str, path: Path):
+    """A zip of `files`, all in one folder; whole or not at all."""
+    partial = path.with_suffix(".partial")
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in sorted(files.items()):
+            info = zipfile.ZipInfo(f"{folder}/{name}")  # of 1980, whenever it is made
+            info.external_attr = 0o644 << 16
+            archive.writestr(info, data, zipfile.ZIP_DEFLATED)
+    partial.replace(path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m lib.course.release",
+        description="A zip of the course without the answers of a chapter and later.",
+    )
+    parser.add_argument("chapter", help="the last chapter that is handed out: 3")
+    parser.add_argument("--out", type=Path, help="default: release_03.zip")
+    args = parser.parse_args()
+    try:
+        if not args.chapter.isdecimal():
+            raise BuildError(f"THROUGH: expected a chapter, as 3, got {args.chapter!r}")
+        chapter = int(args.chapter)
+        files = release(chapter)
+        out = args.out or Path(f"release_{chapter:02}.zip")
+        write(files, f"where-the-memory-goes-{chapter:02}", out)
+    except (BuildError, OSError) as error:
+        print(error)
+        return 1
+    print(f"{out}: chapters 1 to {chapter}, {out.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
