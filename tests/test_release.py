@@ -231,6 +231,17 @@ def test_in_the_bundle_an_answer_that_needs_another_says_which(unpacked):
     assert messages[6][2].startswith("is of chapter 5, which this release ends before")
 
 
+def test_in_the_bundle_a_learner_sees_the_own_progress(unpacked, tmp_path):
+    """Answers that need each other, though the library has stubs for all."""
+    nbformat.write(solved_notebook(CHAPTERS[4]), tmp_path / "04.ipynb")
+    mine = [sys.executable, "-m", "lib.course.grading", "--mine", tmp_path]
+    said = subprocess.run(
+        [*mine, "--chapters", "4"], cwd=unpacked(4), capture_output=True
+    )
+    assert said.returncode == 0, said.stdout.decode() + said.stderr.decode()
+    assert "15 of 15 points" in said.stdout.decode()
+
+
 def test_a_bundle_is_written_whole_and_starts(tmp_path, no_outputs):
     files = release(2)
     write(files, "top", tmp_path / "a.zip")

@@ -1,1 +1,14 @@
-"""Grade a folder of notebooks, so that no accident costs more than its exercise."""
+"""Grade a folder of notebooks, so that no accident costs more than its exercise.
+
+One submission's way, in the order to read:
+
+    submissions.py   its files are found and read; nothing in them is executed
+    grader.py        its cells go to a worker, with the cases' inputs, an exercise at a time
+    worker.py        executes what the answer needs, calls it, and sends what came out
+    wire.py          what crosses between the two: plain data, capped
+    grader.py        compares that with the library's outputs, and gives points
+    results.py       keeps a file for the student, and a row of the table
+    report.py        the pages
+
+sandbox.py says what a worker may touch; __main__.py is the command.
+"""
