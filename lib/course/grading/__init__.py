@@ -3,7 +3,7 @@
 One submission's way, in the order to read:
 
     submissions.py   its files are found and read; nothing in them is executed
-    grader.py        its cells go to a worker, with the cases' inputs, an exercise at a time
+    grader.py        its cells go to a worker, with inputs, an exercise at a time
     worker.py        executes what the answer needs, calls it, and sends what came out
     wire.py          what crosses between the two: plain data, capped
     grader.py        compares that with the library's outputs, and gives points
