@@ -43,7 +43,7 @@ def class_page(grades: list[Grade], page_of: Callable[[str], str]) -> str:
     names = list(grades[0].scores)
     mistakes = {
         name: Counter(
-            re.sub(r" \(.*?\)", "", grade.scores[name].message)
+            re.sub(r"^(wrong for [^:]*?) \(.*?\):", r"\1:", grade.scores[name].message)
             for grade in grades
             if _kind(grade.scores[name]) == "wrong"
         ).most_common(3)
