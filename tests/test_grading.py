@@ -335,6 +335,26 @@ ATTACKS = {
         os._exit(0)
         """
     ),
+    "sends right outputs, and more of them than there are cases": DECODE.replace(
+        "def decode", "def right"
+    )
+    + textwrap.dedent(
+        """
+
+        def decode(token_ids):
+            import os, struct
+            from lib.course.grading import wire
+            pipe = [fd for fd in range(3, 64) if os.path.exists(f"/proc/self/fd/{fd}")]
+            for text in (b"whale",) + (b"whale",) * 40:
+                ids = {"token_ids": list(text)}
+                message = {"outputs": {"text": "whale"}, "inputs": ids}
+                message = wire.encode(message)
+                for fd in pipe:
+                    try: os.write(fd, struct.pack("<Q", len(message)) + message)
+                    except OSError: pass
+            os._exit(0)
+        """
+    ),
     "sends what is no message": body(
         """
         import os
@@ -443,6 +463,36 @@ def test_an_attack_earns_nothing_and_harms_nobody(worker, name):
     got, result = points(worker, notebook(IMPORTS, ATTACKS[name], APPEND))
     assert got == ONLY_APPEND, [score.message for score in result.scores.values()]
     assert all("\n" not in s.message for s in result.scores.values())
+
+
+class Forger:
+    """Answers as a worker would that a student has taken over."""
+
+    sandbox = "none"
+
+    def __init__(self, status, words, attempts):
+        self.reply = {"status": status, "words": words, "attempts": attempts}
+
+    def ask(self, job):
+        return self.reply
+
+
+def test_no_reply_makes_the_grader_fail_or_give_points_for_wrong_outputs():
+    cases = [case for case, _ in grader.tried_on("decode", SECRET)[0]]
+    right = [
+        {"outputs": expected, "inputs": case.inputs}
+        for case, expected in grader.tried_on("decode", SECRET)[0]
+    ]
+    odd = [7, None, "x", [], {}, {"outputs": 3}, {"outputs": {}, "inputs": {}}]
+    odd += [{"error": 3}, {"needs": []}, {"needs": "decode"}, {"outputs": {"text": []}}]
+    for status in ("done", "unready", "timeout", "crashed", "?"):
+        for words in (None, "passed"):
+            for attempts in ([], right[:2], right * 9, *([*right[:3], x] for x in odd)):
+                forger = Forger(status, words, attempts)
+                result = grader.score([["x"]], "decode", SECRET, forger)
+                assert result.points == 0, (status, words, attempts)
+    assert grader.score([["x"]], "decode", SECRET, Forger("done", None, right)).points
+    assert len(cases) == len(right)
 
 
 def test_what_a_job_leaves_behind_is_gone_when_the_next_begins(worker, tmp_path):

@@ -176,3 +176,9 @@ if __name__ == "__main__":
     except ValueError as error:
         print(error)
         sys.exit(2)
+    except OSError as error:  # before anything was graded
+        print(error)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted")
+        sys.exit(130)

@@ -88,13 +88,16 @@ class Worker:
         self.sandbox = ""
 
     def ask(self, job: dict) -> dict:
-        """The worker's reply; one about a crash where it died twice over a job."""
+        """The worker's reply; one about a crash where it died twice over a job.
+
+        Raises OSError where it does not start, which is no student's fault.
+        """
         for _ in range(2):
             if self.is_closed:
                 break
+            if self.process is None:
+                self._start()
             try:
-                if self.process is None:
-                    self._start()
                 # A worker ends every job in time. This is for one that cannot.
                 with self._ended_after(10 * job["seconds"] + SECONDS_TO_COMPILE):
                     wire.write(self.process.stdin, wire.encode(job))
@@ -115,8 +118,12 @@ class Worker:
             env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"},
             start_new_session=True,  # Ctrl-C is for the grader
         )
-        with self._ended_after(300):
-            self.sandbox = wire.decode(wire.read(self.process.stdout))["sandbox"]
+        try:
+            with self._ended_after(300):
+                self.sandbox = wire.decode(wire.read(self.process.stdout))["sandbox"]
+        except EOFError:
+            self._end()
+            raise OSError("a worker did not start: is there memory?") from None
 
     @contextlib.contextmanager
     def _ended_after(self, seconds: float) -> Iterator[None]:
@@ -168,7 +175,7 @@ def grade(submission: Submission, names: list[str], seed: int, worker: Worker) -
             result.scores[name] = Score(0, exercises()[name].points, "no notebook")
     if notebooks and all(s.message == NOT_THERE for s in result.scores.values()):
         result.notes.append("it has none of these exercises: another notebook?")
-    result.sandbox = worker.sandbox
+    result.sandbox = worker.sandbox if notebooks else ""
     result.seconds = round(time.perf_counter() - start, 2)
     return result
 
@@ -207,14 +214,24 @@ def _try(notebooks: list[list[str]], name: str, seed: int, worker: Worker) -> Sc
             wrong = f"wrong for {case.name}: gave what cannot be compared"
         if wrong:
             return replace(none, message=wrong, case=case.name)
-    num_left = len(cases) - len(reply["attempts"])
+    is_all_tried = len(reply["attempts"]) == len(cases)
     if reply["status"] in (TIMEOUT, CRASHED):
-        case = cases[-num_left][0] if num_left else cases[-1][0]
-        words = crash(exercise, case, reply["words"])
+        case, _ = cases[min(len(reply["attempts"]), len(cases) - 1)]
+        words = crash(exercise, case, str(reply["words"]))
         return replace(none, message=words, case=case.name, status=reply["status"])
-    if num_left or reply["words"]:  # unready, or not compiled
+    if reply["words"]:  # unready, or not compiled
         return none
+    if not is_all_tried:  # forged too
+        return replace(none, message="sent another number of outputs than cases")
     return replace(none, points=exercise.points, message="passed")
+
+
+def _failed(submission: Submission, names: list[str], error: Exception) -> Grade:
+    words = f"the grader failed: {type(error).__name__}: {error}"
+    scores = {
+        name: Score(0, exercises()[name].points, words, status=CRASHED) for name in names
+    }
+    return Grade(submission.student, scores, [words])
 
 
 def grade_all(
@@ -242,8 +259,10 @@ def grade_all(
                 submission = waiting.get_nowait()
                 try:
                     graded.put(grade(submission, names, seed, worker))
-                except Exception as error:  # of the grader's own
+                except OSError as error:  # of the machine: the run ends, and can go on
                     graded.put(error)
+                except Exception as error:  # of the grader: one row more to look at
+                    graded.put(_failed(submission, names, error))
 
     threads = [threading.Thread(target=serve, args=(w,), daemon=True) for w in workers]
     for thread in threads:

@@ -128,7 +128,8 @@ def _listen(read_end: int, seconds: float) -> dict:
                 if message.get("status") == COMPILING:
                     deadline = time.monotonic() + SECONDS_TO_COMPILE
                 elif "status" in message:  # the end, whoever still holds the pipe
-                    return ended(str(message["status"]), message["words"])
+                    words = message["words"]
+                    return ended(str(message["status"]), words and str(words)[:500])
                 else:
                     attempts.append(message)
         except (wire.WireError, AttributeError, KeyError):
