@@ -215,6 +215,43 @@ ACCIDENTS = {
         ["import os\nclass X:\n    os._exit(0)", "Y = X", body("return Y"), APPEND],
         ONLY_APPEND,
     ),
+    "a table that is filled below": (
+        [
+            "T = {}",
+            "T['mode'] = 'replace'",
+            DECODE.replace('"replace"', "T['mode']"),
+            APPEND,
+        ],
+        BOTH,
+    ),
+    "a list that a loop fills": (
+        [
+            "T = []\nfor word in ('replace',):\n    T.append(word)",
+            DECODE.replace('"replace"', "T[0]"),
+            APPEND,
+        ],
+        BOTH,
+    ),
+    "an attribute of the function": (
+        [DECODE.replace('"replace"', "decode.mode"), "decode.mode = 'replace'", APPEND],
+        BOTH,
+    ),
+    "a name from a with": (
+        [
+            "import contextlib as c\nwith c.nullcontext('replace') as MODE:\n    pass",
+            DECODE.replace('"replace"', "MODE"),
+            APPEND,
+        ],
+        BOTH,
+    ),
+    "a page that changes what it imports": (
+        [
+            "torch.set_num_threads(2)\ntorch.manual_seed(0)\ntorch.decode = exit()",
+            DECODE,
+            APPEND,
+        ],
+        BOTH,
+    ),
     "inputs changed": (
         [body("out = right(token_ids)\ntoken_ids += 1\nreturn out"), APPEND],
         BOTH,  # decode's driver makes the tensor: nobody sees it
@@ -355,6 +392,7 @@ ATTACKS = {
             os._exit(0)
         """
     ),
+    "raises half a character": "def decode(t): raise ValueError('\\ud83d')",
     "sends what is no message": body(
         """
         import os
@@ -463,6 +501,43 @@ def test_an_attack_earns_nothing_and_harms_nobody(worker, name):
     got, result = points(worker, notebook(IMPORTS, ATTACKS[name], APPEND))
     assert got == ONLY_APPEND, [score.message for score in result.scores.values()]
     assert all("\n" not in s.message for s in result.scores.values())
+
+
+METHOD_ATTACKS = {
+    "gives what is equal to every block": (
+        "copy_on_write",
+        """
+        class Any:
+            __eq__ = lambda self, other: True
+        def copy_on_write(self, request_id):
+            return (Any(), Any()) if right(self, request_id) is not None else None
+        """,
+    ),
+    "switches the integrity off": (
+        "free",
+        """
+        def free(self, request_id):
+            before = dict(self.ref_count) if isinstance(self.ref_count, dict) else (
+                list(self.ref_count))
+            right(self, request_id)
+            self.ref_count = before
+            self.check_integrity = type(self).check_integrity = lambda *args: None
+        """,
+    ),
+}
+
+
+@pytest.mark.parametrize("attack", METHOD_ATTACKS)
+def test_an_attack_on_the_driver_of_a_method_earns_nothing(worker, attack):
+    name, source = METHOD_ATTACKS[attack]
+    ours = answer("lib.block_manager", [f"BlockManager.{name}"])
+    right = [ours.replace(f"def {name}", "def right"), textwrap.dedent(source)]
+    imports = (
+        "from lib.block_manager import *\nfrom lib.block_manager import BlockManager"
+    )
+    for cells, is_right in (([imports, ours], True), ([imports, *right], False)):
+        score = grader.score([cells], name, SECRET, worker)
+        assert bool(score.points) is is_right, score.message
 
 
 class Forger:
@@ -681,6 +756,8 @@ def test_submissions_are_found_however_a_platform_hands_them_over(tmp_path):
         "李 雷/work/01_generation.ipynb": one,
         "李 雷/02_training.ipynb": other,
         "李 雷/.ipynb_checkpoints/02_training-checkpoint.ipynb": other,
+        "bob_03_kv_cache-final (2).ipynb": one,
+        "cy_03_kv_cache-Copy1.IPYNB": one,
         "dora.zip": packed({"x/01.ipynb": one, "__MACOSX/x/._01.ipynb": other}),
         "eve/all.zip": packed({"01.ipynb": one, "notes.txt": b""}),
         "frank.zip": b"no archive",
@@ -698,11 +775,27 @@ def test_submissions_are_found_however_a_platform_hands_them_over(tmp_path):
         sizes = {s.student: len(s.files) for s in found}
         sizes.pop("hal", None)  # a zip need not list an empty folder
         others = {"Čapek, Karel_123_file_": 1, "李 雷": 2, "gil": 0}
-        assert sizes == others | dict.fromkeys(("ada", "bob", "dora", "eve", "frank"), 1)
+        names = ("ada", "cy", "dora", "eve", "frank")
+        assert sizes == others | dict.fromkeys(names, 1) | {"bob": 2}
         assert ignored == ["roster.csv"]
         notes = {s.student: s.read()[1] for s in found}
         assert "expected a zip archive" in notes["frank"][0]
         assert notes["gil"] == ["expected a notebook, found none"]
+
+
+def test_the_last_of_several_files_is_the_one_handed_in_again(tmp_path):
+    files = ("b (1).ipynb", "b.ipynb", "a.ipynb", "b-Copy1.ipynb")
+    (tmp_path / "ada.zip").write_bytes(packed(dict.fromkeys(files, notebook())))
+    (ada,), _ = find(tmp_path)
+    assert [name for name, _ in ada.files] == [
+        f"ada.zip/{name}" for name in ("a.ipynb", "b.ipynb", "b (1).ipynb")
+    ]
+
+
+def test_what_follows_a_chapters_name_may_be_the_students(tmp_path):
+    for name in ("HW - 03_kv_cache - Bob.ipynb", "HW - 03_kv_cache - Ada.ipynb"):
+        (tmp_path / name).write_bytes(notebook())
+    assert len(find(tmp_path)[0]) == 2
 
 
 def test_two_submissions_of_one_student_are_one_row_with_a_note(tmp_path):

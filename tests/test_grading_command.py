@@ -21,6 +21,7 @@ from lib.course.exercises import exercises
 from lib.course.grading import __main__ as command
 from lib.course.grading import report, results
 from lib.course.grading.grader import Grade, Score
+from lib.course.grading.submissions import find
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
@@ -242,6 +243,19 @@ def test_names_too_long_for_a_file_do_not_meet(tmp_path):
     assert kept.kept(long[0], "1" * 64) is None, "another submission"
     assert results.Results(tmp_path, ["decode"], "2").kept(long[0], "0" * 64) is None
     assert results.Results(tmp_path, ["append"], "2").kept(long[0], "0" * 64) is None
+
+
+def test_half_a_character_in_a_name_or_a_message_is_written_all_the_same(tmp_path):
+    kept = results.Results(tmp_path, ["decode"], "1")
+    kept.keep(graded("wrong: \ud83d", student="ada"))
+    assert kept.kept("ada", "0" * 64).points == 0
+    folder = tmp_path / "class"
+    folder.mkdir()
+    with open(os.fsencode(folder) + b"/Ren\xe9e.ipynb", "w") as file:
+        file.write("{")
+    (found,), _ = find(folder)
+    kept.keep(graded(student=found.student))
+    assert kept.kept(found.student, "0" * 64)
 
 
 def test_a_damaged_file_is_graded_again(tmp_path):

@@ -18,7 +18,8 @@ from lib.course.stubs import bound_names, free_names
 
 IMPORTS = (ast.Import, ast.ImportFrom)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-ASSIGNMENTS = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.If, ast.Try)
+OTHERS = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.If, ast.Try)
+OTHERS += (ast.For, ast.With, ast.Expr)
 
 
 def answers(path: Path) -> dict[str, Callable]:
@@ -44,10 +45,10 @@ def define(
     """Of `wanted`, what these cells define.
 
     Executed is what that needs, in the order of the cells: imports, functions, classes,
-    assignments, and these under `if` or `try`. All else is left out, and so is what fails
-    or does not parse. Of several definitions the last counts. name: of the notebook, for
-    tracebacks. guard: a context in which each statement is executed. failures: gets, by
-    name, what was wrong with a definition that failed.
+    and what binds or changes a name that one of these needs. All else is left out, and so
+    is what fails or does not parse. Of several definitions the last counts. name: of the
+    notebook, for tracebacks. guard: a context in which each statement is executed.
+    failures: gets, by name, what was wrong with a definition that failed.
     """
     failures = {} if failures is None else failures
     statements = _needed(_statements(cells, name, failures), set(wanted))
@@ -75,10 +76,29 @@ class _Statement:
 
     @functools.cached_property
     def binds(self) -> set[str]:
+        """The names that it binds, and those whose objects it changes."""
         if isinstance(self.node, FUNCTIONS):  # of most we need to know no more
             return {self.node.name}
+        if isinstance(self.node, ast.Expr):
+            return self.changes
         is_star = isinstance(self.node, ast.ImportFrom) and self.node.names[0].name == "*"
-        return bound_names(self.source) | ({"*"} if is_star else set())
+        return bound_names(self.source) | self.changes | ({"*"} if is_star else set())
+
+    @functools.cached_property
+    def changes(self) -> set[str]:
+        """Of `t[1] = 2`, `t.x = 2` and `t.append(2)`: t."""
+        changed: set[str] = set()
+        if isinstance(self.node, FUNCTIONS):
+            return changed
+        for node in ast.walk(self.node):
+            is_call = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+            targets = [node.value.func] if is_call else getattr(node, "targets", [])
+            for target in targets:
+                while isinstance(target, (ast.Attribute, ast.Subscript)):
+                    target = target.value
+                    if isinstance(target, ast.Name):
+                        changed.add(target.id)
+        return changed
 
 
 @contextlib.contextmanager
@@ -102,7 +122,7 @@ def _statements(
             lines = source.split("\n")
             register(filename, source)
             for node in tree.body:
-                if isinstance(node, (*IMPORTS, *FUNCTIONS, *ASSIGNMENTS)):
+                if isinstance(node, (*IMPORTS, *FUNCTIONS, *OTHERS)):
                     decorators = getattr(node, "decorator_list", [])
                     first = min([node.lineno, *(d.lineno for d in decorators)])
                     own = "\n".join(lines[first - 1 : node.end_lineno])
@@ -124,9 +144,17 @@ def _parse(source: str) -> tuple[str, ast.Module]:
 def _needed(statements: list[_Statement], names: set[str]) -> list[_Statement]:
     """Those that bind one of `names`, or what such a statement needs, and so on."""
     needed: set[_Statement] = set()
+    imported = set().union(*(s.binds for s in statements if isinstance(s.node, IMPORTS)))
     while True:
         names = {*names, "*"}  # an import of everything may bind anything
-        more = [s for s in statements if s not in needed and s.binds & names]
+        more = [
+            s
+            for s in statements
+            if s not in needed
+            and s.binds & names
+            # torch.manual_seed(0), plt.show(): what a page does, not what it defines
+            and not (s.changes and s.binds & names <= imported)
+        ]
         if not more:
             return [s for s in statements if s in needed]
         needed.update(more)

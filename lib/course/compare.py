@@ -75,6 +75,8 @@ def _in_brackets(inputs: dict) -> str:
 def difference(expected: Any, got: Any, where: str = "") -> str | None:
     """What is wrong with `got`, in a few words, or None. Types and shapes must agree."""
     if isinstance(expected, dict):
+        if not isinstance(got, dict):
+            return _words(where, show(expected), show(got))
         for key in expected:
             if key not in got:
                 return f"expected {key}, got none"

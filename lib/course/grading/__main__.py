@@ -41,6 +41,10 @@ def grade_class(
     submissions, ignored = find(path)
     if ignored:
         print(f"no notebooks, left out: {', '.join(ignored)}")
+    if len(submissions) == 1 and len(submissions[0].files) > 1:
+        print(
+            f"one student, {submissions[0].student}? For a class, give the folder above"
+        )
     results = Results(out, names, seed)
     grades, new = {}, []
     for submission in submissions:

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from lib.course import ROOT
 from lib.course.check import SEED, expected_outputs
-from lib.course.compare import crash, verdict
+from lib.course.compare import crash, verdict, waits_for
 from lib.course.exercises import Case, exercises
 from lib.course.grading import sandbox, wire
 from lib.course.grading.submissions import Submission
@@ -118,6 +118,8 @@ class Worker:
             env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"},
             start_new_session=True,  # Ctrl-C is for the grader
         )
+        if self.is_closed:  # meanwhile
+            self.process.kill()
         try:
             with self._ended_after(300):
                 self.sandbox = wire.decode(wire.read(self.process.stdout))["sandbox"]
@@ -214,6 +216,11 @@ def _try(notebooks: list[list[str]], name: str, seed: int, worker: Worker) -> Sc
             wrong = f"wrong for {case.name}: gave what cannot be compared"
         if wrong:
             return replace(none, message=wrong, case=case.name)
+    waiting = [
+        name for name in (waits_for(exercise, a) for a in reply["attempts"]) if name
+    ]
+    if waiting and len(waiting) == len(cases):  # in a release
+        return replace(none, message=f"needs {waiting[0]}, which is yours to write")
     is_all_tried = len(reply["attempts"]) == len(cases)
     if reply["status"] in (TIMEOUT, CRASHED):
         case, _ = cases[min(len(reply["attempts"]), len(cases) - 1)]
@@ -278,8 +285,8 @@ def grade_all(
             while True:
                 waiting.get_nowait()
         for worker, thread in zip(workers, threads):
-            worker.is_closed = True
-            if worker.process is not None:
-                worker.process.kill()
+            worker.is_closed, process = True, worker.process
+            if process is not None:
+                process.kill()
             thread.join()
             worker.close()

@@ -18,17 +18,20 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+
 from lib.course import ROOT
 from lib.course.exercises import exercises
 from lib.course.grading.grader import Grade, Score
 
 
 def course_version() -> str:
-    """Of the checks and the library, by what is in them: other code, other version."""
-    digest = hashlib.sha256()
-    for path in sorted((ROOT / "lib").rglob("*.py")):
-        digest.update(path.relative_to(ROOT).as_posix().encode())
-        digest.update(path.read_bytes())
+    """Of the checks, the library and torch, by what is in them."""
+    digest = hashlib.sha256(torch.__version__.encode())
+    for path in sorted((ROOT / "lib").rglob("*")):
+        if path.is_file() and path.suffix != ".pyc":
+            digest.update(path.relative_to(ROOT).as_posix().encode())
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:10]
 
 
@@ -125,13 +128,18 @@ def seed_number(seed: str) -> int:
 def write(path: Path, text: str):
     """Whole, or not at all. Raises OSError where there is no room."""
     with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=".", delete=False
+        "w",
+        encoding="utf-8",
+        errors="backslashreplace",  # half a character, in a student's error message
+        dir=path.parent,
+        prefix=".",
+        delete=False,
     ) as file:
         try:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        except OSError:
+        except BaseException:
             os.unlink(file.name)
             raise
     os.chmod(file.name, 0o644)

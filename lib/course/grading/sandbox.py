@@ -8,6 +8,7 @@ Elsewhere only the limits of worker.py hold. The table of grades says which it w
 import ctypes
 import functools
 import os
+import signal
 import subprocess
 
 NAMESPACES, LIMITS = "namespaces", "limits only"
@@ -19,7 +20,8 @@ FOLDER_BYTES = 64 * 2**20
 
 # From Linux' asm-generic/unistd.h, fcntl.h, mount.h, prctl.h and sched.h
 SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = 442, -100, 0x8000, 1
-PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, CLONE_NEWUSER = 4, 36, 0x10000000
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 1, 4, 36
+CLONE_NEWUSER = 0x10000000
 
 
 @functools.cache
@@ -51,6 +53,12 @@ def enter(folder: str) -> str:
 def drop_rights():
     """In a job: no more power over the namespaces than any other process has."""
     ctypes.CDLL(None).unshare(CLONE_NEWUSER)
+
+
+def end_with_parent():
+    """In a job: whatever ends the worker ends this too."""
+    if hasattr(ctypes.CDLL(None), "prctl"):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def adopt_orphans():

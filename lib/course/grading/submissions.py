@@ -79,6 +79,7 @@ def find(path: Path) -> tuple[list[Submission], list[str]]:
     if not any(submission.files for submission in found.values()):
         raise ValueError(f"submissions: expected notebooks in {path}, found none")
     for submission in found.values():
+        submission.files = _in_order(submission.files)
         if len(sources[submission.student]) > 1:
             handed_in = ", ".join(sorted(sources[submission.student]))
             submission.notes.append(f"handed in more than once, all is read: {handed_in}")
@@ -99,18 +100,31 @@ def in_one_folder(path: Path) -> Submission:
     """
     if not path.is_dir():
         raise ValueError(f"expected a folder of notebooks, got {path}")
-    files = [(name, read) for name, read in _files(path) if read is not None]
+    files = _in_order([pair for pair in _files(path) if pair[1] is not None])
     if not files:
         raise ValueError(f"expected notebooks in {path}, found none")
     return Submission("", files)
 
 
+def _in_order(files: list[tuple[str, Read]]) -> list[tuple[str, Read]]:
+    """The last counts: "03 (1).ipynb" after "03.ipynb". JupyterLab's copies do not."""
+    own = [(name, read) for name, read in files if not re.search(r"-Copy\d+\.", name)]
+
+    def key(pair: tuple[str, Read]) -> tuple[str, str]:
+        path = PurePosixPath(pair[0])
+        return path.parent.as_posix(), path.stem
+
+    return sorted(own or files, key=key)
+
+
 def _student(top: str) -> str:
     """From the name of a file or folder; the same for any way to write an accent."""
     name = re.sub(r"\.(ipynb|zip)$", "", top, flags=re.IGNORECASE)
+    again = r"([ _-]*(\(\d+\)|copy|final|late|v?\d+))*"  # a download, a version
     for chapter in sorted(p.stem for p in (ROOT / "notebooks").glob("[0-9]*.ipynb")):
-        name = re.sub(rf"(?<=.)[ _-]+{chapter}\b.*$", "", name)
-    return unicodedata.normalize("NFC", name).strip() or top
+        name = re.sub(rf"(?<=.)[ _-]+{chapter}{again}$", "", name, flags=re.IGNORECASE)
+    name = unicodedata.normalize("NFC", name).strip() or top
+    return name.encode("utf-8", "backslashreplace").decode()  # names from old archives
 
 
 def _files(path: Path) -> Iterator[tuple[str, Read | None]]:
@@ -124,7 +138,7 @@ def _files(path: Path) -> Iterator[tuple[str, Read | None]]:
             continue
         if name.lower().endswith(".zip") and file.is_file():
             yield from _zipped(name, _reader(file, MAX_ZIP_BYTES))
-        elif name.endswith(".ipynb") and file.is_file():
+        elif name.lower().endswith(".ipynb") and file.is_file():
             yield name, _reader(file, MAX_BYTES)
         else:
             yield (f"{name}/." if file.is_dir() else name), None
@@ -144,7 +158,7 @@ def _zipped(name: str, read: Read) -> Iterator[tuple[str, Read | None]]:
             continue
         if inside.lower().endswith(".zip") and inside.lower().count(".zip") <= 2:
             yield from _zipped(inside, _unpacker(archive, info, MAX_ZIP_BYTES))
-        elif inside.endswith(".ipynb"):
+        elif inside.lower().endswith(".ipynb"):
             yield inside, _unpacker(archive, info, MAX_BYTES)
         else:
             yield (f"{inside}/." if info.is_dir() else inside), None

@@ -94,14 +94,15 @@ def run(job: dict, folder: str) -> dict:
         os._exit(0)
     os.close(write_end)
     try:
-        return _listen(read_end, 3 * job["seconds"])
+        is_kernel = exercises()[job["name"]].is_kernel
+        return _listen(read_end, 3 * job["seconds"], is_kernel)
     finally:
         os.close(read_end)
         _end_all(child)
         _empty(folder)
 
 
-def _listen(read_end: int, seconds: float) -> dict:
+def _listen(read_end: int, seconds: float, may_compile: bool) -> dict:
     """Collect what the copy sends until it ends, or its time or memory is used up."""
     attempts: list[dict] = []
 
@@ -125,7 +126,8 @@ def _listen(read_end: int, seconds: float) -> dict:
             return ended(CRASHED, f"gave more than {REPLY_BYTES:,} bytes")
         try:
             for message in _messages(data):
-                if message.get("status") == COMPILING:
+                if message.get("status") == COMPILING and may_compile:
+                    may_compile = False  # but once
                     deadline = time.monotonic() + SECONDS_TO_COMPILE
                 elif "status" in message:  # the end, whoever still holds the pipe
                     words = message["words"]
@@ -157,6 +159,7 @@ def _prepare(folder: str, pipe: int):
     os.closerange(pipe + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     if os.getppid() == 1:
         sandbox.drop_rights()
+    sandbox.end_with_parent()
     nowhere = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(nowhere, descriptor)
