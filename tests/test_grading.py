@@ -224,24 +224,12 @@ ACCIDENTS = {
         ],
         BOTH,
     ),
-    "a list that a loop fills": (
-        [
-            "T = []\nfor word in ('replace',):\n    T.append(word)",
-            DECODE.replace('"replace"', "T[0]"),
-            APPEND,
-        ],
+    "a list that is filled below": (
+        ["T = []", "T.append('replace')", DECODE.replace('"replace"', "T[0]"), APPEND],
         BOTH,
     ),
     "an attribute of the function": (
         [DECODE.replace('"replace"', "decode.mode"), "decode.mode = 'replace'", APPEND],
-        BOTH,
-    ),
-    "a name from a with": (
-        [
-            "import contextlib as c\nwith c.nullcontext('replace') as MODE:\n    pass",
-            DECODE.replace('"replace"', "MODE"),
-            APPEND,
-        ],
         BOTH,
     ),
     "a page that changes what it imports": (

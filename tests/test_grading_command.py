@@ -34,13 +34,17 @@ SEED = ("--chapters", "4", "--jobs", "1", "--seed", "secret word")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Four submissions of chapter 4."""
+    """Five submissions of chapter 4; one takes seconds, in which a run can be ended."""
     folder = tmp_path_factory.mktemp("class")
     nbformat.write(solved_notebook(CHAPTER_4), folder / "ada.ipynb")
     nbformat.write(student_notebook(CHAPTER_4), folder / "bob.ipynb")
     (folder / "李 雷").mkdir()
     nbformat.write(solved_notebook(CHAPTER_4), folder / "李 雷" / "04.ipynb")
     (folder / "=cmd.ipynb").write_text("{")
+    slow = solved_notebook(CHAPTER_4)
+    sleep = "def allocate(*args):\n    import time\n    time.sleep(1000)"
+    slow.cells.append(nbformat.v4.new_code_cell(sleep))
+    nbformat.write(slow, folder / "zoe.ipynb")
     return folder
 
 
@@ -83,6 +87,7 @@ def test_a_class_gets_a_table_files_and_pages(
         "'=cmd": (0, "unreadable"),
         "ada": (POINTS_4, "ok"),
         "bob": (0, "ok"),
+        "zoe": (POINTS_4 - exercises()["allocate"].points, "timeout"),
         "李 雷": (POINTS_4, "ok"),
     }
     for row in found.values():
@@ -91,22 +96,22 @@ def test_a_class_gets_a_table_files_and_pages(
     kept = json.loads((out / "students" / "李 雷.json").read_text("utf-8"))
     assert kept["score"] == POINTS_4 and len(kept["tests"]) == 8
     assert "secret word" not in (out / "students" / "ada.json").read_text()
-    assert "4 submissions" in capsys.readouterr().out
+    assert "5 submissions" in capsys.readouterr().out
     page = (out / "class.html").read_text("utf-8")
     links = re.findall(r'href="(students/[^"]+)"', page)
-    assert len(set(links)) == 4 and "%E6%9D%8E%20%E9%9B%B7.html" in page
+    assert len(set(links)) == 5 and "%E6%9D%8E%20%E9%9B%B7.html" in page
     assert (out / "students" / "bob.html").read_text().count("<summary>A hint") == 8
 
     # Again: what was graded is kept, and the seed with it.
     assert run(monkeypatch, folder, "--out", out, "--chapters", "4") == 0
-    assert "4 of 4 were graded before" in capsys.readouterr().out
+    assert "5 of 5 were graded before" in capsys.readouterr().out
     assert (out / "grades.csv").read_bytes() == table
 
     # A new submission is graded, and no other.
     capsys.readouterr()
     shutil.copy(folder / "ada.ipynb", folder / "bob.ipynb")
     assert run(monkeypatch, folder, "--out", out, "--chapters", "4") == 0
-    assert "3 of 4 were graded before" in capsys.readouterr().out
+    assert "4 of 5 were graded before" in capsys.readouterr().out
     assert int(rows(out / "grades.csv")["bob"]["points"]) == POINTS_4
 
 
@@ -119,14 +124,14 @@ def test_a_run_that_was_ended_goes_on_where_it_was(folder, whole, tmp_path, how)
     process.send_signal(how)
     said = process.communicate(timeout=60)[0]
     num_kept = len(list(cut.glob("students/*.json")))
-    assert 1 <= num_kept < 4 and not (cut / "grades.csv").exists()
+    assert 1 <= num_kept < 5 and not (cut / "grades.csv").exists()
     assert len(list(cut.glob("students/*.html"))) >= num_kept
     if how is signal.SIGINT:
         assert process.returncode == 130
-        assert re.search("interrupted: [12] of 4 are graded and kept", said), said
+        assert re.search("interrupted: [123] of 5 are graded and kept", said), said
     process = start(folder, cut)
     said = process.communicate(timeout=300)[0]
-    assert process.returncode == 0 and f"{num_kept} of 4 were graded before" in said
+    assert process.returncode == 0 and f"{num_kept} of 5 were graded before" in said
     assert (cut / "grades.csv").read_bytes() == whole
 
 
@@ -142,11 +147,11 @@ def test_a_full_disk_loses_nothing(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(os, "fsync", full)
     assert run(monkeypatch, folder, "--out", out, *SEED) == 1
     said = capsys.readouterr().out
-    assert "No space left on device" in said and "1 of 4 are graded and kept" in said
+    assert "No space left on device" in said and "1 of 5 are graded and kept" in said
     assert len(list((out / "students").glob("*.json"))) == 1
     monkeypatch.setattr(os, "fsync", fsync)
     assert run(monkeypatch, folder, "--out", out, *SEED) == 0
-    assert "1 of 4 were graded before" in capsys.readouterr().out
+    assert "1 of 5 were graded before" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from lib.course.stubs import bound_names, free_names
 
 IMPORTS = (ast.Import, ast.ImportFrom)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-OTHERS = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.If, ast.Try)
-OTHERS += (ast.For, ast.With, ast.Expr)
+# No loops: they are what a page runs.
+OTHERS = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.If, ast.Try, ast.Expr)
 
 
 def answers(path: Path) -> dict[str, Callable]:
