@@ -18,14 +18,17 @@ import pytest
 
 from lib.course import ROOT
 from lib.course.check import SEED
+from lib.course.exercises import exercises
 from lib.course.grading import grader, sandbox, wire
 from lib.course.grading.grader import Worker, grade
 from lib.course.grading.submissions import Submission, find
 from lib.course.stubs import answer, stub
+from lib.paged_attention_triton import HAS_TRITON
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
 NAMES = ["decode", "append_kv"]
+NAMES_WITHOUT_GPU = [n for n, e in exercises().items() if HAS_TRITON or not e.is_kernel]
 SECRET = 4711
 IMPORTS = "import torch\nfrom lib import kv_cache\nfrom lib.kv_cache import new_positions"
 DECODE, APPEND = answer("lib.text", ["decode"]), answer("lib.kv_cache", ["append_kv"])
@@ -234,7 +237,7 @@ ACCIDENTS = {
     ),
     "a page that changes what it imports": (
         [
-            "torch.set_num_threads(2)\ntorch.manual_seed(0)\ntorch.decode = exit()",
+            "import os\ntorch.manual_seed(os._exit(0))\ntorch.x = os._exit(0)",
             DECODE,
             APPEND,
         ],
@@ -528,6 +531,57 @@ def test_an_attack_on_the_driver_of_a_method_earns_nothing(worker, attack):
         assert bool(score.points) is is_right, score.message
 
 
+@pytest.mark.parametrize("name", NAMES_WITHOUT_GPU)
+def test_the_librarys_own_answer_is_nowhere_to_be_found(worker, name):
+    cells = f"from lib.course.exercises import library_answer\n{name} = 7\n"
+    exercise = exercises()[name]
+    for take in (
+        f"{name} = library_answer({name!r})",
+        f"import {exercise.target.split('.')[0]}.{exercise.target.split('.')[1]}\n"
+        f"ours = {exercise.target}\n"
+        f"def {name}(*args, **kwargs): return ours(*args, **kwargs)",
+    ):
+        result = grader.score([[cells, take]], name, SECRET, worker)
+        assert result.points == 0, result.message
+
+
+def test_nor_are_its_parts(worker):
+    cells = [
+        "import torch\nfrom lib.checkpointing import Checkpoint",
+        "def checkpoint(run, x):\n"
+        "    return Checkpoint.apply(run, x, torch.empty(0, requires_grad=True))",
+    ]
+    result = grader.score([cells], "checkpoint", SECRET, worker)
+    assert result.points == 0 and "in `return Checkpoint.apply" in result.message
+
+
+WRONG_TENSORS = {
+    "probs.float()": "expected float64, got float32",
+    "probs[None]": "got shape (1,",
+    "probs * float('nan')": "got nan",
+    "probs.to('meta')": "the device meta",
+    "probs.tolist()": "a list, not a tensor",
+    "probs.bfloat16()": "BFloat16",
+    "logits.zero_()": "it changed its inputs",
+}
+
+
+@pytest.mark.parametrize("gives", WRONG_TENSORS)
+def test_a_wrong_kind_of_tensor_is_told_what_it_is(worker, gives):
+    ours = answer("lib.sampling", ["next_token_probs"])
+    imports = "import torch\nfrom lib.sampling import check_sampling"
+    cells = [
+        imports,
+        ours.replace("def next_token_probs", "def right"),
+        "def next_token_probs(logits, **settings):\n"
+        f"    probs = right(logits, **settings)\n    return {gives}",
+    ]
+    right = grader.score([[imports, ours]], "next_token_probs", SECRET, worker)
+    result = grader.score([cells], "next_token_probs", SECRET, worker)
+    assert (right.points, result.points) == (2, 0)
+    assert WRONG_TENSORS[gives] in result.message, result.message
+
+
 class Forger:
     """Answers as a worker would that a student has taken over."""
 
@@ -741,7 +795,7 @@ def test_submissions_are_found_however_a_platform_hands_them_over(tmp_path):
         "ada.ipynb": one,
         "bob_03_kv_cache.ipynb": one,
         "Čapek, Karel_123_file_/03_kv_cache (2).ipynb": one,
-        "李 雷/work/01_generation.ipynb": one,
+        "李 雷/inside/01_generation.ipynb": one,
         "李 雷/02_training.ipynb": other,
         "李 雷/.ipynb_checkpoints/02_training-checkpoint.ipynb": other,
         "bob_03_kv_cache-final (2).ipynb": one,

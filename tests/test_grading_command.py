@@ -17,7 +17,7 @@ import pytest
 
 from lib.course import ROOT
 from lib.course.build import chapter_texts, solved_notebook, student_notebook
-from lib.course.exercises import exercises
+from lib.course.exercises import exercises, names_of
 from lib.course.grading import __main__ as command
 from lib.course.grading import report, results
 from lib.course.grading.grader import Grade, Score
@@ -26,7 +26,7 @@ from lib.course.grading.submissions import find
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
 CHAPTER_4 = [text for text in chapter_texts() if text.stem.startswith("04")][0]
-POINTS_4 = sum(exercises()[name].points for name in command.names_of("4"))
+POINTS_4 = sum(exercises()[name].points for name in names_of("4"))
 
 
 SEED = ("--chapters", "4", "--jobs", "1", "--seed", "secret word")
@@ -92,7 +92,7 @@ def test_a_class_gets_a_table_files_and_pages(
     }
     for row in found.values():
         assert int(row["max_points"]) == POINTS_4 and len(row["sha256"]) == 64
-        assert sum(int(row[n]) for n in command.names_of("4")) == int(row["points"])
+        assert sum(int(row[n]) for n in names_of("4")) == int(row["points"])
     kept = json.loads((out / "students" / "李 雷.json").read_text("utf-8"))
     assert kept["score"] == POINTS_4 and len(kept["tests"]) == 8
     assert "secret word" not in (out / "students" / "ada.json").read_text()

@@ -14,6 +14,7 @@ from lib.course.attempt import function_of
 from lib.course.build import chapter_texts
 from lib.course.check import judge
 from lib.course.exercises import exercises
+from lib.course.grading import grader, sandbox, worker
 
 for module in pkgutil.iter_modules(answers.__path__):
     importlib.import_module(f"answers.{module.name}")
@@ -190,6 +191,19 @@ def test_every_link_leads_to_a_file(name):
         assert target.startswith("https://") or (ROOT / target.split("#")[0]).exists(), (
             target
         )
+
+
+def test_the_limits_of_the_grader_are_those_that_the_page_states():
+    text = " ".join((ROOT / "TEACHING.md").read_text(encoding="utf-8").split())
+    gib = 2**30
+    for words in (
+        f"A call may take {grader.LEAST_SECONDS} seconds",
+        f"or {grader.MOST_TIMES_SLOWER} times as long as the library's",
+        f"may ask for {worker.MEMORY_BYTES // gib} GiB beyond",
+        f"together may hold {worker.RESIDENT_BYTES // gib} GiB",
+        f"nothing but {sandbox.FOLDER_BYTES // 2**20} MiB in memory",
+    ):
+        assert words in text, words
 
 
 @pytest.mark.parametrize("name", ["TEACHING.md", "AGENTS.md"])

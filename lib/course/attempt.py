@@ -107,6 +107,10 @@ def forbid(names: tuple[str, ...]) -> Iterator[None]:
             setattr(module, attribute, original)
 
 
+def in_a_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".split("\n")[0][:300]
+
+
 def _needs(error: NotImplementedError) -> dict:
     """What to say of a stub that was called: a notebook's, or the library's, which says
     whose it is."""
@@ -122,7 +126,7 @@ def _raised(error: BaseException, answer: Callable) -> str:
     """The error in one line, with the answer's own line where it happened."""
     if type(error).__name__ == "InterpreterError":  # Triton's, around the kernel's own
         error = error.__cause__ or error
-    text = f"raised {type(error).__name__}: {error}".split("\n")[0]
+    text = f"raised {in_a_line(error)}"
     if isinstance(error, ForbiddenCallError):
         return str(error)
     filename = function_of(answer).__code__.co_filename

@@ -13,6 +13,7 @@ from pathlib import Path
 import nbformat
 from IPython.core.inputtransformer2 import TransformerManager
 
+from lib.course.attempt import in_a_line
 from lib.course.exercises import exercises
 from lib.course.stubs import bound_names, free_names
 
@@ -107,7 +108,7 @@ def _noted(failures: dict[str, str], names: Collection[str]) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:
-        words = f"its cell fails: {type(error).__name__}: {error}".split("\n")[0]
+        words = f"its cell fails: {in_a_line(error)}"
         failures.update(dict.fromkeys(names, words))
 
 

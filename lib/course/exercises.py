@@ -52,6 +52,10 @@ class Exercise:
         return self.target.rsplit(".", 1)[1]
 
     @property
+    def chapter(self) -> int:
+        return int(self.driver().__module__.rsplit(".ch", 1)[1])
+
+    @property
     def is_kernel(self) -> bool:
         return self.compile_error is not None
 
@@ -79,6 +83,18 @@ def exercises() -> dict[str, Exercise]:
     names = [exercise.name for exercise in found]
     assert len(set(names)) == len(names), f"two exercises of one name: {sorted(names)}"
     return dict(zip(names, found))
+
+
+def names_of(chapters: str | None) -> list[str]:
+    """The exercises of chapters, "3" or "1,2", or of all; ValueError for another."""
+    known = sorted({str(exercise.chapter) for exercise in exercises().values()})
+    chosen = chapters.split(",") if chapters else known
+    for chapter in chosen:
+        if chapter not in known:
+            raise ValueError(
+                f"chapters: expected some of {', '.join(known)}, got {chapter!r}"
+            )
+    return [name for name, e in exercises().items() if str(e.chapter) in chosen]
 
 
 @cache

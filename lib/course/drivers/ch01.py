@@ -79,6 +79,8 @@ def as_array(value) -> np.ndarray | str:
     """A tensor as plain data; what is no tensor as a word about it."""
     if not isinstance(value, torch.Tensor):
         return f"a {type(value).__name__}, not a tensor"
+    if value.is_meta:
+        return "a tensor on the device meta, which holds no numbers"
     return value.detach().cpu().numpy()
 
 

@@ -1,8 +1,10 @@
-"""The command.
+"""The command, and what it prints.
 
-python -m lib.course.grading SUBMISSIONS        a folder or zip of students' notebooks
-python -m lib.course.grading --mine notebooks/  one's own: exit status 0 if all pass
-python -m lib.course.grading --gradescope       inside Gradescope's container
+    python -m lib.course.grading SUBMISSIONS        a folder or zip of students' notebooks
+    python -m lib.course.grading --mine notebooks/  one's own: exit status 0 if all pass
+    python -m lib.course.grading --gradescope       inside Gradescope's container
+
+Exit status 2 for bad input, 1 for a full disk, 130 for an interrupt.
 """
 
 import argparse
@@ -16,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from lib.course.check import SEED
-from lib.course.exercises import exercises
+from lib.course.exercises import names_of
 from lib.course.grading import report
 from lib.course.grading.grader import Grade, Worker, grade, grade_all
 from lib.course.grading.results import Results, as_gradescope, seed_number, write
@@ -123,24 +125,6 @@ def gradescope(root: Path, names: list[str], seed: str | None) -> int:
     write(root / "results" / "results.json", json.dumps(as_gradescope(result), indent=1))
     print(f"{result.points} of {result.max_points} points")
     return 0
-
-
-def names_of(chapters: str | None) -> list[str]:
-    """The exercises of chapters, "3" or "1,2"; ValueError for one that there is not."""
-    by_chapter: dict[str, list[str]] = {}
-    for name in exercises():
-        by_chapter.setdefault(str(int(report.chapter_of(name))), []).append(name)
-    chosen = (chapters or ",".join(by_chapter)).split(",")
-    for chapter in chosen:
-        if chapter not in by_chapter:
-            known = ", ".join(by_chapter)
-            raise ValueError(f"chapters: expected some of {known}, got {chapter!r}")
-    return [
-        name
-        for chapter in by_chapter
-        if chapter in chosen
-        for name in by_chapter[chapter]
-    ]
 
 
 def _arguments() -> argparse.Namespace:

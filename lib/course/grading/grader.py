@@ -13,9 +13,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 
 from lib.course import ROOT
+from lib.course.attempt import in_a_line
 from lib.course.check import SEED, expected_outputs
 from lib.course.compare import crash, verdict, waits_for
 from lib.course.exercises import Case, exercises
@@ -65,7 +66,7 @@ class Grade:
 
     @property
     def status(self) -> str:
-        """Of its exercises' the worst; partial where some of the files were no help."""
+        """Of its exercises' the worst; partial where there is something to note."""
         if not self.is_readable:
             return UNREADABLE
         ends = {score.status for score in self.scores.values()}
@@ -73,10 +74,6 @@ class Grade:
             if status in ends:
                 return status
         return PARTIAL if self.notes else OK
-
-    def as_dict(self) -> dict:
-        totals = {"points": self.points, "max_points": self.max_points}
-        return {**asdict(self), **totals, "status": self.status}
 
 
 class Worker:
@@ -234,7 +231,7 @@ def _try(notebooks: list[list[str]], name: str, seed: int, worker: Worker) -> Sc
 
 
 def _failed(submission: Submission, names: list[str], error: Exception) -> Grade:
-    words = f"the grader failed: {type(error).__name__}: {error}"
+    words = f"the grader failed: {in_a_line(error)}"
     scores = {
         name: Score(0, exercises()[name].points, words, status=CRASHED) for name in names
     }

@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 from lib.course import ROOT
-from lib.course.grading.__main__ import names_of
+from lib.course.exercises import names_of
 
 SETUP = """#!/usr/bin/env bash
 set -e

@@ -15,7 +15,6 @@ import nbformat
 from matplotlib.ticker import MaxNLocator
 
 from lib.course import ROOT
-from lib.course.exercises import exercises
 from lib.course.grading.grader import Grade, Score
 from lib.course.grading.worker import NOT_THERE
 from lib.plotting import NEW, WASTED, use_course_style
@@ -107,8 +106,3 @@ def hint(name: str) -> str:
                 found = re.search(r"Hint 1</summary>(.*?)</details>", after.source, re.S)
                 return str(mistune.html(found[1].strip())) if found else ""
     return ""
-
-
-@cache
-def chapter_of(name: str) -> str:
-    return exercises()[name].driver().__module__.rsplit(".ch", 1)[1]

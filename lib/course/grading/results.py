@@ -16,12 +16,12 @@ import os
 import secrets
 import tempfile
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from lib.course import ROOT
-from lib.course.exercises import exercises
 from lib.course.grading.grader import Grade, Score
 
 
@@ -60,14 +60,16 @@ class Results:
     def kept(self, student: str, sha256: str) -> Grade | None:
         """The grade of an earlier run, if nothing has changed since."""
         kept = (_read(self.path(student)) or {}).get("extra_data", {})
-        is_same = (kept.get("settings"), kept.get("sha256")) == (self.settings, sha256)
-        return from_dict(kept["grade"]) if is_same else None
+        if kept.get("settings") != self.settings or kept["grade"]["sha256"] != sha256:
+            return None
+        scores = {name: Score(**s) for name, s in kept["grade"]["scores"].items()}
+        return Grade(**{**kept["grade"], "scores": scores})
 
     def keep(self, grade: Grade):
         """Raises OSError where there is no room."""
-        extra = {"settings": self.settings, "sha256": grade.sha256}
-        content = {**as_gradescope(grade), "extra_data": extra}
-        extra["version"], extra["grade"] = self.version, grade.as_dict()
+        about = {"settings": self.settings, "version": self.version}
+        extra = {"extra_data": {**about, "grade": asdict(grade)}}
+        content = {**as_gradescope(grade), **extra}
         write(self.path(grade.student), json.dumps(content, indent=1, ensure_ascii=False))
 
     def write_table(self, grades: Iterable[Grade]) -> Path:
@@ -107,13 +109,6 @@ def as_gradescope(grade: Grade) -> dict:
         "output": f"{grade.points} of {grade.max_points} points\n{notes}".strip(),
         "tests": tests,
     }
-
-
-def from_dict(kept: dict) -> Grade:
-    fields = {k: v for k, v in kept.items() if k in Grade.__dataclass_fields__}
-    fields["scores"] = {name: Score(**score) for name, score in kept["scores"].items()}
-    assert fields["scores"].keys() <= exercises().keys()
-    return Grade(**fields)
 
 
 def hash_of(*words: str) -> str:

@@ -1,7 +1,7 @@
 """What a worker may touch: nothing but a folder of its own, where the machine allows it.
 
-On Linux, where users may make namespaces (most machines, not most containers), a worker
-has processes of its own, no network, and may write only to a small folder in memory.
+On Linux, where users may make namespaces, a worker has processes of its own, no network,
+and may write only to a small folder in memory.
 Elsewhere only the limits of worker.py hold. The table of grades says which it was.
 """
 

@@ -6,8 +6,8 @@
     folder/ada.zip                       several, packed
     class.zip                            all of these, packed
 
-Nothing is unpacked to disk, and nothing is read before its turn comes. What a notebook
-holds is known by what it defines, not by its name.
+Nothing is unpacked to disk, and no notebook is read before its turn comes. What it holds
+is known by what it defines, not by its name.
 """
 
 import hashlib
@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from lib.course import ROOT
+from lib.course.attempt import in_a_line
 
 MAX_BYTES = 20 * 2**20  # of a notebook
 MAX_ZIP_BYTES = 100 * 2**20  # of a student's archive
@@ -49,7 +50,7 @@ class Submission:
                 digest.update(content)
                 notebooks.append(_code_cells(content))
             except Exception as error:  # whatever is wrong with a file
-                notes.append(f"{name}: unreadable: {_words(error)}")
+                notes.append(f"{name}: unreadable: {in_a_line(error)}")
         if not self.files:
             notes.append("expected a notebook, found none")
         return notebooks, notes, digest.hexdigest()
@@ -149,7 +150,7 @@ def _zipped(name: str, read: Read) -> Iterator[tuple[str, Read | None]]:
     try:
         archive = zipfile.ZipFile(io.BytesIO(read()))
     except Exception as error:  # a broken one counts as a broken notebook
-        words = f"expected a zip archive, got {_words(error)}"
+        words = f"expected a zip archive, got {in_a_line(error)}"
         yield f"{name}/", lambda: _refuse(words)
         return
     for info in archive.infolist():
@@ -192,10 +193,6 @@ def _unpacker(archive: zipfile.ZipFile, info: zipfile.ZipInfo, limit: int) -> Re
 
 def _refuse(words: str):
     raise ValueError(words)
-
-
-def _words(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".split("\n")[0][:200]
 
 
 def _code_cells(content: bytes) -> list[str]:

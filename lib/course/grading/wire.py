@@ -6,6 +6,7 @@ Nothing that arrives is executed, unpickled, or larger than it may be.
 
 import json
 import struct
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -48,8 +49,7 @@ def encode(value: Any) -> bytes:
     except (ValueError, RecursionError) as error:
         raise WireError(f"expected plain data, got {error}") from None
     message = struct.pack("<Q", len(text)) + text + b"".join(arrays)
-    if len(message) > MAX_BYTES:
-        raise WireError(f"expected at most {MAX_BYTES:,} bytes, got {len(message):,}")
+    _check_size(len(message))
     return message
 
 
@@ -111,9 +111,26 @@ def read(pipe: BinaryIO) -> bytes:
     if len(header) < 8:
         raise EOFError("the other side has gone")
     (num_bytes,) = struct.unpack("<Q", header)
-    if num_bytes > MAX_BYTES:
-        raise WireError(f"expected at most {MAX_BYTES:,} bytes, got {num_bytes:,}")
+    _check_size(num_bytes)
     message = pipe.read(num_bytes)
     if len(message) < num_bytes:
         raise EOFError("the other side has gone in the middle of a message")
     return message
+
+
+def take_messages(data: bytearray) -> Iterator[Any]:
+    """The values of the messages that are complete in `data`, which are taken out of it;
+    WireError for what `write` would not have written."""
+    while len(data) >= 8:
+        (num_bytes,) = struct.unpack_from("<Q", data)
+        _check_size(num_bytes)
+        if len(data) < 8 + num_bytes:
+            return
+        message = bytes(data[8 : 8 + num_bytes])
+        del data[: 8 + num_bytes]
+        yield decode(message)
+
+
+def _check_size(num_bytes: int):
+    if num_bytes > MAX_BYTES:
+        raise WireError(f"expected at most {MAX_BYTES:,} bytes, got {num_bytes:,}")

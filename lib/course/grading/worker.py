@@ -13,6 +13,7 @@ it prints goes nowhere, and what it leaves running is ended.
 
 import contextlib
 import copy
+import functools
 import importlib
 import os
 import resource
@@ -29,7 +30,14 @@ from typing import BinaryIO
 import torch
 
 from lib.course import collect
-from lib.course.attempt import attempt, function_of, is_stub, not_compiled, not_ready
+from lib.course.attempt import (
+    attempt,
+    function_of,
+    in_a_line,
+    is_stub,
+    not_compiled,
+    not_ready,
+)
 from lib.course.exercises import Exercise, exercises, library_answer
 from lib.course.grading import sandbox, wire
 from lib.course.shipped import withheld_names
@@ -89,7 +97,7 @@ def run(job: dict, folder: str) -> dict:
                 _prepare(folder, write_end)
                 _answer(job, pipe)
             except BaseException as error:  # SystemExit and KeyboardInterrupt too
-                words = f"the worker failed: {_words(error)}"
+                words = f"the worker failed: {in_a_line(error)}"
                 _send(pipe, {"status": CRASHED, "words": words})
         os._exit(0)
     os.close(write_end)
@@ -125,7 +133,7 @@ def _listen(read_end: int, seconds: float, may_compile: bool) -> dict:
         if num_bytes > REPLY_BYTES:
             return ended(CRASHED, f"gave more than {REPLY_BYTES:,} bytes")
         try:
-            for message in _messages(data):
+            for message in wire.take_messages(data):
                 if message.get("status") == COMPILING and may_compile:
                     may_compile = False  # but once
                     deadline = time.monotonic() + SECONDS_TO_COMPILE
@@ -136,19 +144,6 @@ def _listen(read_end: int, seconds: float, may_compile: bool) -> dict:
                     attempts.append(message)
         except (wire.WireError, AttributeError, KeyError):
             return ended(CRASHED, "sent what is no message")
-
-
-def _messages(data: bytearray) -> Iterator[dict]:
-    """The messages that are complete, which are taken from `data`."""
-    while len(data) >= 8:
-        num_bytes = int.from_bytes(data[:8], "little")
-        if num_bytes > wire.MAX_BYTES:
-            raise wire.WireError(f"expected {wire.MAX_BYTES:,} bytes, got {num_bytes:,}")
-        if len(data) < 8 + num_bytes:
-            return
-        message = bytes(data[8 : 8 + num_bytes])
-        del data[: 8 + num_bytes]
-        yield wire.decode(message)
 
 
 def _prepare(folder: str, pipe: int):
@@ -201,7 +196,7 @@ def _answer(job: dict, pipe: BinaryIO):
     failures: dict[str, str] = {}
     answer = _find(exercise, job, failures)
     if answer is None:
-        unready = failures.get(exercise.name, NOT_THERE)[:300]
+        unready = failures.get(exercise.name, NOT_THERE)
     else:
         unready = not_ready(exercise, answer)
     if unready:
@@ -214,7 +209,7 @@ def _answer(job: dict, pipe: BinaryIO):
             words = f"took longer than {job['seconds']:.0f} seconds"
             return _send(pipe, {"status": TIMEOUT, "words": words})
         except BaseException as error:  # KeyboardInterrupt; others end in `attempt`
-            return _send(pipe, {"status": CRASHED, "words": f"raised {_words(error)}"})
+            return _send(pipe, {"status": CRASHED, "words": f"raised {in_a_line(error)}"})
         _send(pipe, attempted)
     if exercise.is_kernel:
         _send(pipe, {"status": COMPILING})
@@ -240,7 +235,7 @@ def _find(exercise: Exercise, job: dict, failures: dict[str, str]) -> Callable |
     for number, cells in enumerate(job["notebooks"], start=1):
         with contextlib.suppress(TooLateError):
             name = f"notebook {number}"
-            guard = lambda: _guard(job["seconds"])  # noqa: E731
+            guard = functools.partial(_guard, job["seconds"])
             defined = collect.define(cells, name, wanted, guard, failures)
             for key, answer in defined.items():
                 if key not in found or not is_stub(answer):
@@ -274,10 +269,6 @@ def remove(exercise: Exercise):
         if exercise.is_kernel:
             vars(ours).clear()  # what Triton has made of it
         setattr(exercise.owner, name, removed)
-
-
-def _words(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".split("\n")[0][:300]
 
 
 def _data_bytes() -> int:
