@@ -508,10 +508,9 @@ METHOD_ATTACKS = {
         "free",
         """
         def free(self, request_id):
-            before = dict(self.ref_count) if isinstance(self.ref_count, dict) else (
-                list(self.ref_count))
             right(self, request_id)
-            self.ref_count = before
+            for block_id in self.free_block_ids:
+                self.ref_count[block_id] = 1
             self.check_integrity = type(self).check_integrity = lambda *args: None
         """,
     ),
@@ -543,6 +542,7 @@ def test_the_librarys_own_answer_is_nowhere_to_be_found(worker, name):
     ):
         result = grader.score([[cells, take]], name, SECRET, worker)
         assert result.points == 0, result.message
+        assert "right, but" not in result.message, "a kernel that only did not compile"
 
 
 def test_nor_are_its_parts(worker):
