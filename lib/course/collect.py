@@ -89,9 +89,10 @@ class _Statement:
     def changes(self) -> set[str]:
         """Of `t[1] = 2`, `t.x = 2` and `t.append(2)`: t."""
         changed: set[str] = set()
-        if isinstance(self.node, FUNCTIONS):
+        if isinstance(self.node, (*IMPORTS, *FUNCTIONS)):
             return changed
-        for node in ast.walk(self.node):
+        is_block = isinstance(self.node, (ast.If, ast.Try))
+        for node in ast.walk(self.node) if is_block else [self.node]:
             is_call = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
             targets = [node.value.func] if is_call else getattr(node, "targets", [])
             for target in targets:
