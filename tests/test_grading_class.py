@@ -1,4 +1,4 @@
-"""A class of 200, graded whole and killed halfway. With -m nightly -s it says how long."""
+"""A class of 200, graded whole and killed halfway. With -m nightly -s it is timed."""
 
 import os
 import random
