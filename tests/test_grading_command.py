@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import functools
 import json
 import os
 import re
@@ -67,6 +68,8 @@ def start(folder, out):
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
+        # Python listens to Ctrl-C only where whoever starts it has not switched it off.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 
 
