@@ -31,11 +31,17 @@ def verdict(
         return None
     if is_withheld(got.get("needs", "")):
         return got["error"]
-    wrong_for = f"wrong for {case.name}{_in_brackets(case.inputs)}"
+    wrong = _wrong(exercise, case, expected, got)
+    return wrong and f"wrong for {case.name}{_in_brackets(case.inputs)}: {wrong}"
+
+
+def _wrong(
+    exercise: Exercise, case: Case, expected: dict | None, got: dict
+) -> str | None:
     if "error" in got:
-        return f"{wrong_for}: {got['error']}"
+        return got["error"]
     if difference(case.inputs, got["inputs"]):
-        return f"{wrong_for}: it changed its inputs"
+        return "it changed its inputs"
     if expected is None:
         return None
     outputs = {key: expected[key] for key in expected if key not in case.limits}
@@ -46,7 +52,7 @@ def verdict(
     with contextlib.suppress(Exception):  # an output so odd that no words fit it
         if OTHER_DTYPE not in wrong:
             why = exercise.explain(case.inputs, expected, got["outputs"])
-    return f"{wrong_for}: {wrong}" + (f". {why}" if why else "")
+    return f"{wrong}. {why}" if why else wrong
 
 
 def waits_for(exercise: Exercise, got: dict) -> str | None:
