@@ -10,7 +10,7 @@ from test_exercises import NAMES
 from test_exercises import RIGHT as ANSWERS_RIGHT
 from test_exercises import WRONG as ANSWERS_WRONG
 
-from lib.course.collect import _needed, _statements
+from lib.course.collect import _needed
 from lib.course.exercises import exercises
 from lib.course.grading.grader import Worker, score
 
@@ -34,7 +34,7 @@ def cells(name: str, answer) -> list[str]:
     source = re.sub(r"^from answers import .*$", "", source, flags=re.MULTILINE)
     registers = r"^@(right|wrong)\(.*?\)$"
     source = re.sub(registers, "", source, flags=re.MULTILINE | re.DOTALL)
-    needed = _needed(_statements([source], "answers", {}), {function.__name__})
+    needed = _needed([source], "answers", {function.__name__}, {})
     return [*(s.source for s in needed), f"{name} = {function.__name__}"]
 
 

@@ -3,14 +3,15 @@
 import ast
 import contextlib
 import functools
+import json
 import linecache
 import re
 import types
+import unicodedata
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import nbformat
 from IPython.core.inputtransformer2 import TransformerManager
 
 from lib.course.attempt import in_a_line
@@ -29,11 +30,29 @@ def answers(path: Path) -> dict[str, Callable]:
     Raises ValueError for what is no notebook.
     """
     try:
-        cells = nbformat.read(path, as_version=4).cells
-    except Exception as error:  # whatever nbformat finds wrong with a file
-        raise ValueError(f"{path.name}: expected a notebook, got {error}") from None
-    sources = [c.source for c in cells if c.cell_type == "code"]
-    return define(sources, path.name, exercises())
+        cells = sources(path.read_bytes())
+    except Exception as error:  # whatever is wrong with a file
+        words = f"expected a notebook, got {in_a_line(error)}"
+        raise ValueError(f"{path.name}: {words}") from None
+    return define(cells, path.name, exercises())
+
+
+def sources(content: bytes, kinds: tuple[str, ...] = ("code",)) -> list[str]:
+    """What stands in a notebook's cells. Of the format only that is asked for.
+
+    Raises whatever there is to raise for what is no notebook.
+    """
+    tree = json.loads(content.decode("utf-8-sig"))
+    if isinstance(tree, dict) and tree.get("worksheets"):  # as it was before 2015
+        tree = tree["worksheets"][0]
+    if not isinstance(tree, dict) or not isinstance(tree.get("cells"), list):
+        raise ValueError("found no cells in it")
+    found = []
+    for cell in tree["cells"]:
+        if isinstance(cell, dict) and cell.get("cell_type") in kinds:
+            source = cell.get("source", cell.get("input", ""))
+            found.append(source if isinstance(source, str) else "".join(source))
+    return found
 
 
 def define(
@@ -52,7 +71,7 @@ def define(
     failures: gets, by name, what was wrong with a definition that failed.
     """
     failures = {} if failures is None else failures
-    statements = _needed(_statements(cells, name, failures), set(wanted))
+    statements = _needed(cells, name, wanted, failures)
     module, found = types.ModuleType(name), {}
     for statement in statements:
         with _noted(failures, statement.binds), guard():
@@ -113,22 +132,55 @@ def _noted(failures: dict[str, str], names: Collection[str]) -> Iterator[None]:
         failures.update(dict.fromkeys(names, words))
 
 
-def _statements(
-    cells: list[str], name: str, failures: dict[str, str]
+def _needed(
+    cells: list[str], name: str, wanted: Collection[str], failures: dict[str, str]
 ) -> list[_Statement]:
+    """The statements that bind one of `wanted`, those that these need, and so on.
+
+    A cell that mentions none of these names is not even parsed.
+    """
+    words, parsed = [_words(source) for source in cells], {}
+    needed: set[_Statement] = set()
+    names = {*wanted, "*"}  # an import of everything may bind anything
+    while True:
+        for number, source in enumerate(cells):
+            if number not in parsed and words[number] & names:
+                filename = f"<{name}, cell {number}>"
+                parsed[number] = _statements(source, filename, failures)
+        statements = [s for number in sorted(parsed) for s in parsed[number]]
+        imports = [s.binds for s in statements if isinstance(s.node, IMPORTS)]
+        more = [
+            s
+            for s in statements
+            if s not in needed
+            and s.binds & names
+            # torch.manual_seed(0), plt.show(): what a page does, not what it defines
+            and not (s.changes and s.binds & names <= set().union(*imports))
+        ]
+        if not more:
+            return [s for s in statements if s in needed]
+        needed.update(more)
+        names = names.union(*(free_names(s.source) | s.binds for s in more))
+
+
+def _words(source: str) -> set[str]:
+    """The names in a cell, and "*" where it may import everything."""
+    words = set(re.findall(r"\w+", unicodedata.normalize("NFKC", source)))
+    return words | {"*"} if "import" in words and "*" in source else words
+
+
+def _statements(source: str, filename: str, failures: dict[str, str]) -> list[_Statement]:
     found = []
-    for number, source in enumerate(cells):
-        filename = f"<{name}, cell {number}>"
-        with _noted(failures, re.findall(r"^def (\w+)", source, re.MULTILINE)):
-            source, tree = _parse(source)
-            lines = source.split("\n")
-            register(filename, source)
-            for node in tree.body:
-                if isinstance(node, (*IMPORTS, *FUNCTIONS, *OTHERS)):
-                    decorators = getattr(node, "decorator_list", [])
-                    first = min([node.lineno, *(d.lineno for d in decorators)])
-                    own = "\n".join(lines[first - 1 : node.end_lineno])
-                    found.append(_Statement(filename, node, own))
+    with _noted(failures, re.findall(r"^def (\w+)", source, re.MULTILINE)):
+        source, tree = _parse(source)
+        lines = source.split("\n")
+        register(filename, source)
+        for node in tree.body:
+            if isinstance(node, (*IMPORTS, *FUNCTIONS, *OTHERS)):
+                decorators = getattr(node, "decorator_list", [])
+                first = min([node.lineno, *(d.lineno for d in decorators)])
+                own = "\n".join(lines[first - 1 : node.end_lineno])
+                found.append(_Statement(filename, node, own))
     return found
 
 
@@ -141,26 +193,6 @@ def _parse(source: str) -> tuple[str, ast.Module]:
             source = source.replace("%%", "# ", 1)
         source = TransformerManager().transform_cell(source)
         return source, ast.parse(source)
-
-
-def _needed(statements: list[_Statement], names: set[str]) -> list[_Statement]:
-    """Those that bind one of `names`, or what such a statement needs, and so on."""
-    needed: set[_Statement] = set()
-    imported = set().union(*(s.binds for s in statements if isinstance(s.node, IMPORTS)))
-    while True:
-        names = {*names, "*"}  # an import of everything may bind anything
-        more = [
-            s
-            for s in statements
-            if s not in needed
-            and s.binds & names
-            # torch.manual_seed(0), plt.show(): what a page does, not what it defines
-            and not (s.changes and s.binds & names <= imported)
-        ]
-        if not more:
-            return [s for s in statements if s in needed]
-        needed.update(more)
-        names = names.union(*(free_names(s.source) | s.binds for s in more))
 
 
 def register(filename: str, source: str) -> str:

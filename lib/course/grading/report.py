@@ -11,10 +11,10 @@ from pathlib import Path
 import jinja2
 import matplotlib.pyplot as plt
 import mistune
-import nbformat
 from matplotlib.ticker import MaxNLocator
 
 from lib.course import ROOT
+from lib.course.collect import sources
 from lib.course.grading.grader import Grade, Score
 from lib.course.grading.worker import NOT_THERE
 from lib.plotting import NEW, WASTED, use_course_style
@@ -100,9 +100,9 @@ def _kind(score: Score) -> str:
 def hint(name: str) -> str:
     """The first hint that the chapter gives, as HTML; empty where there is none."""
     for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
-        cells = nbformat.read(path, as_version=4).cells
+        cells = sources(path.read_bytes(), ("code", "markdown"))
         for cell, after in zip(cells, cells[1:]):
-            if cell.source == f"check({name})":
-                found = re.search(r"Hint 1</summary>(.*?)</details>", after.source, re.S)
+            if cell == f"check({name})":
+                found = re.search(r"Hint 1</summary>(.*?)</details>", after, re.S)
                 return str(mistune.html(found[1].strip())) if found else ""
     return ""

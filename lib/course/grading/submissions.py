@@ -12,7 +12,6 @@ is known by what it defines, not by its name.
 
 import hashlib
 import io
-import json
 import re
 import unicodedata
 import zipfile
@@ -22,6 +21,7 @@ from pathlib import Path, PurePosixPath
 
 from lib.course import ROOT
 from lib.course.attempt import in_a_line
+from lib.course.collect import sources
 
 MAX_BYTES = 20 * 2**20  # of a notebook
 MAX_ZIP_BYTES = 100 * 2**20  # of a student's archive
@@ -48,7 +48,7 @@ class Submission:
             try:
                 content = read()
                 digest.update(content)
-                notebooks.append(_code_cells(content))
+                notebooks.append(sources(content))
             except Exception as error:  # whatever is wrong with a file
                 notes.append(f"{name}: unreadable: {in_a_line(error)}")
         if not self.files:
@@ -65,7 +65,7 @@ def find(path: Path) -> tuple[list[Submission], list[str]]:
     if not path.is_dir() and path.suffix.lower() != ".zip":
         raise ValueError(f"submissions: expected a folder or a .zip, got {path}")
     found: dict[str, Submission] = {}
-    sources: dict[str, set[str]] = {}
+    handed_in: dict[str, set[str]] = {}
     ignored = []
     for name, read in _files(path):
         if read is None and "/" not in name:
@@ -76,14 +76,15 @@ def find(path: Path) -> tuple[list[Submission], list[str]]:
         submission = found.setdefault(student, Submission(student))
         if read is not None:
             submission.files.append((name, read))
-        sources.setdefault(student, set()).add(top)
+        handed_in.setdefault(student, set()).add(top)
     if not any(submission.files for submission in found.values()):
         raise ValueError(f"submissions: expected notebooks in {path}, found none")
     for submission in found.values():
         submission.files = _in_order(submission.files)
-        if len(sources[submission.student]) > 1:
-            handed_in = ", ".join(sorted(sources[submission.student]))
-            submission.notes.append(f"handed in more than once, all is read: {handed_in}")
+        tops = sorted(handed_in[submission.student])
+        if len(tops) > 1:
+            words = f"handed in more than once, all is read: {', '.join(tops)}"
+            submission.notes.append(words)
         left_out = submission.files[MAX_NOTEBOOKS:]
         if left_out:
             words = (
@@ -193,18 +194,3 @@ def _unpacker(archive: zipfile.ZipFile, info: zipfile.ZipInfo, limit: int) -> Re
 
 def _refuse(words: str):
     raise ValueError(words)
-
-
-def _code_cells(content: bytes) -> list[str]:
-    """Sources of the code cells. Of the format only what is needed is asked for."""
-    tree = json.loads(content.decode("utf-8-sig"))
-    if isinstance(tree, dict) and tree.get("worksheets"):  # as it was before 2015
-        tree = tree["worksheets"][0]
-    if not isinstance(tree, dict) or not isinstance(tree.get("cells"), list):
-        raise ValueError("expected a notebook, found no cells in it")
-    sources = []
-    for cell in tree["cells"]:
-        if isinstance(cell, dict) and cell.get("cell_type") == "code":
-            source = cell.get("source", cell.get("input", ""))
-            sources.append(source if isinstance(source, str) else "".join(source))
-    return sources
