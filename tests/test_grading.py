@@ -90,6 +90,20 @@ ACCIDENTS = {
         ],
         ONLY_APPEND,
     ),
+    "a wait, as on a busy machine": (
+        [
+            body(
+                """
+                import time
+                if not hasattr(decode, "waited"): decode.waited = time.sleep(1.3)
+                return right(token_ids)
+                """
+            ),
+            APPEND,
+        ],
+        BOTH,
+    ),
+    "a long sleep": ([body("import time; time.sleep(1000)"), APPEND], ONLY_APPEND),
     "a loop in C": ([body("return sum(range(10**12))"), APPEND], ONLY_APPEND),
     "deep recursion": ([body("return decode(token_ids)"), APPEND], ONLY_APPEND),
     "recursion without a limit": (
@@ -407,10 +421,11 @@ ATTACKS = {
     "gives ten million numbers": body("return [0] * 10**7"),
     "gives what contains itself": body("x = []; x.append(x); return x"),
     "gives a number of ten thousand digits": body("return 10**10000"),
-    "ignores the alarm": body(
+    "ignores the alarms": body(
         """
         import signal
         signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        signal.signal(signal.SIGPROF, signal.SIG_IGN)
         while True: pass
         """
     ),

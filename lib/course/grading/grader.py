@@ -24,7 +24,7 @@ from lib.course.grading import sandbox, wire
 from lib.course.grading.submissions import Submission
 from lib.course.grading.worker import CRASHED, NOT_THERE, SECONDS_TO_COMPILE, TIMEOUT
 
-LEAST_SECONDS = 5  # that any answer has for a call
+LEAST_SECONDS = 2  # of processor time, that any answer has for a call
 MOST_TIMES_SLOWER = 20  # than the library's, where that takes longer
 OK, PARTIAL, UNREADABLE = "ok", "partial", "unreadable"  # what else a row's status may be
 
@@ -93,7 +93,9 @@ class Worker:
             if self.is_closed:
                 break
             if self.process is None:
-                self._start()
+                self.start()
+            if not self.sandbox:
+                self._greet()
             try:
                 # A worker ends every job in time. This is for one that cannot.
                 with self._ended_after(10 * job["seconds"] + SECONDS_TO_COMPILE):
@@ -103,7 +105,9 @@ class Worker:
                 self._end()
         return {"status": CRASHED, "words": CRASHED, "attempts": []}
 
-    def _start(self):
+    def start(self):
+        """Do not wait for it: that is a few seconds of imports."""
+        self.sandbox = ""
         self.folder = tempfile.TemporaryDirectory(prefix="grading-")
         command = (sys.executable, "-m", "lib.course.grading.worker", self.folder.name)
         self.process = subprocess.Popen(
@@ -117,6 +121,8 @@ class Worker:
         )
         if self.is_closed:  # meanwhile
             self.process.kill()
+
+    def _greet(self):
         try:
             with self._ended_after(300):
                 self.sandbox = wire.decode(wire.read(self.process.stdout))["sandbox"]
@@ -249,8 +255,6 @@ def grade_all(
 
     What `done` raises, or an interrupt, ends it: no submission is begun after that.
     """
-    for name in names:  # here, before the threads ask for it
-        tried_on(name, seed), tried_on(name, SEED)
     waiting: queue.SimpleQueue = queue.SimpleQueue()
     graded: queue.SimpleQueue = queue.SimpleQueue()
     for submission in submissions:
@@ -269,9 +273,13 @@ def grade_all(
                     graded.put(_failed(submission, names, error))
 
     threads = [threading.Thread(target=serve, args=(w,), daemon=True) for w in workers]
-    for thread in threads:
-        thread.start()
     try:
+        for worker in workers:
+            worker.start()
+        for name in names:  # here, before the threads ask for it
+            tried_on(name, seed), tried_on(name, SEED)
+        for thread in threads:
+            thread.start()
         for _ in submissions:
             result = graded.get()
             if isinstance(result, Exception):
@@ -285,5 +293,6 @@ def grade_all(
             worker.is_closed, process = True, worker.process
             if process is not None:
                 process.kill()
-            thread.join()
+            if thread.ident is not None:  # it was started
+                thread.join()
             worker.close()

@@ -85,9 +85,9 @@ def run(job: dict, folder: str) -> dict:
     """The reply to a job, whatever happens.
 
     job: {"name": of the exercise, "notebooks": code cells of each, "calls": inputs of
-    each case, "seconds": the most that a call may take}. Reply: {"status": how it ended,
-    "words": what there is to say of that, or None, "attempts": one a case, as far as it
-    got}.
+    each case, "seconds": of processor time that a call may take}. Reply: {"status": how
+    it ended, "words": what there is to say of that, or None, "attempts": one a case, as
+    far as it got}.
     """
     read_end, write_end = os.pipe()
     child = os.fork()
@@ -103,7 +103,7 @@ def run(job: dict, folder: str) -> dict:
     os.close(write_end)
     try:
         is_kernel = exercises()[job["name"]].is_kernel
-        return _listen(read_end, 3 * job["seconds"], is_kernel)
+        return _listen(read_end, 4 * job["seconds"], is_kernel)
     finally:
         os.close(read_end)
         _end_all(child)
@@ -118,11 +118,15 @@ def _listen(read_end: int, seconds: float, may_compile: bool) -> dict:
         return {"status": status, "words": words, "attempts": attempts}
 
     data, num_bytes, deadline = bytearray(), 0, time.monotonic() + seconds
+    look_again = 0.0  # at the memory
     while True:
-        if time.monotonic() > deadline:
+        now = time.monotonic()
+        if now > deadline:
             return ended(TIMEOUT, "took too long, and could not be interrupted")
-        if _resident_bytes() > RESIDENT_BYTES:
-            return ended(CRASHED, f"used more than {RESIDENT_BYTES // 2**30} GiB")
+        if now > look_again:
+            look_again = now + 0.05
+            if _resident_bytes() > RESIDENT_BYTES:
+                return ended(CRASHED, f"used more than {RESIDENT_BYTES // 2**30} GiB")
         if not select.select([read_end], [], [], 0.05)[0]:
             continue
         chunk = os.read(read_end, 2**20)
@@ -169,6 +173,7 @@ def _prepare(folder: str, pipe: int):
         (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(kind, (limit, limit))
+    signal.signal(signal.SIGPROF, _too_late)
     signal.signal(signal.SIGALRM, _too_late)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -183,10 +188,14 @@ def _too_late(*_):
 
 @contextlib.contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    """Of processor time, so that a busy machine is nobody's fault; by the clock twice
+    as many, for what sleeps."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, 2 * seconds)
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
