@@ -76,7 +76,7 @@ def without_a_graph(logits, token_ids):
     return by_gathering(logits.detach(), token_ids)
 
 
-@wrong("next_token_loss")
+@wrong("next_token_loss", says="natural logarithm")
 def in_bits(logits, token_ids):
     return by_gathering(logits, token_ids) / math.log(2)
 
@@ -253,7 +253,7 @@ def rerun(run, x, *, replay=True, wants=None, backward=None, dummy=True):
     return Again.apply(x, torch.empty(0, requires_grad=dummy))
 
 
-@wrong("checkpoint", says="bytes saved by the forward pass")
+@wrong("checkpoint", says="save x alone")
 def nothing_done(run, x):
     out = run(x)
     return out + (run(x) * 0).detach()
@@ -338,7 +338,7 @@ def grad_out_ignored(run, x):
     return rerun(run, x, backward=backward)
 
 
-@wrong("checkpoint", says="bytes saved by the forward pass")
+@wrong("checkpoint", says="save x alone")
 def output_and_inside_saved(run, x):
     class Again(torch.autograd.Function):
         @staticmethod
@@ -566,7 +566,7 @@ def halves_not_halved_again(blocks, x, positions, attend):
     return x
 
 
-@wrong("checkpoint_recursive")
+@wrong("checkpoint_recursive", says="from what the first gives")
 def second_half_first(blocks, x, positions, attend):
     return larger_half_first(list(blocks)[::-1], x, positions, attend)
 

@@ -61,12 +61,12 @@ def not_in_bytes(config, num_tokens, bytes_per_number=4):
     return numbers(config, num_tokens, config.num_kv_heads)
 
 
-@wrong("kv_cache_bytes")
+@wrong("kv_cache_bytes", says="whatever the default is")
 def always_four_bytes(config, num_tokens, bytes_per_number=4):
     return numbers(config, num_tokens, config.num_kv_heads) * 4
 
 
-@wrong("kv_cache_bytes")
+@wrong("kv_cache_bytes", says="4 bytes a number by default")
 def default_of_two(config, num_tokens, bytes_per_number=2):
     return layer_by_layer(config, num_tokens, bytes_per_number)
 
@@ -449,7 +449,7 @@ def into_buffers(model, prompts, num_new_tokens, cache, **settings):
     return texts
 
 
-@wrong("generate_cached")
+@wrong("generate_cached", says="Nothing is in the cache")
 def recompute(model, prompts, num_new_tokens, cache, **settings):
     return [
         generate.generate_recompute(model, ids, num_new_tokens, **settings)
@@ -633,7 +633,7 @@ def in_percent(seq_lens, max_seq_len):
     return 100 * counted(seq_lens, max_seq_len)
 
 
-@wrong("kv_utilization")
+@wrong("kv_utilization", says="however long the longest is")
 def of_the_longest(seq_lens, max_seq_len):
     return counted(seq_lens, int(seq_lens.max()))
 
@@ -643,6 +643,6 @@ def of_those_that_began(seq_lens, max_seq_len):
     return counted(seq_lens[seq_lens > 0], max_seq_len)
 
 
-@wrong("kv_utilization")
+@wrong("kv_utilization", says="divide by /")
 def whole_numbers(seq_lens, max_seq_len):
     return int(seq_lens.sum()) // (len(seq_lens) * max_seq_len)

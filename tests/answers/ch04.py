@@ -219,7 +219,7 @@ def grow(self, request_id, num_tokens, needed_blocks=None, is_copied=None):
     return copied
 
 
-@wrong("append")
+@wrong("append", says="Where no number is given")
 def append_two_by_default(self, request_id, num_tokens=2):
     return grow(self, request_id, num_tokens)
 
@@ -486,7 +486,7 @@ def one_piece(block_tables, seq_lens, query_lens, block_size):
     return block_tables[requests, 0] * block_size + positions
 
 
-@wrong("slot_mapping")
+@wrong("slot_mapping", says="Positions count from 0")
 def positions_from_one(block_tables, seq_lens, query_lens, block_size):
     requests, positions = where(seq_lens + 1, query_lens)
     return block_tables[requests, positions // block_size] * block_size + (

@@ -66,8 +66,11 @@ def next_token_loss_explain(inputs: dict, expected: dict, got: dict) -> str | No
         "The last row predicts nothing that is there: leave it out": mean_loss(
             log_probs, np.roll(token_ids, -1, axis=1)
         ),
-        "The mean, not the sum": mean_loss(log_probs[:, :-1], token_ids[:, 1:])
-        * token_ids[:, 1:].size,
+        "The mean, not the sum": mean_loss(log_probs[:, :-1], targets) * targets.size,
+        "That is in bits: take the natural logarithm": mean_loss(
+            log_probs[:, :-1], targets
+        )
+        / np.log(2),
     }
     for text, loss in words.items():
         if np.isclose(got["loss"], loss):
@@ -182,6 +185,9 @@ def checkpoint_explain(inputs: dict, expected: dict, got: dict) -> str | None:
         return "Nothing was computed again: everything must have been kept"
     if got["block_calls"] > expected["block_calls"]:
         return "Each block runs once forward, and once more in the backward pass"
+    key = "bytes_saved_by_the_forward_pass"
+    if got[key] > 2 * expected[key]:
+        return "Run forward under torch.no_grad(), and save x alone"
     return None
 
 
@@ -288,6 +294,8 @@ def checkpoint_recursive_cases(seed: int) -> list[Case]:
 def checkpoint_recursive_explain(inputs: dict, expected: dict, got: dict) -> str | None:
     if _is_one_missing(got["gradients"]):
         return "A block was left out: it got no gradient"
+    if not np.allclose(got["out"], expected["out"]):
+        return "The second half goes on from what the first gives"
     key = "bytes_saved_by_the_forward_pass"
     if got[key] > expected[key]:
         return "Keep one edge a halving, not one a block, and one inside at most"

@@ -41,7 +41,7 @@ def kv_cache_bytes_explain(inputs: dict, expected: dict, got: dict) -> str | Non
         return None
     group_size = config["num_heads"] // config["num_kv_heads"]
     for wrong, words in (
-        (ours // 2, "A token has a key and a value"),
+        (ours // 2, "A token has a key and a value, of 4 bytes a number by default"),
         (
             ours * group_size,
             "Only KV heads are stored, of head_dim numbers: several query heads read one",
@@ -50,6 +50,10 @@ def kv_cache_bytes_explain(inputs: dict, expected: dict, got: dict) -> str | Non
         (ours // config["num_layers"], "Each layer has keys and values of its own"),
         (ours // config["num_kv_heads"], "Each KV head has a key and a value"),
         (ours // inputs["bytes_per_number"], "That counts numbers, not bytes"),
+        (
+            4 * ours // inputs["bytes_per_number"],
+            "A number has bytes_per_number bytes, whatever the default is",
+        ),
         (ours // max(inputs["num_tokens"], 1), "That is one token's"),
     ):
         if theirs == wrong:
@@ -286,6 +290,12 @@ def generate_cached_explain(inputs: dict, expected: dict, got: dict) -> str | No
                 "The last token need not go through the model: nobody asks what follows"
             )
         return "The cache has the earlier tokens: hand over the new ones alone"
+    if (
+        theirs == ours
+        and num_new_tokens
+        and got["tokens_in_the_cache"] == inputs["cached"]
+    ):
+        return "Nothing is in the cache: let forward_cached write to it"
     if theirs == ours and got["forward_calls"] > expected["forward_calls"]:
         return "All requests go in one call: token after token, query_lens of each"
     if got["kept_for_a_backward_pass_bytes"] > 0:
@@ -324,6 +334,11 @@ def kv_utilization_explain(inputs: dict, expected: dict, got: dict) -> str | Non
         (1 - expected["utilization"], "That is the share that holds nothing"),
         (100 * expected["utilization"], "A share is between 0 and 1"),
         (seq_lens.max() / reserved, "All requests count, not only the longest"),
+        (
+            seq_lens.mean() / seq_lens.max(),
+            "max_seq_len is reserved, however long the longest is",
+        ),
+        (0, "A share is a fraction: divide by /, not by //"),
     ):
         if theirs == wrong:
             return words

@@ -67,6 +67,8 @@ def slot_mapping_explain(inputs: dict, expected: dict, got: dict) -> str | None:
         return "Add the place in the block, position % block_size"
     if np.array_equal(theirs, _slots_from_zero(inputs)):
         return "The new tokens are a request's last ones: seq_lens counts them too"
+    if np.array_equal(theirs, ours + 1):
+        return "Positions count from 0: a request's last token is at seq_len - 1"
     if np.array_equal(theirs // size, ours // size) and size > 1:
         return "The place in the block is position % block_size"
     if np.array_equal(theirs % size, places):
@@ -294,6 +296,8 @@ def script_explain(inputs: dict, expected: dict, got: dict) -> str | None:
         return "There is nothing to copy: nobody else uses it, or nothing is written"
     if theirs["tables"] != ours["tables"]:
         return _about_tables(method, caller, ours, theirs)
+    if theirs["tokens"] != ours["tokens"] and call.endswith(f"append('{caller}'):"):
+        return "Where no number is given it is one token"
     if theirs["tokens"] != ours["tokens"]:
         return "seq_lens has the tokens of each live request"
     if theirs["ref_counts"] != ours["ref_counts"]:
