@@ -386,6 +386,9 @@ drawing.draw_reads(
 # given: it is on for fp32, and in the interpreter, which computes bf16 wrongly.
 # Each tensor comes with its strides, since none has to lie in one piece. And
 # `start` and `end` are this program's share of the text.)
+#
+# The check runs the kernel in the interpreter, counts what it reads, and
+# compiles it for a GPU: about half a minute, in which nothing is printed.
 
 # %% exercise="paged_decode_kernel" given="1 2 3 4 6 8 11"
 from lib.paged_attention_triton import paged_decode_kernel
