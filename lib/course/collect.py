@@ -149,13 +149,14 @@ def _needed(
                 parsed[number] = _statements(source, filename, failures)
         statements = [s for number in sorted(parsed) for s in parsed[number]]
         imports = [s.binds for s in statements if isinstance(s.node, IMPORTS)]
+        imported = set().union(*imports)
         more = [
             s
             for s in statements
             if s not in needed
             and s.binds & names
             # torch.manual_seed(0), plt.show(): what a page does, not what it defines
-            and not (s.changes and s.binds & names <= set().union(*imports))
+            and not (s.changes and s.binds & names <= imported)
         ]
         if not more:
             return [s for s in statements if s in needed]
