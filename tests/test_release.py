@@ -20,6 +20,7 @@ from lib.course.build import (
     solved_notebook,
     student_notebook,
 )
+from lib.course.exercises import names_of
 from lib.course.release import FILES, release, write
 from lib.course.stubs import answer, stub
 
@@ -231,15 +232,31 @@ def test_in_the_bundle_an_answer_that_needs_another_says_which(unpacked):
     assert messages[6][2].startswith("is of chapter 5, which this release ends before")
 
 
-def test_in_the_bundle_a_learner_sees_the_own_progress(unpacked, tmp_path):
+def mine(bundle, *options):
+    """What `--mine` ends with and prints, there."""
+    command = [sys.executable, "-m", "lib.course.grading", "--mine", *options]
+    # torch leaves this to its children; a learner's shell has none.
+    env = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"}
+    said = subprocess.run(command, cwd=bundle, env=env, capture_output=True, text=True)
+    assert not said.stderr, said.stderr
+    return said.returncode, said.stdout.strip().split("\n")
+
+
+@pytest.mark.parametrize("chapter, points", [(3, 9), (4, 15)])
+def test_in_the_bundle_a_learner_sees_the_own_progress(
+    unpacked, tmp_path, chapter, points
+):
     """Answers that need each other, though the library has stubs for all."""
-    nbformat.write(solved_notebook(CHAPTERS[4]), tmp_path / "04.ipynb")
-    mine = [sys.executable, "-m", "lib.course.grading", "--mine", tmp_path]
-    said = subprocess.run(
-        [*mine, "--chapters", "4"], cwd=unpacked(4), capture_output=True
-    )
-    assert said.returncode == 0, said.stdout.decode() + said.stderr.decode()
-    assert "15 of 15 points" in said.stdout.decode()
+    nbformat.write(solved_notebook(CHAPTERS[chapter]), tmp_path / "mine.ipynb")
+    status, lines = mine(unpacked(chapter), tmp_path, "--chapters", str(chapter))
+    assert status == 0 and lines[-1] == f"{points} of {points} points", lines
+
+
+def test_in_the_bundle_nobody_is_asked_for_later_chapters(unpacked):
+    status, (*lines, total) = mine(unpacked(3), "notebooks")
+    assert status == 1 and total == "0 of 31 points"
+    assert {line.split("  ")[-1] for line in lines} == {"not written yet"}
+    assert [line.split()[0] for line in lines] == names_of("1,2,3")
 
 
 def test_a_bundle_is_written_whole_and_starts(tmp_path, no_outputs):

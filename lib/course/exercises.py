@@ -17,6 +17,7 @@ from functools import cache
 from typing import Any
 
 from lib.course import cases, drivers
+from lib.course.shipped import is_withheld, not_shipped
 
 
 @dataclass(frozen=True)
@@ -86,15 +87,19 @@ def exercises() -> dict[str, Exercise]:
 
 
 def names_of(chapters: str | None) -> list[str]:
-    """The exercises of chapters, "3" or "1,2", or of all; ValueError for another."""
-    known = sorted({str(exercise.chapter) for exercise in exercises().values()})
+    """The exercises of chapters, "3" or "1,2", or of all; ValueError for another.
+
+    A release has nothing to try those of later chapters on: they are none of it.
+    """
+    here = [name for name in exercises() if not (is_withheld(name) and not_shipped(name))]
+    known = sorted({str(exercises()[name].chapter) for name in here})
     chosen = chapters.split(",") if chapters else known
     for chapter in chosen:
         if chapter not in known:
             raise ValueError(
                 f"chapters: expected some of {', '.join(known)}, got {chapter!r}"
             )
-    return [name for name, e in exercises().items() if str(e.chapter) in chosen]
+    return [name for name in here if str(exercises()[name].chapter) in chosen]
 
 
 @cache

@@ -62,6 +62,7 @@ def main(folder: str):
     jobs, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sandbox.adopt_orphans()
+    tempfile.tempdir = folder  # no other can be written to; torch asks for one
     wire.write(replies, wire.encode({"sandbox": sandbox.enter(folder)}))
     warm: set[str] = set()
     while True:
@@ -166,7 +167,6 @@ def _prepare(folder: str, pipe: int):
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     os.chdir(folder)
     os.environ["HOME"] = os.environ["TMPDIR"] = folder
-    tempfile.tempdir = None  # look again
     for kind, limit in (
         (resource.RLIMIT_DATA, _data_bytes() + MEMORY_BYTES),
         (resource.RLIMIT_FSIZE, FILE_BYTES),
