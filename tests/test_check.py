@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from lib import generate, text
-from lib.course.attempt import forbid
+from lib.course.attempt import NOT_WRITTEN, forbid
 from lib.course.build import ROOT, chapter_texts, student_notebook
 from lib.course.check import Check
 from lib.course.compare import OTHER_DTYPE, difference
@@ -79,7 +79,7 @@ def test_every_untouched_stub_is_not_written_yet(check, chapter, tmp_path):
     assert len(names) == len(stubs) >= 5
     for name in names:
         result = check(getattr(module, name))
-        assert not result.passed and result.message == "not written yet", name
+        assert not result.passed and result.message == NOT_WRITTEN, name
 
 
 def test_prints_warnings_and_progress_bars_do_no_harm(check, capfd):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -241,6 +242,15 @@ def test_every_exercise_has_a_hint_in_the_report():
     assert all(report.hint(name) for name in exercises())
 
 
+def test_each_choice_of_chapters_has_a_folder_of_its_own(monkeypatch):
+    outs = []
+    monkeypatch.setattr(command, "grade_class", lambda path, out, *_: outs.append(out))
+    for options in (["--chapters", "3"], [], ["--out", "x"]):
+        monkeypatch.setattr(sys, "argv", ["grading", "folder", *options])
+        command.main()
+    assert outs == [Path("grades/3"), Path("grades/all"), Path("x")]
+
+
 def test_names_too_long_for_a_file_do_not_meet(tmp_path):
     kept = results.Results(tmp_path, ["decode"], "1")
     long = ["ß" * 120 + end for end in "ab"]
@@ -250,7 +260,8 @@ def test_names_too_long_for_a_file_do_not_meet(tmp_path):
     assert kept.kept(long[0], "0" * 64).student == long[0]
     assert kept.kept(long[0], "1" * 64) is None, "another submission"
     assert results.Results(tmp_path, ["decode"], "2").kept(long[0], "0" * 64) is None
-    assert results.Results(tmp_path, ["append"], "2").kept(long[0], "0" * 64) is None
+    with pytest.raises(ValueError, match="found those of chapters 1: name another"):
+        results.Results(tmp_path, ["append"], "2")
 
 
 def test_half_a_character_in_a_name_or_a_message_is_written_all_the_same(tmp_path):

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 
 from lib.course.exercises import Exercise, exercises, library_answer
 
+NOT_WRITTEN = "not written yet (it raises NotImplementedError)"
+
 
 def attempt(exercise: Exercise, answer: Callable, inputs: dict) -> dict:
     """Call `answer` with the `inputs` of a case, which it may change.
@@ -41,7 +43,7 @@ def attempt(exercise: Exercise, answer: Callable, inputs: dict) -> dict:
 def not_ready(exercise: Exercise, answer: Callable) -> str | None:
     """Why there is no point in calling `answer`, in words, or None."""
     if is_stub(answer):
-        return "not written yet"
+        return NOT_WRITTEN
     if exercise.is_kernel and not hasattr(answer, "arg_names"):
         return "expected a kernel, under @triton.jit, got a plain function"
     if exercise.is_kernel and not _has_source(answer):

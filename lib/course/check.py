@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib import paged_attention_triton
-from lib.course.attempt import attempt, not_compiled, not_ready, silence
+from lib.course.attempt import NOT_WRITTEN, attempt, not_compiled, not_ready, silence
 from lib.course.collect import answers
 from lib.course.compare import crash, difference, verdict, waits_for
 from lib.course.exercises import Case, Exercise, exercises, library_answer
@@ -72,7 +72,7 @@ class Check:
             for name, answer in found.items():
                 if name not in self.results:
                     result = self._try(name, answer)
-                    if result.message not in ("passed", "not written yet"):
+                    if result.message not in ("passed", NOT_WRITTEN):
                         print(f"{name}: {result.message}")
             passed = [n for n in found if n in self.results and self.results[n].passed]
             print(f"{path.stem}: {len(passed)} of {len(found)} answers are yours")

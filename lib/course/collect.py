@@ -173,7 +173,7 @@ def _words(source: str) -> set[str]:
 def _statements(source: str, filename: str, failures: dict[str, str]) -> list[_Statement]:
     found = []
     with _noted(failures, re.findall(r"^def (\w+)", source, re.MULTILINE)):
-        source, tree = _parse(source)
+        source, tree = _parse(source, filename)
         lines = source.split("\n")
         register(filename, source)
         for node in tree.body:
@@ -185,15 +185,15 @@ def _statements(source: str, filename: str, failures: dict[str, str]) -> list[_S
     return found
 
 
-def _parse(source: str) -> tuple[str, ast.Module]:
+def _parse(source: str, filename: str) -> tuple[str, ast.Module]:
     """A cell as Python; what IPython adds to it, magics and commands, as calls."""
     try:
-        return source, ast.parse(source)
+        return source, ast.parse(source, filename)
     except SyntaxError:
         if source.lstrip().startswith("%%"):  # of the whole cell: only this line
             source = source.replace("%%", "# ", 1)
         source = TransformerManager().transform_cell(source)
-        return source, ast.parse(source)
+        return source, ast.parse(source, filename)
 
 
 def register(filename: str, source: str) -> str:

@@ -33,7 +33,8 @@ def main() -> int:
         return mine(args.mine, names)
     if args.gradescope:
         return gradescope(args.gradescope, names, args.seed)
-    return grade_class(args.submissions, args.out, names, args.seed, args.jobs)
+    out = args.out or Path("grades", args.chapters or "all")
+    return grade_class(args.submissions, out, names, args.seed, args.jobs)
 
 
 def grade_class(
@@ -136,7 +137,7 @@ def _arguments() -> argparse.Namespace:
         "submissions", nargs="?", type=Path, help="a folder, or a platform's .zip"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("grades"), help="where results go (./grades)"
+        "--out", type=Path, help="where results go (default: grades/3 for chapter 3)"
     )
     parser.add_argument("--chapters", help="as 3 or 1,2 (default: all)")
     parser.add_argument(

@@ -27,6 +27,7 @@ from lib.course.grading.worker import CRASHED, NOT_THERE, SECONDS_TO_COMPILE, TI
 LEAST_SECONDS = 2  # of processor time, that any answer has for a call
 MOST_TIMES_SLOWER = 20  # than the library's, where that takes longer
 OK, PARTIAL, UNREADABLE = "ok", "partial", "unreadable"  # what else a row's status may be
+NO_NOTEBOOK = "no notebook that can be read"
 
 
 @dataclass
@@ -177,7 +178,9 @@ def grade(submission: Submission, names: list[str], seed: int, worker: Worker) -
         if notebooks:
             result.scores[name] = score(notebooks, name, seed, worker)
         else:
-            result.scores[name] = Score(0, exercises()[name].points, "no notebook")
+            result.scores[name] = Score(0, exercises()[name].points, NO_NOTEBOOK)
+        if result.scores[name].status != OK:
+            result.notes.append(f"{name}: {result.scores[name].status}")
     if notebooks and all(s.message == NOT_THERE for s in result.scores.values()):
         result.notes.append("it has none of these exercises: another notebook?")
     result.sandbox = worker.sandbox if notebooks else ""

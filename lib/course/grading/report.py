@@ -14,8 +14,11 @@ import mistune
 from matplotlib.ticker import MaxNLocator
 
 from lib.course import ROOT
+from lib.course.attempt import NOT_WRITTEN
 from lib.course.collect import sources
-from lib.course.grading.grader import Grade, Score
+from lib.course.exercises import exercises
+from lib.course.grading.grader import NO_NOTEBOOK, Grade, Score
+from lib.course.grading.submissions import by_name
 from lib.course.grading.worker import NOT_THERE
 from lib.plotting import NEW, WASTED, use_course_style
 
@@ -30,8 +33,14 @@ PAGES = jinja2.Environment(
 
 def student_page(grade: Grade) -> str:
     """HTML: what passed, and for the rest what failed, and the first hint."""
-    hints = {name: hint(name) for name, s in grade.scores.items() if not s.points}
-    return PAGES.get_template("student.html").render(grade=grade, hints=hints)
+    hints = {
+        name: "" if score.message == NO_NOTEBOOK else hint(name)
+        for name, score in grade.scores.items()
+        if not score.points
+    }
+    return PAGES.get_template("student.html").render(
+        grade=grade, hints=hints, chapters=_chapters(grade)
+    )
 
 
 def class_page(grades: list[Grade], page_of: Callable[[str], str]) -> str:
@@ -50,14 +59,21 @@ def class_page(grades: list[Grade], page_of: Callable[[str], str]) -> str:
     }
     below_half = [g for g in grades if 2 * g.points < g.max_points]
     return PAGES.get_template("class.html").render(
-        grades=sorted(grades, key=lambda grade: grade.student),
+        grades=sorted(grades, key=by_name),
         mistakes=mistakes,
-        below_half=sorted(below_half, key=lambda grade: (grade.points, grade.student)),
+        below_half=sorted(below_half, key=lambda grade: (grade.points, by_name(grade))),
         with_accidents=[g for g in grades if g.status != "ok"],
         figure=_picture(grades, names),
         page_of=page_of,
         points=sorted(grade.points for grade in grades),
+        chapters=_chapters(grades[0]),
     )
+
+
+def _chapters(grade: Grade) -> str:
+    """What it is about: "chapter 3"."""
+    numbers = sorted({exercises()[name].chapter for name in grade.scores})
+    return f"chapter{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
 
 
 def _picture(grades: list[Grade], names: list[str]) -> str:
@@ -92,7 +108,7 @@ def _picture(grades: list[Grade], names: list[str]) -> str:
 def _kind(score: Score) -> str:
     if score.points:
         return "passed"
-    is_there = score.message not in ("not written yet", NOT_THERE, "no notebook")
+    is_there = score.message not in (NOT_WRITTEN, NOT_THERE, NO_NOTEBOOK)
     return "wrong" if is_there else "not written"
 
 

@@ -2,7 +2,7 @@
 
     OUT/grades.csv              a row for each submission
     OUT/students/NAME.json      its points and words, in Gradescope's format
-    OUT/settings.json           the secret seed: keep it, and keep it to yourself
+    OUT/settings.json           which chapters, and the secret seed: keep it to yourself
 
 A student's file is written as soon as it is graded, whole or not at all. So a run that
 was ended goes on where it was, and one after a new submission grades only that.
@@ -22,7 +22,9 @@ from pathlib import Path
 import torch
 
 from lib.course import ROOT
+from lib.course.exercises import exercises
 from lib.course.grading.grader import Grade, Score
+from lib.course.grading.submissions import by_name
 
 
 def course_version() -> str:
@@ -36,17 +38,28 @@ def course_version() -> str:
 
 
 class Results:
-    """The folder of a run. `seed`: None for the one kept there, or a new one."""
+    """The folder of a run. `seed`: None for the one kept there, or a new one.
+
+    Raises ValueError where the folder holds grades of other chapters.
+    """
 
     def __init__(self, out: Path, names: list[str], seed: str | None):
         self.out, self.names, self.version = out, names, course_version()
         (out / "students").mkdir(parents=True, exist_ok=True)
         path = out / "settings.json"
         kept = _read(path) or {}
+        chapters = sorted({exercises()[name].chapter for name in names})
+        if kept.get("chapters", chapters) != chapters:
+            theirs = ", ".join(map(str, kept["chapters"]))
+            raise ValueError(
+                f"{out}: expected a folder for these grades alone, found those of "
+                f"chapters {theirs}: name another with --out"
+            )
         self.seed = seed or kept.get("seed") or secrets.token_hex(8)
         salt = kept.get("salt") or secrets.token_hex(8)
-        if kept != {"seed": self.seed, "salt": salt}:
-            write(path, json.dumps({"seed": self.seed, "salt": salt}, indent=2))
+        settings = {"chapters": chapters, "seed": self.seed, "salt": salt}
+        if kept != settings:
+            write(path, json.dumps(settings, indent=2))
         # Under what a grade came about; says nothing of the seed to who has no salt.
         self.settings = hash_of(salt, self.seed, self.version, *names)[:16]
 
@@ -78,7 +91,7 @@ class Results:
         writer = csv.writer(file, lineterminator="\n")
         columns = ("student", "points", "max_points", "status", *self.names)
         writer.writerow((*columns, "sandbox", "version", "sha256", "notes"))
-        for grade in sorted(grades, key=lambda grade: grade.student):
+        for grade in sorted(grades, key=by_name):
             totals = (grade.points, grade.max_points, grade.status)
             points = [grade.scores[name].points for name in self.names]
             about = (grade.sandbox, self.version, grade.sha256, "; ".join(grade.notes))

@@ -50,7 +50,7 @@ class Submission:
                 digest.update(content)
                 notebooks.append(sources(content))
             except Exception as error:  # whatever is wrong with a file
-                notes.append(f"{name}: unreadable: {in_a_line(error)}")
+                notes.append(f"{name}: unreadable, is it whole? {in_a_line(error)}")
         if not self.files:
             notes.append("expected a notebook, found none")
         return notebooks, notes, digest.hexdigest()
@@ -92,7 +92,12 @@ def find(path: Path) -> tuple[list[Submission], list[str]]:
             )
             submission.notes.append(words)
             del submission.files[MAX_NOTEBOOKS:]
-    return sorted(found.values(), key=lambda s: s.student), ignored
+    return sorted(found.values(), key=by_name), ignored
+
+
+def by_name(of_a_student) -> tuple[str, str]:
+    """The order of a list of names: to sort by."""
+    return of_a_student.student.casefold(), of_a_student.student
 
 
 def in_one_folder(path: Path) -> Submission:
@@ -122,6 +127,7 @@ def _in_order(files: list[tuple[str, Read]]) -> list[tuple[str, Read]]:
 def _student(top: str) -> str:
     """From the name of a file or folder; the same for any way to write an accent."""
     name = re.sub(r"\.(ipynb|zip)$", "", top, flags=re.IGNORECASE)
+    name = re.sub(r"_assignsubmission_\w+$", "", name)  # Moodle's
     again = r"([ _-]*(\(\d+\)|copy|final|late|v?\d+))*"  # a download, a version
     for chapter in sorted(p.stem for p in (ROOT / "notebooks").glob("[0-9]*.ipynb")):
         name = re.sub(rf"(?<=.)[ _-]+{chapter}{again}$", "", name, flags=re.IGNORECASE)
