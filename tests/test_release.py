@@ -12,6 +12,7 @@ import nbformat
 import pytest
 
 from lib.course import release as release_module
+from lib.course.attempt import NOT_WRITTEN
 from lib.course.build import (
     ROOT,
     BuildError,
@@ -222,7 +223,7 @@ def test_in_the_bundle_an_answer_that_needs_another_says_which(unpacked):
         ["allocate", True, messages[2][2]],
         ["append", True, messages[3][2]],
         ["copy_on_write", False, "needs fork, which is yours to write: that first"],
-        ["later", False, "not written yet"],
+        ["later", False, NOT_WRITTEN],
         ["later", False, messages[6][2]],
     ]
     assert messages[2][2] == (
@@ -255,8 +256,17 @@ def test_in_the_bundle_a_learner_sees_the_own_progress(
 def test_in_the_bundle_nobody_is_asked_for_later_chapters(unpacked):
     status, (*lines, total) = mine(unpacked(3), "notebooks")
     assert status == 1 and total == "0 of 31 points"
-    assert {line.split("  ")[-1] for line in lines} == {"not written yet"}
+    assert {line.split("  ")[-1] for line in lines} == {NOT_WRITTEN}
     assert [line.split()[0] for line in lines] == names_of("1,2,3")
+
+
+@pytest.mark.parametrize("name", ["README.md", "AGENTS.md"])
+def test_in_the_bundle_every_link_leads_to_a_file(unpacked, name):
+    text = (unpacked(4) / name).read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    assert targets
+    for target in targets:
+        assert target.startswith("https://") or (unpacked(4) / target).exists(), target
 
 
 def test_a_bundle_is_written_whole_and_starts(tmp_path, no_outputs):

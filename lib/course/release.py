@@ -52,7 +52,8 @@ which you write the library.
 {start}
 
 `make mine` tries what you have written in all notebooks, each answer in a process of its
-own. Without make: `.venv/bin/python -m lib.course.grading --mine notebooks`.
+own, and ends with "Error 1" until all pass. Without make:
+`.venv/bin/python -m lib.course.grading --mine notebooks`.
 
 ## Chapters
 
@@ -65,12 +66,15 @@ The answers of chapter {chapter}{later}. In lib/ they are stubs, as in the noteb
 {names}
 
 When `check` says that yours passed, it fills the library's gap for the rest of
-the page, until the kernel restarts; what needs it before raises NotImplementedError and
-says whose turn it is. Go on then: running all cells does not end there. With
+the page, until the kernel restarts. What needs it before raises NotImplementedError and
+says whose turn it is, and cells behind it may miss what it was to make. Go on then:
+running all cells does not end there. With
 `check.collect(".")` behind the imports, what you have saved is there from the top on.
 
 The answers of earlier chapters are in lib/: whoever did not finish one goes on all the
 same.
+
+What an AI assistant may help you with is in [AGENTS.md](AGENTS.md).
 
 ## Licence
 
@@ -112,6 +116,9 @@ def release(chapter: int, root: Path = ROOT) -> dict[str, bytes]:
     files["README.md"] = _readme(readme, chapter, stubs).encode()
     makefile = (root / "Makefile").read_text(encoding="utf-8")
     files["Makefile"] = _makefile(makefile).encode()
+    policy = (root / "AGENTS.md").read_text(encoding="utf-8")
+    elsewhere = r"\[([^]]+)\]\((?:solutions|tests|TEACHING)[^)]*\)"
+    files["AGENTS.md"] = re.sub(elsewhere, r"\1", policy).encode()
     return files
 
 
