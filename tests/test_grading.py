@@ -7,6 +7,7 @@ second. Every attack that was ever tried on the grader stays here.
 import contextlib
 import io
 import json
+import linecache
 import os
 import textwrap
 import zipfile
@@ -16,7 +17,7 @@ import nbformat
 import numpy as np
 import pytest
 
-from lib.course import ROOT
+from lib.course import ROOT, collect
 from lib.course.check import SEED
 from lib.course.exercises import exercises
 from lib.course.grading import grader, sandbox, wire
@@ -710,6 +711,47 @@ def test_a_note_says_which_exercise_it_was(worker):
     assert result.status == "timeout" and result.notes == ["decode: timeout"]
 
 
+def test_all_shown_cases_are_tried_where_those_up_to_the_hidden_one_are_right(
+    monkeypatch,
+):
+    def tried(notebooks, name, seed, worker, last=None):
+        if seed == SECRET:
+            return grader.Score(0, 1, "hidden", case="second")
+        return grader.Score(bool(last), 1, "passed" if last else "wrong for the fourth")
+
+    monkeypatch.setattr(grader, "_try", tried)
+    result = grader.score([], "decode", SECRET, None)
+    assert (result.points, result.message) == (0, "wrong for the fourth")
+    assert result.case == "second"
+
+
+def test_a_wrong_answer_meets_the_shown_cases_as_far_as_the_one_it_failed(worker):
+    asked = []
+
+    class Spy:
+        def ask(self, job):
+            asked.append(len(job["calls"]))
+            return worker.ask(job)
+
+    result = grader.score([[IMPORTS, WRONG]], "decode", SECRET, Spy())
+    names = [case.name for case, _ in grader.tried_on("decode", SECRET)[0]]
+    assert asked == [len(names), 1 + names.index(result.case)] and asked[1] < asked[0]
+
+
+def test_cells_that_mention_no_needed_name_are_not_parsed():
+    cells = [
+        "from math import *",
+        "ONE = 1",
+        "\ufb01ve = 5",  # Python reads the ligature as fi
+        "def decode(token_ids):\n    return five + floor(1.5)",
+    ]
+    for number in range(len(cells)):
+        linecache.cache.pop(f"<lazy, cell {number}>", None)
+    assert collect.define(cells, "lazy", {"decode"})["decode"]([]) == 6
+    parsed = [n for n in range(len(cells)) if f"<lazy, cell {n}>" in linecache.cache]
+    assert parsed == [0, 2, 3]
+
+
 def test_a_hidden_case_is_told_by_its_name_only(worker):
     shown = [case.inputs["token_ids"] for case, _ in grader.tried_on("decode", SEED)[0]]
     cells = body(f"return right(token_ids) if token_ids.tolist() in {shown} else 'whale'")
@@ -798,8 +840,8 @@ def test_a_cell_that_fails_is_told_so(worker):
     cells = ["def decode(token_ids:\n    return", APPEND]  # and no imports
     _, result = points(worker, notebook(*cells))
     decode, append = (score.message for score in result.scores.values())
-    assert decode.startswith("its cell fails: SyntaxError: '(' was never closed (<note")
-    assert decode.endswith("<notebook 1, cell 0>, line 1)")
+    where = "(<notebook 1, cell 0>, line 1)"
+    assert decode == f"its cell fails: SyntaxError: '(' was never closed {where}"
     assert append == "its cell fails: NameError: name 'torch' is not defined"
 
 
