@@ -46,6 +46,8 @@ MEMORY_BYTES = 2 * 2**30  # of data that a job may ask for, beyond what the work
 RESIDENT_BYTES = 4 * 2**30  # of all processes of a job together
 FILE_BYTES = 16 * 2**20
 REPLY_BYTES = wire.MAX_BYTES // 2  # to a job; the largest right one is 1.1 MB
+# Seconds by the clock for each of processor time that a call may take: a call, all calls.
+CALL_BY_CLOCK, ALL_BY_CLOCK = 2, 4
 SECONDS_TO_COMPILE = 120  # a kernel; it has limits of its own
 # How a job ends, and what is said of an answer that nobody wrote.
 DONE, UNREADY, TIMEOUT, CRASHED = "done", "unready", "timeout", "crashed"
@@ -104,7 +106,7 @@ def run(job: dict, folder: str) -> dict:
     os.close(write_end)
     try:
         is_kernel = exercises()[job["name"]].is_kernel
-        return _listen(read_end, 4 * job["seconds"], is_kernel)
+        return _listen(read_end, ALL_BY_CLOCK * job["seconds"], is_kernel)
     finally:
         os.close(read_end)
         _end_all(child)
@@ -188,10 +190,10 @@ def _too_late(*_):
 
 @contextlib.contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """Of processor time, so that a busy machine is nobody's fault; by the clock twice
-    as many, for what sleeps."""
+    """Of processor time, so that a busy machine is nobody's fault; by the clock a limit
+    too, for what sleeps."""
     signal.setitimer(signal.ITIMER_PROF, seconds)
-    signal.setitimer(signal.ITIMER_REAL, 2 * seconds)
+    signal.setitimer(signal.ITIMER_REAL, CALL_BY_CLOCK * seconds)
     try:
         yield
     finally:
