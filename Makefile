@@ -26,10 +26,10 @@ test: .venv/dev
 	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 table: .venv/course
-	@$(BIN)/python -m lib.table $(ARGS)
+	@$(BIN)/python -m lib.measure.table $(ARGS)
 
 bench: .venv/course
-	@$(BIN)/python -m lib.bench $(ARGS)
+	@$(BIN)/python -m lib.measure.bench $(ARGS)
 
 grade: .venv/course
 	$(if $(SUBMISSIONS),,$(error expected a folder or zip of notebooks: make grade SUBMISSIONS=folder))

@@ -20,9 +20,9 @@ import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from lib import plotting
 from lib.config import MOBY, ModelConfig
-from lib.meter import machine_facts
+from lib.figures import plotting
+from lib.measure.meter import machine_facts
 from lib.model import WEIGHTS, Transformer, attend_fused, save_model
 from lib.text import DATA, encode, load_book, random_batch, split_book, windows
 

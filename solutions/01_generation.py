@@ -28,9 +28,9 @@ import math
 import torch
 from IPython.display import Markdown
 
-from lib import (
-    config, drawing, generate, meter, model, plotting, sampling, table, text,
-)
+from lib import config, generate, model, sampling, text
+from lib.figures import drawing, plotting
+from lib.measure import meter, table
 from lib.config import ModelConfig
 from lib.course.check import check
 from lib.generate import check_generation

@@ -32,7 +32,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from lib import checkpointing, generate, meter, plotting, table, text, training
+from lib import checkpointing, generate, text, training
+from lib.figures import plotting
+from lib.measure import meter, table
 from lib.checkpointing import (
     get_random_state,
     run_blocks,

@@ -27,9 +27,9 @@ from collections.abc import Sequence
 import torch
 from IPython.display import Markdown
 
-from lib import (
-    drawing, generate, kv_cache, meter, model, plotting, sampling, table, text,
-)
+from lib import generate, kv_cache, model, sampling, text
+from lib.figures import drawing, plotting
+from lib.measure import meter, table
 from lib.config import LLAMA3_8B, ModelConfig
 from lib.course.check import check
 from lib.generate import check_cached_generation, forward_cached

@@ -28,9 +28,11 @@ import torch
 from IPython.display import Markdown
 
 from lib import (
-    bench, block_manager, drawing, generate, kv_cache, meter, model,
-    paged_kv_cache, plotting, simulation, table, text,
+    block_manager, generate, kv_cache, model, paged_kv_cache, simulation,
+    text,
 )
+from lib.figures import drawing, plotting
+from lib.measure import bench, meter, table
 from lib.block_manager import BlockManager, OutOfBlocksError, check_num_tokens
 from lib.course.check import check
 from lib.generate import forward_cached

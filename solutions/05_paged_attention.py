@@ -35,9 +35,11 @@ import torch
 from IPython.display import Markdown
 
 from lib import (
-    bench_attention, columns, drawing, generate, gpu_code, kv_cache, meter,
-    model, paged_attention, paged_kv_cache, plotting, table, text, training,
+    generate, kv_cache, model, paged_attention, paged_kv_cache, text,
+    training,
 )
+from lib.figures import drawing, plotting
+from lib.measure import bench_attention, columns, gpu_code, meter, table
 from lib import paged_attention_triton as kernels
 from lib.block_manager import BlockManager
 from lib.config import LLAMA3_8B, ModelConfig

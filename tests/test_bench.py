@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from lib import bench, bench_attention
+from lib.measure import bench, bench_attention
 
 
 @pytest.fixture(autouse=True)

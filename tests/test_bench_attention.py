@@ -2,7 +2,8 @@ import pytest
 import torch
 from helpers import TOLERANCES
 
-from lib import bench_attention, paged_attention, paged_attention_triton
+from lib import paged_attention, paged_attention_triton
+from lib.measure import bench_attention
 
 HEADS = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 16}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where kernels run, if anyhow

@@ -61,7 +61,7 @@ matplotlib.use("agg")
 import torch
 torch.set_num_threads(1)
 from lib.course import build
-from lib import columns
+from lib.measure import columns
 del columns.COLUMNS["recompute"], columns.COLUMNS["contiguous"]
 notebook = getattr(build, sys.argv[2])(Path(sys.argv[1]))
 namespace = {"__name__": "__main__"}

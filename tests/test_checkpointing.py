@@ -14,7 +14,7 @@ from lib.checkpointing import (
     run_blocks,
     segments_peak_bytes,
 )
-from lib.meter import measure
+from lib.measure.meter import measure
 from lib.model import attend_causal, attend_fused
 from lib.training import training_bytes
 

@@ -7,7 +7,7 @@ from lib.generate import (
     generate_recompute,
     projection_flops,
 )
-from lib.meter import measure
+from lib.measure.meter import measure
 from lib.model import attend_causal, attend_fused
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="compiling needs Triton")
-from lib import gpu_code, paged_attention_triton  # noqa: E402
-from lib.gpu_code import compile_decode  # noqa: E402
+from lib import paged_attention_triton  # noqa: E402
+from lib.measure import gpu_code  # noqa: E402
+from lib.measure.gpu_code import compile_decode  # noqa: E402
 from lib.paged_attention_triton import tl, triton  # noqa: E402
 
 FACTOR, LOWEST = tl.constexpr(2.0), tl.constexpr(float("-inf"))

@@ -13,7 +13,7 @@ from lib.kv_cache import (
     kv_utilization,
     new_positions,
 )
-from lib.meter import measure
+from lib.measure.meter import measure
 from lib.model import attend_fused
 from lib.paged_kv_cache import PagedKVCache
 

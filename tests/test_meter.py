@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers import random_model
 
-from lib.meter import machine_facts, measure, measure_traffic, median_seconds
+from lib.measure.meter import machine_facts, measure, measure_traffic, median_seconds
 from lib.model import attend_causal, attend_fused
 from lib.paged_attention_triton import tl, triton
 from lib.training import next_token_loss
@@ -150,7 +150,7 @@ def test_median_seconds_is_the_median_after_a_run_that_does_not_count(monkeypatc
     def work():
         now[0] += next(durations)
 
-    monkeypatch.setattr("lib.meter.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("lib.measure.meter.time.perf_counter", lambda: now[0])
     assert median_seconds(work, repeats=5) == 3.0
 
 

@@ -196,7 +196,8 @@ import sys
 sys.modules["triton"] = None
 import warnings
 import torch
-from lib import gpu_code, paged_attention, paged_attention_triton as kernels
+from lib import paged_attention, paged_attention_triton as kernels
+from lib.measure import gpu_code
 q, pool = torch.randn(2, 4, 8), torch.randn(2, 6, 4, 2, 8)
 index = torch.arange(6, dtype=torch.int32).view(2, 3), torch.tensor([5, 12]).int()
 with warnings.catch_warnings(record=True) as caught:
@@ -234,7 +235,7 @@ def test_without_triton_the_twin_serves_and_says_so():
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 from lib import paged_attention_triton  # noqa: E402
-from lib.meter import measure_traffic  # noqa: E402
+from lib.measure.meter import measure_traffic  # noqa: E402
 from lib.paged_attention_triton import paged_decode  # noqa: E402
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

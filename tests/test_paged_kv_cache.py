@@ -8,7 +8,7 @@ from lib.block_manager import OutOfBlocksError
 from lib.config import TINY
 from lib.generate import forward_cached, generate_cached, generate_recompute
 from lib.kv_cache import ContiguousKVCache, attend_cached, kv_cache_bytes
-from lib.meter import measure
+from lib.measure.meter import measure
 from lib.model import attend_fused
 from lib.paged_kv_cache import (
     PagedKVCache,

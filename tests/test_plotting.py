@@ -7,9 +7,9 @@ import torch
 from matplotlib.colors import to_rgba
 from matplotlib.patches import Rectangle
 
-from lib import drawing, plotting
 from lib.block_manager import BlockManager
 from lib.config import TINY
+from lib.figures import drawing, plotting
 from lib.kv_cache import ContiguousKVCache
 from lib.simulation import Usage
 

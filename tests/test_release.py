@@ -185,7 +185,8 @@ def test_in_the_bundle_answers_are_judged_in_the_order_of_the_page(chapter, unpa
 
 
 AFTERWARDS = """
-from lib import block_manager, kv_cache, paged_kv_cache, table
+from lib import block_manager, kv_cache, paged_kv_cache
+from lib.measure import table
 from lib.course.check import restore
 from lib.course.exercises import exercises, library_answer
 

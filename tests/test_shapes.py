@@ -23,6 +23,7 @@ from lib.paged_kv_cache import PagedKVCache
 from lib.training import Trainer, TrainingConfig
 
 FOLDER = Path(lib.__file__).parent
+FOLDERS = FOLDER, FOLDER / "measure", FOLDER / "figures"
 SIZES = {"B": 3, "H": 6, "G": 2, "D": 10, "C": 60, "F": 22, "V": 29, "heads": None}
 CONFIG = ModelConfig(29, 4, 6, 2, d_model=60, d_ff=22, max_seq_len=40, dropout=0.1)
 COMMENT = re.compile(r"#\s*\(((?:\.\.\.|[A-Z\d]|min\(|heads)[^#]*?)\)(?:$|[,:;. ])")
@@ -34,7 +35,7 @@ def shape_comments() -> dict[tuple[str, int], tuple[str, list[str] | None]]:
     Names are None for a return.
     """
     found = {}
-    for path in sorted(FOLDER.glob("*.py")):
+    for path in sorted(path for folder in FOLDERS for path in folder.glob("*.py")):
         lines = path.read_text(encoding="utf-8").split("\n")
         for node in ast.walk(ast.parse("\n".join(lines))):
             if not isinstance(node, (ast.Assign, ast.Return)):
@@ -81,7 +82,7 @@ class Watcher:
 
     def __call__(self, frame, event, arg):
         filename = frame.f_code.co_filename
-        if Path(filename).parent != FOLDER:  # of the library itself
+        if Path(filename).parent not in FOLDERS:  # of the library itself
             return None
         letters, pending, last_line = {}, None, 0
 

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from lib import columns, table
-from lib.columns import COLUMNS, Growth
-from lib.meter import Cost
-from lib.table import (
+from lib.measure import columns, table
+from lib.measure.columns import COLUMNS, Growth
+from lib.measure.meter import Cost
+from lib.measure.table import (
     SIZES,
     Cell,
     Sweep,

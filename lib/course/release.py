@@ -36,7 +36,7 @@ from lib.paged_attention_triton import HAS_TRITON
 # Patterns of what is handed out as it is, and what only those need who make the course.
 FILES = (
     *("LICENSE", "pyproject.toml", "requirements.txt"),
-    *("lib/**/*.py", "lib/*.mplstyle", "lib/course/grading/pages/*.html"),
+    *("lib/**/*.py", "lib/figures/*.mplstyle", "lib/course/grading/pages/*.html"),
     *("data/README.md", "data/moby_dick.pt", "data/moby_dick.txt", "data/results/*.*"),
 )
 NOT_FOR_STUDENTS = ("lib/course/build.py", "lib/course/release.py")

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from lib import gpu_code
 from lib.course.exercises import Case, Exercise
+from lib.measure import gpu_code
 
 NOWHERE = 2147480000  # a block id that stands behind the end of a table: never to be read
 TILE = 64  # tokens that an interpreted paged_decode_kernel takes at a time

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from lib.config import ModelConfig
-from lib.meter import measure
+from lib.measure.meter import measure
 from lib.model import Transformer, attend_fused
 
 

@@ -8,7 +8,7 @@ import torch
 from lib.checkpointing import run_blocks
 from lib.config import ModelConfig
 from lib.course.drivers.ch01 import as_array
-from lib.meter import measure
+from lib.measure.meter import measure
 from lib.model import Transformer, attend_fused
 
 

@@ -9,7 +9,7 @@ import torch
 from lib.config import ModelConfig
 from lib.course.drivers.ch01 import as_array, as_list, random_model
 from lib.kv_cache import CacheFullError, ContiguousKVCache
-from lib.meter import measure
+from lib.measure.meter import measure
 
 
 def kv_cache_bytes(

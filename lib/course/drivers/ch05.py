@@ -17,7 +17,7 @@ from lib import paged_attention_triton
 from lib.config import ModelConfig
 from lib.course.drivers.ch01 import as_array
 from lib.course.drivers.ch03 import as_number
-from lib.meter import Traffic, measure, measure_traffic
+from lib.measure.meter import Traffic, measure, measure_traffic
 
 # MAP_SHARED, MAP_ANONYMOUS and MAP_NORESERVE of Linux, where the kernels run: not
 # counted against a limit on the data of a process.

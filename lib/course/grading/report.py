@@ -20,7 +20,7 @@ from lib.course.exercises import exercises
 from lib.course.grading.grader import NO_NOTEBOOK, Grade, Score
 from lib.course.grading.submissions import by_name
 from lib.course.grading.worker import NOT_THERE
-from lib.plotting import NEW, WASTED, use_course_style
+from lib.figures.plotting import NEW, WASTED, use_course_style
 
 PAGES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent / "pages"),

@@ -54,7 +54,13 @@ DONE, UNREADY, TIMEOUT, CRASHED = "done", "unready", "timeout", "crashed"
 NOT_THERE = "not there"
 COMPILING = "compiling"  # no end yet
 # What chapters import, so that no job has to wait for it.
-IMPORTS = "IPython.display", "lib.plotting", "lib.drawing", "lib.table", "lib.simulation"
+IMPORTS = (
+    "IPython.display",
+    "lib.figures.plotting",
+    "lib.figures.drawing",
+    "lib.measure.table",
+    "lib.simulation",
+)
 
 
 def main(folder: str):

@@ -1,6 +1,6 @@
 """Chapter 5: what a GPU would run, read on a machine that has none.
 
-    python -m lib.gpu_code --gpu sm_90 --dtype bfloat16
+    python -m lib.measure.gpu_code --gpu sm_90 --dtype bfloat16
 
 Triton's wheel brings the compilers of NVIDIA and AMD. So the kernels of
 lib/paged_attention_triton.py can be compiled for a GPU that is not there, and the result
@@ -151,11 +151,15 @@ def _sources(kernel: Any) -> list[str]:
 @functools.cache  # the same job is asked for again and again
 def _compile_in_child(job: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", "from lib import gpu_code; gpu_code._compile_stdin()"],
+        [
+            sys.executable,
+            "-c",
+            "from lib.measure import gpu_code; gpu_code._compile_stdin()",
+        ],
         input=job,
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONWARNINGS": "ignore"},
         timeout=120,
     )
@@ -249,7 +253,7 @@ def _names(pattern: str, assembly: str) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m lib.gpu_code",
+        prog="python -m lib.measure.gpu_code",
         description="Compile the decode kernel for a GPU, and say what came out.",
     )
     parser.add_argument("--gpu", choices=GPUS, default="sm_90")

@@ -1,9 +1,9 @@
 """The table the course is about, measured on this machine.
 
-    python -m lib.table                     # prints it; exits 1 where a cell is out
-    python -m lib.table --columns recompute --json recompute.json
+    python -m lib.measure.table              # prints it; exits 1 where a cell is out
+    python -m lib.measure.table --columns recompute --json recompute.json
 
-How do memory and work grow with tokens N and layers L? Each column of lib/columns.py runs
+How do memory and work grow with tokens N and layers L? Each column of columns.py runs
 under the meter at three lengths and at three depths, each r times the one before, and the
 exponent of a quantity f is
 
@@ -25,9 +25,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lib import columns, plotting
-from lib.columns import COLUMNS
-from lib.meter import Cost, machine_facts, measure, median_seconds
+from lib.figures import plotting
+from lib.measure import columns
+from lib.measure.columns import COLUMNS
+from lib.measure.meter import Cost, machine_facts, measure, median_seconds
 
 TOLERANCE = 0.1  # of an exponent
 # Sizes (N, L) along each axis. The depths are squares, so that √L segments come out even.
@@ -204,7 +205,8 @@ def _render_measured(cells: list[Cell]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m lib.table", description="Measure the table on this machine."
+        prog="python -m lib.measure.table",
+        description="Measure the table on this machine.",
     )
     parser.add_argument(
         "--columns",
@@ -229,7 +231,7 @@ def main() -> int:
     cells = [cell for column in sweeps for cell in fit(column)]
     print(render(cells))
     if args.json:
-        command = shlex.join(["python", "-m", "lib.table", *sys.argv[1:]])
+        command = shlex.join(["python", "-m", "lib.measure.table", *sys.argv[1:]])
         facts = {"command": command, "machine": machine_facts()}
         result = {**facts, "cells": [asdict(cell) for cell in cells]}
         args.json.write_text(json.dumps(result, indent=1) + "\n")

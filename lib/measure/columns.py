@@ -1,7 +1,7 @@
 """The columns of the table: each way to run the model, and what theory says it costs.
 
-lib/table.py measures them. A chapter that finds a new way to run the model adds one entry
-to COLUMNS. Generation begins with one token and writes N more. What makes theory visible
+table.py measures them. A chapter that finds a new way to run the model adds one entry to
+COLUMNS. Generation begins with one token and writes N more. What makes theory visible
 on a small model:
 
 - Attention is fused: stored scores alone would be N² bytes.

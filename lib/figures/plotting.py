@@ -1,4 +1,4 @@
-"""Figures of measurements; those of structures are in lib/drawing.py.
+"""Figures of measurements; those of structures are in drawing.py.
 
 A colour means the same thing in every chapter, and never colour alone: what is wasted
 or computed again is hatched grey too, a prediction is dashed, a measurement has
@@ -129,7 +129,7 @@ def plot_training_bytes(
 
 
 def plot_table(sweeps: Sequence) -> Figure:
-    """What lib/table.py measured: memory over layers, and attention's work over tokens.
+    """What measure/table.py measured: memory over layers, attention's work over tokens.
 
     sweeps: of `table.sweep`, one a column.
     """

@@ -1,6 +1,6 @@
 """Drawings of structures, from the live object, so that none can disagree with the code.
 
-As in lib/plotting.py, solid is written now, and hatched grey is wasted or computed again.
+As in plotting.py, solid is written now, and hatched grey is wasted or computed again.
 A light tint was written before, white is free. Each function returns what it drew on.
 """
 
@@ -16,8 +16,8 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from lib.block_manager import BlockManager
+from lib.figures.plotting import NEW, WASTED
 from lib.kv_cache import ContiguousKVCache
-from lib.plotting import NEW, WASTED
 
 CACHED = {"facecolor": "#B9D8EC", "edgecolor": "white"}
 FREE = {"facecolor": "white", "edgecolor": "#8C8C8C"}

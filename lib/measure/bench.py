@@ -1,12 +1,12 @@
 """How fast does the trained model write, with each kind of cache, on this machine?
 
-    python -m lib.bench                          # prints tokens per second
-    python -m lib.bench --json data/results/bench.json
+    python -m lib.measure.bench                  # prints tokens per second
+    python -m lib.measure.bench --json data/results/bench.json
 
 All caches hold the same passages of the book. Their decode steps take turns, so that
 whatever else the machine does meets all of them alike; figures are medians. The model
 runs on the processor. A second table is of attention alone, on a GPU where there is one:
-lib/bench_attention.py.
+bench_attention.py.
 """
 
 import argparse
@@ -22,9 +22,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lib import bench_attention, generate, paged_attention_triton, text
+from lib import generate, paged_attention_triton, text
 from lib.kv_cache import ContiguousKVCache
-from lib.meter import machine_facts
+from lib.measure import bench_attention
+from lib.measure.meter import machine_facts
 from lib.model import Transformer, attend_fused, load_model
 from lib.paged_kv_cache import PagedKVCache
 
@@ -183,7 +184,7 @@ def print_attention(result: dict, num_cases: int, facts: dict):
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m lib.bench",
+        prog="python -m lib.measure.bench",
         description="Tokens per second of decoding on this machine, and bytes per second "
         "of attention alone.",
     )
@@ -237,7 +238,7 @@ def main() -> int:
     results = bench_decoding(args, facts)
     attention = bench_attention_alone(args, facts)
     if args.json:
-        command = shlex.join(["python", "-m", "lib.bench", *sys.argv[1:]])
+        command = shlex.join(["python", "-m", "lib.measure.bench", *sys.argv[1:]])
         result = {
             "command": command,
             "machine": facts,

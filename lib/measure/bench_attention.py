@@ -7,8 +7,8 @@ layer and random keys, is how near each way comes to that: over one dense piece
 over shuffled blocks where they lie (in place).
 
 All ways are charged the same bytes, those that have to move at least: what a way moves
-beside them, as gather does, makes it slower and not busier. `python -m lib.bench` prints
-the table.
+beside them, as gather does, makes it slower and not busier. `make bench` prints the
+table.
 
 Read lib/paged_attention.py and lib/paged_attention_triton.py before.
 """

@@ -1,0 +1,1 @@
+"""The pictures: plotting draws measurements, drawing draws structures, in one style."""
