@@ -7,8 +7,9 @@ and computes the inside again when the backward pass gets there. Cutting L block
 
     Training Deep Nets with Sublinear Memory Cost, https://arxiv.org/abs/1604.06174
 
-The promise: the same gradients, to the bit, for every parameter, dropout included. Read
-lib/model.py before.
+The promise: the same gradients, to the bit, for every parameter, dropout included.
+`checkpoint_selective` computes again only what costs no matrix product. Read lib/model.py
+before.
 """
 
 import contextlib
@@ -16,9 +17,11 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from lib.model import Attend
+from lib.model import Attend, Block, rotate
 
 
 class Checkpoint(torch.autograd.Function):
@@ -50,15 +53,85 @@ def checkpoint(
     """`run(x)`, keeping nothing of its inside: the backward pass runs it again.
 
     Gradients are those of `run(x)`, to the bit: for x, and for every parameter that
-    `run` uses, in its `.grad`. Call `.backward()`, then: `torch.autograd.grad` does not
-    see what happens in here. Dropout repeats itself, since the random state (of the
-    CPU, or of x's GPU) is put back; autocast is not. Returns what `run` returns, one
-    tensor.
+    `run` uses, in its `.grad`. Dropout repeats itself, since the random state (of the
+    CPU, or of x's GPU) is put back, and so does autocast. Returns what `run` returns, one
+    tensor. What could not be repeated is refused: see `Repeatable`.
     """
+    run = Repeatable(run, x)
     # Autograd runs a backward only where an input wants a gradient. If x wants none (it
     # came from data, or from a frozen layer), the parameters inside still do: an empty
     # tensor that wants one stands in for them.
-    return Checkpoint.apply(run, x, torch.empty(0, requires_grad=True))
+    out = Checkpoint.apply(run, x, torch.empty(0, requires_grad=True))
+    return out if run.wants_gradient else out.detach()
+
+
+class Repeatable:
+    """`run`, under the same autocast whenever it is called, and only if it may be twice.
+
+    The first call, which is not part of a graph, refuses what the second, in the backward
+    pass, would get wrong. Raises TypeError where `run` returns anything but one tensor,
+    and ValueError where it uses a tensor that other operations made and that wants a
+    gradient: only x and parameters may want one, for a second backward through the same
+    graph is not to be had. RuntimeError under `torch.autograd.grad`, which does not see
+    the parameters inside: call `.backward()`.
+    """
+
+    def __init__(self, run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor):
+        device = x.device.type
+        if device not in ("cpu", "cuda"):
+            raise ValueError(
+                f"checkpoint: expected x on a CPU or a CUDA device, whose random numbers "
+                f"can be drawn again, got {device}"
+            )
+        self.run, self.wants_gradient = run, x.requires_grad
+        self.autocast = {
+            "device_type": device,
+            "enabled": torch.is_autocast_enabled(device),
+            "dtype": torch.get_autocast_dtype(device),
+            # What it casts in the first call belongs to no graph: not for later use.
+            "cache_enabled": False,
+        }
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        is_first = not torch.is_grad_enabled()
+        if not is_first and not torch.autograd._is_checkpoint_valid():
+            raise RuntimeError(
+                "checkpoint: expected `.backward()`, got torch.autograd.grad, or inputs"
+            )
+        if is_first:
+            x, watch = x.detach(), _Watch(self)
+        else:
+            watch = contextlib.nullcontext()
+        with torch.autocast(**self.autocast), watch:
+            out = self.run(x)
+        if not isinstance(out, torch.Tensor):
+            raise TypeError(
+                f"checkpoint: expected run to return a tensor, got {type(out).__name__}"
+            )
+        return out
+
+
+class _Watch(TorchFunctionMode):
+    """Sees what each call of torch inside is given, and which of it wants a gradient."""
+
+    def __init__(self, repeatable: Repeatable):
+        super().__init__()
+        self.repeatable = repeatable
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        for value in [*args, *(kwargs or {}).values()]:
+            for tensor in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(tensor, torch.Tensor):
+                    self._judge(tensor)
+        return func(*args, **(kwargs or {}))
+
+    def _judge(self, tensor: torch.Tensor):
+        if tensor.grad_fn is not None:
+            raise ValueError(
+                f"checkpoint: expected run to use x and parameters, got a tensor "
+                f"{tuple(tensor.shape)} from {tensor.grad_fn.name()} as well"
+            )
+        self.repeatable.wants_gradient |= tensor.requires_grad
 
 
 def run_blocks(
@@ -139,10 +212,83 @@ def keep_last_blocks(
     return run_blocks(blocks[num_checkpointed:], x, positions, attend)
 
 
+class SelectiveCheckpoint(torch.autograd.Function):
+    """Products of `run(*inputs)` with matrices, as one step that keeps the inputs."""
+
+    @staticmethod
+    def forward(ctx, run, num_inputs, *inputs_and_weights):
+        ctx.run, ctx.num_inputs = run, num_inputs
+        ctx.save_for_backward(*inputs_and_weights)
+        made = run(*inputs_and_weights[:num_inputs])
+        return tuple(made @ weight.T for weight in inputs_and_weights[num_inputs:])
+
+    @staticmethod
+    def backward(ctx, *grads_out):
+        inputs = [x.detach() for x in ctx.saved_tensors[: ctx.num_inputs]]
+        weights = ctx.saved_tensors[ctx.num_inputs :]
+        with torch.enable_grad():
+            made = ctx.run(*(x.requires_grad_() for x in inputs))
+        rows = made.detach().flatten(0, -2)  # (tokens, in)
+        weight_grads = [grad.flatten(0, -2).T @ rows for grad in grads_out]
+        grad_made = sum(grad @ weight for grad, weight in zip(grads_out, weights))
+        torch.autograd.backward(made, grad_made)
+        return None, None, *(x.grad for x in inputs), *weight_grads
+
+
+def checkpoint_selective(
+    run: Callable[..., torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+) -> tuple[torch.Tensor, ...]:
+    """`run(*inputs) @ weight.T` for each of `weights`, keeping `inputs` alone.
+
+    inputs (..., in) as `run` takes them; weights (out, in), as of nn.Linear. The gradient
+    of a weight needs what it was multiplied with, so autograd would keep that too. Here
+    the backward pass makes it again from `inputs`: worth it where `run` is cheap, a norm
+    or a function of single numbers, for no matrix product is done twice. Gradients are
+    those of a plain run up to rounding, also for the parameters that `run` uses. No
+    dropout inside `run`, and no autocast: that raises ValueError.
+
+    Korthikanti and others, section 5: https://arxiv.org/abs/2205.05198
+    """
+    device = inputs[0].device.type
+    if torch.is_autocast_enabled(device):
+        raise ValueError("checkpoint_selective: expected no autocast, got some")
+    return SelectiveCheckpoint.apply(run, len(inputs), *inputs, *weights)
+
+
+def run_blocks_selective(
+    blocks: Sequence[Block],
+    x: torch.Tensor,
+    positions: torch.Tensor,
+    attend: Attend,
+) -> torch.Tensor:
+    """`run_blocks`, keeping no norm's output, no silu(gate) and no silu(gate) · up."""
+    for block in blocks:
+        attention, mlp = block.attention, block.mlp
+        projections = attention.q_proj, attention.k_proj, attention.v_proj
+        heads = checkpoint_selective(
+            block.attention_norm, [x], [projection.weight for projection in projections]
+        )
+        q, k, v = (y.unflatten(-1, (-1, attention.head_dim)) for y in heads)
+        q, k = (rotate(y, positions, attention.rope_theta) for y in (q, k))
+        out = attend(attention.layer, q, k, v)  # (..., T, H, D)
+        x = x + block.dropout(attention.o_proj(out.flatten(-2)))
+
+        gate_and_up = checkpoint_selective(
+            block.mlp_norm, [x], [mlp.gate_proj.weight, mlp.up_proj.weight]
+        )
+        (down,) = checkpoint_selective(
+            lambda gate, up: F.silu(gate) * up, gate_and_up, [mlp.down_proj.weight]
+        )
+        x = x + block.dropout(down)
+    return x
+
+
 def segments_peak_bytes(
     num_layers: int, num_segments: int, edge_bytes: int, block_bytes: int
 ) -> int:
-    """What `checkpoint_segments` has to hold: an edge a segment, and one inside.
+    """What `checkpoint_segments` has to hold: one edge per segment, and one inside.
 
     edge_bytes: of one x between blocks. block_bytes: what autograd saves in one block,
     its input included. Where segments are not equal the longest counts.
@@ -169,25 +315,31 @@ def best_num_segments(num_layers: int, edge_bytes: int, block_bytes: int) -> int
 
 
 def blocks_to_keep(
-    num_layers: int, edge_bytes: int, block_bytes: int, budget_bytes: int
+    num_layers: int,
+    edge_bytes: int,
+    block_bytes: int,
+    working_bytes: int,
+    budget_bytes: int,
 ) -> int:
-    """The most blocks that `keep_last_blocks` may keep within `budget_bytes`.
+    """The most blocks that `keep_last_blocks` may keep within `budget_bytes`, 1 to L.
 
-    Each block costs its edge if it is checkpointed and its inside if it is kept. Keeping
-    one costs nothing extra: the backward pass needs room for one inside anyway. Raises
-    ValueError where even that does not fit.
+    Each block costs its edge if it is checkpointed and its inside if it is kept. On top
+    come working_bytes, once: what the backward pass of one block needs beside the inside,
+    for gradients on their way back. Keeping one block costs nothing extra: room for one
+    inside is needed anyway. Raises ValueError where even that does not fit.
 
-    >>> blocks_to_keep(8, edge_bytes=1, block_bytes=10, budget_bytes=40)  # 5 + 3 * 10
+    >>> blocks_to_keep(8, 1, 10, working_bytes=5, budget_bytes=45)  # 5 + 3 * 10 + 5
     3
     """
-    smallest = (num_layers - 1) * edge_bytes + block_bytes
+    smallest = (num_layers - 1) * edge_bytes + block_bytes + working_bytes
     if budget_bytes < smallest:
         raise ValueError(
             f"budget_bytes: expected at least {smallest}, got {budget_bytes}"
         )
 
-    num_kept = 1 + (budget_bytes - smallest) // (block_bytes - edge_bytes)
-    return min(num_kept, num_layers)
+    more_bytes = block_bytes - edge_bytes  # of each further block that is kept
+    num_kept = range(1, num_layers + 1)
+    return max(n for n in num_kept if smallest + (n - 1) * more_bytes <= budget_bytes)
 
 
 def get_random_state(x: torch.Tensor) -> list[torch.Tensor]:

@@ -6,6 +6,7 @@ weights carries the config it was trained with, so that weights and code cannot 
 in silence.
 """
 
+import math
 from dataclasses import dataclass
 
 
@@ -35,7 +36,7 @@ class ModelConfig:
             "max_seq_len",
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:  # True is an int too
                 raise ValueError(
                     f"{name}: expected an integer of at least 1, got {value!r}"
                 )
@@ -54,10 +55,14 @@ class ModelConfig:
                 f"num_kv_heads: expected a divisor of num_heads = {self.num_heads}, "
                 f"got {self.num_kv_heads}"
             )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(
-                f"dropout: expected a probability in [0, 1), got {self.dropout}"
-            )
+        for name, is_fine, expected in (
+            ("rope_theta", lambda x: 0 < x < math.inf, "a number above 0"),
+            ("norm_eps", lambda x: 0 <= x < math.inf, "a number of at least 0"),
+            ("dropout", lambda x: 0 <= x < 1, "a probability in [0, 1)"),
+        ):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not is_fine(value):
+                raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
     @property
     def head_dim(self) -> int:  # D

@@ -140,12 +140,12 @@ def generate_cached(
 def check_generation(
     model: Transformer, prompt_ids: torch.Tensor, num_new_tokens: int, seq_len: int = 0
 ):
-    """Raise ValueError unless there is a prompt, room for more, and no dropout.
+    """Raise ValueError unless there is a prompt of this model, room, and no dropout.
 
     seq_len: tokens that came before the prompt.
     """
     prompt_len = prompt_ids.shape[-1] if prompt_ids.dim() else 0
-    if prompt_len == 0:
+    if prompt_ids.numel() == 0:
         raise ValueError("prompt_ids: expected at least one token, got none")
     if num_new_tokens < 0:
         raise ValueError(f"num_new_tokens: expected at least 0, got {num_new_tokens}")
@@ -157,6 +157,8 @@ def check_generation(
         )
     if model.training and model.config.dropout > 0:
         raise ValueError("model: expected eval mode, got training mode, with dropout")
+    positions = torch.arange(prompt_len, device=prompt_ids.device)
+    check_token_ids(prompt_ids, positions, model.config)
 
 
 def check_cached_generation(

@@ -10,8 +10,8 @@ file is never edited again.
 Leading dimensions are free: (B, T) for a batch, (N,) for a flat ragged one.
 
 RMSNorm: https://arxiv.org/abs/1910.07467. RoPE: https://arxiv.org/abs/2104.09864.
-SwiGLU: https://arxiv.org/abs/2002.05202. Grouped KV heads:
-https://arxiv.org/abs/2305.13245. All as in Llama: https://arxiv.org/abs/2302.13971.
+SwiGLU: https://arxiv.org/abs/2002.05202. Grouped-query attention:
+https://arxiv.org/abs/2305.13245. Together, as in Llama 3: https://arxiv.org/abs/2407.21783.
 """
 
 from collections.abc import Callable
@@ -152,15 +152,17 @@ def rotate(x: torch.Tensor, positions: torch.Tensor, theta: float) -> torch.Tens
     """RoPE: turn each pair (i, i + D/2) of x by an angle that grows with the position.
 
     x (..., T, heads, D), positions (..., T). Pair i turns by position * theta^(-2i/D)
-    radians (RoFormer, section 3.2.2; the pairing of halves is that of Llama's published
-    weights). A query and a key then meet at an angle that depends on their distance
-    alone, which is why a key can be cached: its rotation never has to be undone.
+    radians (RoFormer, section 3.2.2). Pairs are made of halves, as in the Hugging Face
+    layout of Llama's weights; Meta's own code pairs neighbours. A key's rotation depends
+    on its own position alone, so it can be cached as it is. A query and a key then meet
+    at an angle that depends on their distance alone.
     """
     D = x.shape[-1]
     # Angles want more digits than half precision has.
     dtype = torch.promote_types(x.dtype, torch.float32)
-    exponents = -torch.arange(0, D, 2, dtype=dtype, device=x.device) / D  # (D/2,)
-    angles = positions[..., None, None] * theta**exponents  # (..., T, 1, D/2)
+    exponents = torch.arange(0, D, 2, dtype=dtype, device=x.device) / D  # (D/2,)
+    frequencies = 1.0 / theta**exponents  # (D/2,)
+    angles = positions[..., None, None] * frequencies  # (..., T, 1, D/2)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     first, second = x.chunk(2, dim=-1)  # (..., T, heads, D/2)
     turned = first * cos - second * sin, second * cos + first * sin
@@ -181,13 +183,14 @@ def attend_causal(
     tensor([2., 3.])
     """
     T, H, D = q.shape[-3:]
-    assert k.shape[-3] == T, f"expected {T} keys, one a query, got {k.shape[-3]}"
+    assert k.shape[-3] == T, f"expected {T} keys, one per query, got {k.shape[-3]}"
     group_size = H // k.shape[-2]
     k = k.repeat_interleave(group_size, dim=-2)  # (..., T, H, D)
     v = v.repeat_interleave(group_size, dim=-2)  # (..., T, H, D)
     q, k, v = (x.transpose(-3, -2) for x in (q, k, v))  # (..., H, T, D)
 
-    scores = q @ k.transpose(-2, -1) / D**0.5  # (..., H, T, T)
+    # Scaled before the product: unscaled scores may be too large for half precision.
+    scores = (q / D**0.5) @ k.transpose(-2, -1)  # (..., H, T, T)
     t = torch.arange(T, device=q.device)
     is_future = t > t.unsqueeze(-1)  # (T, T): the key's column after the query's row
     scores = scores.masked_fill(is_future, float("-inf"))
@@ -200,7 +203,7 @@ def attend_fused(
 ) -> torch.Tensor:
     """`attend_causal` by torch's fused kernel, which on a CPU stores no scores: O(T)."""
     T, S = q.shape[-3], k.shape[-3]
-    assert S == T, f"expected {T} keys, one a query, got {S}"
+    assert S == T, f"expected {T} keys, one per query, got {S}"
     # One leading dimension: with any other number torch takes, without a word, a path
     # that stores the scores. And is_causal: a mask would itself have T x T entries.
     q4, k4, v4 = (x.reshape(-1, *x.shape[-3:]).transpose(1, 2) for x in (q, k, v))

@@ -42,7 +42,9 @@ def paged_decode_gather(
         k, v = paged_kv_cache.gather_kv(k_cache, v_cache, block_table, seq_len)
         group_size = q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(group_size, dim=1).transpose(0, 1) for x in (k, v))
-        scores = (k @ q[b].unsqueeze(-1)).squeeze(-1) * _scale(scale, q)  # (H, S)
+        # Scaled before the product: unscaled scores may be too large for half precision.
+        query = (q[b] * _scale(scale, q)).unsqueeze(-1)
+        scores = (k @ query).squeeze(-1)  # (H, S)
         weights = scores.softmax(dim=-1)  # (H, S)
         out[b] = (weights.unsqueeze(-2) @ v).squeeze(-2)
         logsumexp[b] = scores.logsumexp(dim=-1)

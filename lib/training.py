@@ -39,6 +39,7 @@ class TrainingConfig:
     warmup_steps: int = 100
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
+    num_parts: int = 1  # of a batch, one after the other: see accumulate_gradients
     seed: int = 0
 
 
@@ -48,12 +49,18 @@ def next_token_loss(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tens
 
     logits (B, T, V), where logits[:, t] predicts the token after t; token_ids (B, T).
     The last logits predict a token that is not there, so the mean is over B * (T - 1)
-    predictions. Returns a scalar.
+    predictions. Returns a scalar. Raises ValueError where there is nothing to predict.
 
     >>> logits = torch.tensor([[[0.0, 9.0], [9.0, 0.0], [0.0, 0.0]]])  # 1, 0, no idea
     >>> round(next_token_loss(logits, torch.tensor([[0, 1, 0]])).item(), 4)
     0.0001
     """
+    if token_ids.dim() != 2 or token_ids.shape[1] < 2:
+        raise ValueError(
+            f"token_ids: expected (B, T) with T of at least 2, "
+            f"got {tuple(token_ids.shape)}"
+        )
+
     return cross_entropy(logits[:, :-1].flatten(0, 1), token_ids[:, 1:].flatten())
 
 
@@ -61,9 +68,13 @@ def training_bytes(config: ModelConfig, batch_size: int, seq_len: int) -> dict[s
     """What training holds, in bytes of float32, by kind.
 
     weights, gradients: 4 a parameter. optimizer: AdamW's two running means, of the
-    gradient and of its square. (Its step counters, 4 bytes a tensor, are left out.)
+    gradient and of its square. (Its step counters, 4 bytes per tensor, are left out.)
     activations: what autograd saves for the backward pass of all blocks, each block's
     input included, with fused attention and without dropout.
+
+    >>> config = ModelConfig(256, 1, 1, 1, d_model=2, d_ff=3, max_seq_len=8)
+    >>> training_bytes(config, batch_size=1, seq_len=1)["weights"]  # 1,064 parameters
+    4256
     """
     C, F = config.d_model, config.d_ff
     q_size, kv_size = (
@@ -89,10 +100,70 @@ def training_bytes(config: ModelConfig, batch_size: int, seq_len: int) -> dict[s
     }
 
 
+def step_bytes(config: ModelConfig, batch_size: int, seq_len: int) -> dict[str, int]:
+    """What a training step holds at its peak beside weights, gradients and optimizer.
+
+    In bytes, by kind, and to the byte on a CPU in float32, for a batch of some hundred
+    tokens or more. (Of a smaller one the loss weighs less than the gradient of a weight,
+    and the peak comes later.) When the loss has been computed, and nothing has been given
+    back yet, there are, beside the blocks' activations,
+
+    - two dropout masks in each block, C floats per token, if there is dropout;
+    - the last norm's input, its output and a vector between, C floats per token each, and
+      one float per token;
+    - the logits, V floats per token; a copy of them without each passage's last row;
+      their log-softmax, which cross entropy saves; a copy of the targets; and two single
+      floats, the loss and the number of its terms.
+    """
+    C, V = config.d_model, config.vocab_size
+    num_tokens, num_predictions = batch_size * seq_len, batch_size * (seq_len - 1)
+    num_masks = 2 * config.num_layers if config.dropout else 0
+    logits, log_probs = 4 * num_tokens * V, 4 * num_predictions * V
+    if batch_size > 1:
+        loss = logits + 2 * log_probs + 8 * num_predictions + 8
+    else:  # one passage: nothing is copied; the peak is one step on, with two gradients
+        loss = 3 * log_probs + 8
+    return {
+        "activations": training_bytes(config, batch_size, seq_len)["activations"],
+        "dropout masks": 4 * num_tokens * C * num_masks,
+        "last norm": 4 * num_tokens * (3 * C + 1),
+        "logits and loss": loss,
+    }
+
+
+def accumulate_gradients(
+    model: Transformer, batch: torch.Tensor, num_parts: int
+) -> float:
+    """The loss of a batch and, added to each parameter's .grad, its gradient, in parts.
+
+    batch (B, T) is cut along B into num_parts nearly equal parts, which go forward and
+    backward one after the other: the activations of one part are in memory at a time. The
+    gradients are those of the mean over the whole batch, `next_token_loss`, up to
+    rounding (and to dropout, which is drawn for each part). Raises ValueError unless
+    1 <= num_parts <= B.
+    """
+    B, T = batch.shape
+    if not 1 <= num_parts <= B:
+        raise ValueError(
+            f"num_parts: expected 1 to {B}, the size of the batch, got {num_parts}"
+        )
+    positions = torch.arange(T, device=batch.device)
+
+    total = 0.0
+    for part in batch.tensor_split(num_parts):
+        loss = next_token_loss(model(part, positions, attend_fused), part)
+        share = len(part) / B
+        (loss * share).backward()
+        total += loss.item() * share
+    return total
+
+
 def learning_rate(step: int, config: TrainingConfig) -> float:
-    """Linear warm-up, then half a cosine from the peak down to zero."""
+    """Linear warm-up, then half a cosine from the peak down to zero, where it stays."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
+    if step >= config.num_steps:
+        return 0.0
     num_steps_after = config.num_steps - config.warmup_steps
     done = (step - config.warmup_steps) / num_steps_after  # from 0 to 1
     return config.learning_rate * (1 + math.cos(math.pi * done)) / 2
@@ -110,9 +181,14 @@ class Trainer:
                 f"seq_len: expected 2 to max_seq_len = {model.config.max_seq_len} "
                 f"of the model, got {config.seq_len}"
             )
+        if not 1 <= config.num_parts <= config.batch_size:
+            raise ValueError(
+                f"num_parts: expected 1 to batch_size = {config.batch_size}, "
+                f"got {config.num_parts}"
+            )
         self.model, self.token_ids, self.config = model, token_ids, config
         self.num_steps_done = 0
-        self.losses = []  # nats per token, one a step
+        self.losses = []  # nats per token, one per step
         self.generator = torch.Generator().manual_seed(config.seed)  # draws the batches
         # Matrices are decayed towards zero, gains of RMSNorm are not.
         matrices = [p for p in model.parameters() if p.dim() == 2]
@@ -130,23 +206,21 @@ class Trainer:
         batch = random_batch(
             self.token_ids, self.config.batch_size, self.config.seq_len, self.generator
         )
-        positions = torch.arange(self.config.seq_len)
 
-        loss = next_token_loss(self.model(batch, positions, attend_fused), batch)
-        loss.backward()
+        loss = accumulate_gradients(self.model, batch, self.config.num_parts)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
         self.num_steps_done += 1
-        self.losses.append(loss.item())
+        self.losses.append(loss)
         return self.losses[-1]
 
     def state_dict(self) -> dict:
         return {
             "settings": self.settings(),
             "num_steps_done": self.num_steps_done,
-            "losses": self.losses,
+            "losses": list(self.losses),
             "weights": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "batch_rng": self.generator.get_state(),
@@ -164,7 +238,7 @@ class Trainer:
                 f"training state: expected a run of {self.settings()}, "
                 f"got {state['settings']}"
             )
-        self.num_steps_done, self.losses = state["num_steps_done"], state["losses"]
+        self.num_steps_done, self.losses = state["num_steps_done"], list(state["losses"])
         self.model.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["batch_rng"])
@@ -176,7 +250,7 @@ def held_out_loss(
     model: Transformer, token_ids: torch.Tensor, seq_len: int, batch_size: int = 8
 ) -> float:
     """Mean loss over all of token_ids (T,), in nats per token, each predicted from at
-    most seq_len - 1 before it."""
+    most seq_len - 1 before it. Raises ValueError as `text.windows` does."""
     model.eval()
     total, count = 0.0, 0
     for batch in windows(token_ids, batch_size, seq_len):

@@ -4,18 +4,23 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from helpers import assert_close, random_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lib.checkpointing import (
     blocks_to_keep,
     checkpoint,
     checkpoint_recursive,
     checkpoint_segments,
+    checkpoint_selective,
     keep_last_blocks,
     run_blocks,
+    run_blocks_selective,
     segments_peak_bytes,
 )
+from lib.config import ModelConfig
 from lib.measure.meter import measure
-from lib.model import attend_causal, attend_fused
+from lib.model import Transformer, attend_causal, attend_fused
 from lib.training import training_bytes
 
 POSITIONS = torch.arange(16)
@@ -207,21 +212,140 @@ def test_segments_hold_what_their_formula_says_beside_a_constant():
         assert 0 < rest < 12 * EDGE, (k, rest / EDGE)
 
 
-def test_kept_blocks_stay_within_their_budget_and_one_more_would_not():
-    model = random_model(num_layers=8)
-    block_bytes = training_bytes(model.config, 1, 16)["activations"] // 8
-    constant = step_cost(8, run_blocks).peak_bytes - 8 * block_bytes
-    for budget in (3 * block_bytes, 5 * block_bytes + 1, 9 * block_bytes):
-        kept = blocks_to_keep(8, EDGE, block_bytes, budget)
-        held = [
-            step_cost(8, lambda *args, n=n: keep_last_blocks(*args, n)).peak_bytes
-            for n in (kept, min(kept + 1, 8))
-        ]
-        assert held[0] - constant <= budget
-        assert kept == 8 or held[1] - constant > budget
+def measured_bytes(model, batch_size, seq_len):
+    """Edge, inside and working bytes: what two of its blocks tell of any number."""
+    shape = batch_size, seq_len, model.config.d_model
+    positions, two = torch.arange(seq_len), [model.blocks[0]] * 2
+    x = torch.randn(shape, requires_grad=True)
+    inside = measure(lambda: two[0](x, positions, attend_fused)).saved_bytes + x.nbytes
+
+    def step():
+        x = torch.randn(shape, requires_grad=True)
+        keep_last_blocks(two, x, positions, attend_fused, 1).sum().backward()
+
+    return x.nbytes, inside, measure(step).peak_bytes - x.nbytes - inside
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    num_layers=st.integers(1, 7),
+    half_head=st.integers(1, 12),
+    num_heads=st.sampled_from([1, 2, 4]),
+    d_ff=st.integers(1, 120),
+    batch_size=st.integers(1, 3),
+    seq_len=st.integers(1, 24),
+    dropout=st.sampled_from([0.0, 0.2]),
+    spent=st.floats(0, 1.1),
+)
+def test_a_budget_is_met_by_a_measured_step_whatever_the_model(
+    num_layers, half_head, num_heads, d_ff, batch_size, seq_len, dropout, spent
+):
+    d_model = 2 * half_head * num_heads
+    sizes = 29, num_layers, num_heads, 1, d_model, d_ff, 24
+    model = Transformer(ModelConfig(*sizes, dropout=dropout))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    edge, inside, working = measured_bytes(model, batch_size, seq_len)
+    smallest = (num_layers - 1) * edge + inside + working
+    budget = int(smallest + spent * (num_layers - 1) * (inside - edge))
+    shape, positions = (batch_size, seq_len, d_model), torch.arange(seq_len)
+
+    def peak(num_kept):
+        def step():
+            args = torch.randn(shape, requires_grad=True), positions, attend_fused
+            keep_last_blocks(model.blocks, *args, num_kept).sum().backward()
+
+        return measure(step).peak_bytes
+
+    num_kept = blocks_to_keep(num_layers, edge, inside, working, budget)
+    assert peak(num_kept) <= budget
+    if num_kept < num_layers:  # no room was left: a sum's gradient saves us an edge
+        assert peak(num_kept + 1) > budget - 2 * edge
+    with pytest.raises(ValueError, match=f"expected at least {smallest}, got"):
+        blocks_to_keep(num_layers, edge, inside, working, smallest - 1)
+
+
+def test_blocks_whose_inside_is_their_edge_can_all_be_kept():
+    assert blocks_to_keep(8, 1, 1, working_bytes=0, budget_bytes=40) == 8
 
 
 def test_any_function_of_a_tensor_can_be_checkpointed():
     x = torch.randn(5, requires_grad=True)
     checkpoint(lambda x: x.exp().sin(), x).sum().backward()
     assert_close(x.grad, x.detach().exp().cos() * x.detach().exp())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_are_equal_under_autocast_too(way):
+    def under_autocast(run):
+        def in_bfloat16(*args):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return run(*args)
+
+        return in_bfloat16
+
+    model = random_model(num_layers=5)
+    expected = gradients(model, under_autocast(run_blocks))
+    got = gradients(model, under_autocast(WAYS[way]))
+    plain = gradients(model, run_blocks)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected))
+    assert not torch.equal(plain[1], expected[1]), "the control: autocast does something"
+
+
+def test_what_a_second_run_would_get_wrong_is_refused_in_the_first():
+    linear, x = torch.nn.Linear(3, 3), torch.randn(2, 3, requires_grad=True)
+    made = linear(x)
+    with pytest.raises(ValueError, match=r"a tensor \(2, 3\) from AddmmBackward0"):
+        checkpoint(lambda x: linear(x) + made, x)
+    with pytest.raises(ValueError, match="from AddmmBackward0"):
+        checkpoint(lambda x: torch.cat([x, made]), x)
+    with pytest.raises(TypeError, match="expected run to return a tensor, got tuple"):
+        checkpoint(lambda x: (x, x), x)
+    with pytest.raises(ValueError, match="on a CPU or a CUDA device.*got meta"):
+        checkpoint(linear, x.detach().to("meta"))
+    with pytest.raises(RuntimeError, match="expected `.backward\\(\\)`"):
+        torch.autograd.grad(checkpoint(linear, x).sum(), x)
+    # x itself may be what others made, and be used twice
+    (checkpoint(linear, made) + checkpoint(linear.forward, made)).sum().backward()
+
+
+def test_a_result_wants_a_gradient_only_where_something_does():
+    linear, x = torch.nn.Linear(3, 3), torch.randn(2, 3)
+    assert checkpoint(linear, x).requires_grad
+    assert not checkpoint(lambda x: 2 * x, x).requires_grad
+    assert not checkpoint(linear.requires_grad_(False), x).requires_grad
+    assert checkpoint(linear, x.requires_grad_()).requires_grad
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_selective_recomputation_gives_the_gradients_for_no_product_more(dropout):
+    model = random_model(num_layers=3, dropout=dropout, dtype=torch.float64).train()
+    x = torch.randn(2, 16, 32, dtype=torch.float64, requires_grad=True)
+    expected = gradients(model, run_blocks, x=x)
+    expected = [value.clone() for value in expected]
+    got = gradients(model, run_blocks_selective, x=x)
+    for a, b in zip(got[:-1], expected[:-1]):
+        # sums of squares are large: rounding is held against the size of a tensor
+        assert (a - b).abs().max() <= 1e-13 * max(1, b.abs().max())
+    assert torch.equal(got[-1], expected[-1])
+
+
+def test_selective_recomputation_saves_what_it_says_and_costs_no_flops():
+    plain, ours = step_cost(4, run_blocks), step_cost(4, run_blocks_selective)
+    assert ours.flops == plain.flops and ours.peak_bytes < 0.7 * plain.peak_bytes
+    model, x = random_model(num_layers=4), torch.randn(1, 16, 32, requires_grad=True)
+    plain, ours = (
+        measure(lambda run=run: run(model.blocks, x, POSITIONS, attend_fused))
+        for run in (run_blocks, run_blocks_selective)
+    )
+    tokens, C, F = 16, 32, 64
+    # two norms with two vectors and one float each; silu(gate) and the product
+    dropped = 4 * tokens * (4 * C + 2 + 2 * F)
+    assert plain.saved_bytes - ours.saved_bytes == 4 * dropped
+    assert 0.4 < dropped / (plain.saved_bytes / 4) < 0.6
+
+
+def test_a_selective_checkpoint_refuses_autocast():
+    linear, x = torch.nn.Linear(3, 3), torch.randn(2, 3)
+    with torch.autocast("cpu"), pytest.raises(ValueError, match="expected no autocast"):
+        checkpoint_selective(torch.sin, [x], [linear.weight])

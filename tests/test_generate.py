@@ -101,6 +101,9 @@ def test_no_new_tokens_is_the_prompt():
             "max_seq_len = 128 tokens, got 100 .* 29 new",
         ),
         (torch.tensor([300]), 1, r"token_ids: expected values in \[0, 256\), got 300"),
+        (torch.tensor([300]), 0, r"token_ids: expected values in \[0, 256\), got 300"),
+        (torch.tensor([1.0]), 0, "token_ids: expected int64"),
+        (torch.zeros(0, 3).long(), 0, "prompt_ids: expected at least one token"),
     ],
 )
 def test_prompts_that_cannot_be_continued_are_refused(

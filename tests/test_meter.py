@@ -7,7 +7,13 @@ import torch
 import torch.nn.functional as F
 from helpers import random_model
 
-from lib.measure.meter import machine_facts, measure, measure_traffic, median_seconds
+from lib.measure.meter import (
+    machine_facts,
+    measure,
+    measure_traffic,
+    median_seconds,
+    resident_bytes,
+)
 from lib.model import attend_causal, attend_fused
 from lib.paged_attention_triton import tl, triton
 from lib.training import next_token_loss
@@ -238,3 +244,35 @@ def test_traffic_is_not_guessed_where_a_gpu_runs_the_kernels(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(RuntimeError, match="expected interpreted kernels"):
         measure_traffic(lambda: None)
+
+
+@pytest.mark.parametrize("attend", [attend_causal, attend_fused])
+def test_inference_mode_is_measured_as_no_grad_is(attend):
+    model, token_ids = random_model(), torch.zeros(2, 9, dtype=torch.int64)
+    costs = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            costs.append(measure(lambda: model(token_ids, torch.arange(9), attend)))
+    assert costs[1].flops == costs[0].flops and costs[0].flops["attention"] > 0
+    assert costs[1].peak_bytes == costs[0].peak_bytes
+
+
+def test_a_storage_that_grows_is_seen():
+    assert measure(lambda: torch.empty(0).resize_(1000)).peak_bytes == 4000
+    old = torch.empty(0)
+    assert measure(lambda: [old.resize_(1000)]).timeline == [4000, 4000]
+    rows = [torch.zeros(10)] * 3
+    assert measure(lambda: torch.cat(rows, out=torch.empty(0))).peak_bytes == 120
+
+    def grow_and_go():
+        torch.empty(0).resize_(1000)
+
+    assert measure(grow_and_go).timeline[-1] == 0
+
+
+def test_resident_memory_sees_scores_that_an_operation_holds():
+    q, k, v = (torch.randn(1, 3000, 1, 32) for _ in range(3))
+    stored = resident_bytes(lambda: attend_causal(0, q, k, v))
+    assert stored > 3000 * 3000 * 4, "one tensor of scores, at least"
+    with pytest.raises(ZeroDivisionError):
+        resident_bytes(lambda: 1 / 0)

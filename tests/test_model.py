@@ -147,9 +147,29 @@ def test_half_precision_rotates_far_positions_as_well_as_near_ones():
 
 
 @BOTH
+def test_half_precision_does_not_overflow_on_large_queries_and_keys(attend):
+    q = k = torch.full((3, 1, 64), 40.0, dtype=torch.float16)  # q · k is 102,400
+    v = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float16).view(3, 1, 1).expand(3, 1, 64)
+    out = attend(0, q, k, v)
+    assert_close(out[:, 0, 0].float(), torch.tensor([1.0, 1.5, 2.0]))
+
+
+def test_frequencies_are_those_of_transformers_to_the_bit():
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = LlamaConfig(hidden_size=128, num_attention_heads=1, rope_theta=500000.0)
+    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.tensor([[40_960]]))
+    one = torch.cat([torch.ones(64), torch.zeros(64)]).view(1, 1, 128)
+    turned = rotate(one, torch.tensor([40_960]), 500000.0)[0, 0]
+    assert torch.equal(turned[:64], cos[0, 0, :64])
+    assert torch.equal(turned[64:], sin[0, 0, :64])
+
+
+@BOTH
 def test_more_keys_than_queries_are_refused(attend):
     q, k = torch.zeros(1, 2, 4), torch.zeros(5, 2, 4)
-    with pytest.raises(AssertionError, match="expected 1 keys, one a query, got 5"):
+    with pytest.raises(AssertionError, match="expected 1 keys, one per query, got 5"):
         attend(0, q, k, k)
 
 
@@ -225,7 +245,13 @@ def test_an_attend_that_returns_another_shape_is_named():
         ({"d_model": 12}, "even number"),
         ({"num_layers": 0}, "num_layers: expected an integer of at least 1, got 0"),
         ({"d_ff": 2.5}, "d_ff: expected an integer"),
-        ({"dropout": 1.0}, "dropout"),
+        ({"num_layers": True}, "num_layers: expected an integer .*, got True"),
+        ({"dropout": 1.0}, "dropout: expected a probability in .*, got 1.0"),
+        ({"dropout": False}, "dropout: expected a probability in .*, got False"),
+        ({"norm_eps": -1e-5}, "norm_eps: expected a number of at least 0, got -1e-05"),
+        ({"norm_eps": float("nan")}, "norm_eps: .*, got nan"),
+        ({"rope_theta": 0}, "rope_theta: expected a number above 0, got 0"),
+        ({"rope_theta": "big"}, "rope_theta: .*, got 'big'"),
     ],
 )
 def test_sizes_that_do_not_fit_together_are_refused(change, message):

@@ -509,3 +509,15 @@ def test_generation_through_the_kernel_is_generation_by_recompute():
     for token_ids, prompt_ids in zip(texts, prompts):
         expected = generate.generate_recompute(model, prompt_ids, 5, temperature=0)
         assert torch.equal(token_ids, expected)
+
+
+def test_the_oracle_does_not_overflow_on_large_queries_and_keys():
+    q = torch.full((1, 1, 64), 40.0, dtype=torch.float16)  # q · k is 102,400
+    k_cache = q.view(1, 1, 1, 64).expand(1, 2, 1, 64)
+    v_cache = (
+        torch.tensor([1.0, 2.0], dtype=torch.float16).view(1, 2, 1, 1).expand_as(k_cache)
+    )
+    out, logsumexp = paged_decode_gather(
+        q, k_cache, v_cache, torch.zeros(1, 1).int(), torch.tensor([2]).int()
+    )
+    assert (out == 1.5).all() and logsumexp.item() == pytest.approx(12_800, rel=1e-3)

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from helpers import assert_close
@@ -78,7 +80,8 @@ def test_equally_probable_tokens_are_kept_as_many_as_asked_for():
             "temperature: expected a number of at least 0 .*, got -0.1",
         ),
         ({"temperature": float("nan")}, "temperature"),
-        ({"top_k": 0}, "top_k: expected at least 1"),
+        ({"top_k": 0}, "top_k: expected an integer of at least 1"),
+        ({"top_k": 2.5}, "top_k: expected an integer of at least 1, .*got 2.5"),
         ({"top_p": 0.0}, r"top_p: expected a number in \(0, 1\], got 0.0"),
         ({"top_p": 1.01}, "got 1.01"),
     ],
@@ -95,3 +98,41 @@ def test_the_draw_follows_the_probabilities():
     counts = token_ids.bincount(minlength=3)
     assert counts[0] == 0 and abs(counts[1] - 1000) < 150
     assert sample(torch.tensor([0.0, 1.0])).shape == ()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.8}])
+def test_half_precision_is_computed_in_single(dtype, settings):
+    logits = torch.tensor([3.0, 2.5, 1.0, 0.5, -2.0], dtype=dtype)
+    got = next_token_probs(logits, 0.7, **settings)
+    assert got.dtype == torch.float32
+    assert_close(got, next_token_probs(logits.float(), 0.7, **settings))
+
+
+def test_extremes_of_temperature_and_logits_give_probabilities():
+    assert next_token_probs(torch.tensor([1.0, 2.0]), 1e-46).tolist() == [0, 1]
+    far_apart = torch.tensor([40_000.0, -40_000.0], dtype=torch.float16)
+    hot = next_token_probs(far_apart, 1e4)
+    assert hot[1].item() == pytest.approx(1 / (1 + math.exp(8)), rel=1e-5)
+    masked = torch.tensor([0.0, -math.inf, 0.0])
+    assert next_token_probs(masked).tolist() == [0.5, 0.0, 0.5]
+
+
+def test_a_sum_that_rounding_leaves_short_of_top_p_keeps_no_token_more():
+    logits = torch.tensor([0.5, 0.3, 0.1, 0.1]).log()
+    assert (next_token_probs(logits, top_p=0.8) > 0).tolist() == [
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize(
+    "row", [[math.nan, 1.0], [math.inf, 1.0], [-math.inf, -math.inf]]
+)
+def test_logits_that_give_no_probabilities_are_refused(row, temperature):
+    logits = torch.tensor([[1.0, 2.0], row])
+    with pytest.raises(ValueError, match="logits: expected numbers.*largest is"):
+        next_token_probs(logits, temperature)

@@ -48,7 +48,14 @@ def made_up_sweep(column: str) -> Sweep:
     factors = {
         q: float(g.factor) for q, g in theory.items() if g.factor != 1 and "FLOPs" in q
     }
-    return Sweep(column, costs, factors, seconds=0.5, sizes=SIZES)
+    return Sweep(
+        column,
+        costs,
+        factors,
+        works=dict.fromkeys(factors, 4 / 3),
+        seconds=0.5,
+        sizes=SIZES,
+    )
 
 
 @pytest.mark.parametrize("column", COLUMNS)

@@ -26,6 +26,12 @@ def test_half_a_character_becomes_the_replacement_mark_and_nothing_else_is_lost(
     assert decode(token_ids[7:]).endswith(" ship")
 
 
+@pytest.mark.parametrize("shape", [(), (2, 3), (1, 3)])
+def test_a_batch_is_not_joined_into_one_text(shape):
+    with pytest.raises(ValueError, match="token_ids: expected .T,., got"):
+        decode(torch.zeros(shape, dtype=torch.int64))
+
+
 def test_the_book_is_the_one_that_its_provenance_names():
     digest = hashlib.sha256(BOOK.read_bytes()).hexdigest()
     assert digest in (BOOK.parent / "README.md").read_text()

@@ -6,15 +6,19 @@ import torch
 from helpers import assert_close, random_model
 
 from lib import training
-from lib.config import TINY
-from lib.model import WEIGHTS, load_model
+from lib.config import MOBY, TINY, ModelConfig
+from lib.measure.meter import measure
+from lib.model import WEIGHTS, Transformer, attend_fused, load_model
 from lib.text import DATA, decode, encode, load_book, split_book
 from lib.training import (
     Trainer,
     TrainingConfig,
+    accumulate_gradients,
     held_out_loss,
     learning_rate,
     next_token_loss,
+    step_bytes,
+    training_bytes,
 )
 
 SHORT = TrainingConfig(num_steps=6, batch_size=2, seq_len=16, warmup_steps=2)
@@ -55,6 +59,125 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
     # A cosine: 22 of 90 steps after the warm-up, and half of them.
     assert rates[32] == pytest.approx(0.25 * (1 + math.cos(math.pi * 22 / 90)))
     assert rates[55] == pytest.approx(0.25)
+    assert [learning_rate(step, config) for step in (150, 10**6)] == [0, 0]
+    # no room for a cosine
+    assert learning_rate(100, TrainingConfig(num_steps=100, warmup_steps=100)) == 0
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (3, 0), (5,)])
+def test_a_loss_of_no_predictions_is_refused(shape):
+    with pytest.raises(ValueError, match="expected .B, T. with T of at least 2, got"):
+        next_token_loss(torch.zeros(*shape, 7), torch.zeros(*shape).long())
+
+
+def test_a_text_shorter_than_a_window_is_refused():
+    with pytest.raises(ValueError, match="seq_len: expected 2 to 10.*got 64"):
+        held_out_loss(random_model(), torch.arange(10), seq_len=64)
+    with pytest.raises(ValueError, match="seq_len: expected 2 to 10.*got 1"):
+        held_out_loss(random_model(), torch.arange(10), seq_len=1)
+
+
+def test_a_saved_state_does_not_change_when_training_goes_on():
+    trainer = new_trainer()
+    trainer.step()
+    state = trainer.state_dict()
+    other = new_trainer()
+    other.load_state_dict(state)
+    trainer.step()
+    assert len(state["losses"]) == len(other.losses) == 1
+    other.step()
+    assert len(state["losses"]) == 1
+
+
+@pytest.mark.parametrize("batch_size, seq_len", [(1, 256), (2, 128), (4, 64), (3, 200)])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_peak_of_a_step_is_predicted_to_the_byte(batch_size, seq_len, dropout):
+    config = ModelConfig(**{**vars(MOBY), "dropout": dropout})
+    model = Transformer(config)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    batch, positions = torch.zeros(batch_size, seq_len).long(), torch.arange(seq_len)
+
+    def step():
+        next_token_loss(model(batch, positions, attend_fused), batch).backward()
+
+    predicted = step_bytes(config, batch_size, seq_len)
+    assert measure(step).peak_bytes == sum(predicted.values())
+    assert (predicted["dropout masks"] == 0) == (dropout == 0)
+
+
+@pytest.mark.parametrize("num_parts", [1, 4])
+def test_all_that_training_holds_is_predicted_to_the_byte(num_parts):
+    config = TrainingConfig(batch_size=8, seq_len=128, num_parts=num_parts)
+    token_ids = torch.arange(500) % 256
+
+    def train():
+        trainer = Trainer(Transformer(MOBY), token_ids, config)
+        for _ in range(2):
+            trainer.step()
+        return len(list(trainer.model.parameters()))
+
+    cost = measure(train)
+    kinds = training_bytes(MOBY, 8, 128)
+    predicted = kinds["weights"] + kinds["optimizer"] + 4 * cost.value  # step counters
+    predicted += sum(step_bytes(MOBY, 8 // num_parts, 128).values())
+    predicted += 8 * (8 * 128 + 128)  # token ids and positions
+    if num_parts > 1:  # the first part's gradients are there, and its loss
+        predicted += kinds["gradients"] + 4
+    assert cost.peak_bytes == predicted
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 3, 5])
+def test_gradients_of_parts_add_up_to_those_of_the_batch(num_parts):
+    model, batch = random_model(dtype=torch.float64), torch.randint(256, (5, 12))
+    loss = next_token_loss(model(batch, torch.arange(12), attend_fused), batch)
+    loss.backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    got = accumulate_gradients(model, batch, num_parts)
+    assert got == pytest.approx(loss.item(), rel=1e-12)
+    for parameter, gradient in zip(model.parameters(), expected):
+        assert_close(parameter.grad, gradient)
+    accumulate_gradients(model, batch, num_parts)  # adds to what is there
+    assert_close(parameter.grad, 2 * gradient)
+
+
+def test_parts_hold_the_activations_of_one_at_a_time_for_the_same_work():
+    model, batch = random_model(), torch.zeros(8, 64).long()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    whole, parts = (
+        measure(lambda n=n: accumulate_gradients(model, batch, n)) for n in (1, 4)
+    )
+    assert 0.24 < parts.peak_bytes / whole.peak_bytes < 0.27
+    assert parts.flops == whole.flops and parts.calls["Embedding"] == 4
+
+
+@pytest.mark.parametrize("num_parts", [0, 6, -1])
+def test_more_parts_than_passages_or_none_are_refused(num_parts):
+    with pytest.raises(ValueError, match=f"num_parts: expected 1 to 5.*got {num_parts}"):
+        accumulate_gradients(random_model(), torch.zeros(5, 12).long(), num_parts)
+    config = TrainingConfig(batch_size=5, seq_len=12, num_parts=num_parts)
+    with pytest.raises(
+        ValueError, match=f"num_parts: expected 1 to .*5.*got {num_parts}"
+    ):
+        Trainer(random_model(), torch.arange(200), config)
+
+
+def test_a_trainer_takes_the_same_step_in_parts():
+    trainers = [
+        Trainer(
+            random_model(dtype=torch.float64),
+            torch.arange(200) % 256,
+            TrainingConfig(num_steps=6, batch_size=4, seq_len=16, num_parts=num_parts),
+        )
+        for num_parts in (1, 4)
+    ]
+    for trainer in trainers:
+        trainer.step()
+    assert trainers[0].losses == pytest.approx(trainers[1].losses)
+    for one, other in zip(*(trainer.model.parameters() for trainer in trainers)):
+        assert_close(one, other)
 
 
 def test_one_batch_can_be_learned_by_heart():

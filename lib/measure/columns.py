@@ -31,8 +31,9 @@ FIRST_ID = torch.zeros(1, dtype=torch.int64)
 class Growth:
     """factor · N^a · L^b.
 
-    Of FLOPs and calls a factor counts forward passes (checkpointing adds one), of KV
-    memory bytes.
+    Of FLOPs and calls a factor counts forward passes: checkpointing adds one. (A backward
+    pass is worth about two, so a step of training, three, becomes four: a third more
+    work.) Of KV memory a factor counts bytes.
     """
 
     N: float

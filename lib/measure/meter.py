@@ -10,14 +10,15 @@ outputs' storages while they live, FLOPs follow from the shapes. On the CPU ever
 but seconds is exact and the same on every run. On a GPU memory is the peak of torch's
 own allocator. What a Triton kernel loads and stores is counted where it is interpreted.
 
-What it does not see: scratch space inside one operation, and memory that numpy or
-Python hold.
+What it does not see: scratch space inside one operation (`resident_bytes` does, less
+exactly), and memory that numpy or Python hold.
 """
 
 import math
 import os
 import platform
 import statistics
+import threading
 import time
 import weakref
 from collections import Counter
@@ -26,6 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy
+import psutil  # comes with Jupyter
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -92,6 +94,31 @@ def median_seconds(function: Callable[[], Any], repeats: int = 5) -> float:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:])
+
+
+def resident_bytes(function: Callable[[], Any]) -> int:
+    """How much more memory the process had at the peak of a call than before it.
+
+    As the operating system sees it, looked at every millisecond: scratch space inside an
+    operation counts too. Not exact: memory comes in pages, what is there for less than a
+    millisecond may go unseen, and whatever else this process does is counted.
+    """
+    process, is_over = psutil.Process(), threading.Event()
+    before = peak = process.memory_info().rss
+
+    def watch():
+        nonlocal peak
+        while not is_over.wait(0.001):
+            peak = max(peak, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        function()
+    finally:
+        is_over.set()
+        watcher.join()
+    return peak - before
 
 
 @dataclass(frozen=True)
@@ -183,6 +210,7 @@ class _Meter(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.storages = {}  # address -> weak reference; forgets a storage when it dies
+        self.sizes = {}  # address -> its bytes when last seen, and those that count
         self.new = {}  # address -> the operation that made it during the call
         self.live_bytes = 0
         self.timeline = []
@@ -194,6 +222,13 @@ class _Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled():
+            # Here an operation made of others comes whole: take it apart, as autograd
+            # does everywhere else.
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         # An output may share its storage with an input (a view, an in-place update):
         # meet the inputs first.
         if (
@@ -211,19 +246,21 @@ class _Meter(TorchDispatchMode):
 
     def _meet(self, storage: torch.UntypedStorage, made_by: str | None = None):
         address = storage._cdata  # of the storage object: stays when the data moves
-        if address in self.storages:
-            return
         num_bytes = storage.nbytes()
+        if address not in self.storages:
+            self.storages[address] = weakref.ref(storage, lambda _: self._forget(address))
+            self.sizes[address] = (0 if made_by else num_bytes), 0
+            if made_by:
+                self.new[address] = made_by
+        before, counted = self.sizes[address]
+        if num_bytes != before:  # it is new, or `resize_` or `out=` let it grow
+            self.sizes[address] = num_bytes, counted + num_bytes - before
+            self.live_bytes += num_bytes - before
 
-        def forget(_):
-            del self.storages[address]
-            if self.new.pop(address, None):
-                self.live_bytes -= num_bytes
-
-        self.storages[address] = weakref.ref(storage, forget)
-        if made_by:
-            self.new[address] = made_by
-            self.live_bytes += num_bytes
+    def _forget(self, address: int):
+        del self.storages[address]
+        self.new.pop(address, None)
+        self.live_bytes -= self.sizes.pop(address)[1]
 
     def hold(self, tensor: torch.Tensor) -> "_Held":
         return _Held(self, tensor)

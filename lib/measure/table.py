@@ -63,6 +63,7 @@ class Sweep:
     costs: dict[tuple[int, int], Cost]  # by (N, L)
     # FLOPs beyond those of plain training, in forward passes: 1 + (f - plain) / forward.
     factors: dict[str, float]  # by quantity
+    works: dict[str, float]  # the same FLOPs, f / plain: what the factor costs
     seconds: float  # median, at the last size along N
     sizes: dict[str, list[tuple[int, int]]]
 
@@ -77,7 +78,7 @@ class Sweep:
 class Cell:
     """One number of the table, beside its theory.
 
-    axis: "N" or "L" for an exponent, or "factor", "count", "seconds".
+    axis: "N" or "L" for an exponent, or "factor", "work", "count", "seconds".
     """
 
     column: str
@@ -115,7 +116,7 @@ def sweep(
             progress.set_postfix_str(f"{column}, {N} tokens, {L} layers")
             progress.update()
     N, L = sizes["N"][-1]
-    factors = {}
+    factors, works = {}, {}
     if any(theory[quantity].factor != 1 for quantity in FACTORS):
         plain, forward = (
             measure(run(N, L)) for run in (columns.training, columns.forward)
@@ -125,12 +126,14 @@ def sweep(
                 QUANTITIES[quantity](cost) for cost in (costs[N, L], plain, forward)
             )
             factors[quantity] = 1 + (f - f_plain) / f_forward
+            works[quantity] = f / f_plain
     seconds = median_seconds(setup(N, L), repeats=3)
-    return Sweep(column, costs, factors, seconds, sizes)
+    return Sweep(column, costs, factors, works, seconds, sizes)
 
 
 def fit(sweep: Sweep) -> list[Cell]:
-    """A cell for each exponent, each factor, each count at each size, and seconds."""
+    """A cell for each exponent, each factor and what it costs, each count at each size,
+    and seconds."""
     cells = []
 
     def add(quantity: str, axis: str, theory: float | None, measured: float):
@@ -146,6 +149,7 @@ def fit(sweep: Sweep) -> list[Cell]:
             add(quantity, axis, theory, growth_exponent(y, ratio=x[1] // x[0]))
         if quantity in sweep.factors:
             add(quantity, "factor", growth.factor, sweep.factors[quantity])
+            add(quantity, "work", None, sweep.works[quantity])
     add("seconds", "seconds", None, sweep.seconds)
     return cells
 
@@ -199,7 +203,8 @@ def _render_measured(cells: list[Cell]) -> str:
         text = f"{by_axis['count']:,}"
     else:
         factor = f"{by_axis['factor']:.2f} " if "factor" in by_axis else ""
-        text = f"{factor}N^{by_axis['N']:.2f} L^{by_axis['L']:.2f}"
+        work = f", {by_axis['work']:.2f} × training" if "work" in by_axis else ""
+        text = f"{factor}N^{by_axis['N']:.2f} L^{by_axis['L']:.2f}{work}"
     return text + " ✗" * any(cell.is_out for cell in cells)
 
 
