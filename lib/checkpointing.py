@@ -57,6 +57,8 @@ def checkpoint(
     CPU, or of x's GPU) is put back, and so does autocast. Returns what `run` returns, one
     tensor. What could not be repeated is refused: see `Repeatable`.
     """
+    if not torch.is_grad_enabled():  # nothing is kept, and nothing will be run again
+        return run(x)
     run = Repeatable(run, x)
     # Autograd runs a backward only where an input wants a gradient. If x wants none (it
     # came from data, or from a frozen layer), the parameters inside still do: an empty

@@ -5,8 +5,9 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 
 from answers import right, wrong
-from lib import checkpointing
+from lib import checkpointing, training
 from lib.checkpointing import run_blocks
+from lib.model import attend_fused
 
 # next_token_loss
 
@@ -138,7 +139,7 @@ def floats_not_bytes(config, batch_size, seq_len):
     return sizes(config, batch_size, seq_len, bytes=1, optimizer=2)
 
 
-@wrong("training_bytes", says="two numbers a parameter")
+@wrong("training_bytes", says="two numbers per parameter")
 def one_moment(config, batch_size, seq_len):
     return sizes(config, batch_size, seq_len, optimizer=4)
 
@@ -148,12 +149,12 @@ def tied_embeddings(config, batch_size, seq_len):
     return sizes(config, batch_size, seq_len, embeddings=1)
 
 
-@wrong("training_bytes", says="Each norm has a gain")
+@wrong("training_bytes", says="A norm has C gains")
 def norms_forgotten(config, batch_size, seq_len):
     return sizes(config, batch_size, seq_len, norms=0)
 
 
-@wrong("training_bytes", says="input is kept too")
+@wrong("training_bytes", says="is the block's own input in?")
 def inputs_forgotten(config, batch_size, seq_len):
     return sizes(config, batch_size, seq_len, inputs=0)
 
@@ -176,6 +177,118 @@ def one_layer(config, batch_size, seq_len):
 @wrong("training_bytes", says="a dict with those four keys")
 def a_total(config, batch_size, seq_len):
     return sum(sizes(config, batch_size, seq_len).values())
+
+
+@wrong("training_bytes", says="a model with dropout")
+def masks_counted_too(config, batch_size, seq_len):
+    found = by_formula(config, batch_size, seq_len)
+    if config.dropout:
+        masks = 2 * config.num_layers * batch_size * seq_len * config.d_model
+        found["activations"] += 4 * masks
+    return found
+
+
+@wrong("training_bytes", says="a large batch of long texts")
+def in_32_bits(config, batch_size, seq_len):
+    found = by_formula(config, batch_size, seq_len)
+    return {kind: torch.tensor(n).int().item() for kind, n in found.items()}
+
+
+# accumulate_gradients
+
+
+def whole_loss(model, batch):
+    positions = torch.arange(batch.shape[1])
+    return training.next_token_loss(model(batch, positions, attend_fused), batch)
+
+
+@right("accumulate_gradients")
+def in_chunks(model, batch, num_parts):
+    loss = 0.0
+    for part in batch.chunk(num_parts):
+        part_loss = whole_loss(model, part) * len(part) / len(batch)
+        part_loss.backward()
+        loss += part_loss.detach().item()
+    return loss
+
+
+@right("accumulate_gradients")
+def by_slices(model, batch, num_parts):
+    B, losses = len(batch), []
+    edges = [i * B // num_parts for i in range(num_parts + 1)]
+    for start, end in zip(edges, edges[1:]):
+        part = batch[start:end]
+        logits = model(part, torch.arange(part.shape[1]).expand(part.shape), attend_fused)
+        total = F.cross_entropy(
+            logits[:, :-1].flatten(0, 1), part[:, 1:].flatten(), reduction="sum"
+        )
+        (total / batch[:, 1:].numel()).backward()
+        losses.append(float(total.detach()) / batch[:, 1:].numel())
+    return sum(losses)
+
+
+@wrong("accumulate_gradients", says="weigh it by the part's share")
+def means_added(model, batch, num_parts):
+    loss = 0.0
+    for part in batch.chunk(num_parts):
+        part_loss = whole_loss(model, part)
+        part_loss.backward()
+        loss += part_loss.item() * len(part) / len(batch)
+    return loss
+
+
+@wrong("accumulate_gradients", says="three passages in two parts")
+def parts_of_one_size(model, batch, num_parts):
+    loss = 0.0
+    for part in batch.chunk(num_parts):
+        part_loss = whole_loss(model, part) / num_parts
+        part_loss.backward()
+        loss += part_loss.item()
+    return loss
+
+
+@wrong("accumulate_gradients", says="they are added to")
+def gradients_forgotten(model, batch, num_parts):
+    model.zero_grad()
+    return in_chunks(model, batch, num_parts)
+
+
+@wrong("accumulate_gradients", says="go backward before the next one begins")
+def one_backward_in_the_end(model, batch, num_parts):
+    losses = [
+        whole_loss(model, part) * len(part) / len(batch)
+        for part in batch.chunk(num_parts)
+    ]
+    loss = sum(losses)
+    loss.backward()
+    return loss.item()
+
+
+@wrong("accumulate_gradients", says="went through the model at once")
+def the_whole_batch(model, batch, num_parts):
+    loss = whole_loss(model, batch)
+    loss.backward()
+    return loss.item()
+
+
+@wrong("accumulate_gradients", says="as a number")
+def a_loss_in_a_graph(model, batch, num_parts):
+    in_chunks(model, batch, num_parts)
+    return whole_loss(model, batch)
+
+
+@wrong("accumulate_gradients", says="forward calls: expected at most")
+def one_passage_at_a_time(model, batch, num_parts):
+    return in_chunks(model, batch, len(batch))
+
+
+@wrong("accumulate_gradients", says="A parameter got no gradient")
+def nothing_learned(model, batch, num_parts):
+    with torch.no_grad():
+        return sum(
+            whole_loss(model, part).item() * len(part) / len(batch)
+            for part in batch.chunk(num_parts)
+        )
 
 
 # checkpoint
@@ -414,6 +527,23 @@ def the_most_of_equals(num_layers, edge_bytes, block_bytes):
     )
 
 
+@wrong("best_num_segments", says="400 layers, where the best is far from the root")
+def near_the_root(num_layers, edge_bytes, block_bytes):
+    root = round(math.sqrt(num_layers * block_bytes / edge_bytes))
+    near = range(max(1, root - 3), min(num_layers, root + 3) + 1)
+    if not near:
+        return num_layers
+    return min(near, key=lambda k: peak(num_layers, k, edge_bytes, block_bytes))
+
+
+@wrong("best_num_segments", says="400 layers, where the best is far from the root")
+def of_the_first_32(num_layers, edge_bytes, block_bytes):
+    return min(
+        range(1, min(num_layers, 32) + 1),
+        key=lambda k: peak(num_layers, k, edge_bytes, block_bytes),
+    )
+
+
 @wrong("best_num_segments")
 def upside_down(num_layers, edge_bytes, block_bytes):
     return by_trying_all(num_layers, block_bytes, edge_bytes)
@@ -431,65 +561,99 @@ def segments_not_rounded_up(num_layers, edge_bytes, block_bytes):
 
 
 @right("blocks_to_keep")
-def counting_down(num_layers, edge_bytes, block_bytes, budget_bytes):
+def counting_down(num_layers, edge_bytes, block_bytes, working_bytes, budget_bytes):
     for num_kept in range(num_layers, 0, -1):
         held = (num_layers - num_kept) * edge_bytes + num_kept * block_bytes
-        if held <= budget_bytes:
+        if held + working_bytes <= budget_bytes:
             return num_kept
     raise ValueError("too small a budget")
 
 
 @right("blocks_to_keep")
-def by_division(num_layers, edge_bytes, block_bytes, budget_bytes):
-    spare = budget_bytes - num_layers * edge_bytes
-    num_kept = spare // (block_bytes - edge_bytes)
+def by_division(num_layers, edge_bytes, block_bytes, working_bytes, budget_bytes):
+    spare = budget_bytes - working_bytes - num_layers * edge_bytes
+    if block_bytes == edge_bytes:
+        num_kept = num_layers if spare >= 0 else 0
+    else:
+        num_kept = spare // (block_bytes - edge_bytes)
     if num_kept < 1:
         raise ValueError(budget_bytes)
     return num_kept if num_kept < num_layers else num_layers
 
 
-@wrong("blocks_to_keep", says="There is room for more")
-def edges_of_all(num_layers, edge_bytes, block_bytes, budget_bytes):
-    num_kept = (budget_bytes - num_layers * edge_bytes) // block_bytes
-    if num_kept < 0:
+@wrong("blocks_to_keep", says="There is room for more: 2 kept blocks take 22 bytes")
+def edges_of_all(num_layers, edge_bytes, block_bytes, working_bytes, budget_bytes):
+    num_kept = (budget_bytes - working_bytes - num_layers * edge_bytes) // block_bytes
+    if budget_bytes < (num_layers - 1) * edge_bytes + block_bytes + working_bytes:
         raise ValueError(budget_bytes)
-    return min(num_kept, num_layers)
+    return max(1, min(num_kept, num_layers))
 
 
-@wrong("blocks_to_keep", says="Raise ValueError")
-def edges_forgotten(num_layers, edge_bytes, block_bytes, budget_bytes):
-    num_kept = budget_bytes // block_bytes
+@wrong("blocks_to_keep", says="Raise ValueError: even one kept block takes 13 bytes")
+def edges_forgotten(num_layers, edge_bytes, block_bytes, working_bytes, budget_bytes):
+    num_kept = (budget_bytes - working_bytes) // block_bytes
     if num_kept < 1:
         raise ValueError(budget_bytes)
     return min(num_kept, num_layers)
 
 
+@wrong("blocks_to_keep", says="Over budget: 2 kept blocks take 29 bytes")
+def work_forgotten(num_layers, edge_bytes, block_bytes, working_bytes, budget_bytes):
+    return counting_down(num_layers, edge_bytes, block_bytes, 0, budget_bytes)
+
+
 @wrong("blocks_to_keep", says="There is room for more")
-def room_to_recompute_beside(num_layers, edge_bytes, block_bytes, budget_bytes):
-    return max(
-        0,
-        by_division(num_layers, edge_bytes, block_bytes, budget_bytes) - 1,
+def work_for_each_block(num_layers, edge_bytes, block_bytes, working_bytes, budget_bytes):
+    return by_division(
+        num_layers, edge_bytes, block_bytes + working_bytes, 0, budget_bytes
     )
 
 
+@wrong("blocks_to_keep", says="One can always be kept")
+def room_to_recompute_beside(*sizes):
+    return max(0, by_division(*sizes) - 1)
+
+
 @wrong("blocks_to_keep", says="Raise ValueError")
-def zero_instead_of_an_error(num_layers, edge_bytes, block_bytes, budget_bytes):
+def zero_instead_of_an_error(*sizes):
     try:
-        return by_division(num_layers, edge_bytes, block_bytes, budget_bytes)
+        return by_division(*sizes)
     except ValueError:
         return 0
 
 
 @wrong("blocks_to_keep", says="not that many blocks")
-def more_blocks_than_there_are(num_layers, edge_bytes, block_bytes, budget_bytes):
-    counting_down(num_layers, edge_bytes, block_bytes, budget_bytes)
-    spare = budget_bytes - num_layers * edge_bytes
-    return spare // (block_bytes - edge_bytes)
+def more_blocks_than_there_are(
+    num_layers, edge_bytes, block_bytes, working_bytes, budget_bytes
+):
+    counting_down(num_layers, edge_bytes, block_bytes, working_bytes, budget_bytes)
+    spare = budget_bytes - working_bytes - num_layers * edge_bytes
+    return spare // max(1, block_bytes - edge_bytes)
 
 
 @wrong("blocks_to_keep", says="give an int")
-def blocks_as_a_float(num_layers, edge_bytes, block_bytes, budget_bytes):
-    return float(counting_down(num_layers, edge_bytes, block_bytes, budget_bytes))
+def blocks_as_a_float(*sizes):
+    return float(counting_down(*sizes))
+
+
+@wrong("blocks_to_keep", says="bytes beyond what a float tells apart")
+def divided_as_floats(num_layers, edge_bytes, block_bytes, working_bytes, budget_bytes):
+    smallest = (num_layers - 1) * edge_bytes + block_bytes + working_bytes
+    if budget_bytes < smallest:
+        raise ValueError
+    if block_bytes == edge_bytes:
+        return num_layers
+    more = (budget_bytes - smallest) / (block_bytes - edge_bytes)
+    return min(num_layers, 1 + int(more))
+
+
+@wrong("blocks_to_keep", says="raised ZeroDivisionError")
+def divided_by_nothing(num_layers, edge_bytes, block_bytes, working_bytes, budget_bytes):
+    spare = budget_bytes - working_bytes - num_layers * edge_bytes
+    num_kept = spare // (block_bytes - edge_bytes)
+    if num_kept < 1:
+        raise ValueError(budget_bytes)
+    return min(num_kept, num_layers)
 
 
 # checkpoint_recursive
@@ -530,7 +694,7 @@ def in_a_loop(blocks, x, positions, attend):
     return checkpointing.checkpoint(lambda x: run_blocks(blocks, x, positions, attend), x)
 
 
-@wrong("checkpoint_recursive", says="one edge a halving")
+@wrong("checkpoint_recursive", says="one edge per halving")
 def one_edge_a_block(blocks, x, positions, attend):
     for block in blocks:
         x = checkpointing.checkpoint(
@@ -566,7 +730,7 @@ def halves_not_halved_again(blocks, x, positions, attend):
     return x
 
 
-@wrong("checkpoint_recursive", says="from what the first gives")
+@wrong("checkpoint_recursive", says="layers that attended, forward[0]: expected 0, got 1")
 def second_half_first(blocks, x, positions, attend):
     return larger_half_first(list(blocks)[::-1], x, positions, attend)
 
@@ -589,3 +753,170 @@ def middle_block_lost(blocks, x, positions, attend):
         lambda x: middle_block_lost(blocks[:middle], x, positions, attend), x
     )
     return middle_block_lost(blocks[middle + 1 :], x, positions, attend)
+
+
+@wrong("checkpoint_recursive", says="the `attend` that you were given")
+def attend_of_its_own(blocks, x, positions, attend):
+    return in_a_loop(blocks, x, positions, attend_fused)
+
+
+@wrong("checkpoint_recursive", says="the positions that you were given")
+def positions_of_its_own(blocks, x, positions, attend):
+    return in_a_loop(blocks, x, torch.arange(x.shape[-2]), attend)
+
+
+@wrong("checkpoint_recursive", says="Going forward, each block runs once")
+def forward_twice(blocks, x, positions, attend):
+    run_blocks(blocks, x.detach(), positions, attend)
+    return in_a_loop(blocks, x, positions, attend)
+
+
+# checkpoint_selective
+
+
+def by_a_function(run, inputs, weights, backward, kept=None, twice=False):
+    """The exercise's Function, with the backward that is given."""
+
+    class Selective(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *tensors):
+            made = run(*tensors[: len(inputs)])
+            if twice:
+                run(*tensors[: len(inputs)])
+            ctx.save_for_backward(*(kept(made, tensors) if kept else tensors))
+            return tuple(made @ weight.T for weight in tensors[len(inputs) :])
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return backward(ctx.saved_tensors, grads)
+
+    return Selective.apply(*inputs, *weights)
+
+
+def gradients_by_hand(saved, grads, run, num_inputs):
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_(True) for x in saved[:num_inputs]]
+        made = run(*leaves)
+    weights, below = saved[num_inputs:], torch.zeros_like(made)
+    weight_grads = []
+    for grad, weight in zip(grads, weights):
+        below = below + grad @ weight
+        rows, grad_rows = (x.reshape(-1, x.shape[-1]) for x in (made.detach(), grad))
+        weight_grads.append(torch.einsum("ti,to->oi", rows, grad_rows))
+    made.backward(below)
+    return [leaf.grad for leaf in leaves], weight_grads
+
+
+@right("checkpoint_selective")
+def by_hand(run, inputs, weights):
+    def backward(saved, grads):
+        below, weight_grads = gradients_by_hand(saved, grads, run, len(inputs))
+        return (*below, *weight_grads)
+
+    return by_a_function(run, inputs, weights, backward)
+
+
+@right("checkpoint_selective")
+def with_a_linear_graph(run, inputs, weights):
+    """Of the second run all is differentiated, but for the products."""
+
+    def backward(saved, grads):
+        flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        with torch.enable_grad():
+            leaves = [x.clone().requires_grad_() for x in saved[: len(inputs)]]
+            made = run(*leaves)
+            rows = made.reshape(-1, made.shape[-1])
+        below = torch.zeros_like(rows)
+        for grad, weight in zip(flat, saved[len(inputs) :]):
+            below += torch.mm(grad, weight)
+        rows.backward(below)
+        learned = [torch.mm(grad.t(), rows.detach()) for grad in flat]
+        return (*(leaf.grad for leaf in leaves), *learned)
+
+    return by_a_function(run, list(inputs), list(weights), backward)
+
+
+@wrong("checkpoint_selective", says="Keep the inputs and the weights")
+def nothing_forgotten(run, inputs, weights):
+    made = run(*inputs)
+    return tuple(made @ weight.T for weight in weights)
+
+
+@wrong("checkpoint_selective", says="A product was computed again")
+def products_again(run, inputs, weights):
+    def backward(saved, grads):
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in saved]
+            made = run(*leaves[: len(inputs)])
+            outs = [made @ weight.T for weight in leaves[len(inputs) :]]
+        torch.autograd.backward(outs, grads)
+        return tuple(leaf.grad for leaf in leaves)
+
+    return by_a_function(run, inputs, weights, backward)
+
+
+@wrong("checkpoint_selective", says="three weights")
+def the_last_gradient_alone(run, inputs, weights):
+    def backward(saved, grads):
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in saved[: len(inputs)]]
+            made = run(*leaves)
+        rows = made.detach().flatten(0, -2)
+        made.backward(grads[-1] @ saved[-1])
+        learned = [grad.flatten(0, -2).T @ rows for grad in grads]
+        return (*(leaf.grad for leaf in leaves), *learned)
+
+    return by_a_function(run, inputs, weights, backward)
+
+
+@wrong("checkpoint_selective", says="a gradient for each of the weights")
+def weights_not_learned(run, inputs, weights):
+    def backward(saved, grads):
+        below, _ = gradients_by_hand(saved, grads, run, len(inputs))
+        return (*below, *[None for _ in weights])
+
+    return by_a_function(run, inputs, weights, backward)
+
+
+@wrong("checkpoint_selective", says="go backward through it")
+def gain_not_learned(run, inputs, weights):
+    def backward(saved, grads):
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in saved[: len(inputs)]]
+            made = run(*leaves)
+        pairs = list(zip(grads, saved[len(inputs) :]))
+        below = torch.autograd.grad(made, leaves, sum(g @ w for g, w in pairs))
+        rows = made.detach().flatten(0, -2)
+        return (*below, *(g.flatten(0, -2).T @ rows for g, _ in pairs))
+
+    return by_a_function(run, inputs, weights, backward)
+
+
+@wrong("checkpoint_selective", says="a batch")
+def rows_without_a_batch(run, inputs, weights):
+    def backward(saved, grads):
+        below, weight_grads = gradients_by_hand(saved, grads, run, len(inputs))
+        if grads[0].dim() > 2:
+            weight_grads = [2 * grad for grad in weight_grads]
+        return (*below, *weight_grads)
+
+    return by_a_function(run, inputs, weights, backward)
+
+
+@wrong("checkpoint_selective", says="times run was called: expected at most 2")
+def run_for_each_weight(run, inputs, weights):
+    return tuple(by_hand(run, inputs, [weight])[0] for weight in weights)
+
+
+@wrong("checkpoint_selective", says="one per weight")
+def a_single_tensor(run, inputs, weights):
+    return by_hand(run, inputs, weights)[0]
+
+
+@wrong("checkpoint_selective", says="in the order of forward's inputs")
+def in_the_wrong_order(run, inputs, weights):
+    def backward(saved, grads):
+        below, weight_grads = gradients_by_hand(saved, grads, run, len(inputs))
+        return (*weight_grads, *below)
+
+    return by_a_function(run, inputs, weights, backward)

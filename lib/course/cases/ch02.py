@@ -6,6 +6,8 @@ import numpy as np
 
 from lib.course.exercises import Case, Exercise
 
+ORDER = "Gradients are returned in the order of forward's inputs"
+
 
 def next_token_loss_cases(seed: int) -> list[Case]:
     rng = np.random.default_rng(seed)
@@ -39,7 +41,8 @@ def next_token_loss_explain(inputs: dict, expected: dict, got: dict) -> str | No
         return "Return one number, the mean over all predictions"
     if isinstance(got["gradient"], str):
         return "The loss has to be part of the graph, or nothing can be learned from it"
-    if np.isnan(got["loss"]) or np.isinf(got["loss"]):
+    is_huge = np.abs(logits).max() > 700  # the logarithm of the largest float64
+    if is_huge and not np.isfinite(got["loss"]):
         return "exp overflows: use a function made for logits"
     targets = token_ids[:, 1:]
     probs = np.exp(log_probs)
@@ -90,6 +93,7 @@ def training_bytes_cases(seed: int) -> list[Case]:
     random_sizes = [int(n) for n in rng.integers(2, 9, size=5)]
     L, D, F, B, T = random_sizes
     shapes.append(("a random shape", L, H, 1, 2 * D, F, B, T))
+    shapes.append(("a large batch of long texts", 4, 4, 2, 16, 192, 64, 4096))
     cases = []
     for name, L, H, G, D, F, B, T in shapes:
         config = {
@@ -99,10 +103,13 @@ def training_bytes_cases(seed: int) -> list[Case]:
             "num_kv_heads": G,
             "d_model": H * D,
             "d_ff": F,
-            "max_seq_len": 64,
+            "max_seq_len": 4096,
         }
         cases.append(Case(name, {"config": config, "batch_size": B, "seq_len": T}))
-    return cases
+    first = cases[1].inputs
+    with_dropout = {**first, "config": {**first["config"], "dropout": 0.1}}
+    name = "a model with dropout, whose masks are not asked for"
+    return [*cases, Case(name, with_dropout)]
 
 
 def training_bytes_explain(inputs: dict, expected: dict, got: dict) -> str | None:
@@ -117,13 +124,13 @@ def training_bytes_explain(inputs: dict, expected: dict, got: dict) -> str | Non
     if weights == 4 * V * C:
         return "Embedding and unembedding are two matrices"
     if weights == 4 * C * (2 * L + 1):
-        return "Each norm has a gain for each of C entries: two a block, one at the end"
+        return "A norm has C gains: there are two norms per block, and one at the end"
     if weights:
         return (
             "Count the weights first: `[(n, p.shape) for n, p in lm.named_parameters()]`"
         )
     if got["optimizer"] * 2 == expected["optimizer"]:
-        return "AdamW keeps two numbers a parameter"
+        return "AdamW keeps two numbers per parameter"
     if got["activations"] * 4 == expected["activations"]:
         return "A float32 has 4 bytes"
     if got["activations"] * L == expected["activations"]:
@@ -134,7 +141,55 @@ def training_bytes_explain(inputs: dict, expected: dict, got: dict) -> str | Non
     if missing == -4 * L * 2 * D * (B - 1) * T:
         return "Sines and cosines depend on the position alone: all sequences share them"
     if missing == 4 * L * C * B * T:
-        return "A block's input is kept too"
+        return (
+            "One vector of C per token and layer is missing: is the block's own input in?"
+        )
+    return None
+
+
+def accumulate_gradients_cases(seed: int) -> list[Case]:
+    rng = np.random.default_rng(seed)
+    cases = []
+    for name, batch_size, num_parts, has_gradients in (
+        ("two passages in one part", 2, 1, False),
+        ("two passages in two parts", 2, 2, False),
+        ("gradients that are there already", 2, 2, True),
+        ("three passages in two parts", 3, 2, False),
+        ("twelve passages in four parts", 12, 4, False),
+        ("seven passages in three parts", 7, 3, True),
+    ):
+        inputs = {
+            "seed": int(rng.integers(1000)),
+            "token_ids": rng.integers(0, 32, size=(batch_size, 6)).tolist(),
+            "num_parts": num_parts,
+            "has_gradients": has_gradients,
+        }
+        passages = math.ceil(batch_size / num_parts)
+        # Of a passage the model of the driver keeps 35,104 bytes, and some once only.
+        limits = {
+            "bytes_kept_for_the_backward_pass": 40_000 * passages + 10_000,
+            "forward_calls": num_parts,
+        }
+        cases.append(Case(name, inputs, limits))
+    return cases
+
+
+def accumulate_gradients_explain(inputs: dict, expected: dict, got: dict) -> str | None:
+    num_parts, ours = inputs["num_parts"], expected["gradients"][0]
+    if isinstance(got["loss"], str):
+        return "Return the loss as a number: `.item()`"
+    if _is_one_missing(got["gradients"]):
+        return "A parameter got no gradient"
+    theirs = got["gradients"][0]
+    if inputs["has_gradients"] and np.allclose(theirs + 1, ours):
+        return "Gradients that are there already stay: they are added to"
+    if not inputs["has_gradients"] and np.allclose(theirs, num_parts * ours):
+        return "The loss of a part is a mean over it: weigh it by the part's share"
+    key = "bytes_kept_for_the_backward_pass"
+    if got[key] > 1.5 * expected[key] and got["forward_calls"] > 1:
+        return "Several parts are kept at once: go backward before the next one begins"
+    if got[key] > 1.5 * expected[key] and got["forward_calls"] == 1:
+        return "The whole batch went through the model at once"
     return None
 
 
@@ -177,7 +232,8 @@ def checkpoint_explain(inputs: dict, expected: dict, got: dict) -> str | None:
         return (
             "The second run must drop what the first dropped: put the random state back"
         )
-    if is_other and not inputs["dropout"]:
+    of_a_sum = got["first gradient if the loss were a sum"]
+    if is_other and np.array_equal(got["gradients"][0], of_a_sum):
         return "Go backward from the new output, with grad_out as its gradient"
     if got["next random number"] != expected["next random number"]:
         return "The second run changed the dice for whoever draws next: put them back"
@@ -202,6 +258,8 @@ def best_num_segments_cases(seed: int) -> list[Case]:
         ("two that are equally good: the fewest", 6, 1, 1),
         ("tiny insides", 9, 100, 1),
         ("segments of unequal length", 76, 58, 46),
+        ("400 layers, where the best is far from the root", 400, 1, 70),
+        ("400 layers of small insides", 400, 3, 1),
     ]
     shapes += [("a random shape", *(int(n) for n in rng.integers(2, 90, size=3)))]
     names = ("num_layers", "edge_bytes", "block_bytes")
@@ -232,35 +290,49 @@ def best_num_segments_explain(inputs: dict, expected: dict, got: dict) -> str | 
 
 def blocks_to_keep_cases(seed: int) -> list[Case]:
     rng = np.random.default_rng(seed)
+    huge = 10**17 + 1  # a float would round it
     shapes = [
-        ("a budget for one inside and the other edges", 4, 1, 10, 13),
-        ("one byte less than that", 4, 1, 10, 12),
-        ("room for two", 4, 1, 10, 22),
-        ("one byte less than for two", 4, 1, 10, 21),
-        ("room for all", 4, 1, 10, 40),
-        ("room for more than there are", 4, 1, 10, 4000),
-        ("one layer", 1, 7, 30, 30),
+        ("a budget for one inside and the other edges", 4, 1, 10, 0, 13),
+        ("one byte less than that", 4, 1, 10, 0, 12),
+        ("room for two", 4, 1, 10, 0, 22),
+        ("one byte less than for two", 4, 1, 10, 0, 21),
+        ("room for two, and to work", 4, 1, 10, 7, 29),
+        ("one byte too little to work with two", 4, 1, 10, 7, 28),
+        ("too little to work with one", 4, 1, 10, 7, 19),
+        ("room for all", 4, 1, 10, 2, 42),
+        ("room for more than there are", 4, 1, 10, 2, 4000),
+        ("one layer", 1, 7, 30, 5, 35),
+        ("insides that are their edges", 8, 3, 3, 1, 25),
+        ("bytes beyond what a float tells apart", 9, 3, huge, 2, 5 * huge + 14),
+        ("one byte less of them", 9, 3, huge, 2, 5 * huge + 13),
     ]
-    L, b, A = (int(n) for n in rng.integers([3, 2, 30], [20, 20, 90]))
-    budget = int(rng.integers((L - 1) * b + A, L * A))
-    shapes.append(("a random shape", L, b, A, budget))
-    names = ("num_layers", "edge_bytes", "block_bytes", "budget_bytes")
+    L, b, A, W = (int(n) for n in rng.integers([3, 2, 30, 1], [20, 20, 90, 50]))
+    budget = int(rng.integers((L - 1) * b + A + W, L * A + W))
+    shapes.append(("a random shape", L, b, A, W, budget))
+    names = "num_layers", "edge_bytes", "block_bytes", "working_bytes", "budget_bytes"
     return [Case(name, dict(zip(names, shape))) for name, *shape in shapes]
 
 
 def blocks_to_keep_explain(inputs: dict, expected: dict, got: dict) -> str | None:
+    L, b, A, W, budget = inputs.values()
     ours, theirs = expected["kept"], got["kept"]
     if ours == "ValueError":
-        return "Raise ValueError where not even one inside fits beside the edges"
+        return f"Raise ValueError: even one kept block takes {(L - 1) * b + A + W} bytes"
     if theirs == "ValueError":
-        return "That fits"
+        return f"That fits: one kept block takes {(L - 1) * b + A + W} bytes"
     if not isinstance(theirs, int) or isinstance(theirs, bool):
         return "Blocks are counted: give an int"
-    if theirs > inputs["num_layers"]:
+    if theirs > L:
         return "There are not that many blocks"
+    if theirs < 1:
+        return "One can always be kept"
+
+    def held(n: int) -> int:
+        return (L - n) * b + n * A + W
+
     if theirs > ours:
-        return "Too many: over budget"
-    return "There is room for more: one inside is free, and a kept block saves its edge"
+        return f"Over budget: {theirs} kept blocks take {held(theirs):,} bytes"
+    return f"There is room for more: {ours} kept blocks take {held(ours):,} bytes"
 
 
 def checkpoint_recursive_cases(seed: int) -> list[Case]:
@@ -284,7 +356,7 @@ def checkpoint_recursive_cases(seed: int) -> list[Case]:
             # The last block may keep its inside, of 15 edges or so.
             "bytes_saved_by_the_forward_pass": (halvings + 20) * edge,
             "bytes_saved_by_the_backward_pass": (halvings + 20) * edge,
-            # Once forward, once with autograd, and half of them again a halving.
+            # Forward, with autograd, and for each halving half of them again.
             "block_calls": 2 * num_layers + math.ceil(num_layers * halvings / 2),
         }
         cases.append(Case(name, inputs, limits, draws=dropout > 0))
@@ -292,24 +364,97 @@ def checkpoint_recursive_cases(seed: int) -> list[Case]:
 
 
 def checkpoint_recursive_explain(inputs: dict, expected: dict, got: dict) -> str | None:
+    L, calls = inputs["num_layers"], got["block_calls"]
+    if not got["layers that attended, forward"]:
+        return "Hand each block the `attend` that you were given"
+    if sorted(got["layers that attended, forward"]) != list(range(L)):
+        return "Going forward, each block runs once"
+    if got["positions of the first block"] != expected["positions of the first block"]:
+        return "Hand each block the positions that you were given"
     if _is_one_missing(got["gradients"]):
-        return "A block was left out: it got no gradient"
-    if not np.allclose(got["out"], expected["out"]):
-        return "The second half goes on from what the first gives"
+        return "A parameter got no gradient: it would never be trained"
     key = "bytes_saved_by_the_forward_pass"
     if got[key] > expected[key]:
-        return "Keep one edge a halving, not one a block, and one inside at most"
+        return "Keep one edge per halving, not one per block, and one inside at most"
     key = "bytes_saved_by_the_backward_pass"
     if got[key] > 1.5 * expected[key]:
         return "When the first half runs again it has to halve too"
-    if got["block_calls"] > expected["block_calls"]:
+    # Both halves checkpointed, at each level, without a checkpoint of the last block, or
+    # with one.
+    if calls in (L * (1 + math.log2(L)), L * (2 + math.log2(L))):
         return "Only the first half needs a checkpoint: the second is next in line"
+    return None
+
+
+def checkpoint_selective_cases(seed: int) -> list[Case]:
+    rng = np.random.default_rng(seed)
+    cases = []
+    for name, kind, shape, size, sizes in (
+        ("one input and one weight", "square", (3,), 4, [2]),
+        ("three weights", "square", (3,), 4, [2, 5, 3]),
+        ("two inputs", "gate", (4,), 6, [3]),
+        ("a norm, whose gain is learned too", "norm", (5,), 8, [4, 4]),
+        ("a batch", "norm", (2, 7), 8, [6, 3]),
+        ("a batch of two inputs", "gate", (3, 5), 16, [8]),
+    ):
+        num_inputs = 2 if kind == "gate" else 1
+        inputs = {
+            "kind": kind,
+            "inputs": [rng.normal(size=(*shape, size)) for _ in range(num_inputs)],
+            "weights": [rng.normal(size=(out, size)) for out in sizes],
+            "gain": rng.normal(size=size),
+        }
+        num_tokens = math.prod(shape)
+        limits = {
+            # What `run` made has this many bytes, and it makes more on its way.
+            "bytes_saved_beside_inputs_and_weights": 8 * num_tokens * size // 2,
+            "flops_of_products": 3 * sum(2 * num_tokens * size * out for out in sizes),
+            "times_run_was_called": 2,
+        }
+        cases.append(Case(name, inputs, limits))
+    return cases
+
+
+def checkpoint_selective_explain(inputs: dict, expected: dict, got: dict) -> str | None:
+    if not isinstance(got["outs"], list) or len(got["outs"]) != len(expected["outs"]):
+        return "Return a tuple of products, one per weight"
+    for which in ("inputs", "weights"):
+        if _is_one_missing(got[f"gradients of {which}"]):
+            return f"Return a gradient for each of the {which}"
+    if isinstance(got["gradient of the gain"], str) and inputs["kind"] == "norm":
+        return "What `run` learns gets no gradient: go backward through it"
+    key = "bytes_saved_beside_inputs_and_weights"
+    if got[key] > 2 * expected[key]:
+        return "Keep the inputs and the weights, and nothing that `run` made"
+    if got["flops_of_products"] > expected["flops_of_products"]:
+        return "A product was computed again: only `run` is to be"
     return None
 
 
 def _is_one_missing(gradients: list) -> bool:
     return any(isinstance(gradient, str) for gradient in gradients)
 
+
+# What torch says of a backward, and what to look at.
+BACKWARD_ERRORS = {
+    "backward through the graph a second time": (
+        "A tensor still belongs to the graph before: begin from x.detach()"
+    ),
+    "does not require grad": (
+        "Autograd is off in a backward: what is to be part of a graph, a sum too, has to "
+        "be computed inside `with torch.enable_grad():`, from a tensor that requires a "
+        "gradient"
+    ),
+    "grad can be implicitly created only for scalar outputs": (
+        "The output is no single number, so say what its gradient is: it came in"
+    ),
+    "incorrect number of gradients": (
+        "backward returns one gradient for each input of forward, or None for it"
+    ),
+    "returned an invalid gradient at index": ORDER,
+    "returned a gradient different than None": ORDER,
+    "expected Variable or None": ORDER,
+}
 
 EXERCISES = [
     Exercise(
@@ -325,21 +470,19 @@ EXERCISES = [
         training_bytes_explain,
     ),
     Exercise(
+        "lib.training.accumulate_gradients",
+        2,
+        accumulate_gradients_cases,
+        accumulate_gradients_explain,
+    ),
+    Exercise(
         "lib.checkpointing.checkpoint",
         3,
         checkpoint_cases,
         checkpoint_explain,
         forbidden=("torch.utils.checkpoint.checkpoint",),
         parts=("Checkpoint",),
-        errors={
-            "backward through the graph a second time": (
-                "x still belongs to the graph before: begin from x.detach()"
-            ),
-            "does not require grad": (
-                "Autograd is off in here, and x may want no gradient: run again inside "
-                "torch.enable_grad(), and go backward from the output"
-            ),
-        },
+        errors=BACKWARD_ERRORS,
     ),
     Exercise(
         "lib.checkpointing.best_num_segments",
@@ -359,5 +502,14 @@ EXERCISES = [
         checkpoint_recursive_cases,
         checkpoint_recursive_explain,
         forbidden=("torch.utils.checkpoint.checkpoint",),
+    ),
+    Exercise(
+        "lib.checkpointing.checkpoint_selective",
+        3,
+        checkpoint_selective_cases,
+        checkpoint_selective_explain,
+        forbidden=("torch.utils.checkpoint.checkpoint",),
+        parts=("SelectiveCheckpoint",),
+        errors=BACKWARD_ERRORS,
     ),
 ]

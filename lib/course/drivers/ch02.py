@@ -25,6 +25,24 @@ def training_bytes(answer: Callable, config: dict, batch_size: int, seq_len: int
     return dict(got) if isinstance(got, dict) else {"weights": str(got)}
 
 
+def accumulate_gradients(
+    answer: Callable, seed: int, token_ids: list, num_parts: int, has_gradients: bool
+) -> dict:
+    config = ModelConfig(32, 2, 2, 1, d_model=16, d_ff=24, max_seq_len=16)
+    model = with_weights(Transformer(config), seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter) if has_gradients else None
+    batch = torch.tensor(token_ids)
+    cost = measure(lambda: answer(model, batch, num_parts))
+    loss = cost.value
+    return {
+        "loss": loss if isinstance(loss, float) else f"a {type(loss).__name__}",
+        "gradients": [plain_gradient(parameter) for parameter in model.parameters()],
+        "bytes_kept_for_the_backward_pass": cost.saved_bytes,
+        "forward_calls": cost.calls["Embedding"],
+    }
+
+
 def checkpoint(
     answer: Callable,
     seed: int,
@@ -36,14 +54,11 @@ def checkpoint(
     """A step over `num_segments` equal segments, each through the answer."""
     size = num_layers // num_segments
 
-    def run(blocks, x, positions):
+    def run(blocks, x, positions, attend):
         for start in range(0, num_layers, size):
             segment = blocks[start : start + size]
             x = answer(
-                lambda x, segment=segment: run_blocks(
-                    segment, x, positions, attend_fused
-                ),
-                x,
+                lambda x, segment=segment: run_blocks(segment, x, positions, attend), x
             )
         return x
 
@@ -53,10 +68,7 @@ def checkpoint(
 def checkpoint_recursive(
     answer: Callable, seed: int, num_layers: int, dropout: float
 ) -> dict:
-    def run(blocks, x, positions):
-        return answer(blocks, x, positions, attend_fused)
-
-    return _step(run, seed, num_layers, dropout, input_wants_gradient=True)
+    return _step(answer, seed, num_layers, dropout, input_wants_gradient=True)
 
 
 def best_num_segments(
@@ -70,39 +82,109 @@ def blocks_to_keep(
     num_layers: int,
     edge_bytes: int,
     block_bytes: int,
+    working_bytes: int,
     budget_bytes: int,
 ) -> dict:
+    sizes = num_layers, edge_bytes, block_bytes, working_bytes, budget_bytes
     try:
-        return {"kept": answer(num_layers, edge_bytes, block_bytes, budget_bytes)}
+        return {"kept": answer(*sizes)}
     except ValueError:
         return {"kept": "ValueError"}
+
+
+def checkpoint_selective(
+    answer: Callable, kind: str, inputs: list, weights: list, gain: np.ndarray
+) -> dict:
+    gain = torch.from_numpy(gain).requires_grad_()
+    runs = {
+        "square": lambda x: x.square(),
+        "gate": lambda gate, up: torch.sigmoid(gate) * gate * up,
+        "norm": lambda x: gain * x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt(),
+    }
+    num_calls = 0
+
+    def run(*args):
+        nonlocal num_calls
+        num_calls += 1
+        return runs[kind](*args)
+
+    inputs = [torch.from_numpy(x).requires_grad_() for x in inputs]
+    weights = [torch.from_numpy(weight).requires_grad_() for weight in weights]
+    # As inside a model: what others made, and what is kept anyway.
+    made = [x * 1.0 for x in inputs]
+    forward = measure(lambda: answer(run, made, weights))
+    outs = forward.value
+    is_tuple = isinstance(outs, (tuple, list))
+    is_fine = is_tuple and all(isinstance(out, torch.Tensor) for out in outs)
+    loss = sum(out.square().sum() for out in outs) if is_fine else None
+    backward = measure(loss.backward if is_fine else lambda: None)
+    return {
+        "outs": [as_array(out) for out in outs] if is_tuple else as_array(outs),
+        "gradients of inputs": [plain_gradient(x) for x in inputs],
+        "gradients of weights": [plain_gradient(weight) for weight in weights],
+        "gradient of the gain": plain_gradient(gain),
+        "bytes_saved_beside_inputs_and_weights": forward.saved_bytes,
+        "flops_of_products": (forward.flops + backward.flops).total(),
+        "times_run_was_called": num_calls,
+    }
+
+
+def with_weights(model: Transformer, seed: int) -> Transformer:
+    """In float64, with weights that numpy draws: torch rounds its own otherwise on other
+    machines."""
+    rng = np.random.default_rng(seed)
+    for parameter in model.double().parameters():
+        if parameter.dim() == 2:
+            parameter.data = torch.from_numpy(rng.normal(0, 0.16, parameter.shape))
+    return model
+
+
+def plain_gradient(tensor: torch.Tensor) -> np.ndarray | str:
+    return "none" if tensor.grad is None else as_array(tensor.grad)
 
 
 def _step(
     run: Callable, seed: int, num_layers: int, dropout: float, input_wants_gradient: bool
 ) -> dict:
     """Forward and backward over random blocks in float64: gradients, and what it cost."""
-    rng = np.random.default_rng(seed)  # torch rounds its own otherwise on other machines
     config = ModelConfig(256, num_layers, 2, 1, 16, 24, 16, dropout=dropout)
-    blocks = Transformer(config).double().train().blocks
-    for parameter in blocks.parameters():
-        if parameter.dim() == 2:
-            parameter.data = torch.from_numpy(rng.normal(0, 0.16, parameter.shape))
-    x = torch.from_numpy(rng.normal(size=(2, 8, 16)))
-    x = x.requires_grad_(input_wants_gradient)
-    torch.manual_seed(seed)
-    torch.rand(())  # whoever sets the seed anew goes back to before this
-    positions = torch.arange(8)
-    forward = measure(lambda: run(blocks, x, positions))
+    blocks = with_weights(Transformer(config), seed).train().blocks
+    x = torch.from_numpy(np.random.default_rng(seed).normal(size=(2, 8, 16)))
+    x.requires_grad_(input_wants_gradient)
+    positions, layers, seen = 2 * torch.arange(8), [], []
+    hook = blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+
+    def attend(layer, q, k, v):
+        layers.append(layer)
+        return 0.5 * attend_fused(layer, q, k, v)
+
+    def begin():
+        torch.manual_seed(seed)
+        torch.rand(())  # whoever sets the seed anew goes back to before this
+        return run(blocks, x, positions, attend)
+
+    forward = measure(begin)
+    hook.remove()
+    layers_forward = list(layers)
     loss = forward.value.square().sum()
     backward = measure(loss.backward)
-    gradients = [p.grad for p in blocks.parameters()]
+    next_random_number = torch.rand(()).item()
+    gradients = [plain_gradient(p) for p in blocks.parameters()]
+    gradient_of_x = plain_gradient(x)
+    blocks.zero_grad()
+    x.grad = None
+    begin().sum().backward()
     return {
+        "layers that attended, forward": layers_forward,
+        "positions of the first block": seen[0].tolist() if seen else "none",
         "out": as_array(forward.value),
-        "gradient of x": "none" if x.grad is None else as_array(x.grad),
-        "gradients": ["none" if g is None else as_array(g) for g in gradients],
-        "next random number": torch.rand(()).item(),
+        "gradient of x": gradient_of_x,
+        "gradients": gradients,
+        "next random number": next_random_number,
         "block_calls": forward.calls["Block"] + backward.calls["Block"],
         "bytes_saved_by_the_forward_pass": forward.saved_bytes,
         "bytes_saved_by_the_backward_pass": backward.saved_bytes,
+        "first gradient if the loss were a sum": plain_gradient(
+            next(blocks.parameters())
+        ),
     }
