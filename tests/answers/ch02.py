@@ -636,7 +636,7 @@ def blocks_as_a_float(*sizes):
     return float(counting_down(*sizes))
 
 
-@wrong("blocks_to_keep", says="bytes beyond what a float tells apart")
+@wrong("blocks_to_keep", says="one byte less of them")
 def divided_as_floats(num_layers, edge_bytes, block_bytes, working_bytes, budget_bytes):
     smallest = (num_layers - 1) * edge_bytes + block_bytes + working_bytes
     if budget_bytes < smallest:
@@ -823,7 +823,7 @@ def with_a_linear_graph(run, inputs, weights):
     def backward(saved, grads):
         flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
         with torch.enable_grad():
-            leaves = [x.clone().requires_grad_() for x in saved[: len(inputs)]]
+            leaves = [x.detach().clone().requires_grad_() for x in saved[: len(inputs)]]
             made = run(*leaves)
             rows = made.reshape(-1, made.shape[-1])
         below = torch.zeros_like(rows)

@@ -62,13 +62,14 @@ def checkpoint(
             )
         return x
 
-    return _step(run, seed, num_layers, dropout, input_wants_gradient)
+    outputs, again = _step(run, seed, num_layers, dropout, input_wants_gradient)
+    return {**outputs, "first gradient if the loss were a sum": again()}
 
 
 def checkpoint_recursive(
     answer: Callable, seed: int, num_layers: int, dropout: float
 ) -> dict:
-    return _step(answer, seed, num_layers, dropout, input_wants_gradient=True)
+    return _step(answer, seed, num_layers, dropout, input_wants_gradient=True)[0]
 
 
 def best_num_segments(
@@ -145,8 +146,11 @@ def plain_gradient(tensor: torch.Tensor) -> np.ndarray | str:
 
 def _step(
     run: Callable, seed: int, num_layers: int, dropout: float, input_wants_gradient: bool
-) -> dict:
-    """Forward and backward over random blocks in float64: gradients, and what it cost."""
+) -> tuple[dict, Callable]:
+    """Forward and backward over random blocks in float64: gradients, and what it cost.
+
+    The second is the same with a sum for a loss, and gives the first gradient.
+    """
     config = ModelConfig(256, num_layers, 2, 1, 16, 24, 16, dropout=dropout)
     blocks = with_weights(Transformer(config), seed).train().blocks
     x = torch.from_numpy(np.random.default_rng(seed).normal(size=(2, 8, 16)))
@@ -171,10 +175,14 @@ def _step(
     next_random_number = torch.rand(()).item()
     gradients = [plain_gradient(p) for p in blocks.parameters()]
     gradient_of_x = plain_gradient(x)
-    blocks.zero_grad()
-    x.grad = None
-    begin().sum().backward()
-    return {
+
+    def again():
+        blocks.zero_grad()
+        x.grad = None
+        begin().sum().backward()
+        return plain_gradient(next(blocks.parameters()))
+
+    outputs = {
         "layers that attended, forward": layers_forward,
         "positions of the first block": seen[0].tolist() if seen else "none",
         "out": as_array(forward.value),
@@ -184,7 +192,5 @@ def _step(
         "block_calls": forward.calls["Block"] + backward.calls["Block"],
         "bytes_saved_by_the_forward_pass": forward.saved_bytes,
         "bytes_saved_by_the_backward_pass": backward.saved_bytes,
-        "first gradient if the loss were a sum": plain_gradient(
-            next(blocks.parameters())
-        ),
     }
+    return outputs, again
