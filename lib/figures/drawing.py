@@ -5,19 +5,23 @@ A light tint was written before, white is free. Each function returns what it dr
 """
 
 import math
-from collections.abc import Hashable, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Sequence
 
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from lib.block_manager import BlockManager
+from lib.config import ModelConfig
 from lib.figures.plotting import NEW, WASTED
 from lib.kv_cache import ContiguousKVCache
+from lib.model import Transformer, attend_fused
 
 CACHED = {"facecolor": "#B9D8EC", "edgecolor": "white"}
 FREE = {"facecolor": "white", "edgecolor": "#8C8C8C"}
@@ -267,3 +271,76 @@ def _draw_block(
         if words
         else None,
     )
+
+
+def draw_schedule(
+    run: Callable,
+    num_blocks: int = 8,
+    *,
+    title: str,
+    ax: Axes | None = None,
+) -> Axes:
+    """When each block runs, and which edges wait meanwhile: a step of training, observed.
+
+    run(blocks, x, positions, attend), as `checkpointing.checkpoint_recursive`. Time goes
+    to the right, one column for each time that a block runs.
+    """
+    events, edges = _observe(run, num_blocks)
+    ax = ax or plt.subplots(figsize=(7.4, 3.4))[1]
+    looks = {
+        "forward, inside thrown away": CACHED,
+        "forward, inside kept": {"facecolor": NEW, "edgecolor": "white"},
+        "backward": {"facecolor": "#E69F00", "edgecolor": "white"},
+    }
+    for block, start, end in edges:
+        (line,) = ax.plot([start, end], [block, block], color="black", linewidth=1.4)
+    for time, (block, kind) in enumerate(events):
+        ax.add_patch(Rectangle((time, block - 0.9), 1, 0.8, **looks[kind]))
+    ax.set_xlim(0, len(events))
+    ax.set_ylim(0, num_blocks + 0.3)
+    ax.set_yticks([b - 0.5 for b in range(1, num_blocks + 1)], range(1, num_blocks + 1))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.grid(False)
+    handles = [Patch(label=kind, **look) for kind, look in looks.items()]
+    handles.append(Line2D([], [], color="black", label="an edge that waits"))
+    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, -0.18), ncols=2)
+    ax.set(
+        xlabel="time (one block, forward or backward, per column)",
+        ylabel="block",
+        title=title,
+    )
+    return ax
+
+
+def _observe(run: Callable, num_blocks: int) -> tuple[list, list]:
+    """Events (block, kind), one after the other, and edges (behind block, from, to)."""
+    model = Transformer(
+        ModelConfig(2, num_blocks, 1, 1, d_model=2, d_ff=2, max_seq_len=2)
+    )
+    events, edges, births = [], [], {}
+
+    def before(block, args):
+        number = block.attention.layer + 1
+        kind = "kept" if torch.is_grad_enabled() else "thrown away"
+        events.append((number, f"forward, inside {kind}"))
+
+    def after(block, args, out):
+        number, now = block.attention.layer + 1, len(events)
+        storage = out.untyped_storage()  # a segment gives it back as another tensor
+        if storage._cdata not in births:
+            births[storage._cdata] = now
+            weakref.finalize(storage, ended, number, now, storage._cdata)
+        if out.requires_grad:
+            out.register_hook(lambda _: events.append((number, "backward")))
+
+    def ended(number, birth, address):
+        del births[address]
+        if len(events) > birth + 2 and number < num_blocks:  # longer than one block takes
+            edges.append((number, birth, len(events)))
+
+    for block in model.blocks:
+        block.register_forward_pre_hook(before)
+        block.register_forward_hook(after)
+    x = torch.randn(1, 2, 2, requires_grad=True)
+    run(model.blocks, x, torch.arange(2), attend_fused).sum().backward()
+    return events, edges

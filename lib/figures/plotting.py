@@ -108,14 +108,20 @@ def plot_timelines(
 def plot_training_bytes(
     sizes: Mapping[str, Mapping[str, int]], *, title: str, ax: Axes | None = None
 ) -> Axes:
-    """Stacked bars of what training holds: name -> `training.training_bytes`."""
+    """Stacked bars of what training holds: name -> bytes by kind, as of
+    `training.training_bytes` and `training.step_bytes`."""
     ax = ax or plt.subplots()[1]
     looks = {
         "weights": {"color": NEW},
         "gradients": {"color": "#56B4E9", "hatch": ".."},
         "optimizer": {"color": "#009E73", "hatch": "\\\\"},
         "activations": {"color": "#E69F00", "hatch": "//"},
+        "dropout masks": {"color": "#F0E442", "hatch": "xx"},
+        "last norm": {"color": "#CC79A7"},
+        "logits and loss": {"color": "#D55E00", "hatch": "oo"},
     }
+    kinds = next(iter(sizes.values()))
+    looks = {kind: look for kind, look in looks.items() if kind in kinds}
     bottom = [0] * len(sizes)
     for kind, look in looks.items():
         heights = [by_kind[kind] for by_kind in sizes.values()]

@@ -22,7 +22,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,14 +86,23 @@ def measure(function: Callable[[], Any]) -> Cost:
 
 def median_seconds(function: Callable[[], Any], repeats: int = 5) -> float:
     """Median wall-clock time of `repeats` runs, after one that is not counted."""
-    seconds = []
+    return medians_in_turns({"": function}, repeats)[""]
+
+
+def medians_in_turns(
+    functions: Mapping[str, Callable[[], Any]], repeats: int = 5
+) -> dict[str, float]:
+    """`median_seconds` of each, by name. They take turns, so that whatever else the
+    machine does meets all of them alike."""
+    seconds = {name: [] for name in functions}
     for _ in range(1 + repeats):
-        start = time.perf_counter()
-        function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
 def resident_bytes(function: Callable[[], Any]) -> int:
