@@ -799,12 +799,13 @@ fused = [peak_bytes(T, model.attend_fused) for T in lengths]
 
 # %%
 prediction = [8 * lm.config.num_heads * T**2 for T in lengths]
+times = stored[-1] / fused[-1]
 plotting.plot_measured(
     {"scores stored": (lengths, stored), "fused": (lengths, fused)},
     predicted={"two tensors, 8·H·T²": (lengths, prediction)},
     xlabel="text so far, T (tokens)",
     ylabel="tensors of one step at their peak (bytes)",
-    title=f"At 512 tokens stored scores take {stored[-1] / fused[-1]:.1f} times as much",
+    title=f"At 512 tokens stored scores take {times:.1f} times as much",
     log=True,
 );
 

@@ -1,41 +1,44 @@
 # %% [markdown]
 # # 2. Training: keep everything, or compute it again
 #
-# Generation throws away what it computed and has to compute it again. Training
+# Generation throws away what it computed, and has to compute it again. Training
 # is the opposite: it keeps *everything* until the backward pass has used it,
-# and that, not the weights, fills the memory. In this chapter we train a model,
-# account for what its layers keep, to the byte, and then write **activation
-# checkpointing**, which throws most of it away on purpose: less memory for more
-# work.
+# and that, much more than the weights, fills the memory. In this chapter we
+# train a model, account for every byte of a training step, and then write
+# **activation checkpointing**, which throws most of them away on purpose: less
+# memory for more work.
 #
 # **You need:** chapter 1, or attention and the generation loop from elsewhere;
-# what `loss.backward()` does; and 135 minutes. No GPU.
+# what `loss.backward()` does; and 175 minutes. No GPU.
 #
 # **You will be able to**
 #
 # - write the loss of a language model, and train one,
-# - predict what training holds, weights, gradients, optimizer and activations,
-#   to the byte,
+# - predict what a training step holds at its peak, to the byte,
+# - train on a large batch in small parts, with the same gradients,
 # - write `checkpoint` from scratch, with the same gradients to the bit,
 # - choose the number of segments, and fit a model into a budget,
+# - recompute only what is cheap, and save half of the memory for no product,
 # - say where √L comes from, and when it is not worth having.
 
 # %%
+import copy
+import inspect
 import json
 import sys
 import time
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.utils.checkpoint
 from IPython.display import Markdown
 from torch import nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from lib import checkpointing, generate, text, training
-from lib.figures import plotting
-from lib.measure import meter, table
+from lib import checkpointing, config, generate, text, training
 from lib.checkpointing import (
+    Repeatable,
     get_random_state,
     run_blocks,
     segments_peak_bytes,
@@ -43,6 +46,8 @@ from lib.checkpointing import (
 )
 from lib.config import MOBY, ModelConfig
 from lib.course.check import check
+from lib.figures import drawing, plotting
+from lib.measure import meter, table
 from lib.model import Attend, Transformer, attend_fused
 
 plotting.use_course_style()
@@ -52,9 +57,11 @@ torch.manual_seed(0);
 # %% [markdown]
 # ## A training step holds many times what the model weighs
 #
-# Here is the model of chapter 1 once more, new and untrained, and one step of
-# its training on 4 passages of 256 tokens. The meter says what it takes at the
-# peak, on top of weights and gradients.
+# Here is the model of chapter 1 once more, new and untrained. We take one step
+# of its training on a **batch** of 4 passages of 256 tokens: a forward pass,
+# the loss, and a backward pass, which leaves a gradient beside each weight. The
+# meter says what that takes at the peak, on top of weights and gradients, which
+# were there before.
 
 # %%
 lm = Transformer(MOBY)
@@ -69,37 +76,38 @@ positions = torch.arange(256)
 
 # %%
 def step():
-    logits = lm(batch, positions, attend_fused)
-    training.next_token_loss(logits, batch).backward()
+    loss = training.next_token_loss(lm(batch, positions, attend_fused), batch)
+    loss.backward()
 
 
-cost = meter.measure(step)
-print(f"weights {weights / 1e6:.1f} MB, ", end="")
-print(f"peak of one step {cost.peak_bytes / 1e6:.1f} MB")
+step_cost = meter.measure(step)
+print(f"weights {weights:,} bytes, ", end="")
+print(f"peak of one step {step_cost.peak_bytes:,} bytes")
 
 # %% [markdown]
 # The memory over time, operation by operation:
 
 # %%
 plotting.plot_timelines(
-    {"one step": cost.timeline},
+    {"one step": step_cost.timeline},
     title="Memory climbs through the forward pass, and falls again backward",
 );
 
 # %% [markdown]
-# *A mountain: a step up for each of the four layers, then down again while the
-# backward pass uses up what was kept.*
+# *A mountain: it climbs in four steps, one per layer, and comes down again
+# while the backward pass uses up what was kept.*
 #
-# We build this step from its parts: the loss, the loop, and then the mountain.
+# We build this step from its parts, the loss and the loop. Then we take the
+# mountain apart, until we can name each of its bytes.
 
 # %% [markdown]
 # ## The loss: how surprised was the model?
 #
-# A row of logits, by softmax, gives each possible next token a probability. The
-# loss of one prediction is minus the logarithm of the probability that the
-# right token got, in **nats**: 0 if the model was sure and right, log 256 = 5.5
-# if it had no idea, and more if it was wrong. Row t speaks about token t + 1.
-# In six tokens there are five predictions:
+# Softmax turns a row of logits into a probability for each possible next token.
+# The loss of one prediction is minus the logarithm of the probability that the
+# right token got, and its unit is the **nat**: 0 if the model was sure and
+# right, log 256 = 5.5 if it had no idea, and more if it was wrong. Row t speaks
+# about token t + 1, so six tokens make five predictions:
 
 # %%
 whales = text.encode("whales")
@@ -111,9 +119,10 @@ for t in range(6):
 # %% [markdown]
 # ### Exercise 2.1 · `next_token_loss` ★ (10 minutes)
 #
-# The mean loss of all predictions of a batch.
+# The mean loss of all predictions of a batch. The lines that refuse a batch
+# with nothing to predict are given.
 
-# %% exercise="next_token_loss"
+# %% exercise="next_token_loss" given="1"
 from lib.training import next_token_loss
 
 # %%
@@ -122,8 +131,8 @@ check(next_token_loss)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# `logits[:, :-1]` are the rows that predict something, `token_ids[:, 1:]` what
-# they should have said.
+# `logits[:, :-1]` are the rows that predict something, and `token_ids[:, 1:]`
+# is what they should have said.
 #
 # </details>
 # <details><summary>Hint 2</summary>
@@ -144,9 +153,32 @@ training.next_token_loss(logits, batch).item()
 # %% [markdown]
 # ## The loop, and half a minute of training
 #
-# Take a random batch, compute the loss, go backward, move each weight a little
-# against its gradient, forget the gradients; repeat. `training.Trainer` is that
-# loop. We give it a small model and half a minute.
+# Take a random batch, compute its loss, go backward, move each weight a little
+# against its gradient, forget the gradients; repeat. That is the whole of
+# training, and this is how the library does it:
+
+# %%
+def show_source(function):
+    source = inspect.cleandoc("\n" + inspect.getsource(function))
+    return Markdown(f"```python\n{source}\n```")
+
+
+show_source(training.Trainer.step)
+
+# %% [markdown]
+# Three things in it are not on our list. `accumulate_gradients` is the forward
+# and the backward pass; it comes back below. `clip_grad_norm_` shortens the
+# gradient where it is too long: if all gradients together, taken as one vector,
+# are longer than 1, they are scaled down to that length, so that one odd batch
+# cannot throw the model off. And the optimizer, **AdamW**, does not take the
+# gradient as it comes. For each weight it keeps two running means, of the
+# gradient and of its square, and moves the weight by the first over the root of
+# the second: weights whose gradients are small move as much as others. (The W
+# stands for weight decay: each step also shrinks the matrices a little.)
+#
+# How far a weight moves, the **learning rate**, changes on the way. It warms
+# up, since the running means know nothing at first, and then falls along half a
+# cosine, so that the last steps are small.
 
 # %%
 small = ModelConfig(
@@ -154,6 +186,22 @@ small = ModelConfig(
     d_model=96, d_ff=256, max_seq_len=128,
 )
 settings = training.TrainingConfig(num_steps=500, batch_size=8, seq_len=128)
+steps = list(range(0, settings.num_steps + 1, 10))
+rates = [training.learning_rate(n, settings) for n in steps]
+ax = plotting.plot_measured(
+    {"": (steps, rates)},
+    xlabel="training step",
+    ylabel="learning rate",
+    title="Warm up for 100 steps, then fall along half a cosine",
+)
+ax.set_xticks(range(0, 501, 100));
+
+# %% [markdown]
+# *A straight line up to 0.003 at step 100, and half a wave down to 0 at 500.*
+#
+# We give the loop a small model and half a minute.
+
+# %%
 trainer = training.Trainer(Transformer(small), train_ids, settings)
 
 
@@ -184,7 +232,7 @@ curve = {
 plotting.plot_loss_curve(curve);
 
 # %% [markdown]
-# *The loss falls fast, then slowly; the point is the loss on text from the end
+# *The loss falls fast, then slowly. The point is the loss on text from the end
 # of the book, which the model has not seen.*
 
 # %%
@@ -193,7 +241,7 @@ print("after: ", repr(sample()))
 
 # %% [markdown]
 # It has found out about letters, spaces and the length of words. The model that
-# the course ships was trained by the same loop, for longer: `python -m
+# the course ships was trained by the same loop, for longer, by `python -m
 # lib.training`. Its curve:
 
 # %%
@@ -202,44 +250,82 @@ plotting.plot_loss_curve(result);
 
 # %% [markdown]
 # *Training and held-out loss of the shipped model; what is above 3 is cut off.
-# In training a tenth of what each layer adds is set to zero at random
-# (**dropout**), so that the model does not learn the book by heart.*
+# In training a tenth of what each layer adds is set to zero at random. That is
+# called **dropout**, and keeps the model from learning the book by heart.*
 
 # %% [markdown]
 # ## What autograd keeps
 #
-# Now the mountain. To find the gradient of a product `x @ w`, the backward pass
-# needs x and w; for `silu(x)` it needs x. So each operation of the forward pass
-# **saves** something, and autograd keeps it until the backward pass has been
-# there. The meter lists what one block of our model saves, for 1 sequence of
-# 256 tokens: the operation that made it, its shape, and its bytes.
+# Now for the mountain. To find gradients, the backward pass needs numbers of
+# the forward pass. The gradient of `x * w` with respect to w is x, so x must
+# still be there; for `exp(x)` it is the result that is needed; for `x + y`
+# nothing is. While the forward pass runs, **autograd** writes down which
+# operation follows which, the **graph**, and each operation *saves* in it what
+# its own backward step needs. The meter lists what was saved, and which
+# operation *made* it:
+
+# %%
+x = torch.randn(4, requires_grad=True)
+for name, function in {
+    "exp(x)": lambda: x.exp(),
+    "exp(x) + 1": lambda: x.exp() + 1,
+    "sin(x + 1)": lambda: (x + 1).sin(),
+    "(x + 1) + 2": lambda: (x + 1) + 2,
+}.items():
+    print(f"{name:12} saves {meter.measure(function).saved}")
+
+# %% [markdown]
+# The third line is the one to look at. `+` saves nothing; but the sum is saved,
+# since `sin` needs it. So a row of the list names who made a tensor, and the
+# operation *after* it is why the tensor is kept. (x itself is needed too, but
+# it was there before, so the meter does not count it.)
+#
+# Here is what one block of our model saves, for 1 passage of 256 tokens,
+# without dropout: the operation that made it, its shape, and its bytes.
 
 # %%
 x = torch.randn(1, 256, lm.config.d_model, requires_grad=True)
-block = Transformer(ModelConfig(**{**vars(MOBY), "dropout": 0.0})).blocks[0]
-block_cost = meter.measure(lambda: block(x, torch.arange(256), attend_fused))
+without_dropout = ModelConfig(**{**vars(MOBY), "dropout": 0.0})
+plain_lm = Transformer(without_dropout)
+block_cost = meter.measure(
+    lambda: plain_lm.blocks[0](x, torch.arange(256), attend_fused)
+)
 for made_by, shape, num_bytes in block_cost.saved:
     print(f"{num_bytes:8,}  {str(shape):20} {made_by.lstrip('_')}")
 
 # %% [markdown]
-# Read it from the top. A norm saves one number a token (`rsqrt`), its input
-# times that (`mul`), and its output, which three projections need. RoPE saves
-# sines and cosines, for queries and again for keys; these depend on the
-# position alone, and all sequences share them. Attention needs q, k and v, its
-# output and one number for each head and token. Then the residual sum (`add`),
-# the second norm, and the MLP's four: gate, up, silu(gate), and the product.
+# Read it from the top, with the block of chapter 1 beside it.
+#
+# - A norm saves three things: one number per token (`rsqrt`, one over the root
+#   of the mean square), its input times that (`mul`), and its output (`mul`),
+#   which the three projections after it need.
+# - RoPE saves the cosines and sines of its angles, once for queries and once
+#   for keys. They depend on the position alone, so all passages of a batch
+#   share them.
+# - Attention saves its keys, queries (`cat`, as RoPE made them) and values
+#   (`mm`), its output, and one number per head and token, with which it can
+#   compute the scores again.
+# - The residual sum (`add`) is kept for the second norm, which saves three
+#   things like the first.
+# - The MLP saves four: gate and up (`mm`), silu(gate), and the product of the
+#   two (`mul`), which the last matrix needs.
+#
 # Weights are not in the list, since they were there before. Neither is the
-# block's own input; but that is kept too, and counts as the block's.
+# block's own input; but that is kept too, and we count it as the block's.
 
 # %% [markdown]
 # ### Exercise 2.2 · `training_bytes` ★★ (25 minutes)
 #
-# Predict what training holds, by kind, for any model. Weights: look at `[(n,
-# p.shape) for n, p in lm.named_parameters()]`. Gradients are as large. The
-# optimizer, AdamW, keeps two more floats for each: running means of the
-# gradient and of its square. Activations: the list above and the input, for all
-# layers. The letters are those of `config`: C = d_model, H = num_heads, G =
-# num_kv_heads, D = C/H, F = d_ff, V = vocab_size. A float has 4 bytes.
+# Predict what training holds, by kind, for any model:
+#
+# - weights: look at `[(n, p.shape) for n, p in lm.named_parameters()]`;
+# - gradients, which are as large;
+# - the optimizer: AdamW's two running means, one float each per weight;
+# - activations: the list above and the input, of all layers.
+#
+# The letters are those of `config`: L = num_layers, C = d_model, H = num_heads,
+# G = num_kv_heads, D = C/H, F = d_ff, V = vocab_size. A float has 4 bytes.
+# Dropout's masks are not asked for: they come below.
 
 # %% exercise="training_bytes"
 from lib.training import training_bytes
@@ -250,74 +336,298 @@ check(training_bytes)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# A block has q and o, C × (H·D) each; k and v, C × (G·D) each; three matrices
-# of C × F; and two norms of C. Outside are embedding and unembedding, V × C
-# each, and one last norm.
+# Weights: a block has q and o, C × (H·D) each; k and v, C × (G·D) each; three
+# matrices of C × F; and two norms of C. Outside are embedding and unembedding,
+# V × C each, and one last norm.
 #
 # </details>
 # <details><summary>Hint 2</summary>
 #
-# In floats, a token keeps in each layer 8 vectors of C (input, two norms twice,
-# q, attention's output, the sum), 2 of G·D, 4 of F, and 2 + H single numbers;
-# and a *position* keeps 4 of D/2, whatever the batch.
+# Activations: write the letters beside each row of the list. How many of its
+# rows are C numbers per token, how many G·D, how many F? How many have one
+# number per token, and how many H? Which rows are the same for a batch of 1 and
+# of 10? Do not forget the input.
 #
 # </details>
 
 # %%
-without_dropout = ModelConfig(**{**vars(MOBY), "dropout": 0.0})
-plain_lm = Transformer(without_dropout)
-saved = meter.measure(
+blocks_cost = meter.measure(
     lambda: run_blocks(
         plain_lm.blocks, plain_lm.embed(batch), positions, attend_fused
     )
-).saved_bytes
+)
 predicted = training.training_bytes(without_dropout, 4, 256)
-print(f"activations: {saved:,} bytes measured, ", end="")
+print(f"activations: {blocks_cost.saved_bytes:,} bytes measured, ", end="")
 print(f"{predicted['activations']:,} predicted")
 
 # %% [markdown]
-# Equal to the byte. So we may believe it for sizes that are tedious to measure:
+# Equal to the byte.
+
+# %% [markdown]
+# ## The whole account
+#
+# The mountain on top of the page is higher than that: it also has what lies
+# outside of the blocks, and its model has dropout. What is missing?
+#
+# - **Dropout masks.** Whoever sets a tenth of the numbers to zero has to know
+#   later which. A mask is a float per number, and each block has two.
+# - **The last norm**, with its input: three more vectors and a number per
+#   token.
+# - **Logits and loss.** V numbers per token are the logits. The loss copies
+#   them, since the last row of each passage has to be left out, and computes
+#   their log-softmax, which it saves. At that moment all three are there.
+#
+# After that the backward pass begins to give back what was kept. So this is the
+# peak, and `training.step_bytes` adds it up:
 
 # %%
-sizes = {
-    f"batch of {B}": training.training_bytes(without_dropout, B, 256)
-    for B in (1, 4, 16)
+account = training.step_bytes(MOBY, 4, 256)
+for kind, num_bytes in account.items():
+    print(f"{num_bytes:12,}  {kind}")
+print(f"{sum(account.values()):12,}  predicted in all")
+print(f"{step_cost.peak_bytes:12,}  measured, on top of the page")
+
+# %% [markdown]
+# Every byte of the mountain has a name. The numbers differ from the ones above
+# it for one reason each: the blocks' activations are those of exercise 2.2; the
+# peak has masks, the last norm, and the loss besides.
+#
+# And a whole training run? Here are two steps of the loop, from nothing: the
+# model itself is made under the meter, too.
+
+# %%
+def two_steps():
+    loop = training.TrainingConfig(batch_size=4, seq_len=256)
+    trainer = training.Trainer(Transformer(MOBY), train_ids, loop)
+    for _ in range(2):
+        trainer.step()
+
+
+run_cost = meter.measure(two_steps)
+kinds = training.training_bytes(MOBY, 4, 256)
+in_all = {
+    "weights": kinds["weights"],
+    "optimizer": kinds["optimizer"],
+    "at the peak of a step": sum(account.values()),
+    "AdamW's step counters": 4 * len(list(lm.parameters())),
+    "token ids and positions": 8 * (4 * 256 + 256),
 }
-share = sizes["batch of 16"]["activations"] / sum(sizes["batch of 16"].values())
-plotting.plot_training_bytes(
-    sizes,
-    title=f"Activations grow with the batch: {share:.0%} of all at 16 passages",
+for kind, num_bytes in in_all.items():
+    print(f"{num_bytes:12,}  {kind}")
+print(f"{sum(in_all.values()):12,}  predicted in all")
+print(f"{run_cost.peak_bytes:12,}  measured")
+
+# %%
+plotting.plot_timelines(
+    {"two steps from nothing": run_cost.timeline},
+    title="Weights at the bottom, and from the first update on the optimizer",
 );
 
 # %% [markdown]
-# *Weights, gradients and optimizer stay what they are; activations grow with
-# every passage of 256 tokens.*
+# *Two mountains. The first stands on the weights; the second also on the
+# optimizer's running means, which the first update makes.*
+#
+# One kind is missing from the account: the gradients. They are there, 6.7 MB of
+# them, but not at the peak. The loop forgets them after each update, so that
+# their memory is free while the next forward pass climbs, and the backward pass
+# makes them anew while it gives activations back. Only with a small batch,
+# where the mountain is low, are they part of the highest point.
+#
+# Now that the account is right, we may believe it for sizes that are tedious to
+# measure:
+
+# %%
+sizes = {
+    f"batch of {B}": {
+        **training.training_bytes(MOBY, B, 256),
+        **training.step_bytes(MOBY, B, 256),
+    }
+    for B in (1, 4, 16)
+}
+largest = sizes["batch of 16"]
+fixed = sum(largest[kind] for kind in ("weights", "gradients", "optimizer"))
+share = 1 - fixed / sum(largest.values())
+plotting.plot_training_bytes(
+    sizes,
+    title=f"With 16 passages, {share:.0%} grow with the batch",
+);
+
+# %% [markdown]
+# *Weights, gradients and optimizer stay what they are. Activations, masks, norm
+# and logits grow with every passage of 256 tokens.*
+#
+# ### Half the bytes per number
+#
+# Large models are trained in **mixed precision**. The passes run in bfloat16,
+# which has 2 bytes per number, and the optimizer works on float32 copies of the
+# weights, the **masters**, since small updates would be lost in bfloat16. What
+# does that save?
+
+# %%
+bytes_per_weight = {
+    "float32": {"weights": 4, "gradients": 4, "optimizer": 8},
+    "mixed": {"weights": 2, "masters": 4, "gradients": 2, "optimizer": 8},
+}
+for name, kinds in bytes_per_weight.items():
+    print(f"{name:8} {sum(kinds.values())} bytes per weight: {kinds}")
+
+half_lm = copy.deepcopy(plain_lm).bfloat16()
+half_cost = meter.measure(
+    lambda: run_blocks(
+        half_lm.blocks, half_lm.embed(batch), positions, attend_fused
+    )
+)
+share = half_cost.saved_bytes / blocks_cost.saved_bytes
+print(f"activations: {half_cost.saved_bytes:,} bytes, {share:.0%} of float32's")
+
+# %% [markdown]
+# Nothing on the side of the weights, and less than half on the other: torch's
+# RMSNorm computes in float32 on a CPU, and keeps its input and one more vector
+# in that precision.
+#
+# For a large model we only reckon. Llama 3 8B, one passage of 8,192 tokens, in
+# bfloat16, if all blocks keep their activations; and the logits, which the loss
+# wants in float32:
+
+# %%
+llama = config.LLAMA3_8B
+kinds = training.training_bytes(llama, 1, 8192)
+gigabytes = {
+    "weights, masters, gradients, optimizer": 16 * kinds["weights"] / 4,
+    "activations of all blocks": kinds["activations"] / 2,
+    "logits, once, in float32": 4 * 8192 * llama.vocab_size,
+}
+for name, num_bytes in gigabytes.items():
+    print(f"{num_bytes / 1e9:6.1f} GB  {name}")
+
+# %% [markdown]
+# Large GPUs have 80 GB. The first line is spread over several of them; the
+# second is what the rest of this chapter is about.
+
+# %% [markdown]
+# ## A large batch in small parts
+#
+# The cheapest cure first. Training wants large batches, since the mean over
+# many passages is a better gradient. But the gradient of a mean is the mean of
+# the gradients, and `.backward()` *adds* to the gradients that are there. So a
+# batch can go through the model in parts, one after the other: forward,
+# backward, forward, backward. Only one part's activations are in memory at a
+# time, and the gradients add up to those of the whole batch. This is called
+# **gradient accumulation**.
+#
+# ### Exercise 2.3 · `accumulate_gradients` ★★ (15 minutes)
+#
+# Add the gradient of `next_token_loss` of the whole batch to each parameter's
+# `.grad`, part by part, and return the loss as a number. The parts may differ
+# in size: 7 passages in 3 parts are 3, 2 and 2. No more than `num_parts` calls
+# of the model, and only one part's activations in memory.
+
+# %% exercise="accumulate_gradients" given="1"
+from lib.training import accumulate_gradients
+
+# %%
+check(accumulate_gradients)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# `batch.tensor_split(num_parts)` cuts a batch into nearly equal parts. The loss
+# of a part is a mean over that part alone. What does it count for in the mean
+# over the whole batch?
+#
+# </details>
+# <details><summary>Hint 2</summary>
+#
+# Multiply each part's loss by `len(part) / B` before you go backward. Go
+# backward inside the loop: after that the part's graph is gone.
+#
+# </details>
+
+# %%
+large = text.random_batch(train_ids, batch_size=8, seq_len=256)
+for parameter in plain_lm.parameters():
+    parameter.grad = torch.zeros_like(parameter)
+gradients_of = {}
+for num_parts in (1, 2, 4, 8):
+    plain_lm.zero_grad(set_to_none=False)
+    cost = meter.measure(
+        lambda: training.accumulate_gradients(plain_lm, large, num_parts)
+    )
+    gradients_of[num_parts] = [p.grad.clone() for p in plain_lm.parameters()]
+    pairs = zip(gradients_of[num_parts], gradients_of[1])
+    difference = max((a - b).abs().max().item() for a, b in pairs)
+    print(f"{num_parts} parts: peak {cost.peak_bytes / 1e6:5.1f} MB, ", end="")
+    print(f"{cost.flops.total() / 1e9:.2f} GFLOPs, gradients ", end="")
+    print(f"{difference:.0e} apart")
+
+# %% [markdown]
+# Half the memory, a quarter, an eighth, for the same work, and gradients that
+# are equal up to rounding. Whoever runs out of memory should try this first. It
+# ends at one passage per part: then a single passage has to fit.
 
 # %% [markdown]
 # ## Throw it away, and compute it again
 #
-# What if a block kept nothing but its input? When the backward pass gets there
-# it runs the block a second time, from that input, and now keeps the inside;
-# uses it; and throws it away before it turns to the block before. The inside of
+# What if a block kept nothing but its input? When the backward pass gets there,
+# it runs the block a second time from that input, keeps the inside now, uses
+# it, and throws it away before it turns to the block before. Then the inside of
 # *one* block is in memory at a time. The price is a second forward pass.
 #
-# Two things make it exact. Dropout draws random numbers, and the second run has
-# to draw the same; without dropout you would never notice. And autograd must be
-# told that this is how the gradient is to be found: that is what
-# `torch.autograd.Function` is for, an operation whose backward we write
-# ourselves.
+# For that we have to tell autograd how a gradient is to be found. An operation
+# whose backward step we write ourselves is a **`torch.autograd.Function`**, a
+# class of two functions. Here is one that squares its input:
+
+# %%
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad_out
+
+
+x = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+out = Square.apply(x)
+out.backward(torch.tensor([1.0, 1.0, 10.0]))
+x.grad
+
+# %% [markdown]
+# `ctx`, the context, carries things from `forward` to `backward`. What
+# `save_for_backward` puts in, `saved_tensors` gives back, as a tuple; anything
+# else can be hung on it, as in `ctx.run = run`. `backward` gets the gradient of
+# the loss with respect to the operation's *output*, and returns that with
+# respect to each *input*, by the chain rule: here 2x times what came in. (`out`
+# is no single number, so `out.backward` has to be told what the gradient of the
+# loss with respect to it is.)
 #
-# ### Exercise 2.3 · `checkpoint` ★★★ (30 minutes)
+# In both functions autograd is off: what they compute does not become part of
+# any graph. `with torch.enable_grad():` switches it on again. One more word is
+# needed: a **leaf** is a tensor at which a graph begins, such as a weight. The
+# backward pass ends at leaves, and leaves their gradient in `.grad`.
+# `x.detach()` is a new leaf with the numbers of x, and
+# `.requires_grad_()` says that it wants a gradient.
 #
-# `Checkpoint.forward` is given: inside a Function autograd is off, so `run(x)`
-# keeps nothing. Write `backward`, where autograd is off too: `(x,) =
-# ctx.saved_tensors` gives back what forward saved, `with torch.enable_grad():`
-# lets a graph be built, and `with use_random_state(x, state):` replays the
-# dice. It gets the gradient of the output, and returns one gradient for each
-# input of `forward` (`None` for `run` and for the empty tensor, whose part is
-# explained in `checkpoint`). The parameters inside `run` get theirs as ever, in
-# `.grad`. Gradients have to be those of a plain run, to the bit, with dropout
-# and without. `torch.utils.checkpoint` is not allowed.
+# So much for how; one thing is still needed to make it *exact*. Dropout draws
+# random numbers, and the second run has to draw the same ones. Without dropout
+# you would never notice.
+#
+# ### Exercise 2.4 · `checkpoint` ★★★ (30 minutes)
+#
+# `Checkpoint.forward` is given: autograd is off in there, so `run(x)` keeps
+# nothing. Write `Checkpoint.backward`. It gets `grad_out`, the gradient with
+# respect to the output of `run(x)`. It takes x from `ctx`, runs `ctx.run` again
+# on a new leaf, with autograd on and inside `with use_random_state(x,
+# ctx.random_state):`, which replays the dice. From the new output it goes
+# backward. It returns one gradient for each input of `forward`, in their order:
+# `None` for `run`, x's, and `None` for the empty tensor, whose part
+# `checkpoint` explains. The parameters inside `run` get theirs in `.grad`, as
+# ever. Gradients have to be those of a plain run, to the bit, with dropout and
+# without. `torch.utils.checkpoint` is not allowed. (`Repeatable`, in the
+# library, refuses what a second run would get wrong.)
 
 # %% exercise="checkpoint" given="forward checkpoint"
 from lib.checkpointing import Checkpoint, checkpoint
@@ -335,17 +645,17 @@ check(checkpoint)
 # </details>
 # <details><summary>Hint 2</summary>
 #
-# `torch.autograd.backward(out, grad_out)` goes backward from `out`, as if its
-# gradient were `grad_out`. It adds to `.grad` of every parameter, and of the
-# new leaf x.
+# `torch.autograd.backward(out, grad_out)` goes backward from `out`, as
+# `out.backward(grad_out)` does. It adds to `.grad` of every parameter, and of
+# the new leaf x.
 #
 # </details>
 
 # %% [markdown]
-# Now a deep, narrow model, 16 blocks, and four ways to run them: keep all, or
-# cut them into 1, 4 or 16 segments and checkpoint each. The step is the blocks
-# alone, with the sum of their output for a loss. First: are the gradients the
-# same, with dropout?
+# Now take a deep, narrow model of 16 blocks, and four ways to run them: keep
+# all, or cut them into 1, 4 or 16 **segments** and checkpoint each. A step is
+# the blocks alone here, with the sum of their output for a loss. First: are the
+# gradients the same, with dropout?
 
 # %%
 deep = ModelConfig(
@@ -361,8 +671,8 @@ deep_positions = torch.arange(128)
 
 def deep_step(run, *args):
     x = deep_lm.embed(deep_batch)
-    out = run(deep_lm.blocks, x, deep_positions, attend_fused, *args)
-    out.sum().backward()
+    blocks, attend = deep_lm.blocks, attend_fused
+    run(blocks, x, deep_positions, attend, *args).sum().backward()
 
 
 # %%
@@ -373,15 +683,19 @@ def gradients(run, *args):
     return [parameter.grad.clone() for parameter in deep_lm.blocks.parameters()]
 
 
+def is_equal_to_the_bit(run, *args):
+    pairs = zip(gradients(run, *args), gradients(run_blocks))
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
 in_segments = checkpointing.checkpoint_segments
-expected = gradients(run_blocks)
 for k in (1, 4, 16):
-    got = gradients(in_segments, k)
-    is_equal = all(torch.equal(a, b) for a, b in zip(got, expected))
-    print(f"{k:2} segments: {len(got)} gradients, equal to the bit: {is_equal}")
+    is_equal = is_equal_to_the_bit(in_segments, k)
+    print(f"{k:2} segments: gradients equal to the bit: {is_equal}")
 
 # %% [markdown]
-# And the memory, from here on without dropout, whose masks are kept too:
+# And the memory? From here on the deep model runs without dropout, whose masks
+# would only blur the picture.
 
 # %%
 deep_lm.eval()
@@ -394,26 +708,25 @@ plotting.plot_timelines(
         "4 segments": four.timeline,
         "16 segments": sixteen.timeline,
     },
-    title="The mountain becomes a row of hills, one a segment",
+    title="The mountain becomes a row of hills, one per segment",
 );
 
 # %% [markdown]
 # *Keeping all climbs once and falls once. With segments the forward pass climbs
-# by an edge a segment, and the backward pass climbs one hill for each segment
-# it computes again. It takes more operations: the lines are longer.*
+# by one edge per segment, and the backward pass climbs one hill for each
+# segment that it computes again. That takes more operations: the lines are
+# longer.*
 
 # %% [markdown]
 # ## How many segments?
 #
 # Let b be the bytes of an **edge**, one x between two blocks, and A what a
 # block keeps **inside**, its input included. With L blocks in k segments the
-# backward pass holds k edges and the inside of one segment: about
+# backward pass holds k edges and the inside of one segment:
 #
-# > k·b + (L/k)·A
+# > k·b + ⌈L/k⌉·A
 #
-# Few segments: the inside is large. Many: there are many edges. Between is a
-# minimum, at k = √(L·A/b), and there it is 2·√(L·A·b): **the best peak grows
-# like √L.**
+# With few segments the inside is large, and with many there are many edges.
 
 # %%
 edge_bytes = 4 * 128 * deep.d_model * 4  # 4 passages, 128 tokens, float32
@@ -427,8 +740,17 @@ ks = [1, 2, 4, 6, 8, 12, 16]
 costs = [meter.measure(lambda: deep_step(in_segments, k)) for k in ks]
 peaks = [cost.peak_bytes for cost in costs]
 predicted = [segments_peak_bytes(16, k, edge_bytes, block_bytes) for k in ks]
-extra = [(peak - guess) / edge_bytes for peak, guess in zip(peaks, predicted)]
-print("measured less predicted, in edges:", [round(e, 3) for e in extra])
+print([peak - guess for peak, guess in zip(peaks, predicted)], "bytes more")
+
+# %% [markdown]
+# The measured peak is the prediction and a constant, the same for every k.
+# Where does it come from? The peak comes while the backward pass is in the MLP
+# of the last block. On their way back there are two gradients of F = 192
+# numbers per token, one of the product and one of silu(gate). And the loss, a
+# sum, is one float, and so is its gradient:
+
+# %%
+2 * 4 * 128 * deep.d_ff * 4 + 8
 
 # %%
 plotting.plot_measured(
@@ -436,23 +758,26 @@ plotting.plot_measured(
     predicted={"k·b + ⌈L/k⌉·A": (ks, predicted)},
     xlabel="segments, k",
     ylabel="peak memory of one step (bytes)",
-    title="16 blocks: one block a segment holds least",
+    title="16 blocks: one block per segment holds least",
 );
 
 # %% [markdown]
 # *Measured and predicted peak run in parallel, and are lowest at k = 16. At 12,
 # which does not divide 16, the longest segment has two blocks, as at 8.*
 #
-# The formula misses a constant, the same few edges for every k: the output of
-# the step, and gradients on their way back. And why is the minimum not at √16 =
-# 4? Because a block's inside weighs over twenty edges: √(16·A/b) is more than
-# 16, and there are only 16 blocks to cut at. √L is how the best peak grows, not
-# the k where it is.
+# Where is the minimum? If we forget the rounding, k·b + (L/k)·A is smallest
+# where both parts are equal, at k = √(L·A/b), and there it is 2·√(L·A·b). Four
+# times the layers, twice the best k and twice the best peak: **both grow like
+# √L.**
 #
-# ### Exercise 2.4 · `best_num_segments` ★★ (10 minutes)
+# In our model √(16·A/b) is 18, but there are only 16 blocks to cut at. As long
+# as k is held back like this, each block is a segment of its own and the peak
+# is L·b + A. That grows like L, only slowly, since an edge is small.
 #
-# The k with the lowest peak, by the formula, exactly: the longest segment has
-# L/k blocks *rounded up*. Of equally good ones, the fewest. Given is
+# ### Exercise 2.5 · `best_num_segments` ★★ (10 minutes)
+#
+# Find the k with the lowest peak, by the formula with its rounding up, exactly.
+# Of equally good ones, take the fewest. Given is
 # `segments_peak_bytes(num_layers, num_segments, edge_bytes, block_bytes)`.
 
 # %% exercise="best_num_segments"
@@ -474,23 +799,25 @@ check(best_num_segments)
 # </details>
 
 # %%
-for L in (4, 16, 64, 256):
+for L in (4, 16, 64, 256, 1024):
     best = checkpointing.best_num_segments(L, edge_bytes, block_bytes)
     peak = segments_peak_bytes(L, best, edge_bytes, block_bytes)
     every = segments_peak_bytes(L, L, edge_bytes, block_bytes)
-    print(f"L = {L:3}: {best:3} segments, {peak / 1e6:5.1f} MB ", end="")
-    print(f"(one a block: {every / 1e6:5.1f} MB)")
+    print(f"L = {L:4}: {best:3} segments, {peak / 1e6:5.1f} MB ", end="")
+    print(f"(one per block: {every / 1e6:5.1f} MB)")
 last = max(
     L
     for L in range(1, 200)
     if checkpointing.best_num_segments(L, edge_bytes, block_bytes) == L
 )
-print(f"one block a segment is best up to {last} layers")
+print(f"one block per segment is best up to {last} layers")
 
 # %% [markdown]
-# For 4 times the layers the best peak takes twice the memory, once L is well
-# above A/b; before that, one block a segment wins. (The table at the end uses
-# k = √L, which needs no A and b: its peak, √L·(A + b), grows the same way.)
+# From 64 layers on, four times the layers need about twice the memory. Up to
+# twice A/b, 43 layers, one block per segment is best. (Segments of two blocks
+# would save half of the edges, L/2 of them, and cost one more inside. That pays
+# once L/2 edges weigh more than one inside.) The table at the end uses k = √L,
+# which needs no A and b: its peak, √L·(A + b), also grows like √L.
 
 # %% [markdown]
 # ## Spend what you have
@@ -501,11 +828,34 @@ print(f"one block a segment is best up to {last} layers")
 # again, their insides are gone. That makes the first kept block free: room for
 # one inside is needed anyway.
 #
-# ### Exercise 2.5 · `blocks_to_keep` ★★ (10 minutes)
+# What else needs room? The gradients on their way back, as we saw above. They
+# take the same room however many blocks are kept, so it is enough to measure
+# them once, on two blocks, one of them checkpointed. Call it W, the working
+# memory.
+
+# %%
+keep_last = checkpointing.keep_last_blocks
+
+
+def two_blocks():
+    x = deep_lm.embed(deep_batch)
+    blocks, attend = deep_lm.blocks[:2], attend_fused
+    keep_last(blocks, x, deep_positions, attend, 1).sum().backward()
+
+
+working_bytes = meter.measure(two_blocks).peak_bytes - edge_bytes - block_bytes
+print(f"W = {working_bytes:,} bytes, ", end="")
+print(f"{working_bytes / edge_bytes:.1f} edges")
+
+# %% [markdown]
+# (It is one edge more than above: while the checkpointed block is run again,
+# the gradient that came out of the block after it is waiting.)
 #
-# A checkpointed block costs its edge, a kept one its inside. (Inside includes
-# the block's own edge.) How many can be kept within the budget? `ValueError` if
-# not even one inside fits beside the other edges.
+# ### Exercise 2.6 · `blocks_to_keep` ★★ (10 minutes)
+#
+# A checkpointed block costs its edge, a kept one its inside, which includes its
+# own edge; and W comes on top, once. How many blocks can be kept within the
+# budget? The lines that raise `ValueError` if not even one fits are given.
 
 # %% exercise="blocks_to_keep" given="1"
 from lib.checkpointing import blocks_to_keep
@@ -516,42 +866,65 @@ check(blocks_to_keep)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# The smallest budget is (L - 1)·b + A: one kept block. Each further one adds an
-# inside and saves an edge.
+# One kept block takes (L - 1)·b + A + W. Each further one adds an inside and
+# saves an edge.
 #
 # </details>
 # <details><summary>Hint 2</summary>
 #
-# Round down, and never keep more blocks than there are.
+# Never keep more blocks than there are, and compute with whole numbers: `//`
+# rounds down exactly, `/` makes a float. Inside and edge may be equally large.
 #
 # </details>
 
 # %%
 budget = 20_000_000
-kept = checkpointing.blocks_to_keep(16, edge_bytes, block_bytes, budget)
-keep_last = checkpointing.keep_last_blocks
-constant = peaks[0] - predicted[0]  # of above
-for n in (kept, kept + 1, 16):
+kept = checkpointing.blocks_to_keep(
+    16, edge_bytes, block_bytes, working_bytes, budget
+)
+for n in (0, 1, kept, kept + 1, 16):
     cost = meter.measure(lambda: deep_step(keep_last, n))
-    needed = cost.peak_bytes - constant
-    print(f"keep {n:2} blocks: {needed:10,} bytes of {budget:,}, ", end="")
-    print(f"{cost.calls['Block']} block calls")
+    fits = "fits" if cost.peak_bytes <= budget else "does not fit"
+    print(f"keep {n:2} blocks: {cost.peak_bytes:10,} bytes measured, ", end="")
+    print(f"{cost.calls['Block']} block calls: {fits}")
+
+# %% [markdown]
+# The budget is met by the measured step, and one block more would break it. And
+# the first line shows that keeping no block saves nothing: the peak is that of
+# keeping one.
 
 # %% [markdown]
 # ## Halve, and halve again
 #
-# Segments cut once. Cut again inside each, and again: checkpoint the first half
-# of the blocks, go into the second half, and treat each half the same way. The
-# backward pass comes out of the second half, runs the first again, and that run
-# halves in turn. What is kept at any time is one edge for each halving, log₂ L
-# of them, and the inside of one block. The work is L/2 block calls more for
-# each halving.
+# Segments cut once. We can cut again inside each of them, and again: checkpoint
+# the first half of the blocks as one piece, go into the second half, and treat
+# each half the same way. Here are eight blocks, in the order in which they run:
+
+# %%
+drawing.draw_schedule(
+    checkpointing.checkpoint_recursive,
+    num_blocks=8,
+    title="Eight blocks, halved three times: 20 forward calls",
+);
+
+# %% [markdown]
+# *Follow the columns. The first eight are the forward pass: it keeps the edges
+# behind block 4, behind 6 and behind 7, and the inside of block 8. The backward
+# pass finishes 8; runs 7 again, and finishes it; then 5 and 6, from the edge
+# behind 4. For the first half it runs 1 to 4 again from the input, this time
+# keeping the edge behind 2, and so on.*
 #
-# ### Exercise 2.6 · `checkpoint_recursive` ★★★ (20 minutes)
+# At any time there is about one edge for each halving, log₂ L of them, and the
+# inside of one block. The work is L block calls for the forward pass, and L/2
+# more for each halving, since each halving runs its first half once more.
 #
-# Memory O(log L), at most 2·L + (L/2)·log₂ L block calls. A single block needs
-# no checkpoint: it is the one whose inside is kept. Use
-# `checkpointing.checkpoint`, yours if it has passed.
+# ### Exercise 2.7 · `checkpoint_recursive` ★★★ (20 minutes)
+#
+# Memory O(log L), in L + (L/2)·log₂ L block calls. (The check allows L calls
+# more, for answers that also checkpoint single blocks.) A single block needs no
+# checkpoint: it is the one whose inside is kept. Use
+# `checkpointing.checkpoint`, which is yours if it has passed. Torch's own is
+# not allowed.
 
 # %% exercise="checkpoint_recursive"
 from lib.checkpointing import checkpoint_recursive
@@ -562,8 +935,8 @@ check(checkpoint_recursive)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# One block: run it. More: the first half goes through `checkpoint`, as a
-# function of x that calls `checkpoint_recursive` on it.
+# If there is one block, run it. If there are more, the first half goes through
+# `checkpoint`, as a function of x that calls `checkpoint_recursive` on it.
 #
 # </details>
 # <details><summary>Hint 2</summary>
@@ -582,7 +955,7 @@ ways = {
 Ls = [4, 16, 64]
 peaks = {name: [] for name in ways}
 for L in Ls:
-    tall = Transformer(ModelConfig(**{**vars(deep), "num_layers": L}))
+    tall = Transformer(ModelConfig(**{**vars(deep), "num_layers": L})).eval()
     for parameter in tall.parameters():
         parameter.grad = torch.zeros_like(parameter)
     for name, run in ways.items():
@@ -604,40 +977,166 @@ plotting.plot_measured(
 # *Three lines: slope 1, slope ½, and one that is nearly flat.*
 
 # %% [markdown]
+# ## Recompute only what is cheap
+#
+# A checkpoint computes everything again, and most of that work is in matrix
+# products. But much of the *memory* is not: look at the list of exercise 2.2
+# once more. The norms' outputs, silu(gate) and silu(gate)·up need no product to
+# come back; they are made number by number from what is kept anyway. Which
+# share of a block's bytes are they?
+
+# %%
+cheap = [
+    num_bytes
+    for made_by, shape, num_bytes in block_cost.saved
+    if made_by.lstrip("_") in ("rsqrt", "mul", "silu")
+]
+share = sum(cheap) / (block_cost.saved_bytes + 4 * 256 * MOBY.d_model)
+print(f"{share:.0%} of what a block keeps is cheap to make again")
+
+# %% [markdown]
+# Why are they kept at all? Each of them is multiplied by a matrix next. The
+# gradient of a matrix W in `y = h @ W.T` is `grad_y.T @ h`, so its backward
+# needs h; and the gradient of h is `grad_y @ W`, which needs no h. So let a
+# product keep what its input was *made from*, and make the input again when the
+# backward pass gets there. (Attention's scores are recomputed in the same
+# spirit: a fused kernel never keeps them.) Korthikanti and others call it
+# **selective recomputation**.
+#
+# ### Exercise 2.8 · `checkpoint_selective` ★★★ (25 minutes)
+#
+# The operation computes `h = run(*inputs)` and then `h @ W.T` for each of
+# several weights: one norm feeds the three projections of attention, and
+# another feeds gate and up. `SelectiveCheckpoint.forward` is given: it keeps
+# inputs and weights, and h is gone. Write `backward`, where one gradient comes
+# in for each product. It makes h again, with autograd on, from new leaves;
+# finds the gradient of each weight and, as a sum over the products, that of h;
+# and goes backward from h to the inputs (what `run` itself learns, a norm's
+# gain, gets its gradient on the way). It returns `None` for `run` and
+# `num_inputs`, the gradients of the inputs, and those of the weights. No
+# product may be computed again.
+
+# %% exercise="checkpoint_selective" given="forward checkpoint_selective"
+from lib.checkpointing import SelectiveCheckpoint, checkpoint_selective
+
+# %%
+check(checkpoint_selective)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# `ctx.saved_tensors[: ctx.num_inputs]` are the inputs, the rest the weights.
+# For the gradient of a weight, tokens of all passages are rows of one matrix:
+# `grad.flatten(0, -2).T @ h.flatten(0, -2)` is (out, in), as the weight.
+#
+# </details>
+# <details><summary>Hint 2</summary>
+#
+# The gradient of h is the sum of `grad @ weight` over the products. Hand it to
+# `torch.autograd.backward(h, ...)`; then each leaf has its `.grad`.
+#
+# </details>
+
+# %% [markdown]
+# `run_blocks_selective`, in the library, runs blocks with it, on the deep model
+# and here:
+
+# %%
+selective = checkpointing.run_blocks_selective
+pairs = zip(gradients(selective), gradients(run_blocks))
+difference = max((a - b).abs().max() / b.abs().max() for a, b in pairs)
+print(f"gradients: at most {difference:.0e} apart, relative to the largest")
+some = meter.measure(lambda: deep_step(selective))
+for name, cost in {"all kept": keep_all, "selective": some}.items():
+    print(f"{name:9} peak {cost.peak_bytes:,} bytes, ", end="")
+    print(f"{cost.flops.total():,} FLOPs")
+
+# %% [markdown]
+# About half of the memory, for no matrix product at all.
+
+# %% [markdown]
+# ## Torch's own
+#
+# `torch.utils.checkpoint.checkpoint` is what you would use tomorrow, and by now
+# you know what is in it. It comes in two kinds. `use_reentrant=True` is a
+# `Function` whose backward goes backward itself, as ours. `use_reentrant=False`
+# is newer, and what torch recommends: it replaces every tensor that would be
+# saved by a note, and computes the segment again when the first of them is
+# asked for. It works with `torch.autograd.grad` too, and it stops as soon as
+# the last tensor that is needed is there.
+
+# %%
+def by_torch(use_reentrant):
+    def run(blocks, x, positions, attend):
+        for block in blocks:
+            x = torch.utils.checkpoint.checkpoint(
+                block, x, positions, attend, use_reentrant=use_reentrant
+            )
+        return x
+
+    return run
+
+
+for name, (run, *args) in {
+    "ours": (in_segments, 16),
+    "torch's, reentrant": (by_torch(True),),
+    "torch's, not reentrant": (by_torch(False),),
+}.items():
+    cost = meter.measure(lambda: deep_step(run, *args))
+    print(f"{name:23} peak {cost.peak_bytes:,} bytes, ", end="")
+    print(f"{cost.flops.total() / 1e9:.3f} GFLOPs, gradients equal: ", end="")
+    print(is_equal_to_the_bit(run, *args))
+
+# %% [markdown]
 # ## What it costs
 #
-# Memory was counted; time is measured, on your machine, median of five steps.
+# Memory and work are counted. Time is measured, on your machine: the ways take
+# turns, and these are medians of five steps each.
 
 # %%
 ways = {
     "keep all": (run_blocks,),
+    "selective": (selective,),
     "4 segments": (in_segments, 4),
     "16 segments": (in_segments, 16),
     "recursive": (checkpointing.checkpoint_recursive,),
 }
-baseline = None
+seconds = meter.medians_in_turns(
+    {
+        name: lambda run=run, args=args: deep_step(run, *args)
+        for name, (run, *args) in ways.items()
+    }
+)
 for name, (run, *args) in ways.items():
-    seconds = meter.median_seconds(lambda: deep_step(run, *args))
     cost = meter.measure(lambda: deep_step(run, *args))
-    megabytes = cost.peak_bytes / 1e6
-    baseline = baseline or (seconds, megabytes)
-    print(f"{name:12} {cost.calls['Block']:2} block calls, ", end="")
-    print(f"{1000 * seconds:4.0f} ms ({seconds / baseline[0]:.2f} x), ", end="")
-    print(f"{megabytes:4.1f} MB ({megabytes / baseline[1]:.2f} x)")
+    work = cost.flops.total() / keep_all.flops.total()
+    memory = cost.peak_bytes / keep_all.peak_bytes
+    times = seconds[name] / seconds["keep all"]
+    print(f"{name:12} {1000 * seconds[name]:4.0f} ms ", end="")
+    print(f"({times:.2f} times as long), ", end="")
+    print(f"{work:.2f} times the FLOPs, {memory:.2f} of the memory")
 
 # %% [markdown]
-# A backward pass costs about twice a forward pass, so one forward pass more is
-# about a third more work; what you see above that is overhead. Recursion saves
-# little here: its edges are few, but one inside weighs as much as twenty of
-# them. Whether any of this is a bargain depends on what you lack.
+# In FLOPs, a backward pass is about two forward passes, since each product has
+# two gradients. So plain training is worth three forward passes, and one more
+# is a third more work. Time follows only roughly. Not all of a step is
+# products, and the numbers differ from run to run, more so if your machine does
+# other things meanwhile. Recursion saves little memory here: its edges are few,
+# but one inside weighs as much as twenty of them. Whether any of this is a
+# bargain depends on what you lack.
 
 # %% [markdown]
 # ## Two columns of the table
 #
-# Training, with fused attention, keeps N·L. With √L segments it keeps N·√L, and
-# runs the forward pass twice: that is the factor 2 in front. It is measured in
-# FLOPs: the step's, less those of a step without checkpoints, in units of a
-# forward pass, plus 1.
+# Training, with fused attention, keeps N·L. With √L segments it keeps N·√L.
+#
+# The table writes its work as 2 N² L, and the 2 needs a word. It counts
+# *forward passes*, as the source of this table does: a checkpointed step goes
+# through the blocks forward twice. It does not mean twice the work. We measure
+# it in FLOPs, as 1 + (checkpointed - plain) / forward, and write beside it what
+# it costs: one pass more on top of three, about 1.33 times the work of plain
+# training. (For attention it is a little less, 9/7, since torch's fused
+# backward computes five products, and not four.)
 
 # %%
 columns = ("training", "checkpointed")
@@ -650,43 +1149,52 @@ check.summary()
 # %% [markdown]
 # ## What is still wrong
 #
-# The model that we trained still generates by recompute, and
-# throws away keys and values that never change. There the bargain goes the
-# other way round: keep a little, and a whole forward pass over the text becomes
-# one over a single token. That is chapter 3.
+# The model that we trained still generates by recompute, and throws away keys
+# and values that never change. There the bargain goes the other way round: keep
+# a little, and a whole forward pass over the text becomes one over a single
+# token. That is chapter 3.
 #
 # ## In five sentences
 #
-# 1. The loss compares row t of the logits with token t + 1, and the last row
-#    with nothing.
-# 2. Training holds weights, gradients, two more floats a weight for AdamW, and
-#    the activations that each operation saves for its backward.
-# 3. Activations grow with tokens times layers, and soon outweigh the rest.
-# 4. A checkpoint keeps the input of a segment and computes its inside again,
-#    with the same random numbers: the same gradients for one more forward pass.
-# 5. k segments hold k·b + (L/k)·A; its minimum over k grows like √L, and
-#    halving again and again like log L.
+# 1. Training holds weights, gradients, two more floats per weight for AdamW,
+#    and the activations that operations save for their backward steps, which
+#    grow with tokens times layers and soon outweigh the rest.
+# 2. A batch can go through the model in parts: the memory of one part, the same
+#    work, the same gradients.
+# 3. A checkpoint keeps the input of a segment and computes its inside again,
+#    with the same random numbers: the same gradients for one more forward pass,
+#    a third more work.
+# 4. k segments hold k·b + ⌈L/k⌉·A, which at its best grows like √L once there
+#    are more than about 2·A/b layers, and like L·b + A before; halving again
+#    and again grows like log L.
+# 5. About half of a block's memory can be made again without any matrix
+#    product.
 #
 # ## Do you recall?
 #
 # 1. A batch of 3 passages of 10 tokens: how many predictions is the loss the
 #    mean of?
-# 2. Which of the four kinds of bytes grow with the batch?
+# 2. An operation `y = x + 1` saves nothing. Why may y be in the list of saved
+#    tensors all the same?
 # 3. What goes wrong if the random state is not put back, and when does nobody
 #    notice?
 # 4. Your blocks have insides of 20 edges. You have 12 layers. How many
 #    segments?
 # 5. Why does keeping the *last* block cost nothing extra?
+# 6. A batch of 6 goes through the model in parts of 4 and 2. What must each
+#    part's mean loss be multiplied by?
 #
 # <details><summary>Answers</summary>
 #
 # 1. 27: in each passage the last row predicts nothing.
-# 2. Activations alone.
-# 3. The second run drops other activations than the first, so the gradients
-#    belong to a network that never was; without dropout all is well.
-# 4. 12: √(12·20) is more than 12, so one block a segment.
+# 2. The operation after it may need y: what is saved is made by one operation
+#    and kept for the next.
+# 3. The second run drops other numbers than the first, so the gradients belong
+#    to a network that never was; without dropout all is well.
+# 4. 12: √(12·20) is more than 12, so one block per segment.
 # 5. Room for the inside of one block is needed anyway, when an earlier one is
 #    computed again; by then the last one's is free.
+# 6. By 4/6 and 2/6.
 #
 # </details>
 #
@@ -700,5 +1208,7 @@ check.summary()
 # - Korthikanti and others, *Reducing Activation Recomputation in Large
 #   Transformer Models*, 2022, [2205.05198](https://arxiv.org/abs/2205.05198):
 #   activations of a transformer layer, counted, and which to recompute.
+# - Micikevicius and others, *Mixed Precision Training*, 2017,
+#   [1710.03740](https://arxiv.org/abs/1710.03740): masters in float32.
 # - Loshchilov and Hutter, *Decoupled Weight Decay Regularization*, 2017,
 #   [1711.05101](https://arxiv.org/abs/1711.05101): AdamW.
