@@ -1,8 +1,14 @@
 import codecs
+import io
 import math
+import re
+import unicodedata
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from answers import right, wrong
 from lib.model import attend_fused
@@ -55,6 +61,134 @@ def stripped(token_ids):
     return bytes(token_ids.tolist()).decode("utf-8", errors="replace").rstrip("\ufffd")
 
 
+@right("decode")
+def from_signed_bytes(token_ids):
+    data = token_ids.numpy().astype(np.uint8).view(np.int8).tobytes()
+    return codecs.decode(data, "utf-8", "replace")
+
+
+@wrong("decode", says="no line end is translated")
+def through_a_text_file(token_ids):
+    file = io.TextIOWrapper(io.BytesIO(bytes(token_ids.tolist())), "utf-8", "replace")
+    return file.read()
+
+
+@wrong("decode", says="no line end is translated")
+def without_carriage_returns(token_ids):
+    return from_signed_bytes(token_ids).replace("\r\n", "\n")
+
+
+@wrong("decode", says="no line end is translated")
+def line_by_line(token_ids):
+    return "\n".join(from_signed_bytes(token_ids).splitlines())
+
+
+@wrong("decode", says="White space at its ends belongs to the text")
+def without_white_space(token_ids):
+    return from_signed_bytes(token_ids).strip()
+
+
+@wrong("decode", says="White space at its ends belongs to the text")
+def without_white_space_before(token_ids):
+    return from_signed_bytes(token_ids).lstrip()
+
+
+@wrong("decode", says="White space at its ends belongs to the text")
+def without_white_space_behind(token_ids):
+    return from_signed_bytes(token_ids).rstrip()
+
+
+@wrong("decode")
+def words_alone(token_ids):
+    return " ".join(from_signed_bytes(token_ids).split())
+
+
+@wrong("decode", says="A zero byte is a character too")
+def without_zeros(token_ids):
+    return from_signed_bytes(token_ids).replace("\0", "")
+
+
+@wrong("decode", says="A zero byte is a character too")
+def up_to_a_zero(token_ids):
+    return from_signed_bytes(token_ids).partition("\0")[0]
+
+
+@wrong("decode", says="A zero byte is a character too")
+def zeros_at_the_end_cut(token_ids):
+    data = token_ids.numpy().astype(np.uint8)
+    return np.array([data.tobytes()])[0].decode("utf-8", "replace")
+
+
+@wrong("decode", says="utf-8-sig")
+def without_a_byte_order_mark(token_ids):
+    return bytes(token_ids.tolist()).decode("utf-8-sig", errors="replace")
+
+
+@wrong("decode", says="not vanish")
+def lone_continuation_bytes_dropped(token_ids):
+    data = bytes(token_ids.tolist())
+    is_tail = lambda byte: 0x80 <= byte < 0xC0  # noqa: E731
+    kept = [b for i, b in enumerate(data) if i or not is_tail(b)]
+    return bytes(kept).decode("utf-8", errors="replace")
+
+
+@wrong("decode")
+def surrogates(token_ids):
+    return bytes(token_ids.tolist()).decode("utf-8", errors="surrogateescape")
+
+
+@wrong("decode")
+def backslashes(token_ids):
+    return bytes(token_ids.tolist()).decode("utf-8", errors="backslashreplace")
+
+
+@wrong("decode")
+def question_marks(token_ids):
+    return from_signed_bytes(token_ids).replace("\ufffd", "?")
+
+
+@wrong("decode")
+def one_mark_for_many(token_ids):
+    return re.sub("\ufffd+", "\ufffd", from_signed_bytes(token_ids))
+
+
+@wrong("decode")
+def in_a_signed_byte(token_ids):
+    return bytes(token_ids.numpy().astype(np.int8).tolist()).decode("utf-8", "replace")
+
+
+@wrong("decode")
+def seven_bits(token_ids):
+    return bytes((token_ids & 127).tolist()).decode("utf-8", "replace")
+
+
+for form in ("NFC", "NFD", "NFKC", "NFKD"):
+
+    @wrong("decode", says="not normalized")
+    def normalized(token_ids, form=form):
+        return unicodedata.normalize(form, from_signed_bytes(token_ids))
+
+
+@wrong("decode")
+def printable(token_ids):
+    return "".join(c for c in from_signed_bytes(token_ids) if c.isprintable())
+
+
+@wrong("decode")
+def no_wide_characters(token_ids):
+    text = from_signed_bytes(token_ids)
+    return "".join(c if ord(c) < 2**16 else "\ufffd" for c in text)
+
+
+@wrong("decode")
+def surrogate_halves_pass(token_ids):
+    data = bytes(token_ids.tolist())
+    try:
+        return data.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:
+        return data.decode("utf-8", "replace")
+
+
 # attend_causal
 
 
@@ -81,14 +215,102 @@ def row_by_row(layer, q, k, v):
     return out
 
 
-def attend(q, k, v, scale=None, hide=None, repeat=None):
+@right("attend_causal")
+def with_a_large_number_for_infinity(layer, q, k, v):
+    return attend(q, k, v, fill=-1e9)
+
+
+@right("attend_causal")
+def with_a_large_number_added(layer, q, k, v):
+    return attend(q, k, v, add=-1e9)
+
+
+def attend(q, k, v, scale=None, hide=None, repeat=None, fill=-math.inf, add=None):
     T, H, D = q.shape[-3:]
     repeat = repeat or (lambda x: x.repeat_interleave(H // x.shape[-2], dim=-2))
     k, v = repeat(k), repeat(v)
     q, k, v = (x.transpose(-3, -2) for x in (q, k, v))
     scores = q @ k.transpose(-1, -2) * (D**-0.5 if scale is None else scale)
     hidden = torch.ones(T, T).triu(1).bool() if hide is None else hide(T)
-    return (scores.masked_fill(hidden, -math.inf).softmax(-1) @ v).transpose(-3, -2)
+    if add is not None:
+        return ((scores + add * hidden).softmax(-1) @ v).transpose(-3, -2)
+    return (scores.masked_fill(hidden, fill).softmax(-1) @ v).transpose(-3, -2)
+
+
+for number in (-50.0, -100.0, -1e3):
+
+    @wrong("attend_causal", says="set the future's scores to -∞")
+    def future_not_low_enough(layer, q, k, v, number=number):
+        return attend(q, k, v, fill=number)
+
+    @wrong("attend_causal", says="set the future's scores to -∞")
+    def future_not_lowered_enough(layer, q, k, v, number=number):
+        return attend(q, k, v, add=number)
+
+
+@wrong("attend_causal", says="expected float32, got float64")
+def always_in_double_precision(layer, q, k, v):
+    return attend(q.double(), k.double(), v.double())
+
+
+@wrong("attend_causal")
+def always_in_single_precision(layer, q, k, v):
+    return attend(q.float(), k.float(), v.float()).to(q.dtype)
+
+
+@wrong("attend_causal", says="T x T scores will do")
+def all_pairs_of_a_head(layer, q, k, v):
+    T, H, D = q.shape[-3:]
+    group_size, outs = H // k.shape[-2], []
+    for h in range(H):
+        keys, values = k[..., h // group_size, :], v[..., h // group_size, :]
+        scores = (q[..., h, :].unsqueeze(-2) * keys.unsqueeze(-3)).sum(-1) / D**0.5
+        hidden = torch.ones(T, T).triu(1).bool()
+        outs.append(scores.masked_fill(hidden, -math.inf).softmax(-1) @ values)
+    return torch.stack(outs, dim=-2)
+
+
+@wrong("attend_causal")
+def a_batch_as_one_text(layer, q, k, v):
+    flat = [x.reshape(-1, *x.shape[-2:]) for x in (q, k, v)]
+    return attend(*flat).view(q.shape)
+
+
+@wrong("attend_causal")
+def first_sequence_masked_only(layer, q, k, v):
+    if q.dim() == 3:
+        return attend(q, k, v)
+    out = attend(q, k, v, hide=lambda T: torch.zeros(T, T).bool())
+    out[0] = attend(q[0], k[0], v[0])
+    return out
+
+
+@wrong("attend_causal")
+def mask_of_the_first_dimension(layer, q, k, v):
+    def hide(T):
+        hidden = torch.ones(q.shape[0], q.shape[0]).triu(1).bool()
+        return torch.nn.functional.pad(hidden, (0, T, 0, T))[:T, :T]
+
+    return attend(q, k, v, hide=hide)
+
+
+@wrong("attend_causal", says="not allowed here")
+def fused_by_another_name(layer, q, k, v):
+    q, k, v = (x.transpose(-3, -2) for x in (q, k, v))
+    return sdpa(q, k, v, is_causal=True, enable_gqa=True).transpose(-3, -2)
+
+
+@wrong("attend_causal", says="not allowed here")
+def the_librarys_fused(layer, q, k, v):
+    return attend_fused(layer, q, k, v)
+
+
+@wrong("attend_causal", says="not allowed here")
+def flexible(layer, q, k, v):
+    q, k, v = (x.reshape(-1, *x.shape[-3:]).transpose(1, 2) for x in (q, k, v))
+    causal = lambda score, b, h, t, s: torch.where(t >= s, score, -math.inf)  # noqa: E731
+    out = flex_attention(q, k, v, score_mod=causal, enable_gqa=True)
+    return out.transpose(1, 2)
 
 
 @wrong("attend_causal", says="The future is not masked")

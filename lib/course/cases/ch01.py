@@ -1,5 +1,8 @@
 """Chapter 1: what its exercises are tried on."""
 
+import math
+import unicodedata
+
 import numpy as np
 
 from lib.course.exercises import Case, Exercise
@@ -13,68 +16,147 @@ def decode_cases(seed: int) -> list[Case]:
         "a dash cut in half": "sea —".encode()[:-1],
         "a lone byte that continues nothing": b"\xa0",
         "no tokens at all": b"",
+        "a character of four bytes": "a \U0001f40b".encode(),
+        "half of a pair of surrogates": b"\xed\xa0\xbd",
+        "line ends of three systems": b"ship\r\nsea\rwhale\n",
+        "white space at both ends": b" \t sea\n ",
+        "zero bytes": b"\0sea\0ship\0\0",
+        "a byte order mark": "\ufeffsea".encode(),
+        "characters that look alike": "caf\u00e9 cafe\u0301 \ufb01".encode(),
+        "each byte once": bytes(range(256)),
         "random bytes": rng.integers(0, 256, size=40, dtype=np.uint8).tobytes(),
     }
     return [Case(name, {"token_ids": list(text)}) for name, text in texts.items()]
 
 
 def decode_explain(inputs: dict, expected: dict, got: dict) -> str | None:
-    data = bytes(inputs["token_ids"])
-    if got["text"] == data.decode("utf-8", errors="ignore"):
-        return "Bytes that are no character must leave the mark \ufffd, not vanish"
-    if got["text"] == data.decode("latin-1"):
-        return "A byte is not a character: UTF-8 puts several bytes into one"
-    if got["text"] == "".join(bytes([b]).decode("utf-8", "replace") for b in data):
-        return "Decode all bytes together: a character may have several"
-    return None
+    data, text = bytes(inputs["token_ids"]), expected["text"]
+    alone = "".join(bytes([b]).decode("utf-8", "replace") for b in data)
+    unix_lines = text.replace("\r\n", "\n")
+    forms = [unicodedata.normalize(form, text) for form in ("NFC", "NFD", "NFKC", "NFKD")]
+    has_wide = any(c > "\x7f" and c != "\ufffd" for c in text)  # of several bytes
+    wrong = {
+        "Bytes that are no character must leave the mark \ufffd, not vanish": [
+            data.decode("utf-8", errors="ignore")
+        ],
+        "A byte is not a character: UTF-8 puts several bytes into one": [
+            data.decode("latin-1")
+        ],
+        "Decode all bytes together: a character may have several": (
+            [alone] if has_wide else []
+        ),
+        "Byte 13 is a character as any other: no line end is translated": [
+            unix_lines,
+            unix_lines.replace("\r", "\n"),
+            "\n".join(text.splitlines()),
+        ],
+        "White space at its ends belongs to the text": [
+            text.strip(),
+            text.lstrip(),
+            text.rstrip(),
+        ],
+        "A zero byte is a character too": [
+            text.replace("\0", ""),
+            text.partition("\0")[0],
+            text.rstrip("\0"),
+            text.strip("\0"),
+        ],
+        "A byte order mark is a character too: decode as utf-8, not utf-8-sig": [
+            text.removeprefix("\ufeff")
+        ],
+        "A character stays as it was written, not normalized": forms,
+    }
+    return _reproduced({words: got["text"] in texts for words, texts in wrong.items()})
+
+
+def _reproduced(wrong: dict[str, bool]) -> str | None:
+    """The words for the one way to be wrong that gives what was got. Of several nobody
+    can tell which it was."""
+    found = [words for words, is_it in wrong.items() if is_it]
+    return found[0] if len(found) == 1 else None
 
 
 def attend_causal_cases(seed: int) -> list[Case]:
     rng = np.random.default_rng(seed)
     cases = []
-    for name, shape, (H, G, D) in (
-        ("one token", (1,), (1, 1, 2)),
-        ("two tokens, one head", (2,), (1, 1, 3)),
-        ("six tokens, three heads", (6,), (3, 3, 4)),
-        ("four query heads on two KV heads", (5,), (4, 2, 4)),
-        ("a batch of two", (2, 4), (2, 1, 6)),
-        ("two leading dimensions", (2, 3, 5), (2, 2, 4)),
-        ("96 tokens", (96,), (4, 2, 8)),
+    for name, shape, (H, G, D), dtype in (
+        ("one token", (1,), (1, 1, 2), "float64"),
+        ("two tokens, one head", (2,), (1, 1, 3), "float64"),
+        ("six tokens, three heads", (6,), (3, 3, 4), "float64"),
+        ("four query heads on two KV heads", (5,), (4, 2, 4), "float64"),
+        ("a batch of two", (2, 4), (2, 1, 6), "float64"),
+        ("two leading dimensions", (2, 3, 5), (2, 2, 4), "float64"),
+        ("single precision", (6,), (2, 1, 4), "float32"),
+        ("scores of the past far below 0", (3,), (2, 2, 4), "float64"),
+        ("96 tokens", (96,), (4, 2, 8), "float64"),
     ):
         q, k, v = (rng.normal(size=(*shape, heads, D)) for heads in (H, G, G))
-        T, num_sequences = shape[-1], int(np.prod(shape[:-1]))
-        scores_bytes = 8 * num_sequences * H * T * T
-        inputs_bytes = 8 * num_sequences * H * T * D
-        # Room for several copies of the scores and the inputs: not for T x T x D.
-        limit = 6 * scores_bytes + 8 * inputs_bytes + 4096
-        cases.append(Case(name, {"q": q, "k": k, "v": v}, {"peak_bytes": limit}))
+        if name.startswith("scores"):
+            _lower_the_past(q, k, v)
+        q, k, v = (x.astype(dtype) for x in (q, k, v))
+        cases.append(Case(name, {"q": q, "k": k, "v": v}, _attend_limits(q)))
     return cases
+
+
+def _lower_the_past(q: np.ndarray, k: np.ndarray, v: np.ndarray):
+    """In head 0: scores near -600 but for the last key's, and values behind the first so
+    large that a weight of exp(-400) shows. (exp(-600) is still a number above 0: nobody
+    has to subtract the largest score.)"""
+    q[:, 0], k[:, 0] = q[:, 0] / 10, k[:, 0] / 10
+    q[:, 0, 0] += 20
+    k[:-1, 0, 0] -= 60
+    v[1:, 0] *= 1e200
+
+
+def _attend_limits(q: np.ndarray) -> dict[str, float]:
+    """Room for several copies of the scores and the inputs: not for T x T x D, of the
+    heads together or, in a text long enough to tell, of one."""
+    *batch, T, H, D = q.shape
+    scores_bytes = q.itemsize * math.prod(batch) * H * T * T
+    most = 6 * scores_bytes + 8 * q.nbytes + 4096
+    one_head = q.itemsize * T * T * D
+    largest = one_head - 1 if T > 50 else most
+    return {"peak_bytes": most, "largest_tensor_bytes": largest}
 
 
 def attend_causal_explain(inputs: dict, expected: dict, got: dict) -> str | None:
     if "out" not in got or not isinstance(got["out"], np.ndarray):
         return None
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
+    T, D = q.shape[-3], q.shape[-1]
     if got["out"].shape != q.shape:
-        return "Put tokens before heads again: out has the shape of q"
-    if got["peak_bytes"] > 2 * expected["peak_bytes"] and len(q) > 50:
+        if _is_close(np.swapaxes(got["out"], -3, -2), expected["out"]):
+            return "Put tokens before heads again: out has the shape of q"
+        return None
+    if T > 50 and got["largest_tensor_bytes"] >= q.itemsize * T * T * D:
         return "A tensor of T x T x D numbers is too large: T x T scores will do"
-    variants = {
-        "The future is not masked": {"is_causal": False},
-        "A token must see itself": {"diagonal": 0},
-        "The mask hides the past instead of the future": {"is_turned": True},
-        "Divide the scores by the root of D": {"scale": 1.0},
-        "Divide by the root of D, which is not always 2": {"scale": 2**-0.5},
-        "softmax over the keys, the last dimension": {"softmax_axis": -2},
-        "Mask before softmax: the weights must sum to 1": {"is_masked_late": True},
-        "Divide by the root of D, not by D": {"scale": 1 / q.shape[-1]},
-        "Query head h reads KV head h // (H / G): neighbours share": {"is_tiled": True},
-    }
-    with np.errstate(all="ignore"):
-        for words, variant in variants.items():
-            if np.allclose(got["out"], _attend(q, k, v, **variant), equal_nan=True):
-                return words
-    return None
+    low = "A token of the future has weight 0: set the future's scores to -∞"
+    variants = [
+        ("The future is not masked", {"is_causal": False}),
+        ("A token must see itself", {"diagonal": 0}),
+        ("The mask hides the past instead of the future", {"is_turned": True}),
+        ("Divide the scores by the root of D", {"scale": 1.0}),
+        ("Divide by the root of D, which is not always 2", {"scale": 2**-0.5}),
+        ("softmax over the keys, the last dimension", {"softmax_axis": -2}),
+        ("Mask before softmax: the weights must sum to 1", {"is_masked_late": True}),
+        ("Divide by the root of D, not by D", {"scale": 1 / D}),
+        ("Query head h reads KV head h // (H / G): neighbours share", {"is_tiled": True}),
+        *((low, {"fill": -number}) for number in (0, 1, 10, 50, 100, 1e3)),
+        *((low, {"add": -number}) for number in (1, 10, 50, 100, 1e3)),
+    ]
+    found: dict[str, bool] = {}
+    for words, variant in variants:
+        with np.errstate(all="ignore"):
+            out = _attend(q, k, v, **variant)
+        # What is all NaN, or as good as right, is no sign of anything.
+        tells = not np.isnan(out).all() and not _is_close(expected["out"], out)
+        is_it = tells and _is_close(got["out"], out)
+        found[words] = found.get(words, False) or is_it
+    return _reproduced(found)
+
+
+def _is_close(one: np.ndarray, other: np.ndarray) -> bool:
+    return one.shape == other.shape and np.allclose(one, other, equal_nan=True)
 
 
 def _attend(
@@ -88,6 +170,8 @@ def _attend(
     is_tiled=False,
     softmax_axis=-1,
     is_masked_late=False,
+    fill=-np.inf,
+    add=None,
 ):
     """Attention with one thing wrong, for naming what may be wrong."""
     T, H, D = q.shape[-3:]
@@ -101,7 +185,7 @@ def _attend(
     hidden = np.triu(np.ones((T, T), dtype=bool), diagonal)
     hidden = hidden.T if is_turned else hidden
     if is_causal and not is_masked_late:
-        scores = np.where(hidden, -np.inf, scores)
+        scores = np.where(hidden, fill if add is None else scores + add, scores)
     weights = np.exp(scores - scores.max(axis=softmax_axis, keepdims=True))
     weights = weights / weights.sum(axis=softmax_axis, keepdims=True)
     if is_masked_late:
@@ -274,7 +358,11 @@ EXERCISES = [
         2,
         attend_causal_cases,
         attend_causal_explain,
-        forbidden=("torch.nn.functional.scaled_dot_product_attention",),
+        forbidden=(
+            "torch.nn.functional.scaled_dot_product_attention",
+            "torch.nn.functional.multi_head_attention_forward",
+            "torch.nn.attention.flex_attention.flex_attention",
+        ),
     ),
     Exercise(
         "lib.sampling.next_token_probs",

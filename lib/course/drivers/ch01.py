@@ -17,7 +17,11 @@ def decode(answer: Callable, token_ids: list[int]) -> dict:
 def attend_causal(answer: Callable, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> dict:
     q, k, v = (torch.from_numpy(x) for x in (q, k, v))
     cost = measure(lambda: answer(0, q, k, v))
-    return {"out": as_array(cost.value), "peak_bytes": cost.peak_bytes}
+    return {
+        "out": as_array(cost.value),
+        "peak_bytes": cost.peak_bytes,
+        "largest_tensor_bytes": max(np.diff([0, *cost.timeline]).tolist()),
+    }
 
 
 def next_token_probs(answer: Callable, logits: np.ndarray, settings: dict) -> dict:
