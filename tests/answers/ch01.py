@@ -394,19 +394,66 @@ def scaled_in_place(layer, q, k, v):
 
 
 @right("next_token_probs")
-def through_masks(logits, temperature=1.0, top_k=None, top_p=1.0):
+def through_ranks(logits, temperature=1.0, top_k=None, top_p=1.0):
     if temperature == 0:
-        return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
+        return greedy(logits)
     logits = logits / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        smallest = logits.topk(top_k).values[..., -1:]
-        logits = logits.masked_fill(logits < smallest, -math.inf)
-    probs = logits.softmax(-1)
+    mine, others = logits.unsqueeze(-1), logits.unsqueeze(-2)
+    is_smaller_id = torch.ones(logits.shape[-1:] * 2, dtype=torch.bool).tril(-1)
+    is_before = (others > mine) | (others == mine) & is_smaller_id
+    is_kept = is_before.sum(-1) < (top_k or logits.shape[-1])
+    probs = logits.masked_fill(~is_kept, -math.inf).softmax(-1)
     if top_p < 1:
-        more_probable = probs.unsqueeze(-2) > probs.unsqueeze(-1)
-        mass_before = (more_probable * probs.unsqueeze(-2)).sum(-1)
+        mass_before = (is_before * probs.unsqueeze(-2)).sum(-1)
         probs = probs * (mass_before < top_p)
     return probs / probs.sum(-1, keepdim=True)
+
+
+def through_masks(logits, temperature=1.0, top_k=None, top_p=1.0, keeps=("k", "p")):
+    """With all ties at the borders of top_k and of top_p, or at one of them."""
+    if temperature == 0:
+        return greedy(logits)
+    values, order = (logits / temperature).sort(dim=-1, descending=True, stable=True)
+    is_kept = torch.ones_like(values, dtype=torch.bool)
+    if top_k is not None and top_k < values.shape[-1]:
+        is_kept[..., top_k:] = False
+        if "k" in keeps:
+            is_kept = values >= values[..., top_k - 1 : top_k]
+    probs = values.masked_fill(~is_kept, -math.inf).softmax(-1)
+    if top_p < 1:
+        before = F.pad(probs.cumsum(-1)[..., :-1], (1, 0))
+        least = probs.masked_fill(before >= top_p, 1).amin(-1, keepdim=True)
+        is_kept = probs >= least if "p" in keeps else before < top_p
+        probs = probs * is_kept
+    probs = probs / probs.sum(-1, keepdim=True)
+    return torch.zeros_like(probs).scatter(-1, order, probs)
+
+
+@wrong("next_token_probs", says="the smaller id")
+def ties_kept_at_top_k(logits, temperature=1.0, top_k=None, top_p=1.0):
+    return through_masks(logits, temperature, top_k, top_p, keeps="k")
+
+
+@wrong("next_token_probs", says="the smaller id")
+def ties_kept_at_top_p(logits, temperature=1.0, top_k=None, top_p=1.0):
+    return through_masks(logits, temperature, top_k, top_p, keeps="p")
+
+
+@wrong("next_token_probs", says="the smaller id")
+def ties_kept(logits, temperature=1.0, top_k=None, top_p=1.0):
+    return through_masks(logits, temperature, top_k, top_p)
+
+
+@wrong("next_token_probs", says="the smaller id")
+def larger_ids_first(logits, temperature=1.0, top_k=None, top_p=1.0):
+    if temperature == 0:
+        return greedy(logits)
+    values, order = (logits / temperature).sort(dim=-1, stable=True)
+    values, order = values.flip(-1), order.flip(-1)
+    probs = values[..., :top_k].softmax(-1)
+    probs = probs * (F.pad(probs.cumsum(-1)[..., :-1], (1, 0)) < top_p)
+    probs = probs / probs.sum(-1, keepdim=True)
+    return torch.zeros_like(logits).scatter(-1, order[..., :top_k], probs)
 
 
 @right("next_token_probs")
@@ -451,7 +498,98 @@ def without_the_last(logits, temperature=1.0, top_k=None, top_p=1.0):
     return rank_and_cut(logits, temperature, top_k, top_p, keep)
 
 
+@wrong("next_token_probs", says="with exactly top_p it is enough")
+def one_more_than_reaches_top_p(logits, temperature=1.0, top_k=None, top_p=1.0):
+    if temperature == 0:
+        return greedy(logits)
+    keep = lambda probs: ~(probs.cumsum(-1) - probs > top_p)  # noqa: E731
+    return rank_and_cut(logits, temperature, top_k, top_p, keep)
+
+
+@wrong("next_token_probs", says="with exactly top_p it is enough")
+def shifted_by_one(logits, temperature=1.0, top_k=None, top_p=1.0):
+    if temperature == 0:
+        return greedy(logits)
+    keep = lambda probs: ~F.pad((probs.cumsum(-1) > top_p)[..., :-1], (1, 0))  # noqa: E731
+    return rank_and_cut(logits, temperature, top_k, top_p, keep)
+
+
+@wrong("next_token_probs", says="Keep the token that reaches top_p too")
+def without_the_last_but_at_least_one(logits, temperature=1.0, top_k=None, top_p=1.0):
+    if temperature == 0:
+        return greedy(logits)
+    is_first = torch.arange(logits.shape[-1])[:top_k] == 0
+    keep = lambda probs: (probs.cumsum(-1) <= top_p + 1e-9) | is_first  # noqa: E731
+    return rank_and_cut(logits, temperature, top_k, top_p, keep)
+
+
+@wrong("next_token_probs", says="each row")
+def one_largest_logit_for_all_rows(logits, temperature=1.0, top_k=None, top_p=1.0):
+    if temperature == 0:
+        probs = torch.zeros_like(logits)
+        probs.view(-1)[logits.argmax()] = 1
+        return probs
+    return through_ranks(logits, temperature, top_k, top_p)
+
+
 @wrong("next_token_probs")
+def rows_share_a_threshold(logits, temperature=1.0, top_k=None, top_p=1.0):
+    if temperature == 0:
+        return (logits == logits.max()).to(logits.dtype)
+    return through_ranks(logits, temperature, top_k, top_p)
+
+
+@wrong("next_token_probs")
+def one_row_only(logits, temperature=1.0, top_k=None, top_p=1.0):
+    probs = through_ranks(logits, temperature, top_k, top_p)
+    if logits.dim() > 1 and temperature == 0:
+        probs = F.one_hot(logits[0].argmax(-1), logits.shape[-1]).expand_as(logits)
+    return probs.to(logits.dtype)
+
+
+@wrong("next_token_probs", says="more than the top_k largest")
+def top_k_forgotten(logits, temperature=1.0, top_k=None, top_p=1.0):
+    return through_ranks(logits, temperature, None, top_p)
+
+
+@wrong("next_token_probs", says="more than what reaches top_p")
+def top_p_forgotten(logits, temperature=1.0, top_k=None, top_p=1.0):
+    return through_ranks(logits, temperature, top_k)
+
+
+@wrong("next_token_probs", says="Divide the logits by the temperature")
+def temperature_forgotten(logits, temperature=1.0, top_k=None, top_p=1.0):
+    if temperature == 0:
+        return greedy(logits)
+    return through_ranks(logits, 1.0, top_k, top_p)
+
+
+@wrong("next_token_probs", says="Temperature 0 puts everything on the largest")
+def as_if_0_were_1(logits, temperature=1.0, top_k=None, top_p=1.0):
+    return through_ranks(logits, temperature or 1.0, top_k, top_p)
+
+
+@wrong("next_token_probs")
+def one_too_many_of_top_k(logits, temperature=1.0, top_k=None, top_p=1.0):
+    return through_ranks(logits, temperature, top_k and top_k + 1, top_p)
+
+
+@wrong("next_token_probs")
+def one_too_few_of_top_k(logits, temperature=1.0, top_k=None, top_p=1.0):
+    return through_ranks(logits, temperature, top_k and max(top_k - 1, 1), top_p)
+
+
+@wrong("next_token_probs")
+def nothing_kept_is_not_divided(logits, temperature=1.0, top_k=None, top_p=1.0):
+    return through_ranks(logits, temperature, top_k, top_p).softmax(-1)
+
+
+@wrong("next_token_probs", says="expected float32, got float64")
+def always_in_double(logits, temperature=1.0, top_k=None, top_p=1.0):
+    return through_ranks(logits.double(), temperature, top_k, top_p)
+
+
+@wrong("next_token_probs", says="Divide the logits by the temperature")
 def temperature_multiplies(logits, temperature=1.0, top_k=None, top_p=1.0):
     if temperature == 0:
         return greedy(logits)
@@ -476,7 +614,7 @@ def not_renormalized(logits, temperature=1.0, top_k=None, top_p=1.0):
     return torch.zeros_like(probs).scatter(-1, order, ranked)
 
 
-@wrong("next_token_probs")
+@wrong("next_token_probs", says="top_k first")
 def top_p_before_top_k(logits, temperature=1.0, top_k=None, top_p=1.0):
     if temperature == 0:
         return greedy(logits)
@@ -491,7 +629,7 @@ def top_p_before_top_k(logits, temperature=1.0, top_k=None, top_p=1.0):
 def all_of_the_largest(logits, temperature=1.0, top_k=None, top_p=1.0):
     if temperature == 0:
         return (logits == logits.amax(-1, keepdim=True)).to(logits.dtype)
-    return through_masks(logits, temperature, top_k, top_p)
+    return through_ranks(logits, temperature, top_k, top_p)
 
 
 @wrong("next_token_probs", says="order of the vocabulary")
@@ -501,7 +639,7 @@ def left_in_rank_order(logits, temperature=1.0, top_k=None, top_p=1.0):
     return (logits / temperature).sort(dim=-1, descending=True).values.softmax(-1)
 
 
-@wrong("next_token_probs")
+@wrong("next_token_probs", says="exp overflows")
 def exponentials_overflow(logits, temperature=1.0, top_k=None, top_p=1.0):
     if temperature == 0:
         return greedy(logits)

@@ -212,6 +212,19 @@ def next_token_probs_cases(seed: int) -> list[Case]:
     ]
     tied = {"logits": np.array([1.0, 3.0, 3.0, 2.0]), "settings": {"temperature": 0}}
     cases.append(Case("temperature 0 and two largest logits: the first", tied))
+    # Of equal logits those with the smaller ids are kept. All numbers here are exact.
+    for name, logits, settings in (
+        ("three largest logits and top_k=2", [1, 3, 3, 3], {"top_k": 2}),
+        ("four equal logits and top_p=0.5", [0] * 4, {"top_p": 0.5}),
+        ("four equal logits and top_p=0.6", [0] * 4, {"top_p": 0.6}),
+        ("eight equal logits, top_k=4, top_p=0.5", [2] * 8, {"top_k": 4, "top_p": 0.5}),
+    ):
+        inputs = {"logits": np.array(logits, dtype=np.float64), "settings": settings}
+        cases.append(Case(name, inputs))
+    row = few[rng.permutation(4)]
+    rows = np.stack([np.roll(row, shift) for shift in range(3)])  # other largest each
+    greedy = {"logits": rows, "settings": {"temperature": 0}}
+    cases.append(Case("three rows and temperature 0", greedy))
     settings = {"temperature": 0.8, "top_k": 20, "top_p": 0.9}
     logits = 2 * rng.normal(size=(3, 2, 50))
     cases.append(Case("a batch of logits", {"logits": logits, "settings": settings}))
@@ -222,26 +235,129 @@ def next_token_probs_cases(seed: int) -> list[Case]:
 
 
 def next_token_probs_explain(inputs: dict, expected: dict, got: dict) -> str | None:
-    probs = got["probs"]
-    if not isinstance(probs, np.ndarray) or probs.shape != expected["probs"].shape:
+    probs, right, settings = got["probs"], expected["probs"], inputs["settings"]
+    if not isinstance(probs, np.ndarray) or probs.shape != right.shape:
         return None
+    temperature = settings.get("temperature", 1)
     if np.isnan(probs).any():
-        return "Something divides by zero or takes infinity from infinity"
-    kept, wanted = (probs > 0).sum(), (expected["probs"] > 0).sum()
-    if np.allclose(np.sort(probs, axis=-1), np.sort(expected["probs"], axis=-1)):
-        return "Put the probabilities back in the order of the vocabulary"
-    if kept < wanted and "top_p" in inputs["settings"]:
-        return "Keep the token that reaches top_p too: count only the more probable ones"
-    if kept > wanted and inputs["settings"].get("temperature") == 0:
-        return "Temperature 0 puts everything on the largest logit"
-    if not np.allclose(probs.sum(axis=-1), 1):
+        return _why_nan(inputs["logits"], temperature, probs)
+    sums = probs.sum(axis=-1, keepdims=True)
+    if (sums > 0).all() and not np.allclose(sums, 1) and _is_close(probs / sums, right):
         return "What is kept must sum to 1 again"
-    settings = inputs["settings"]
-    if {"top_k", "top_p"} <= set(settings):
-        return "top_k first; top_p counts the probabilities of what that left"
-    if settings.get("temperature", 1) != 1:
-        return "Divide the logits by the temperature, before softmax"
-    return None
+    if temperature == 0:
+        return _why_not_greedy(inputs["logits"], right, probs)
+    ranked = np.sort(right, axis=-1)
+    orders = [ranked, ranked[..., ::-1]]
+    are_different = len(np.unique(right[right > 0].round(9))) > 1
+    found = {
+        "Put the probabilities back in the order of the vocabulary": are_different
+        and any(_is_close(probs, other) for other in orders)
+    }
+    reach, exact, ties, order, divide = (
+        "Keep the token that reaches top_p too: count only the more probable ones",
+        "Stop at the token that reaches top_p: with exactly top_p it is enough",
+        "Of equal logits the one with the smaller id counts as the more probable",
+        "top_k first; top_p counts the probabilities of what that left",
+        "Divide the logits by the temperature, before softmax",
+    )
+    variants = [
+        (reach, {"reaching": "left out"}),
+        (reach, {"reaching": "left out", "keeps_one": True}),
+        (exact, {"reaching": "and one more"}),
+        (ties, {"keeps_ties": "k"}),
+        (ties, {"keeps_ties": "p"}),
+        (ties, {"keeps_ties": "kp"}),
+        (ties, {"is_last_first": True}),
+        (order, {"is_top_p_first": True}),
+        (divide, {"temperature": 1 / temperature}),
+        (divide, {"temperature": 1}),
+    ]
+    # Whoever forgets one setting has failed where it stands alone, and nothing is tied.
+    if len(settings) == 1 and len(np.unique(inputs["logits"])) == right.size:
+        variants += [
+            ("This leaves more than the top_k largest", {"top_k": None}),
+            ("This leaves more than what reaches top_p", {"top_p": 1}),
+        ]
+    for words, variant in variants:
+        with np.errstate(all="ignore"):
+            other = _probs(inputs["logits"], **{**settings, **variant})
+        is_it = _is_close(probs, other) and not _is_close(right, other)
+        found[words] = found.get(words, False) or is_it
+    return _reproduced(found)
+
+
+def _why_nan(logits: np.ndarray, temperature: float, probs: np.ndarray) -> str | None:
+    if temperature == 0:
+        is_all = np.isnan(probs).all()  # as after a softmax over infinities
+        return "Temperature 0 divides by zero: take the largest" if is_all else None
+    with np.errstate(all="ignore"):
+        weights = np.exp(logits / temperature)
+        others = weights / weights.sum(axis=-1, keepdims=True)
+    is_it = np.isnan(others).any() and np.isnan(probs[np.isnan(others)]).all()
+    return "exp overflows: subtract the largest logit before" if is_it else None
+
+
+def _why_not_greedy(
+    logits: np.ndarray, right: np.ndarray, probs: np.ndarray
+) -> str | None:
+    is_largest = logits == logits.max(axis=-1, keepdims=True)
+    all_rows = np.zeros_like(probs)
+    all_rows.flat[logits.argmax()] = 1
+    is_one_hot = ((probs == 0) | (probs == 1)).all() and (probs.sum(axis=-1) == 1).all()
+    is_spread = (probs > 0).sum() > right.sum()
+    return _reproduced(
+        {
+            "Of several largest logits the first one counts": is_largest.sum()
+            > right.sum()
+            and ((probs > 0) == is_largest).all(),
+            "Temperature 0 puts everything on the largest logit": is_spread
+            and ((probs > 0) != is_largest).any()
+            or is_one_hot
+            and not is_largest[probs == 1].any(),
+            "Take the largest logit of each row": logits.ndim > 1
+            and _is_close(probs, all_rows),
+        }
+    )
+
+
+def _probs(
+    logits,
+    temperature=1.0,
+    top_k=None,
+    top_p=1.0,
+    reaching="kept",
+    keeps_one=False,
+    keeps_ties="",
+    is_last_first=False,
+    is_top_p_first=False,
+):
+    """The probabilities with one thing wrong, for naming what may be wrong."""
+    logits = logits.astype(np.float64) / temperature
+    order = np.argsort(-logits, axis=-1, kind="stable")
+    if is_last_first:
+        order = np.argsort(logits, axis=-1, kind="stable")[..., ::-1]
+    ranked, V = np.take_along_axis(logits, order, axis=-1), logits.shape[-1]
+    weights = np.exp(ranked - ranked[..., :1])
+    k = min(top_k or V, V)
+    is_of_top_k = np.broadcast_to(np.arange(V) < k, weights.shape)
+    if "k" in keeps_ties:
+        is_of_top_k = ranked >= ranked[..., k - 1 : k]
+    counted = weights if is_top_p_first else weights * is_of_top_k
+    counted = counted / counted.sum(axis=-1, keepdims=True)
+    sums = counted.cumsum(axis=-1)
+    before = np.concatenate([np.zeros_like(sums[..., :1]), sums[..., :-1]], axis=-1)
+    is_of_top_p = {
+        "kept": before < top_p,
+        "left out": (sums <= top_p + 1e-9) | (keeps_one & (np.arange(V) == 0)),
+        "and one more": before <= top_p,
+    }[reaching] | (top_p == 1)
+    if "p" in keeps_ties:
+        last = np.where(is_of_top_p, counted, 1).min(axis=-1, keepdims=True)
+        is_of_top_p = counted >= last
+    kept = weights * is_of_top_k * is_of_top_p
+    probs = np.zeros_like(kept)
+    np.put_along_axis(probs, order, kept / kept.sum(axis=-1, keepdims=True), axis=-1)
+    return probs
 
 
 def generate_recompute_cases(seed: int) -> list[Case]:
