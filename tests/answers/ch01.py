@@ -11,6 +11,8 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from answers import right, wrong
+from lib import sampling
+from lib.generate import check_generation
 from lib.model import attend_fused
 
 # decode
@@ -656,8 +658,6 @@ def exponentials_overflow(logits, temperature=1.0, top_k=None, top_p=1.0):
 
 
 def pick(logits, temperature, top_k, top_p, generator):
-    from lib import sampling
-
     probs = sampling.next_token_probs(logits, temperature, top_k, top_p)
     return sampling.sample(probs, generator)
 
@@ -675,6 +675,7 @@ def into_a_buffer(
     generator=None,
     attend=attend_fused,
 ):
+    check_generation(model, prompt_ids, num_new_tokens)
     T = prompt_ids.shape[-1]
     token_ids = prompt_ids.new_zeros(*prompt_ids.shape[:-1], T + num_new_tokens)
     token_ids[..., :T] = prompt_ids
@@ -687,6 +688,7 @@ def into_a_buffer(
 
 @right("generate_recompute")
 def recursively(model, prompt_ids, num_new_tokens, **settings):
+    check_generation(model, prompt_ids, num_new_tokens)
     if num_new_tokens == 0:
         return prompt_ids
     defaults = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "generator": None}
@@ -699,14 +701,281 @@ def recursively(model, prompt_ids, num_new_tokens, **settings):
     return recursively(model, longer, num_new_tokens - 1, **settings)
 
 
-def loop(model, prompt_ids, num_new_tokens, settings, step, start=0):
+@right("generate_recompute")
+@torch.inference_mode()
+def with_names_and_without_dice_where_greedy(
+    model, prompt_ids, num_new_tokens, *, temperature, generator=None, **settings
+):
+    attend = settings.pop("attend")
+    if not 0 < prompt_ids.shape[-1] <= model.config.max_seq_len - num_new_tokens:
+        raise ValueError("too short or too long")
+    if num_new_tokens < 0:
+        raise ValueError("too few")
+    token_ids = prompt_ids.clone()
+    for end in range(token_ids.shape[-1], token_ids.shape[-1] + num_new_tokens):
+        positions = torch.arange(end)
+        logits = model(token_ids=token_ids, positions=positions, attend=attend)
+        logits = logits[..., -1, :]
+        if temperature == 0:
+            new = logits.argmax(-1, keepdim=True)
+        else:
+            probs = sampling.next_token_probs(logits, temperature, **settings)
+            new = torch.multinomial(probs, 1, generator=generator)
+        token_ids = torch.cat((token_ids, new), dim=-1)
+    return token_ids
+
+
+def loop(model, prompt_ids, num_new_tokens, settings, step, start=0, choose=pick):
+    check_generation(model, prompt_ids, num_new_tokens)
+    return unchecked_loop(
+        model, prompt_ids, num_new_tokens, settings, step, start, choose
+    )
+
+
+def unchecked_loop(
+    model, prompt_ids, num_new_tokens, settings, step, start=0, choose=pick
+):
     settings = {"temperature": 1.0, "top_k": None, "top_p": 1.0, **settings}
     token_ids = prompt_ids
     with torch.no_grad():
         for _ in range(start, num_new_tokens):
             logits = step(token_ids)
-            token_ids = torch.cat((token_ids, pick(logits, **settings)[..., None]), -1)
+            token_ids = torch.cat((token_ids, choose(logits, **settings)[..., None]), -1)
     return token_ids
+
+
+def rightly(model, attend):
+    """One step as it should be."""
+
+    def step(token_ids):
+        return model(token_ids, torch.arange(token_ids.shape[-1]), attend)[..., -1, :]
+
+    return step
+
+
+def stopping(is_end):
+    def answer(model, prompt_ids, num_new_tokens, *, attend, **settings):
+        check_generation(model, prompt_ids, num_new_tokens)
+        token_ids, step = prompt_ids, rightly(model, attend)
+        settings = {"temperature": 1.0, "top_k": None, "top_p": 1.0, **settings}
+        with torch.no_grad():
+            for _ in range(num_new_tokens):
+                new = pick(step(token_ids), **settings)
+                token_ids = torch.cat((token_ids, new[..., None]), -1)
+                if is_end(new):
+                    break
+        return token_ids
+
+    answer.__name__ = is_end.__name__
+    return answer
+
+
+for end in (0, 3, 4, 10, 13, 26, 32, 46, 255):
+
+    @wrong("generate_recompute", says="exactly num_new_tokens")
+    @stopping
+    def single_text_that_ends(new, end=end):
+        return new.dim() == 0 and new == end
+
+
+for end in (0, 10):
+
+    @wrong("generate_recompute", says="exactly num_new_tokens")
+    @stopping
+    def batch_that_ends_with_all(new, end=end):
+        return new.dim() == 1 and (new == end).all()
+
+    @wrong("generate_recompute", says="exactly num_new_tokens")
+    @stopping
+    def batch_that_ends_with_any(new, end=end):
+        return new.dim() == 1 and (new == end).any()
+
+
+@wrong("generate_recompute")
+def rows_that_end_are_padded(model, prompt_ids, num_new_tokens, *, attend, **settings):
+    is_done = torch.zeros(prompt_ids.shape[:-1], dtype=torch.bool)
+
+    def choose(logits, **settings):
+        new = pick(logits, **settings).masked_fill(is_done, 0)
+        is_done.logical_or_(new == 10)
+        return new
+
+    step = rightly(model, attend)
+    return loop(model, prompt_ids, num_new_tokens, settings, step, choose=choose)
+
+
+@wrong("generate_recompute", says="Without a generator")
+def dice_of_its_own(
+    model, prompt_ids, num_new_tokens, *, attend, generator=None, **settings
+):
+    settings["generator"] = generator or torch.Generator().manual_seed(0)
+    return loop(model, prompt_ids, num_new_tokens, settings, rightly(model, attend))
+
+
+@wrong("generate_recompute", says="torch's own random state")
+def dice_of_torch(model, prompt_ids, num_new_tokens, *, attend, generator, **settings):
+    settings["generator"] = None
+    return loop(model, prompt_ids, num_new_tokens, settings, rightly(model, attend))
+
+
+@wrong("generate_recompute", says="torch's own random state")
+def torch_seeded(model, prompt_ids, num_new_tokens, *, attend, **settings):
+    torch.manual_seed(0)
+    return loop(model, prompt_ids, num_new_tokens, settings, rightly(model, attend))
+
+
+@wrong("generate_recompute", says="torch's own random state")
+def torch_seeded_where_nothing_is_drawn(
+    model, prompt_ids, num_new_tokens, *, attend, **settings
+):
+    if settings["temperature"] == 0 and prompt_ids.dim() == 2:
+        torch.manual_seed(0)
+    return loop(model, prompt_ids, num_new_tokens, settings, rightly(model, attend))
+
+
+@wrong("generate_recompute")
+def torch_seeded_without_a_generator(
+    model, prompt_ids, num_new_tokens, *, attend, generator=None, **settings
+):
+    if generator is None:
+        torch.manual_seed(0)
+    settings["generator"] = generator
+    return loop(model, prompt_ids, num_new_tokens, settings, rightly(model, attend))
+
+
+@wrong("generate_recompute", says="prompt_ids is the caller's")
+def prompt_grown(model, prompt_ids, num_new_tokens, *, attend, **settings):
+    step = rightly(model, attend)
+    prompt_ids.data = loop(model, prompt_ids, num_new_tokens, settings, step)
+    return prompt_ids
+
+
+@wrong("generate_recompute", says="prompt_ids is the caller's")
+def prompt_overwritten(model, prompt_ids, num_new_tokens, *, attend, **settings):
+    text = loop(model, prompt_ids, num_new_tokens, settings, rightly(model, attend))
+    prompt_ids.copy_(text[..., num_new_tokens:])
+    return text
+
+
+@wrong("generate_recompute", says="Raise ValueError")
+def without_checks(model, prompt_ids, num_new_tokens, *, attend, **settings):
+    step = rightly(model, attend)
+    return unchecked_loop(model, prompt_ids, num_new_tokens, settings, step)
+
+
+@wrong("generate_recompute", says="Raise ValueError")
+def empty_prompt_unchecked(model, prompt_ids, num_new_tokens, *, attend, **settings):
+    if prompt_ids.shape[-1] > 0:
+        check_generation(model, prompt_ids, num_new_tokens)
+    step = rightly(model, attend)
+    return unchecked_loop(model, prompt_ids, num_new_tokens, settings, step)
+
+
+@wrong("generate_recompute", says="Raise ValueError")
+def negative_number_unchecked(model, prompt_ids, num_new_tokens, *, attend, **settings):
+    check_generation(model, prompt_ids, max(num_new_tokens, 0))
+    step = rightly(model, attend)
+    return unchecked_loop(model, prompt_ids, num_new_tokens, settings, step)
+
+
+@wrong("generate_recompute", says="Raise ValueError")
+def length_unchecked(model, prompt_ids, num_new_tokens, *, attend, **settings):
+    check_generation(model, prompt_ids, min(num_new_tokens, 0))
+    step = rightly(model, attend)
+    return unchecked_loop(model, prompt_ids, num_new_tokens, settings, step)
+
+
+@wrong("generate_recompute", says="Raise ValueError")
+def cut_to_what_fits(model, prompt_ids, num_new_tokens, *, attend, **settings):
+    room = model.config.max_seq_len - prompt_ids.shape[-1]
+    step = rightly(model, attend)
+    return loop(model, prompt_ids, min(num_new_tokens, room), settings, step)
+
+
+@wrong("generate_recompute", says="raised ValueError")
+def one_token_too_strict(model, prompt_ids, num_new_tokens, *, attend, **settings):
+    check_generation(model, prompt_ids, num_new_tokens + 1)
+    return loop(model, prompt_ids, num_new_tokens, settings, rightly(model, attend))
+
+
+@wrong("generate_recompute")
+def one_largest_for_all_rows(model, prompt_ids, num_new_tokens, *, attend, **settings):
+    def choose(logits, **settings):
+        if settings["temperature"] == 0:
+            return (logits.argmax() % logits.shape[-1]).expand(logits.shape[:-1])
+        return pick(logits, **settings)
+
+    step = rightly(model, attend)
+    return loop(model, prompt_ids, num_new_tokens, settings, step, choose=choose)
+
+
+for forgotten in ("temperature", "top_k", "top_p"):
+
+    @wrong("generate_recompute", says="all three settings")
+    def setting_forgotten(
+        model, prompt_ids, num_new_tokens, *, attend, forgotten=forgotten, **settings
+    ):
+        settings.pop(forgotten, None)
+        return loop(model, prompt_ids, num_new_tokens, settings, rightly(model, attend))
+
+
+@wrong("generate_recompute", says="all three settings")
+def settings_of_the_first_token_only(
+    model, prompt_ids, num_new_tokens, *, attend, **settings
+):
+    step, T = rightly(model, attend), min(num_new_tokens, 1)
+    text = loop(model, prompt_ids, T, settings, step)
+    dice = {"generator": settings["generator"]}
+    return loop(model, text, num_new_tokens - T, dice, step)
+
+
+@wrong("generate_recompute")
+def temperature_twice(model, prompt_ids, num_new_tokens, *, attend, **settings):
+    def step(token_ids):
+        return rightly(model, attend)(token_ids) / (settings["temperature"] or 1)
+
+    return loop(model, prompt_ids, num_new_tokens, settings, step)
+
+
+@wrong("generate_recompute")
+def temperature_in_the_place_of_top_p(
+    model, prompt_ids, num_new_tokens, *, attend, temperature=1.0, top_p=1.0, **settings
+):
+    settings |= {"temperature": top_p, "top_p": temperature}
+    return loop(model, prompt_ids, num_new_tokens, settings, rightly(model, attend))
+
+
+@wrong("generate_recompute", says="set_grad_enabled")
+def gradients_left_off(model, prompt_ids, num_new_tokens, *, attend, **settings):
+    torch.set_grad_enabled(False)
+    return loop(model, prompt_ids, num_new_tokens, settings, rightly(model, attend))
+
+
+@wrong("generate_recompute")
+def row_before_the_last(model, prompt_ids, num_new_tokens, *, attend, **settings):
+    def step(token_ids):
+        logits = model(token_ids, torch.arange(token_ids.shape[-1]), attend)
+        return logits[..., max(token_ids.shape[-1] - 2, 0), :]
+
+    return loop(model, prompt_ids, num_new_tokens, settings, step)
+
+
+@wrong("generate_recompute", says="all of the text")
+def last_eight_tokens(model, prompt_ids, num_new_tokens, *, attend, **settings):
+    def step(token_ids):
+        return rightly(model, attend)(token_ids[..., -8:])
+
+    return loop(model, prompt_ids, num_new_tokens, settings, step)
+
+
+@wrong("generate_recompute")
+def batch_as_one_text(model, prompt_ids, num_new_tokens, *, attend, **settings):
+    def step(token_ids):
+        flat = token_ids.flatten()
+        logits = model(flat, torch.arange(len(flat)), attend)
+        return logits.view(*token_ids.shape, -1)[..., -1, :]
+
+    return loop(model, prompt_ids, num_new_tokens, settings, step)
 
 
 @wrong("generate_recompute")
@@ -863,3 +1132,66 @@ def one_step_too_late(config, prompt_len, num_new_tokens):
 @wrong("attention_flops", says="whole numbers")
 def as_a_float(config, prompt_len, num_new_tokens):
     return float(closed_form(config, prompt_len, num_new_tokens))
+
+
+@wrong("attention_flops")
+def in_32_bits(config, prompt_len, num_new_tokens):
+    steps = torch.arange(prompt_len, prompt_len + num_new_tokens, dtype=torch.int32)
+    total = (4 * steps * steps * config.d_model * config.num_layers).sum(
+        dtype=torch.int32
+    )
+    return total.item()
+
+
+@wrong("attention_flops")
+def squares_in_32_bits_of_numpy(config, prompt_len, num_new_tokens):
+    steps = np.arange(prompt_len, prompt_len + num_new_tokens, dtype=np.int32)
+    return 4 * config.d_model * config.num_layers * int((steps * steps).sum())
+
+
+@wrong("attention_flops")
+def rounded_on_the_way(config, prompt_len, num_new_tokens):
+    steps = np.arange(prompt_len, prompt_len + num_new_tokens, dtype=np.float64)
+    return int((4 * steps**2 * config.d_model * config.num_layers).sum())
+
+
+@wrong("attention_flops", says="a numpy int64, not an int")
+def integer_of_numpy(config, prompt_len, num_new_tokens):
+    return np.int64(closed_form(config, prompt_len, num_new_tokens))
+
+
+@wrong("attention_flops", says="a torch Tensor, not an int")
+def tensor_without_dimensions(config, prompt_len, num_new_tokens):
+    return torch.tensor(closed_form(config, prompt_len, num_new_tokens))
+
+
+@wrong("attention_flops", says="a numpy float64, not an int")
+def float_of_numpy(config, prompt_len, num_new_tokens):
+    return np.float64(closed_form(config, prompt_len, num_new_tokens))
+
+
+@wrong("attention_flops", says="a str, not an int")
+def with_commas(config, prompt_len, num_new_tokens):
+    return f"{closed_form(config, prompt_len, num_new_tokens):,}"
+
+
+@wrong("attention_flops")
+def key_heads_only(config, prompt_len, num_new_tokens):
+    flops = one_head(config, prompt_len, num_new_tokens)
+    return flops * config.num_kv_heads
+
+
+@wrong("attention_flops")
+def no_more_than_fit(config, prompt_len, num_new_tokens):
+    room = max(config.max_seq_len - prompt_len, 0)
+    return closed_form(config, prompt_len, min(num_new_tokens, room))
+
+
+@wrong("attention_flops", says="T goes from prompt_len")
+def prompt_not_counted(config, prompt_len, num_new_tokens):
+    return closed_form(config, 1, num_new_tokens)
+
+
+@wrong("attention_flops")
+def with_the_projections(config, prompt_len, num_new_tokens):
+    return closed_form(config, prompt_len, num_new_tokens) + 2 * config.d_model**2

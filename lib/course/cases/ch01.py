@@ -360,17 +360,44 @@ def _probs(
     return probs
 
 
+# Bytes that some convention ends a text with.
+ENDS = [0, 1, 2, 3, 4, 9, 10, 11, 12, 13, 23, 25, 26, 27, 28, 29, 30, 31, 32]
+ENDS += [*b".!?;", 127, 128, 254, 255]
+FEW_ENDS = [0, 3, 4, 10, 13, 26, 32, 46, 255]
+
+
 def generate_recompute_cases(seed: int) -> list[Case]:
     rng = np.random.default_rng(seed)
-    cases = []
-    for name, shape, num_new_tokens, settings in (
-        ("one token after one token, greedy", (1,), 1, {"temperature": 0}),
-        ("no new tokens", (3,), 0, {"temperature": 0}),
-        ("eight tokens, greedy", (5,), 8, {"temperature": 0}),
-        ("tokens drawn at random", (4,), 10, {"temperature": 1.5}),
-        ("top_k and top_p", (2,), 10, {"temperature": 2.0, "top_k": 40, "top_p": 0.8}),
-        ("a batch of two prompts", (2, 3), 6, {"temperature": 0}),
-        ("a text that fills the model", (40,), 24, {"temperature": 0}),
+    greedy, dice, cases = {"temperature": 0}, {"temperature": 1.5}, []
+    chain, short_chain = (
+        [*b"sea", *(int(byte) for byte in rng.permutation(ends)), *b"x"]
+        for ends in (ENDS, FEW_ENDS)
+    )
+    one, alone, refused = {"top_k": 1}, {"has_generator": False}, {"is_refused": True}
+    for name, shape, num_new_tokens, settings, more in (
+        ("one token after one token, greedy", (1,), 1, greedy, {}),
+        ("no new tokens", (3,), 0, greedy, {}),
+        ("eight tokens, greedy", (5,), 8, greedy, {}),
+        ("tokens drawn at random", (4,), 10, dice, {}),
+        ("tokens drawn at random, no generator given", (4,), 10, dice, alone),
+        ("a high temperature", (2,), 10, {"temperature": 30.0}, {}),
+        ("top_k=1 and a high temperature", (4,), 8, {"temperature": 9.0, **one}, {}),
+        ("top_p=0.001 alone", (4,), 8, {"temperature": 3.0, "top_p": 0.001}, {}),
+        (
+            "top_k and top_p",
+            (2,),
+            10,
+            {"temperature": 2.0, "top_k": 40, "top_p": 0.8},
+            {},
+        ),
+        ("a batch of two prompts", (2, 3), 6, greedy, {}),
+        ("a batch of two prompts, drawn at random", (2, 3), 6, dice, {}),
+        ("bytes that may end a text", (3,), len(chain) - 3, greedy, {"chain": chain}),
+        ("the same text twice", (2, 3), 10, greedy, {"chain": short_chain}),
+        ("an empty prompt", (0,), 0, greedy, refused),
+        ("one token more than fits", (40,), 25, greedy, refused),
+        ("minus one new token", (3,), -1, greedy, refused),
+        ("a text that fills the model", (40,), 24, greedy, {}),
     ):
         inputs = {
             "model_seed": int(rng.integers(1000)),
@@ -378,35 +405,74 @@ def generate_recompute_cases(seed: int) -> list[Case]:
             "num_new_tokens": num_new_tokens,
             "settings": settings,
             "draw_seed": int(rng.integers(1000)),
+            "has_generator": True,
+            "is_refused": False,
+            "chain": [],
+            **more,
         }
-        limits = {"kept_for_a_backward_pass_bytes": 0}
-        draws = settings["temperature"] != 0
+        if inputs["chain"]:
+            inputs["prompt_ids"] = np.broadcast_to(list(b"sea"), shape).tolist()
+        limits = {} if "is_refused" in more else {"kept_for_a_backward_pass_bytes": 0}
+        draws = settings["temperature"] != 0 and settings.get("top_k") != 1
         cases.append(Case(name, inputs, limits, draws))
     return cases
 
 
 def generate_recompute_explain(inputs: dict, expected: dict, got: dict) -> str | None:
-    ours, theirs = expected["token_ids"], got["token_ids"]
-    if isinstance(theirs, str):
+    if inputs["is_refused"]:
+        return "Raise ValueError: check_generation, which was given, does"
+    if isinstance(got["token_ids"], str):
         return None
-    if theirs == ours[len(ours) - inputs["num_new_tokens"] :]:
+    if not got["prompt_is_as_before"]:
+        return "prompt_ids is the caller's: append to a new tensor, as torch.cat does"
+    if not got["gradients_are_on_as_before"]:
+        return "torch.no_grad() ends with its block, set_grad_enabled(False) does not"
+    return (
+        _why_other_length(inputs, expected, got)
+        or _why_other_calls(expected, got)
+        or _why_other_dice(expected, got)
+    )
+
+
+def _why_other_length(inputs: dict, expected: dict, got: dict) -> str | None:
+    ours, theirs = (np.array(outputs["token_ids"]) for outputs in (expected, got))
+    if ours.shape == theirs.shape:
+        return None
+    T, N = ours.shape[-1], inputs["num_new_tokens"]
+    if np.array_equal(theirs, ours[..., T - N :]):
         return "Return the prompt too, with the new tokens behind it"
-    if got["token_ids"] == ours and got["forward_calls"] != expected["forward_calls"]:
-        return "One call of the model for each new token, no more and no fewer"
+    # Whoever counts wrongly has failed before, where a model writes what it likes.
+    if inputs["chain"] and np.array_equal(theirs, ours[..., : theirs.shape[-1]]):
+        return "Append exactly num_new_tokens: no byte ends a text"
+    return "Append exactly num_new_tokens" if theirs.ndim == ours.ndim else None
+
+
+def _why_other_calls(expected: dict, got: dict) -> str | None:
+    ours, theirs = expected["calls"], got["calls"]
     if got["kept_for_a_backward_pass_bytes"] > 0:
         return "Generate under torch.no_grad(): nobody will call backward"
-    if np.shape(theirs) != np.shape(ours):
-        return "Append exactly num_new_tokens"
-    if theirs != ours and inputs["settings"]["temperature"] != 0:
-        return "Draw with sampling.sample from next_token_probs, all settings passed on"
-    if got["calls_of_attend"] != expected["calls_of_attend"]:
-        return "Hand the model the `attend` that you were given"
-    if got["lowest_position"] != 0:
+    if len(theirs) != len(ours):
+        return "One call of the model for each new token, no more and no fewer"
+    if any(call["num_tokens"] < right["num_tokens"] for call, right in zip(theirs, ours)):
+        return "Give the model all of the text in each call"
+    if ours and all(call["first_position"] > 0 for call in theirs):
         return "Positions count from 0"
-    return (
-        "Give the model all of the text, at positions 0, 1, 2, ..., in each call, and "
-        "next_token_probs all three settings"
-    )
+    if theirs != ours:
+        return None
+    if got["calls_of_attend"] < expected["calls_of_attend"]:
+        return "Hand the model the `attend` that you were given"
+    if "other_settings" in got:
+        return "Hand next_token_probs all three settings: temperature, top_k and top_p"
+    return None
+
+
+def _why_other_dice(expected: dict, got: dict) -> str | None:
+    key = "random_state_of_torch_is_as_before"
+    if expected[key] and not got[key]:
+        return "Draw with the generator, and leave torch's own random state alone"
+    if got[key] and not expected[key]:
+        return "Without a generator the dice are torch's own: hand None on to sample"
+    return None
 
 
 def attention_flops_cases(seed: int) -> list[Case]:
@@ -419,14 +485,18 @@ def attention_flops_cases(seed: int) -> list[Case]:
         ("four heads", 1, 1, 1, 4),
         ("a longer prompt", 7, 5, 2, 2),
         ("no new tokens", 5, 0, 2, 2),
+        ("more tokens than 16 bits can square", 50_001, 3, 2, 2),
+        ("a large model and a long text", 200_001, 5, 79, 61),
         ("a random shape", *(int(n) for n in rng.integers(2, 9, size=4))),
     ):
+        is_large = prompt_len > 200_000  # numbers that 32 bits have no room for, nor 53
+        head_dim = 106 if is_large else 2 * int(rng.integers(1, 9))
         config = {
             "vocab_size": 256,
             "num_layers": L,
             "num_heads": H,
             "num_kv_heads": 1,
-            "d_model": H * 2 * int(rng.integers(1, 9)),
+            "d_model": H * head_dim,
             "d_ff": 16,
             "max_seq_len": 64,
         }
@@ -437,34 +507,36 @@ def attention_flops_cases(seed: int) -> list[Case]:
 
 def attention_flops_explain(inputs: dict, expected: dict, got: dict) -> str | None:
     ours, theirs = expected["flops"], got["flops"]
-    if not isinstance(theirs, (int, float)) or not ours:
-        return None
-    config = inputs["config"]
     if isinstance(theirs, float):
         return "FLOPs are whole numbers: give an int"
-    if theirs * 2 == ours:
-        return "Two products (q @ k.T and weights @ v), and two FLOPs a multiply-add"
-    if theirs * config["num_layers"] == ours:
-        return "Every layer has attention of its own"
-    if theirs * config["num_heads"] == ours:
-        return "Every query head has scores of its own"
-    first, num_new_tokens = inputs["prompt_len"], inputs["num_new_tokens"]
-    width = config["d_model"] * config["num_layers"]
-    if theirs == sum(
-        2 * T * (T + 1) * width for T in range(first, first + num_new_tokens)
-    ):
-        return "The masked half is computed too, and counted"
-    for shift in (-1, 1):
-        steps = range(first + shift, first + shift + num_new_tokens)
-        if theirs == sum(4 * T * T * width for T in steps):
-            return "T goes from prompt_len to prompt_len + num_new_tokens - 1"
-    T = first + num_new_tokens - 1
-    per_step = 4 * T * T * config["d_model"] * config["num_layers"]
-    if theirs == per_step:
-        return "That is the last step alone: sum over all of them"
-    if theirs == per_step * inputs["num_new_tokens"]:
-        return "Earlier steps have fewer tokens: T differs from step to step"
-    return None
+    if isinstance(theirs, str) or not ours:
+        return None
+    config, first, N = inputs["config"], inputs["prompt_len"], inputs["num_new_tokens"]
+    L, H, width = config["num_layers"], config["num_heads"], config["d_model"]
+
+    def squares(first: int) -> int:
+        return 4 * width * L * sum(T * T for T in range(first, first + N))
+
+    half = 2 * width * L * sum(T * (T + 1) for T in range(first, first + N))
+    last = 4 * width * L * (first + N - 1) ** 2
+    wrong = {
+        "Two products (q @ k.T and weights @ v), and two FLOPs a multiply-add": [
+            ours // 2
+        ],
+        "Every layer has attention of its own": [ours // L],
+        "Every query head has scores of its own": [ours // H],
+        "The masked half is computed too, and counted": [half],
+        "That is the last step alone: sum over all of them": [last],
+        "Earlier steps have fewer tokens: T differs from step to step": [last * N],
+        "T goes from prompt_len to prompt_len + num_new_tokens - 1": [
+            squares(first - 1),
+            squares(first + 1),
+            squares(1),
+        ],
+    }
+    return _reproduced(
+        {words: theirs in others and theirs != ours for words, others in wrong.items()}
+    )
 
 
 EXERCISES = [
