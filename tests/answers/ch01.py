@@ -160,6 +160,30 @@ def in_a_signed_byte(token_ids):
 
 
 @wrong("decode")
+def latin_1_where_utf_8_fails(token_ids):
+    data = bytes(token_ids.tolist())
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
+
+
+@wrong("decode")
+def a_mark_for_each_broken_byte(token_ids):
+    data, text = bytes(token_ids.tolist()), ""
+    while data:
+        for size in (1, 2, 3, 4):
+            try:
+                text, data = text + data[:size].decode("utf-8"), data[size:]
+                break
+            except UnicodeDecodeError:
+                pass
+        else:
+            text, data = text + "\ufffd", data[1:]
+    return text
+
+
+@wrong("decode")
 def seven_bits(token_ids):
     return bytes((token_ids & 127).tolist()).decode("utf-8", "replace")
 
@@ -270,6 +294,17 @@ def all_pairs_of_a_head(layer, q, k, v):
         hidden = torch.ones(T, T).triu(1).bool()
         outs.append(scores.masked_fill(hidden, -math.inf).softmax(-1) @ values)
     return torch.stack(outs, dim=-2)
+
+
+@wrong("attend_causal", says="not implemented for 'Long', in `scores = ")
+def softmax_of_integers(layer, q, k, v):
+    scores = (q.transpose(-3, -2) @ k.transpose(-3, -2).mT).long().softmax(-1)
+    return (scores @ v.transpose(-3, -2)).transpose(-3, -2)
+
+
+@wrong("attend_causal", says="a tensor of bfloat16")
+def in_half_precision(layer, q, k, v):
+    return attend(q, k, v).bfloat16()
 
 
 @wrong("attend_causal")
@@ -579,6 +614,23 @@ def one_too_many_of_top_k(logits, temperature=1.0, top_k=None, top_p=1.0):
 @wrong("next_token_probs")
 def one_too_few_of_top_k(logits, temperature=1.0, top_k=None, top_p=1.0):
     return through_ranks(logits, temperature, top_k and max(top_k - 1, 1), top_p)
+
+
+@wrong("next_token_probs")
+def cube_of_the_logits(logits, temperature=1.0, top_k=None, top_p=1.0):
+    return through_ranks(logits**3 if temperature > 0.5 else logits, temperature or 1)
+
+
+@wrong("next_token_probs")
+def top_k_off_by_one_beside_top_p(logits, temperature=1.0, top_k=None, top_p=1.0):
+    if top_k and top_p < 1:
+        top_k += 1
+    return through_ranks(logits, temperature, top_k, top_p)
+
+
+@wrong("next_token_probs")
+def temperature_squared(logits, temperature=1.0, top_k=None, top_p=1.0):
+    return through_ranks(logits, temperature**2, top_k, top_p)
 
 
 @wrong("next_token_probs")
@@ -966,6 +1018,12 @@ def last_eight_tokens(model, prompt_ids, num_new_tokens, *, attend, **settings):
         return rightly(model, attend)(token_ids[..., -8:])
 
     return loop(model, prompt_ids, num_new_tokens, settings, step)
+
+
+@wrong("generate_recompute", says="the device meta")
+def shape_alone(model, prompt_ids, num_new_tokens, *, attend, **settings):
+    step = rightly(model, attend)
+    return loop(model, prompt_ids, num_new_tokens, settings, step).to("meta")
 
 
 @wrong("generate_recompute")

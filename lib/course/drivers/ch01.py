@@ -87,6 +87,7 @@ def attention_flops(
     return {"flops": as_int(answer(ModelConfig(**config), prompt_len, num_new_tokens))}
 
 
+ON_META = "a tensor on the device meta, which holds no numbers"
 DEFAULTS = {"temperature": 1.0, "top_k": None, "top_p": 1.0}
 
 
@@ -149,13 +150,17 @@ def as_array(value) -> np.ndarray | str:
     if not isinstance(value, torch.Tensor):
         return f"a {type(value).__name__}, not a tensor"
     if value.is_meta:
-        return "a tensor on the device meta, which holds no numbers"
+        return ON_META
+    if value.dtype == torch.bfloat16:  # numpy has none
+        return "a tensor of bfloat16"
     return value.detach().cpu().numpy()
 
 
 def as_list(value) -> list | str:
     if not isinstance(value, torch.Tensor):
         return f"a {type(value).__name__}, not a tensor"
+    if value.is_meta:
+        return ON_META
     if value.dtype != torch.int64:
         return f"a tensor of {value.dtype}, not of int64"
     return value.tolist()
