@@ -188,11 +188,19 @@ def seven_bits(token_ids):
     return bytes((token_ids & 127).tolist()).decode("utf-8", "replace")
 
 
-for form in ("NFC", "NFD", "NFKC", "NFKD"):
+@wrong("decode", says="not normalized")
+def composed(token_ids):
+    return unicodedata.normalize("NFC", from_signed_bytes(token_ids))
 
-    @wrong("decode", says="not normalized")
-    def normalized(token_ids, form=form):
-        return unicodedata.normalize(form, from_signed_bytes(token_ids))
+
+@wrong("decode", says="not normalized")
+def taken_apart(token_ids):
+    return unicodedata.normalize("NFD", from_signed_bytes(token_ids))
+
+
+@wrong("decode", says="not normalized")
+def composed_of_what_looks_alike(token_ids):
+    return unicodedata.normalize("NFKC", from_signed_bytes(token_ids))
 
 
 @wrong("decode")
@@ -263,15 +271,24 @@ def attend(q, k, v, scale=None, hide=None, repeat=None, fill=-math.inf, add=None
     return (scores.masked_fill(hidden, fill).softmax(-1) @ v).transpose(-3, -2)
 
 
-for number in (-50.0, -100.0, -1e3):
+@wrong("attend_causal", says="set the future's scores to -∞")
+def hidden_by_minus_100(layer, q, k, v):
+    return attend(q, k, v, fill=-100.0)
 
-    @wrong("attend_causal", says="set the future's scores to -∞")
-    def future_not_low_enough(layer, q, k, v, number=number):
-        return attend(q, k, v, fill=number)
 
-    @wrong("attend_causal", says="set the future's scores to -∞")
-    def future_not_lowered_enough(layer, q, k, v, number=number):
-        return attend(q, k, v, add=number)
+@wrong("attend_causal", says="set the future's scores to -∞")
+def hidden_by_minus_1000(layer, q, k, v):
+    return attend(q, k, v, fill=-1e3)
+
+
+@wrong("attend_causal", says="set the future's scores to -∞")
+def lowered_by_100(layer, q, k, v):
+    return attend(q, k, v, add=-100.0)
+
+
+@wrong("attend_causal", says="set the future's scores to -∞")
+def lowered_by_1000(layer, q, k, v):
+    return attend(q, k, v, add=-1e3)
 
 
 @wrong("attend_causal", says="expected float32, got float64")
@@ -805,42 +822,62 @@ def rightly(model, attend):
     return step
 
 
-def stopping(is_end):
-    def answer(model, prompt_ids, num_new_tokens, *, attend, **settings):
-        check_generation(model, prompt_ids, num_new_tokens)
-        token_ids, step = prompt_ids, rightly(model, attend)
-        settings = {"temperature": 1.0, "top_k": None, "top_p": 1.0, **settings}
-        with torch.no_grad():
-            for _ in range(num_new_tokens):
-                new = pick(step(token_ids), **settings)
-                token_ids = torch.cat((token_ids, new[..., None]), -1)
-                if is_end(new):
-                    break
-        return token_ids
-
-    answer.__name__ = is_end.__name__
-    return answer
+def until(is_end, model, prompt_ids, num_new_tokens, attend, **settings):
+    check_generation(model, prompt_ids, num_new_tokens)
+    token_ids, step = prompt_ids, rightly(model, attend)
+    settings = {"temperature": 1.0, "top_k": None, "top_p": 1.0, **settings}
+    with torch.no_grad():
+        for _ in range(num_new_tokens):
+            new = pick(step(token_ids), **settings)
+            token_ids = torch.cat((token_ids, new[..., None]), -1)
+            if is_end(new):
+                break
+    return token_ids
 
 
-for end in (0, 3, 4, 10, 13, 26, 32, 46, 255):
-
-    @wrong("generate_recompute", says="exactly num_new_tokens")
-    @stopping
-    def single_text_that_ends(new, end=end):
-        return new.dim() == 0 and new == end
+@wrong("generate_recompute", says="exactly num_new_tokens")
+def ends_with_byte_0(*args, **settings):
+    return until(lambda new: new.dim() == 0 and new == 0, *args, **settings)
 
 
-for end in (0, 10):
+@wrong("generate_recompute", says="exactly num_new_tokens")
+def ends_with_byte_3(*args, **settings):
+    return until(lambda new: new.dim() == 0 and new == 3, *args, **settings)
 
-    @wrong("generate_recompute", says="exactly num_new_tokens")
-    @stopping
-    def batch_that_ends_with_all(new, end=end):
-        return new.dim() == 1 and (new == end).all()
 
-    @wrong("generate_recompute", says="exactly num_new_tokens")
-    @stopping
-    def batch_that_ends_with_any(new, end=end):
-        return new.dim() == 1 and (new == end).any()
+@wrong("generate_recompute", says="exactly num_new_tokens")
+def ends_with_byte_4(*args, **settings):
+    return until(lambda new: new.dim() == 0 and new == 4, *args, **settings)
+
+
+@wrong("generate_recompute", says="exactly num_new_tokens")
+def ends_with_byte_10(*args, **settings):
+    return until(lambda new: new.dim() == 0 and new == 10, *args, **settings)
+
+
+@wrong("generate_recompute", says="exactly num_new_tokens")
+def ends_with_byte_13(*args, **settings):
+    return until(lambda new: new.dim() == 0 and new == 13, *args, **settings)
+
+
+@wrong("generate_recompute", says="exactly num_new_tokens")
+def ends_with_byte_32(*args, **settings):
+    return until(lambda new: new.dim() == 0 and new == 32, *args, **settings)
+
+
+@wrong("generate_recompute", says="exactly num_new_tokens")
+def ends_with_byte_255(*args, **settings):
+    return until(lambda new: new.dim() == 0 and new == 255, *args, **settings)
+
+
+@wrong("generate_recompute", says="exactly num_new_tokens")
+def batch_ends_with_all(*args, **settings):
+    return until(lambda new: new.dim() and (new == 10).all(), *args, **settings)
+
+
+@wrong("generate_recompute", says="exactly num_new_tokens")
+def batch_ends_with_any(*args, **settings):
+    return until(lambda new: new.dim() and (new == 10).any(), *args, **settings)
 
 
 @wrong("generate_recompute")
@@ -961,14 +998,22 @@ def one_largest_for_all_rows(model, prompt_ids, num_new_tokens, *, attend, **set
     return loop(model, prompt_ids, num_new_tokens, settings, step, choose=choose)
 
 
-for forgotten in ("temperature", "top_k", "top_p"):
+@wrong("generate_recompute", says="all three settings")
+def temperature_not_handed_on(model, prompt_ids, num_new_tokens, *, attend, **settings):
+    settings.pop("temperature", None)
+    return loop(model, prompt_ids, num_new_tokens, settings, rightly(model, attend))
 
-    @wrong("generate_recompute", says="all three settings")
-    def setting_forgotten(
-        model, prompt_ids, num_new_tokens, *, attend, forgotten=forgotten, **settings
-    ):
-        settings.pop(forgotten, None)
-        return loop(model, prompt_ids, num_new_tokens, settings, rightly(model, attend))
+
+@wrong("generate_recompute", says="all three settings")
+def top_k_not_handed_on(model, prompt_ids, num_new_tokens, *, attend, **settings):
+    settings.pop("top_k", None)
+    return loop(model, prompt_ids, num_new_tokens, settings, rightly(model, attend))
+
+
+@wrong("generate_recompute", says="all three settings")
+def top_p_not_handed_on(model, prompt_ids, num_new_tokens, *, attend, **settings):
+    settings.pop("top_p", None)
+    return loop(model, prompt_ids, num_new_tokens, settings, rightly(model, attend))
 
 
 @wrong("generate_recompute", says="all three settings")
