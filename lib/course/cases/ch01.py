@@ -361,9 +361,8 @@ def _probs(
 
 
 # Bytes that some convention ends a text with.
-ENDS = [0, 1, 2, 3, 4, 9, 10, 11, 12, 13, 23, 25, 26, 27, 28, 29, 30, 31, 32]
-ENDS += [*b".!?;", 127, 128, 254, 255]
-FEW_ENDS = [0, 3, 4, 10, 13, 26, 32, 46, 255]
+ENDS = [0, 1, 2, 3, 4, 10, 13, 26, 27, 28, 32, 46, 127, 255]
+FEW_ENDS = [0, 3, 4, 10, 255]
 
 
 def generate_recompute_cases(seed: int) -> list[Case]:
@@ -380,9 +379,9 @@ def generate_recompute_cases(seed: int) -> list[Case]:
         ("eight tokens, greedy", (5,), 8, greedy, {}),
         ("tokens drawn at random", (4,), 10, dice, {}),
         ("tokens drawn at random, no generator given", (4,), 10, dice, alone),
-        ("a low temperature", (2,), 14, {"temperature": 0.2}, {}),
-        ("top_k=1 and a high temperature", (4,), 8, {"temperature": 9.0, **one}, {}),
-        ("top_p=0.001 alone", (4,), 8, {"temperature": 3.0, "top_p": 0.001}, {}),
+        ("a low temperature", (2,), 10, {"temperature": 0.2}, {}),
+        ("top_k=1 and a high temperature", (4,), 6, {"temperature": 9.0, **one}, {}),
+        ("top_p=0.001 alone", (4,), 6, {"temperature": 3.0, "top_p": 0.001}, {}),
         (
             "top_k and top_p",
             (2,),
@@ -391,9 +390,9 @@ def generate_recompute_cases(seed: int) -> list[Case]:
             {},
         ),
         ("a batch of two prompts", (2, 3), 6, greedy, {}),
-        ("a batch of two prompts, drawn at random", (2, 3), 6, dice, {}),
+        ("a batch of two prompts, drawn at random", (2, 3), 3, dice, {}),
         ("bytes that may end a text", (3,), len(chain) - 3, greedy, {"chain": chain}),
-        ("the same text twice", (2, 3), 10, greedy, {"chain": short_chain}),
+        ("the same text twice", (2, 3), 6, greedy, {"chain": short_chain}),
         ("an empty prompt", (0,), 0, greedy, refused),
         ("one token more than fits", (40,), 25, greedy, refused),
         ("minus one new token", (3,), -1, greedy, refused),
