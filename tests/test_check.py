@@ -1,4 +1,5 @@
 import ctypes
+import functools
 import os
 import shutil
 import sys
@@ -9,15 +10,17 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from tqdm import tqdm
 
 from lib import generate, text
-from lib.course.attempt import NOT_WRITTEN, forbid
+from lib.course.attempt import NOT_WRITTEN, ForbiddenCallError, forbid
 from lib.course.build import ROOT, chapter_texts, student_notebook
-from lib.course.check import Check
+from lib.course.check import Check, judge
 from lib.course.compare import OTHER_DTYPE, difference
 from lib.course.exercises import exercises, library_answer
 from lib.course.fork import ForkDiedError, in_fork
+from lib.model import attend_fused
 
 
 @pytest.fixture
@@ -309,3 +312,127 @@ def test_a_kernel_check_needs_triton_and_says_so(check, monkeypatch, capsys):
         "gather_kernel: needs Triton, which is for Linux: read on, the page goes on "
         "without\n"
     )
+
+
+# What an exercise forbids, however an answer came by it.
+
+SDPA = "torch.nn.functional.scaled_dot_product_attention"
+CHECKPOINT = "torch.utils.checkpoint.checkpoint"
+
+
+def kept_in_a_default(q, attend=torch.nn.functional.scaled_dot_product_attention):
+    return attend(q, q, q)
+
+
+WAYS_TO_ATTEND = {
+    "import torch.nn.functional as F": "F.scaled_dot_product_attention",
+    "from torch.nn.functional import scaled_dot_product_attention as sdpa": "sdpa",
+    "from torch.nn import functional": "functional.scaled_dot_product_attention",
+    "import torch": "torch._C._nn.scaled_dot_product_attention",
+    "import torch ": "torch.ops.aten.scaled_dot_product_attention",
+    "import torch  ": "torch.ops.aten.scaled_dot_product_attention.default",
+    "import torch   ": "lambda *qkv: torch._scaled_dot_product_attention_math(*qkv)[0]",
+    "import functools, torch.nn.functional as F": (
+        "functools.partial(F.scaled_dot_product_attention)"
+    ),
+    "from lib.model import attend_fused as f": "lambda q, k, v: f(0, q[0], q[0], q[0])",
+}
+WAYS_TO_CHECKPOINT = {
+    "import torch.utils.checkpoint as c": "c.checkpoint",
+    "from torch.utils.checkpoint import checkpoint": "checkpoint",
+    "from torch.utils.checkpoint import checkpoint as c ": "c.__wrapped__",
+    "import torch; from torch.utils import checkpoint": (
+        "lambda f, *x, **kw: "
+        "checkpoint.checkpoint_sequential([f, torch.clone], 2, *x, **kw)"
+    ),
+}
+
+
+def imported(line, expression):
+    """The function, from a cell that imports it before anything is forbidden."""
+    cell = {}
+    exec(f"{line}\nfunction = {expression}\n", cell)
+    exec("def helper(*args, **kwargs):\n    return function(*args, **kwargs)", cell)
+    return cell
+
+
+@pytest.mark.parametrize("line, expression", WAYS_TO_ATTEND.items())
+@pytest.mark.parametrize("name", ["function", "helper"])
+def test_torchs_attention_is_refused_by_any_name(line, expression, name):
+    function, q = imported(line, expression)[name], torch.zeros(1, 2, 3, 4)
+    with forbid((SDPA,)), pytest.raises(ForbiddenCallError, match=SDPA):
+        function(q, q, q)
+    assert function(q, q, q).shape[-3:] == q.shape[1:]
+
+
+@pytest.mark.parametrize("line, expression", WAYS_TO_CHECKPOINT.items())
+@pytest.mark.parametrize("name", ["function", "helper"])
+def test_torchs_checkpoint_is_refused_by_any_name(line, expression, name):
+    function, x = imported(line, expression)[name], torch.ones(2, requires_grad=True)
+    for _ in range(2):
+        with forbid((CHECKPOINT,)), pytest.raises(ForbiddenCallError, match=CHECKPOINT):
+            function(torch.sin, x, use_reentrant=False)
+        assert torch.equal(function(torch.sin, x, use_reentrant=False), x.sin())
+
+
+def test_what_was_forbidden_is_whole_again_after_an_error_inside():
+    with pytest.raises(ZeroDivisionError), forbid((SDPA, CHECKPOINT)):
+        raise ZeroDivisionError
+    q = torch.zeros(1, 2, 3, 4, requires_grad=True)
+    assert kept_in_a_default(q).shape == q.shape
+    assert torch.utils.checkpoint.checkpoint(torch.sin, q, use_reentrant=False).sum() == 0
+
+
+def test_a_default_and_a_closure_are_refused_too():
+    q, attend = torch.zeros(1, 2, 3, 4), torch.nn.functional.scaled_dot_product_attention
+    for function in (kept_in_a_default, lambda q: attend(q, q, q)):
+        with forbid((SDPA,)), pytest.raises(ForbiddenCallError):
+            function(q)
+        assert function(q).shape == q.shape
+
+
+def test_what_is_not_forbidden_works_beside_what_is():
+    q = torch.randn(3, 4, requires_grad=True)
+    with forbid((SDPA,)):
+        (q @ q.T).softmax(-1).sum().backward()
+        assert torch.nn.functional.silu(q).shape == q.shape
+    with forbid((CHECKPOINT,)):
+        x = torch.zeros(3, 2, 4)
+        assert attend_fused(0, x, x, x).shape == x.shape
+    with forbid(()):
+        assert kept_in_a_default(x).shape == x.shape
+
+
+@pytest.mark.parametrize("name", ["attend_causal", "attend_cached"])
+def test_an_answer_that_imports_torchs_attention_by_name_is_told_so(check, name):
+    line = "from torch.nn.functional import scaled_dot_product_attention as sdpa"
+    sdpa = imported(line, "sdpa")["helper"]
+    answer = named(name, lambda *args: sdpa(*(x[None].double() for x in args[1:4])))
+    assert f"{SDPA} is not allowed here: write it yourself" in check(answer).message
+
+
+class Answer:
+    """No function, and without a name or code of its own."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, *args):
+        return self.function(*args)
+
+
+def raising(error):
+    def answer(*args):
+        raise error
+
+    return answer
+
+
+@pytest.mark.parametrize("wrap", [functools.partial, Answer])
+def test_an_answer_without_code_of_its_own_is_told_of_its_errors_too(wrap):
+    exercise = exercises()["decode"]
+    assert judge(exercise, wrap(decode), seed=0).passed
+    message = judge(exercise, wrap(raising(KeyError("a"))), seed=0).message
+    assert "raised KeyError: 'a'" in message
+    message = judge(exercise, wrap(raising(NotImplementedError("mine"))), seed=0).message
+    assert "it calls what is not written yet" in message or message == NOT_WRITTEN

@@ -67,3 +67,41 @@ def test_wrong_answers_fail_and_are_told_why(name, answer, says, seeds):
         result = judge(exercises()[name], answer, seed)
         assert not result.passed, f"seed {seed}: passed"
         assert "\n" not in result.message and says in result.message, result.message
+
+
+# A cause that these answers do not have, though the numbers look a little like it.
+NOT_THE_CAUSE = [
+    ("decode", "latin_1_where_utf_8_fails", "A byte is not a character"),
+    ("decode", "a_mark_for_each_broken_byte", "Decode all bytes together"),
+    ("decode", "one_mark_for_many", "not vanish"),
+    ("decode", "words_alone", "White space at its ends"),
+    ("attend_causal", "always_in_single_precision", "neighbours share"),
+    ("attend_causal", "always_in_single_precision", "Divide"),
+    ("attend_causal", "a_batch_as_one_text", "mask"),
+    ("attend_causal", "softmax_of_integers", "not written yet"),
+    ("next_token_probs", "one_too_few_of_top_k", "top_p"),
+    ("next_token_probs", "temperature_squared", "Divide the logits"),
+    ("next_token_probs", "larger_ids_first", "order of the vocabulary"),
+    ("next_token_probs", "one_row_only", "order of the vocabulary"),
+    ("next_token_probs", "one_largest_logit_for_all_rows", "order of the vocabulary"),
+    ("next_token_probs", "nothing_kept_is_not_divided", "sum to 1 again"),
+    ("next_token_probs", "cube_of_the_logits", "Divide the logits"),
+    ("generate_recompute", "row_before_the_last", "all of the text"),
+    ("generate_recompute", "row_before_the_last", "all three settings"),
+    ("generate_recompute", "one_largest_for_all_rows", "all of the text"),
+    ("generate_recompute", "rows_that_end_are_padded", "exactly num_new_tokens"),
+    ("generate_recompute", "one_too_few", "no byte ends a text"),
+    ("generate_recompute", "temperature_twice", "all three settings"),
+    ("generate_recompute", "dice_of_its_own", "all three settings"),
+    ("generate_recompute", "torch_seeded_without_a_generator", "hand None on"),
+    ("attention_flops", "no_more_than_fit", "T goes from"),
+    ("attention_flops", "squares_in_32_bits_of_numpy", "Two products"),
+]
+
+
+@pytest.mark.parametrize("name, answer, words", NOT_THE_CAUSE)
+def test_a_wrong_answer_is_not_told_a_cause_that_it_does_not_have(name, answer, words):
+    (function,) = (wrong for wrong, _ in WRONG[name] if wrong.__name__ == answer)
+    for seed in SEEDS:
+        result = judge(exercises()[name], function, seed)
+        assert not result.passed and words not in result.message, result.message

@@ -12,7 +12,11 @@ import os
 import re
 import textwrap
 import traceback
+import types
 from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch.overrides import TorchFunctionMode
 
 from lib.course.exercises import Exercise, exercises, library_answer
 
@@ -30,13 +34,14 @@ def attempt(exercise: Exercise, answer: Callable, inputs: dict) -> dict:
         with silence(), forbid(exercise.forbidden):
             outputs = exercise.driver()(answer, **inputs)
     except NotImplementedError as error:
+        if not _is_of_a_stub(error):
+            return {"error": _words(error, exercise, answer)}
         raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-        if raised_in == function_of(answer).__code__.co_filename:
+        if raised_in == _file_of(answer):
             return {}
         return _needs(error)
     except (Exception, SystemExit) as error:
-        advice = [text for part, text in exercise.errors.items() if part in str(error)]
-        return {"error": ". ".join([_raised(error, answer), *advice])}
+        return {"error": _words(error, exercise, answer)}
     return {"outputs": outputs, "inputs": inputs}
 
 
@@ -74,6 +79,14 @@ def function_of(answer: Callable) -> Callable:
     return inspect.unwrap(getattr(answer, "fn", answer))
 
 
+def _file_of(answer: Callable) -> str | None:
+    """Where its code stands: a partial, or an object with __call__, has what it calls."""
+    function = getattr(answer, "func", answer)
+    if not hasattr(function_of(function), "__code__"):
+        function = type(function).__call__ if callable(function) else None
+    return getattr(getattr(function_of(function), "__code__", None), "co_filename", None)
+
+
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
     """While inside, what is printed goes nowhere."""
@@ -91,22 +104,83 @@ class ForbiddenCallError(Exception):
 
 @contextlib.contextmanager
 def forbid(names: tuple[str, ...]) -> Iterator[None]:
-    """While inside, calling one of these functions raises ForbiddenCallError."""
-    kept = []
-    for name in names:
-        module_name, attribute = name.rsplit(".", 1)
-        module = importlib.import_module(module_name)
-        kept.append((module, attribute, getattr(module, attribute)))
+    """While inside, calling one of these functions raises ForbiddenCallError, by whatever
+    name the caller knows it."""
+    compiled = {}
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            module_name, attribute = name.rsplit(".", 1)
+            module = importlib.import_module(module_name)
+            function = getattr(module, attribute)
+            if isinstance(function, types.FunctionType):
+                for part in _layers(function):
+                    code = _refusing_code(name, part.__code__)
+                    stack.enter_context(_replaced(part, "__code__", code))
+            else:  # compiled: torch asks the mode before it calls
+                compiled[attribute] = name
+                stack.enter_context(_replaced(module, attribute, _refusal(name)))
+        if compiled:
+            stack.enter_context(_RefusingMode(compiled))
+        yield
 
-        def refuse(*args, _name=name, **kwargs):
-            raise ForbiddenCallError(f"{_name} is not allowed here: write it yourself")
 
-        setattr(module, attribute, refuse)
+class _RefusingMode(TorchFunctionMode):
+    """Refuses torch's compiled functions, and what they call one by one:
+    `scaled_dot_product_attention`, `aten._scaled_dot_product_flash_attention.default`."""
+
+    def __init__(self, names: dict[str, str]):
+        super().__init__()
+        self.names = names  # attribute -> with its module
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        called = getattr(func, "__name__", "").partition(".")[0].lstrip("_")
+        for attribute, name in self.names.items():
+            stem = attribute.rsplit("_", 1)[0]  # scaled_dot_product
+            if called == attribute or called.startswith(f"{stem}_"):
+                _refusal(name)()
+        return func(*args, **(kwargs or {}))
+
+
+def _refusal(name: str) -> Callable:
+    def refuse(*args, **kwargs):
+        raise ForbiddenCallError(f"{name} is not allowed here: write it yourself")
+
+    return refuse
+
+
+def _refusing_code(name: str, original: types.CodeType) -> types.CodeType:
+    """To stand in a function's place: its closure must have as many cells."""
+    cells = "".join(f"{cell} = " for cell in original.co_freevars)
+    used = ", ".join(original.co_freevars)
+    source = f"""
+def outer():
+    {cells}None
+    def refuse(*args, **kwargs):
+        ({used})
+        from lib.course.attempt import _refusal
+        _refusal({name!r})()
+    return refuse
+"""
+    namespace: dict = {}
+    exec(source, namespace)
+    return namespace["outer"]().__code__
+
+
+def _layers(function: Callable) -> Iterator[Callable]:
+    """A function, and those that its decorators have wrapped."""
+    while isinstance(function, types.FunctionType):
+        yield function
+        function = getattr(function, "__wrapped__", None)
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, attribute: str, value: Any) -> Iterator[None]:
+    original = getattr(owner, attribute)
+    setattr(owner, attribute, value)
     try:
         yield
     finally:
-        for module, attribute, original in kept:
-            setattr(module, attribute, original)
+        setattr(owner, attribute, original)
 
 
 def in_a_line(error: BaseException) -> str:
@@ -124,6 +198,19 @@ def _needs(error: NotImplementedError) -> dict:
     return {"error": f"needs {name}, which is yours to write: that first", "needs": name}
 
 
+def _is_of_a_stub(error: NotImplementedError) -> bool:
+    """Not torch's, which says it of what it cannot do: softmax of integers, say."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    is_torch = f"{os.sep}torch{os.sep}" in last.filename
+    return not is_torch and (not last.line or "raise" in last.line)
+
+
+def _words(error: BaseException, exercise: Exercise, answer: Callable) -> str:
+    """What was raised, and the exercise's advice on it."""
+    advice = [text for part, text in exercise.errors.items() if part in str(error)]
+    return ". ".join([_raised(error, answer), *advice])
+
+
 def _raised(error: BaseException, answer: Callable) -> str:
     """The error in one line, with the answer's own line where it happened."""
     if type(error).__name__ == "InterpreterError":  # Triton's, around the kernel's own
@@ -131,9 +218,8 @@ def _raised(error: BaseException, answer: Callable) -> str:
     text = f"raised {in_a_line(error)}"
     if isinstance(error, ForbiddenCallError):
         return str(error)
-    filename = function_of(answer).__code__.co_filename
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if frame.filename == filename and frame.line:
+        if frame.filename == _file_of(answer) and frame.line:
             return f"{text}, in `{frame.line}`"
     return text
 

@@ -1,10 +1,12 @@
 """Chapter 1: run an answer, give plain data."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 
+from lib import sampling
 from lib.config import ModelConfig
 from lib.measure.meter import measure
 from lib.model import Transformer, attend_fused
@@ -17,7 +19,11 @@ def decode(answer: Callable, token_ids: list[int]) -> dict:
 def attend_causal(answer: Callable, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> dict:
     q, k, v = (torch.from_numpy(x) for x in (q, k, v))
     cost = measure(lambda: answer(0, q, k, v))
-    return {"out": as_array(cost.value), "peak_bytes": cost.peak_bytes}
+    return {
+        "out": as_array(cost.value),
+        "peak_bytes": cost.peak_bytes,
+        "largest_tensor_bytes": max(np.diff([0, *cost.timeline]).tolist()),
+    }
 
 
 def next_token_probs(answer: Callable, logits: np.ndarray, settings: dict) -> dict:
@@ -31,38 +37,102 @@ def generate_recompute(
     num_new_tokens: int,
     settings: dict,
     draw_seed: int,
+    has_generator: bool,
+    is_refused: bool,
+    chain: list[int],
 ) -> dict:
-    model, positions, layers = random_model(model_seed), [0], []
-    model.register_forward_pre_hook(
-        lambda _, args: positions.append(args[1].min().item())
+    """chain: where it is not empty, the model writes these tokens one after the other.
+    is_refused: ValueError is expected."""
+    model, calls, layers, seen = random_model(model_seed), [], [], []
+    if chain:
+        write_chain(model, chain)
+    # The first block sees each call of the model, however it was called.
+    model.blocks[0].register_forward_pre_hook(
+        lambda _, args: calls.append(_tokens_and_positions(*args))
     )
 
     def attend(layer, q, k, v):
         layers.append(layer)
         return attend_fused(layer, q, k, v)
 
+    generator = torch.Generator().manual_seed(draw_seed) if has_generator else None
+    prompt = torch.tensor(prompt_ids, dtype=torch.int64)
     run = lambda: answer(  # noqa: E731
-        model,
-        torch.tensor(prompt_ids, dtype=torch.int64),
-        num_new_tokens,
-        generator=torch.Generator().manual_seed(draw_seed),
-        attend=attend,
-        **settings,
+        model, prompt, num_new_tokens, generator=generator, attend=attend, **settings
     )
-    cost = measure(run)
+    if is_refused:
+        return {"raised": _raises_value_error(run)}
+    torch.manual_seed(draw_seed + 1)
+    state = torch.get_rng_state()
+    with torch.enable_grad(), _settings_seen(seen):
+        cost = measure(run)
+        are_gradients_on = torch.is_grad_enabled()
+    asked = [settings.get(name, default) for name, default in DEFAULTS.items()]
     return {
         "token_ids": as_list(cost.value),
         "forward_calls": cost.calls["Embedding"],
+        "calls": calls,
         "calls_of_attend": len(layers),
-        "lowest_position": max(positions),
+        "prompt_is_as_before": prompt.tolist() == prompt_ids,
+        "random_state_of_torch_is_as_before": torch.equal(state, torch.get_rng_state()),
+        "gradients_are_on_as_before": are_gradients_on,
         "kept_for_a_backward_pass_bytes": cost.saved_bytes,
+        **({} if all(s == asked for s in seen) else {"other_settings": True}),
     }
 
 
 def attention_flops(
     answer: Callable, config: dict, prompt_len: int, num_new_tokens: int
 ) -> dict:
-    return {"flops": answer(ModelConfig(**config), prompt_len, num_new_tokens)}
+    return {"flops": as_int(answer(ModelConfig(**config), prompt_len, num_new_tokens))}
+
+
+ON_META = "a tensor on the device meta, which holds no numbers"
+DEFAULTS = {"temperature": 1.0, "top_k": None, "top_p": 1.0}
+
+
+@contextlib.contextmanager
+def _settings_seen(seen: list) -> Iterator[None]:
+    """While inside, what next_token_probs gets beside its logits is kept in `seen`."""
+    original = sampling.next_token_probs
+
+    def next_token_probs(logits, temperature=1.0, top_k=None, top_p=1.0):
+        seen.append([temperature, top_k, top_p])
+        return original(logits, temperature, top_k, top_p)
+
+    sampling.next_token_probs = next_token_probs
+    try:
+        yield
+    finally:
+        sampling.next_token_probs = original
+
+
+def _tokens_and_positions(x: torch.Tensor, positions: torch.Tensor, attend) -> dict:
+    return {
+        "num_tokens": x.shape[-2],
+        "first_position": positions.min().item(),
+        "last_position": positions.max().item(),
+    }
+
+
+def _raises_value_error(run: Callable) -> str:
+    try:
+        run()
+    except ValueError:
+        return "ValueError"
+    return "nothing"
+
+
+def write_chain(model: Transformer, chain: list[int]):
+    """Let greedy text go from each token of `chain`, which has none twice, to the next:
+    blocks that add nothing, and the unembedding that likes the token behind best."""
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attention.o_proj.weight.zero_()
+            block.mlp.down_proj.weight.zero_()
+        norm, linear = model.unembed
+        linear.weight.zero_()
+        linear.weight[chain[1:]] = norm(model.embed.weight[chain[:-1]])
 
 
 def random_model(seed: int) -> Transformer:
@@ -80,13 +150,26 @@ def as_array(value) -> np.ndarray | str:
     if not isinstance(value, torch.Tensor):
         return f"a {type(value).__name__}, not a tensor"
     if value.is_meta:
-        return "a tensor on the device meta, which holds no numbers"
+        return ON_META
+    if value.dtype == torch.bfloat16:  # numpy has none
+        return "a tensor of bfloat16"
     return value.detach().cpu().numpy()
 
 
 def as_list(value) -> list | str:
     if not isinstance(value, torch.Tensor):
         return f"a {type(value).__name__}, not a tensor"
+    if value.is_meta:
+        return ON_META
     if value.dtype != torch.int64:
         return f"a tensor of {value.dtype}, not of int64"
     return value.tolist()
+
+
+def as_int(value) -> int | float | str:
+    """A number of Python's own; what is none as a word about it."""
+    if type(value) in (int, float):
+        return value
+    module = type(value).__module__.split(".")[0]
+    of = "" if module == "builtins" else f"{module} "
+    return f"a {of}{type(value).__name__}, not an int"
