@@ -9,7 +9,7 @@
 # memory for more work.
 #
 # **You need:** chapter 1, or attention and the generation loop from elsewhere;
-# what `loss.backward()` does; and 175 minutes. No GPU.
+# what `loss.backward()` does; and 190 minutes. No GPU.
 #
 # **You will be able to**
 #
@@ -485,9 +485,9 @@ print(f"activations: {half_cost.saved_bytes:,} bytes, {share:.0%} of float32's")
 # RMSNorm computes in float32 on a CPU, and keeps its input and one more vector
 # in that precision.
 #
-# For a large model we only reckon. Llama 3 8B, one passage of 8,192 tokens, in
-# bfloat16, if all blocks keep their activations; and the logits, which the loss
-# wants in float32:
+# For a large model we can only compute what it would take. Llama 3 8B, one
+# passage of 8,192 tokens, if all blocks keep their activations and every number
+# of them is a bfloat16; and the logits, which the loss wants in float32:
 
 # %%
 llama = config.LLAMA3_8B
@@ -909,10 +909,12 @@ drawing.draw_schedule(
 
 # %% [markdown]
 # *Follow the columns. The first eight are the forward pass: it keeps the edges
-# behind block 4, behind 6 and behind 7, and the inside of block 8. The backward
-# pass finishes 8; runs 7 again, and finishes it; then 5 and 6, from the edge
-# behind 4. For the first half it runs 1 to 4 again from the input, this time
-# keeping the edge behind 2, and so on.*
+# behind block 4 and behind block 6, and the inside of block 8. The backward
+# pass finishes 8. It runs 7 again, from the edge behind 6, and finishes it;
+# then 5 and 6, from the edge behind 4. For the first half it runs 1 to 4 again
+# from the input, this time keeping the edge behind 2, and so on. (The line
+# above block 4 that begins in column 20 is what this second run gives: it stays
+# until the backward pass is through with the run.)*
 #
 # At any time there is about one edge for each halving, log₂ L of them, and the
 # inside of one block. The work is L block calls for the forward pass, and L/2
@@ -1119,11 +1121,12 @@ for name, (run, *args) in ways.items():
 # %% [markdown]
 # In FLOPs, a backward pass is about two forward passes, since each product has
 # two gradients. So plain training is worth three forward passes, and one more
-# is a third more work. Time follows only roughly. Not all of a step is
-# products, and the numbers differ from run to run, more so if your machine does
-# other things meanwhile. Recursion saves little memory here: its edges are few,
-# but one inside weighs as much as twenty of them. Whether any of this is a
-# bargain depends on what you lack.
+# is a third more work. Time follows only roughly. In a model as narrow as this
+# one, what is no product (norms, silu, rotations, the calls themselves) takes
+# much of the time, and is done again too. And the numbers differ from run to
+# run, more so if your machine does other things meanwhile. Recursion saves
+# little memory here: its edges are few, but one inside weighs as much as twenty
+# of them. Whether any of this is a bargain depends on what you lack.
 
 # %% [markdown]
 # ## Two columns of the table
