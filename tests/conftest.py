@@ -1,7 +1,11 @@
+import os
+
 import pytest
 import torch
 
-torch.set_num_threads(1)  # small models: more is slower, and far slower beside other work
+# Small models: more threads are slower, and far slower beside other work.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of what tests start
 
 
 @pytest.fixture(autouse=True)

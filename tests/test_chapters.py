@@ -21,12 +21,6 @@ del columns.COLUMNS["recompute"], columns.COLUMNS["contiguous"]
 """
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """More is slower, beside other tests."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
 @pytest.mark.parametrize("text", chapter_texts(), ids=lambda path: path.stem)
 def test_a_chapter_runs_untouched_and_on_the_readers_code(text):
     is_called, printed = tracing.run(text)
