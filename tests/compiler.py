@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 from lib.measure import gpu_code
@@ -19,12 +20,17 @@ SECONDS = 120  # as gpu_code has it
 
 
 class Compiler:
-    """Stands in for `gpu_code._compile_in_child`."""
+    """Stands in for `gpu_code._compile_in_child`, which threads call too."""
 
     def __init__(self):
-        self.server = None
+        self.server, self.lock = None, threading.Lock()
 
     def __call__(self, job: str) -> subprocess.CompletedProcess:
+        with self.lock:
+            return subprocess.CompletedProcess([], *self._ask(job))
+
+    def _ask(self, job: str) -> list:
+        """The child's status, and what it wrote to stdout and stderr."""
         if self.server is None:
             self.server = subprocess.Popen(
                 [sys.executable, __file__],
@@ -35,8 +41,7 @@ class Compiler:
                 env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONWARNINGS": "ignore"},
             )
         print(json.dumps(job), file=self.server.stdin, flush=True)
-        status, out, err = json.loads(self.server.stdout.readline())
-        return subprocess.CompletedProcess([], status, out, err)
+        return json.loads(self.server.stdout.readline())
 
     def close(self):
         if self.server is not None:
