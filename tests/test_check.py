@@ -312,7 +312,7 @@ def test_an_object_equal_to_everything_is_equal_to_nothing(expected):
 
 class Slow:
     def __reduce__(self):
-        time.sleep(60)
+        time.sleep(1000)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
@@ -328,10 +328,10 @@ def test_a_fork_gives_its_answer_and_takes_nothing_with_it_when_it_dies():
         in_fork(lambda: ctypes.string_at(0))
     start = time.monotonic()
     with pytest.raises(ForkDiedError, match="took longer than 0.2 seconds"):
-        in_fork(lambda: time.sleep(60), timeout_s=0.2)
+        in_fork(lambda: time.sleep(1000), timeout_s=0.2)
     with pytest.raises(ForkDiedError, match="took longer than 0.2 seconds"):
         in_fork(lambda: Slow(), timeout_s=0.2)
-    assert time.monotonic() - start < 30, "the copy was waited for"
+    assert time.monotonic() - start < 500, "the copy was waited for"
     assert in_fork(lambda: bytes(10**7)) == bytes(10**7), "more than a pipe holds"
     assert torch.get_num_threads() == 1
     torch.set_num_threads(2)
