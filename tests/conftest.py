@@ -5,7 +5,6 @@ import pytest
 import torch
 from compiler import Compiler
 
-from lib.course.grading import grader
 from lib.measure import gpu_code
 
 # Small models: more threads are slower, and far slower beside other work.
@@ -32,6 +31,8 @@ def warm_compiler():
 def no_hurry():
     """Seconds that the grader gives a call, by exercise; a minute for all that are not
     named, so that nothing hangs on how busy the machine is."""
+    from lib.course.grading import grader  # here: it is not for Windows
+
     seconds, tried_on = {}, grader.tried_on
 
     def unhurried(name, seed):
