@@ -191,8 +191,3 @@ def test_a_chapter_that_fails_or_is_noisy_or_too_large_is_not_built(
 @pytest.mark.parametrize("text", chapter_texts(), ids=lambda path: path.stem)
 def test_the_notebooks_are_what_their_text_gives(text):
     check(text)
-
-
-@pytest.mark.parametrize("text", chapter_texts(), ids=lambda path: path.stem)
-def test_an_untouched_notebook_runs_to_its_end_and_writes_nothing_to_stderr(text):
-    build.execute(student_notebook(text), text.stem)

@@ -1,99 +1,96 @@
-"""The chapters run on the reader's code: solved they pass, broken they fail later."""
+"""Each chapter is run once, and shows whether it runs untouched, and on the reader's code
+where that passes. tracing.py says how."""
 
 import os
-import subprocess
-import sys
 
 import pytest
+import tracing
 
-from lib.course.build import ROOT, chapter_texts
+from lib.course.attempt import NOT_WRITTEN
+from lib.course.build import BuildError, chapter_texts, marked_exercises
 
-# Runs a solved chapter cell by cell. After each check it forks: the child replaces that
-# exercise by a function that raises, and goes on until a cell fails.
-SCRIPT = """
-import os, sys
-from pathlib import Path
-import matplotlib
-matplotlib.use("agg")
-import torch
-torch.set_num_threads(1)  # more, and a forked child hangs
-from lib.course.build import solved_notebook
-from lib.course.check import check
-from lib.course.collect import register
-from lib.course.exercises import exercises
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
-class Raiser:  # a function, or a kernel, which is launched on a grid
-    def __call__(self, *args, **kwargs):
-        raise ZeroDivisionError("the exercise was replaced")
-    def __getitem__(self, grid):
-        return self
-
-cells = [c for c in solved_notebook(Path(sys.argv[1])).cells if c.cell_type == "code"]
-namespace = {"__name__": "__main__"}
-for number, cell in enumerate(cells):
-    filename = register(f"cell {number}", cell.source)
-    exec(compile(cell.source, filename, "exec"), namespace)
-    if not cell.source.startswith("check(") or not cell.metadata:
-        continue
-    name = cell.source[len("check("):-1]
-    assert check.results[name].message == "passed", check.results[name]
-    child = os.fork()
-    if child == 0:
-        setattr(exercises()[name].owner, name, Raiser())
-        try:
-            for later in cells[number + 1:]:
-                exec(compile(later.source, "later", "exec"), namespace)
-        except ZeroDivisionError:
-            os._exit(0)
-        os._exit(1)
-    _, status = os.waitpid(child, 0)
-    print("RAISED" if status == 0 else "NOT USED", name, flush=True)
-"""
-
-
-# Chapter 5 where nobody installed Triton. (Of the table one column is enough.)
 WITHOUT_TRITON = """
-import sys
+import sys, warnings
 sys.modules["triton"] = None
-from pathlib import Path
-import matplotlib
-matplotlib.use("agg")
-import torch
-torch.set_num_threads(1)
-from lib.course import build
-from lib.measure import columns
+# What a warning writes to stderr would fail the chapter.
+warnings.showwarning = lambda message, *_: print("a warning:", message)
+from lib.measure import columns  # of the table one column is enough
 del columns.COLUMNS["recompute"], columns.COLUMNS["contiguous"]
-notebook = getattr(build, sys.argv[2])(Path(sys.argv[1]))
-namespace = {"__name__": "__main__"}
-for number, cell in enumerate(c for c in notebook.cells if c.cell_type == "code"):
-    exec(compile(cell.source, f"cell {number}", "exec"), namespace)
 """
 
 
-@pytest.mark.parametrize("kind", ["solved_notebook", "student_notebook"])
-def test_chapter_5_runs_without_triton_and_says_what_its_checks_need(kind):
-    (text,) = (path for path in chapter_texts() if path.stem == "05_paged_attention")
-    result = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TRITON, str(text), kind],
-        capture_output=True,
-        text=True,
-        cwd=ROOT / "notebooks",
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("_kernel: needs Triton, which is for Linux") == 3
-    assert result.stderr.count("UserWarning: no Triton here") == 1
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.parametrize("text", chapter_texts(), ids=lambda path: path.stem)
-def test_a_solved_chapter_passes_and_runs_on_the_readers_code(text):
-    result = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(text)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT / "notebooks",
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    lines = [line for line in result.stdout.split("\n") if line.split(" ")[0].isupper()]
-    assert "NOT USED" not in result.stdout, lines
-    assert result.stdout.count("RAISED") >= 5, result.stdout
+def test_a_chapter_runs_untouched_and_on_the_readers_code(text):
+    is_called, printed = tracing.run(text)
+    names = [mark.exercise for mark in marked_exercises(text)]
+    assert len(names) >= 5
+    assert is_called == dict.fromkeys(names, True)
+    for name in names:
+        checks = [f"{name}: {NOT_WRITTEN}\n", f"{name}: passed\n"]
+        assert all(printed.count(words) == 1 for words in checks), name
+
+
+def test_chapter_5_runs_without_triton_and_says_what_its_checks_need():
+    (text,) = (path for path in chapter_texts() if path.stem == "05_paged_attention")
+    is_called, printed = tracing.run(text, WITHOUT_TRITON)
+    assert list(is_called.values()) == [True, True, True]
+    # Of the stub and of the answer, for each of three kernels.
+    assert printed.count("_kernel: needs Triton, which is for Linux") == 6
+    assert printed.count("a warning: no Triton here") == 1
+
+
+START = """# %%
+import torch
+from lib import generate, sampling, text
+from lib.config import LLAMA3_8B, ModelConfig
+from lib.course.check import check
+from lib.sampling import check_sampling
+
+# %% exercise="decode"
+from lib.text import decode
+
+# %%
+check(decode)
+"""
+MORE = """
+# %%
+theirs = generate.attention_flops
+
+# %% exercise="attention_flops"
+from lib.generate import attention_flops
+
+# %%
+check(attention_flops)
+
+# %% exercise="next_token_probs"
+from lib.sampling import next_token_probs
+
+# %%
+check(next_token_probs)
+
+# %%
+print(text.decode(torch.tensor([65])))
+theirs(LLAMA3_8B, 1, 2)
+check(sampling.next_token_probs)
+"""
+
+
+def test_a_page_that_goes_on_with_the_librarys_code_or_without_any_is_found(tmp_path):
+    text = tmp_path / "09_small.py"
+    text.write_text(START + MORE)
+    is_called, printed = tracing.run(text)
+    assert printed.startswith(f"decode: {NOT_WRITTEN}\ndecode: passed\n")
+    assert is_called == {
+        "decode": True,
+        "attention_flops": False,  # but the library's, by another name
+        "next_token_probs": False,  # but where it is tried
+    }
+
+
+def test_a_page_that_calls_its_own_stub_is_found(tmp_path):
+    text = tmp_path / "09_small.py"
+    text.write_text(START + "\n# %%\ndecode(torch.tensor([65]))\n")
+    with pytest.raises(BuildError, match="NotImplementedError"):
+        tracing.run(text)

@@ -1,5 +1,6 @@
 import ctypes
 import functools
+import itertools
 import os
 import shutil
 import sys
@@ -95,14 +96,68 @@ def test_prints_warnings_and_progress_bars_do_no_harm(check, capfd):
     assert capfd.readouterr() == ("decode: passed\n", "")
 
 
-def test_an_answer_far_slower_than_ours_passes_but_is_not_used(check):
+class Clock:
+    """Of processor time, which only those answers move on that are made here."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def answer(self, *seconds: float):
+        """An `attention_flops` that takes as long: a number for each call in which it is
+        timed, the last one for all that follow."""
+        num_cases = len(exercises()["attention_flops"].cases(0))  # tried before that
+        right = library_answer("attention_flops")
+        takes = itertools.chain([0] * num_cases, seconds, itertools.repeat(seconds[-1]))
+
+        def attention_flops(config, prompt_len, num_new_tokens):
+            self.now += next(takes)
+            return right(config, prompt_len, num_new_tokens)
+
+        return attention_flops
+
+
+@pytest.mark.parametrize(
+    "takes, ours_takes, slowdown",
+    [
+        ([0.6], [0.1], 6),
+        ([0.625], [0.125], 5),  # as slow as it may be
+        ([0.9, 0.2], [0.1], 2),  # the first call does what is done once
+        ([1.5, 1.5, 0.7, 0.8], [0.2, 0.1, 0.3], 7),  # of each the fastest call counts
+        ([1.4], [0.4, 0.1], 3.5),  # one round is enough
+        ([0.02], [0.0001], 2),  # for so little nobody waits
+        ([0.08], [0.0001], 8),
+    ],
+)
+def test_an_answer_far_slower_than_ours_passes_but_is_not_used(
+    check, monkeypatch, capsys, takes, ours_takes, slowdown
+):
+    clock = Clock()
+    answer, ours = clock.answer(*takes), clock.answer(*ours_takes)
+    monkeypatch.setattr("lib.course.check.process_time", clock)
+    monkeypatch.setattr("lib.course.check.library_answer", lambda name: ours)
+    result = check(answer)
+    assert (result.passed, result.message) == (True, "passed")
+    assert result.slowdown == pytest.approx(slowdown)
+    said = capsys.readouterr().out
+    if slowdown > 5:
+        slower = f"{slowdown} times slower: the page goes on with ours"
+        assert said == f"attention_flops: passed, but {slower}\n"
+        assert result.is_slower and generate.attention_flops is ours
+    else:
+        assert said == "attention_flops: passed\n"
+        assert not result.is_slower and generate.attention_flops is answer
+
+
+def test_an_answer_that_has_to_wait_for_a_busy_machine_is_not_slower(check):
     def attention_flops(config, prompt_len, num_new_tokens):
-        time.sleep(0.02)
+        time.sleep(0.06)  # six times what the library is taken to need, by the clock
         return library_answer("attention_flops")(config, prompt_len, num_new_tokens)
 
-    result = check(attention_flops)
-    assert result.passed and "slower: the page goes on with ours" in result.message
-    assert generate.attention_flops is library_answer("attention_flops")
+    assert not check(attention_flops).is_slower
+    assert generate.attention_flops is attention_flops
 
 
 def test_an_answer_that_leaves_the_interpreter_or_returns_oddities_is_only_wrong(check):
@@ -260,7 +315,7 @@ def test_an_object_equal_to_everything_is_equal_to_nothing(expected):
 
 class Slow:
     def __reduce__(self):
-        time.sleep(60)
+        time.sleep(1000)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
@@ -276,10 +331,10 @@ def test_a_fork_gives_its_answer_and_takes_nothing_with_it_when_it_dies():
         in_fork(lambda: ctypes.string_at(0))
     start = time.monotonic()
     with pytest.raises(ForkDiedError, match="took longer than 0.2 seconds"):
-        in_fork(lambda: time.sleep(60), timeout_s=0.2)
+        in_fork(lambda: time.sleep(1000), timeout_s=0.2)
     with pytest.raises(ForkDiedError, match="took longer than 0.2 seconds"):
         in_fork(lambda: Slow(), timeout_s=0.2)
-    assert time.monotonic() - start < 30, "the copy was waited for"
+    assert time.monotonic() - start < 500, "the copy was waited for"
     assert in_fork(lambda: bytes(10**7)) == bytes(10**7), "more than a pipe holds"
     assert torch.get_num_threads() == 1
     torch.set_num_threads(2)

@@ -9,8 +9,12 @@ from lib.measure import gpu_code  # noqa: E402
 from lib.measure.gpu_code import compile_decode  # noqa: E402
 from lib.paged_attention_triton import tl, triton  # noqa: E402
 
+in_a_process_of_its_own = gpu_code._compile_in_child
 FACTOR, LOWEST = tl.constexpr(2.0), tl.constexpr(float("-inf"))
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux"),
+    pytest.mark.usefixtures("warm_compiler"),
+]
 
 
 @pytest.mark.parametrize(
@@ -49,6 +53,7 @@ def test_other_shapes_compile_too(head_dim, group_size):
 
 
 def test_the_command_says_what_came_out(monkeypatch, capfd):
+    monkeypatch.setattr(gpu_code, "_compile_in_child", in_a_process_of_its_own)
     monkeypatch.setattr("sys.argv", ["gpu_code", "--gpu", "sm_90"])
     assert gpu_code.main() == 0
     out = capfd.readouterr().out
@@ -101,7 +106,10 @@ def test_any_kernel_compiles_with_the_helpers_and_constants_it_uses():
     assert code.tensor_core_instructions == [] and "STG" in code.assembly
 
 
-def test_what_the_compiler_refuses_is_told_with_its_line():
+@pytest.mark.parametrize("is_warm", [True, False])
+def test_what_the_compiler_refuses_is_told_with_its_line(monkeypatch, is_warm):
+    if not is_warm:
+        monkeypatch.setattr(gpu_code, "_compile_in_child", in_a_process_of_its_own)
     with pytest.raises(gpu_code.CompileError, match=r"tl.store\(x_ptr \+ \[0, 1\]"):
         gpu_code.compile_kernel(
             kernel_with_a_python_list, ["*fp32:16"], {"TILE": 32}, "sm_90"

@@ -22,7 +22,7 @@ CHEAP = [name for name in NAMES if not exercises()[name].is_kernel]
 
 
 @pytest.fixture(scope="module")
-def worker():
+def worker(no_hurry):
     worker = Worker()
     yield worker
     worker.close()

@@ -200,11 +200,14 @@ except NotImplementedError as error:
     assert str(error) == "allocate is yours to write, in chapter 4", error
 check.collect("notebooks")
 check.results.clear()
+def later(answer):
+    result = check(answer)
+    messages.append(["later", result.passed, result.message])
 import lib.paged_attention as chapter_5
-messages.append(["later", *vars(check(chapter_5.merge_splits)).values()])
+later(chapter_5.merge_splits)
 def merge_splits(outs, logsumexps):
     return outs, logsumexps
-messages.append(["later", *vars(check(merge_splits)).values()])
+later(merge_splits)
 """
 
 

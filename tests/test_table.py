@@ -11,6 +11,7 @@ from lib.measure.columns import COLUMNS, Growth
 from lib.measure.meter import Cost
 from lib.measure.table import (
     SIZES,
+    SMALL_SIZES,
     Cell,
     Sweep,
     fit,
@@ -136,9 +137,16 @@ def test_the_readme_quotes_the_theory_of_the_columns():
             assert f"| {quantity} | {' | '.join(theory)} |" in readme
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [SMALL_SIZES, pytest.param(SIZES, marks=pytest.mark.nightly)],
+    ids=["small", "large"],
+)
 def test_the_command_measures_every_column_and_agrees_with_theory(
-    tmp_path, monkeypatch, capfd
+    tmp_path, monkeypatch, capfd, sizes
 ):
+    for axis in sizes:
+        monkeypatch.setitem(table.SIZES, axis, sizes[axis])
     paths = ["--json", f"{tmp_path}/table.json", "--figure", f"{tmp_path}/table.png"]
     monkeypatch.setattr("sys.argv", ["table", *paths])
     assert table.main() == 0
