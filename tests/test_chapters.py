@@ -43,10 +43,11 @@ def test_chapter_5_runs_without_triton_and_says_what_its_checks_need():
 
 START = """# %%
 import torch
+import torch.nn.functional as F
 from lib import generate, sampling, text
 from lib.config import LLAMA3_8B, ModelConfig
 from lib.course.check import check
-from lib.sampling import check_sampling
+from lib.sampling import check_sampling, subtract_largest
 
 # %% exercise="decode"
 from lib.text import decode

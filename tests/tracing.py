@@ -68,8 +68,8 @@ def begin():
     from lib.measure import meter, table
 
     table.SIZES.update(table.SMALL_SIZES)
-    median_seconds = meter.median_seconds
-    meter.median_seconds = lambda function, repeats=1: median_seconds(function, 1)
+    medians_in_turns = meter.medians_in_turns
+    meter.medians_in_turns = lambda functions, repeats=1: medians_in_turns(functions, 1)
     try_ = Check._try
 
     def _try(check, name, answer):
