@@ -170,7 +170,7 @@ def check_cached_generation(
     """The same for a batch with a cache, which must have room for all that is coming."""
     if len(prompts) != len(cache.seq_lens) or not prompts:
         raise ValueError(
-            f"prompts: expected {len(cache.seq_lens)}, one a request of the cache, "
+            f"prompts: expected {len(cache.seq_lens)}, one per request of the cache, "
             f"and at least one, got {len(prompts)}"
         )
     for prompt_ids, seq_len in zip(prompts, cache.seq_lens.tolist()):

@@ -64,7 +64,7 @@ WAYS = {
     "one segment": in_segments(1),
     "two segments": in_segments(2),
     "three segments of five blocks": in_segments(3),
-    "one block a segment": in_segments(5),
+    "one block per segment": in_segments(5),
     "recursive": checkpoint_recursive,
     "torch's own": torch_checkpoint,
 }

@@ -12,6 +12,7 @@ from lib.measure.meter import (
     measure,
     measure_traffic,
     median_seconds,
+    medians_in_turns,
     resident_bytes,
 )
 from lib.model import attend_causal, attend_fused
@@ -158,6 +159,19 @@ def test_median_seconds_is_the_median_after_a_run_that_does_not_count(monkeypatc
 
     monkeypatch.setattr("lib.measure.meter.time.perf_counter", lambda: now[0])
     assert median_seconds(work, repeats=5) == 3.0
+
+
+def test_functions_that_are_timed_together_take_turns(monkeypatch):
+    now, order = [0.0], []
+
+    def work(name, seconds):
+        order.append(name)
+        now[0] += seconds
+
+    monkeypatch.setattr("lib.measure.meter.time.perf_counter", lambda: now[0])
+    functions = {"a": lambda: work("a", 1), "b": lambda: work("b", 3)}
+    assert medians_in_turns(functions, repeats=2) == {"a": 1, "b": 3}
+    assert order == ["a", "b"] * 3
 
 
 def test_machine_facts_are_plain_values():

@@ -7,6 +7,7 @@ import torch
 from matplotlib.colors import to_rgba
 from matplotlib.patches import Rectangle
 
+from lib import checkpointing, training
 from lib.block_manager import BlockManager
 from lib.config import TINY
 from lib.figures import drawing, plotting
@@ -71,6 +72,42 @@ def test_bars_of_training_bytes_stack_up_to_the_sum():
     kinds = {"weights": 1, "gradients": 2, "optimizer": 4, "activations": 8}
     ax = plotting.plot_training_bytes({"small": kinds}, title="")
     assert max(bar.get_y() + bar.get_height() for bar in ax.patches) == 15
+
+
+def test_bars_may_go_on_with_what_a_step_holds_beside():
+    kinds = {
+        **training.training_bytes(TINY, 2, 128),
+        **training.step_bytes(TINY, 2, 128),
+    }
+    ax = plotting.plot_training_bytes({"two": kinds}, title="")
+    assert sum(bar.get_height() for bar in ax.patches) == sum(kinds.values())
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert sorted(labels) == sorted(kinds)
+
+
+@pytest.mark.parametrize(
+    "run, forward_calls, waiting",
+    [
+        (checkpointing.run_blocks, 8, {1, 2, 3, 4, 5, 6}),
+        (lambda *args: checkpointing.checkpoint_segments(*args, 4), 16, {2, 4, 6}),
+        (checkpointing.checkpoint_recursive, 8 + 4 * 3, {4, 6}),
+    ],
+    ids=["keep all", "segments", "recursive"],
+)
+def test_a_schedule_shows_when_each_block_ran_and_which_edges_waited(
+    run, forward_calls, waiting
+):
+    events, edges = drawing._observe(run, 8)
+    kinds = [kind for _, kind in events]
+    assert len(kinds) - kinds.count("backward") == forward_calls
+    for kind in ("forward, inside kept", "backward"):  # once each, the last block first
+        assert [block for block, k in events if k == kind].count(8) == 1
+    backward = [block for block, kind in events if kind == "backward"]
+    assert backward == [8, 7, 6, 5, 4, 3, 2, 1]
+    # of the forward pass, which ends with the eighth event
+    assert {block for block, start, _ in edges if start <= 8} >= waiting
+    ax = drawing.draw_schedule(run, 8, title="")
+    assert len([p for p in ax.patches if isinstance(p, Rectangle)]) == len(events)
 
 
 def test_with_a_cache_each_token_is_computed_once():

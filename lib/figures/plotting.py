@@ -137,7 +137,7 @@ def plot_training_bytes(
 def plot_table(sweeps: Sequence) -> Figure:
     """What measure/table.py measured: memory over layers, attention's work over tokens.
 
-    sweeps: of `table.sweep`, one a column.
+    sweeps: of `table.sweep`, one per column.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
     sizes = list(sweeps[0].costs)  # pairs (N, L), first along N, then along L

@@ -164,7 +164,7 @@ def print_attention(result: dict, num_cases: int, facts: dict):
     where = facts["gpu"] if on_gpu else f"{facts['processor']}, "
     where += "" if on_gpu else f"{facts['torch_threads']} thread(s)"
     print(
-        f"\nattention of one layer, a new token a request: {result['num_heads']} heads, "
+        f"\nattention of one layer, one token per request: {result['num_heads']} heads, "
         f"{result['num_kv_heads']} KV heads of {result['head_dim']}, {result['dtype']}, "
         f"blocks of {result['block_size']}\n{where}: a copy moves "
         f"{result['copy_gb_per_s']:.1f} GB/s, a matrix product makes "

@@ -75,7 +75,7 @@ def copy_bandwidth(device: torch.device | str) -> float:
 
 
 def matmul_flops_per_s(device: torch.device | str, dtype: torch.dtype) -> float:
-    """FLOPs a second in the product of two large square matrices, median."""
+    """FLOPs per second in the product of two large square matrices, median."""
     num_rows = MATMUL_ROWS[torch.device(device).type]
     x = torch.randn(num_rows, num_rows, device=device).to(dtype)
     return 2 * num_rows**3 / cold_seconds(lambda: x @ x, device)

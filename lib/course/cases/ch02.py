@@ -253,7 +253,7 @@ def best_num_segments_cases(seed: int) -> list[Case]:
         ("one layer", 1, 1, 5),
         ("edges as large as insides", 16, 1, 1),
         ("insides of 4 edges", 16, 1, 4),
-        ("insides so large that one block a segment wins", 16, 1, 20),
+        ("insides so large that one block per segment wins", 16, 1, 20),
         ("a number of layers that is no square", 12, 1, 1),
         ("two that are equally good: the fewest", 6, 1, 1),
         ("tiny insides", 9, 100, 1),
