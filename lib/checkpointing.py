@@ -7,9 +7,10 @@ and computes the inside again when the backward pass gets there. Cutting L block
 
     Training Deep Nets with Sublinear Memory Cost, https://arxiv.org/abs/1604.06174
 
-The promise: the same gradients, to the bit, for every parameter, dropout included.
-`checkpoint_selective` computes again only what costs no matrix product. Read lib/model.py
-before.
+The promise: the same gradients, to the bit, for every parameter, dropout included, where
+each parameter is used in one checkpoint and nowhere else. (Otherwise its gradients are
+added up in another order, and are the same up to rounding.) `checkpoint_selective`
+computes again only what costs no matrix product. Read lib/model.py before.
 """
 
 import contextlib
@@ -52,10 +53,11 @@ def checkpoint(
 ) -> torch.Tensor:
     """`run(x)`, keeping nothing of its inside: the backward pass runs it again.
 
-    Gradients are those of `run(x)`, to the bit: for x, and for every parameter that
-    `run` uses, in its `.grad`. Dropout repeats itself, since the random state (of the
-    CPU, or of x's GPU) is put back, and so does autocast. Returns what `run` returns, one
-    tensor. What could not be repeated is refused: see `Repeatable`.
+    Gradients are those of `run(x)`: for x, and for every parameter that `run` uses, in
+    its `.grad`. Dropout repeats itself, since the random state of torch (of the CPU, or
+    of x's GPU) is put back, and so does autocast. All else that `run` depends on has to
+    be in the backward pass as it was: variables, training mode, generators of its own.
+    Returns what `run` returns, one tensor. `Repeatable` says what is refused.
     """
     if not torch.is_grad_enabled():  # nothing is kept, and nothing will be run again
         return run(x)
@@ -68,10 +70,10 @@ def checkpoint(
 
 
 class Repeatable:
-    """`run`, under the same autocast whenever it is called, and only if it may be twice.
+    """`run`, under the same autocast whenever it is called.
 
-    The first call, which is not part of a graph, refuses what the second, in the backward
-    pass, would get wrong. Raises TypeError where `run` returns anything but one tensor,
+    What the second call, in the backward pass, would get wrong is refused where the first
+    can see it. Raises TypeError where `run` returns anything but one tensor,
     and ValueError where it uses a tensor that other operations made and that wants a
     gradient: only x and parameters may want one, for a second backward through the same
     graph is not to be had. RuntimeError under `torch.autograd.grad`, which does not see
@@ -248,15 +250,22 @@ def checkpoint_selective(
     of a weight needs what it was multiplied with, so autograd would keep that too. Here
     the backward pass makes it again from `inputs`: worth it where `run` is cheap, a norm
     or a function of single numbers, for no matrix product is done twice. Gradients are
-    those of a plain run up to rounding, also for the parameters that `run` uses. No
-    dropout inside `run`, and no autocast: that raises ValueError.
+    those of a plain run up to rounding, also for the parameters that `run` uses. Raises
+    ValueError under autocast, and where `run` draws random numbers of torch.
 
-    Korthikanti and others, section 5: https://arxiv.org/abs/2205.05198
+    In the spirit of Korthikanti and others, section 5, who recompute attention's scores:
+    https://arxiv.org/abs/2205.05198
     """
-    device = inputs[0].device.type
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(inputs[0].device.type):
         raise ValueError("checkpoint_selective: expected no autocast, got some")
-    return SelectiveCheckpoint.apply(run, len(inputs), *inputs, *weights)
+    if not any(tensor.requires_grad for tensor in [*inputs, *weights]):
+        made = run(*inputs)  # nothing to save; what `run` uses may want a gradient
+        return tuple(made @ weight.T for weight in weights)
+    state = get_random_state(inputs[0])
+    products = SelectiveCheckpoint.apply(run, len(inputs), *inputs, *weights)
+    if not all(map(torch.equal, state, get_random_state(inputs[0]))):
+        raise ValueError("checkpoint_selective: expected no random numbers in run")
+    return products
 
 
 def run_blocks_selective(
@@ -323,14 +332,16 @@ def blocks_to_keep(
     working_bytes: int,
     budget_bytes: int,
 ) -> int:
-    """The most blocks that `keep_last_blocks` may keep within `budget_bytes`, 1 to L.
+    """How many blocks `keep_last_blocks` may keep within `budget_bytes`, 1 to L.
 
     Each block costs its edge if it is checkpointed and its inside if it is kept. On top
-    come working_bytes, once: what the backward pass of one block needs beside the inside,
-    for gradients on their way back. Keeping one block costs nothing extra: room for one
-    inside is needed anyway. Raises ValueError where even that does not fit.
+    come working_bytes, once: what the backward pass of a checkpointed block needs beside
+    the inside, for gradients on their way back. Keeping one block costs nothing extra:
+    room for one inside is needed anyway. The budget is never exceeded; with two kept
+    blocks or more, up to one edge of it is left. Raises ValueError where not even one
+    fits.
 
-    >>> blocks_to_keep(8, 1, 10, working_bytes=5, budget_bytes=45)  # 5 + 3 * 10 + 5
+    >>> blocks_to_keep(8, 1, 10, working_bytes=5, budget_bytes=45)  # 5·1 + 3·10 + 5
     3
     """
     smallest = (num_layers - 1) * edge_bytes + block_bytes + working_bytes

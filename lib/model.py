@@ -154,8 +154,8 @@ def rotate(x: torch.Tensor, positions: torch.Tensor, theta: float) -> torch.Tens
     x (..., T, heads, D), positions (..., T). Pair i turns by position * theta^(-2i/D)
     radians (RoFormer, section 3.2.2). Pairs are made of halves, as in the Hugging Face
     layout of Llama's weights; Meta's own code pairs neighbours. A key's rotation depends
-    on its own position alone, so it can be cached as it is. A query and a key then meet
-    at an angle that depends on their distance alone.
+    on its own position alone, so it can be cached as it is. How far a query and a key are
+    turned against each other depends on their distance alone.
     """
     D = x.shape[-1]
     # Angles want more digits than half precision has.

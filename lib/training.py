@@ -3,8 +3,8 @@
     python -m lib.training    # interrupt it, run it again, and it goes on
 
 A `Trainer` holds all that training carries from one step to the next: weights, optimizer,
-random state and loss curve. Save it after any step and load it, and the steps that follow
-are the same to the bit.
+random state and loss curve. Save it to a file after any step and load it: on a CPU, the
+steps that follow are the same to the bit.
 """
 
 import argparse
@@ -67,20 +67,19 @@ def next_token_loss(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tens
 def training_bytes(config: ModelConfig, batch_size: int, seq_len: int) -> dict[str, int]:
     """What training holds, in bytes of float32, by kind.
 
-    weights, gradients: 4 a parameter. optimizer: AdamW's two running means, of the
+    weights, gradients: 4 per parameter. optimizer: AdamW's two running means, of the
     gradient and of its square. (Its step counters, 4 bytes per tensor, are left out.)
-    activations: what autograd saves for the backward pass of all blocks, each block's
-    input included, with fused attention and without dropout.
+    activations: what autograd saves on a CPU for the backward pass of all blocks, each
+    block's input included, with fused attention and without dropout. (On a GPU torch has
+    a fused RMSNorm, which saves one vector less.)
 
     >>> config = ModelConfig(256, 1, 1, 1, d_model=2, d_ff=3, max_seq_len=8)
     >>> training_bytes(config, batch_size=1, seq_len=1)["weights"]  # 1,064 parameters
     4256
     """
     C, F = config.d_model, config.d_ff
-    q_size, kv_size = (
-        config.num_heads * config.head_dim,
-        config.num_kv_heads * config.head_dim,
-    )
+    q_size = config.num_heads * config.head_dim
+    kv_size = config.num_kv_heads * config.head_dim
 
     # parameters: the matrices of a block and its two norms; embedding, norm, unembedding
     block = 2 * C * q_size + 2 * C * kv_size + 3 * C * F + 2 * C
@@ -103,12 +102,14 @@ def training_bytes(config: ModelConfig, batch_size: int, seq_len: int) -> dict[s
 def step_bytes(config: ModelConfig, batch_size: int, seq_len: int) -> dict[str, int]:
     """What a training step holds at its peak beside weights, gradients and optimizer.
 
-    In bytes, by kind, and to the byte on a CPU in float32, for a batch of some hundred
-    tokens or more. (Of a smaller one the loss weighs less than the gradient of a weight,
-    and the peak comes later.) When the loss has been computed, and nothing has been given
-    back yet, there are, beside the blocks' activations,
+    In bytes, by kind, in float32 on a CPU, at the moment when the loss has been computed
+    and nothing has been given back yet. For the course's model and 200 tokens or more
+    that is the peak, to the byte. Where the loss weighs little beside the gradients
+    inside the last MLP (few tokens, a small vocabulary, a wide MLP), the peak comes a
+    little later and is a little higher. There are then, beside the blocks' activations,
 
-    - two dropout masks in each block, C floats per token, if there is dropout;
+    - two dropout masks in each block, C floats per token, if there is dropout (on a GPU
+      a mask is one byte per number);
     - the last norm's input, its output and a vector between, C floats per token each, and
       one float per token;
     - the logits, V floats per token; a copy of them without each passage's last row;
@@ -160,10 +161,10 @@ def accumulate_gradients(
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
     """Linear warm-up, then half a cosine from the peak down to zero, where it stays."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
     if step >= config.num_steps:
         return 0.0
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
     num_steps_after = config.num_steps - config.warmup_steps
     done = (step - config.warmup_steps) / num_steps_after  # from 0 to 1
     return config.learning_rate * (1 + math.cos(math.pi * done)) / 2
@@ -249,8 +250,8 @@ class Trainer:
 def held_out_loss(
     model: Transformer, token_ids: torch.Tensor, seq_len: int, batch_size: int = 8
 ) -> float:
-    """Mean loss over all of token_ids (T,), in nats per token, each predicted from at
-    most seq_len - 1 before it. Raises ValueError as `text.windows` does."""
+    """Mean loss over the `windows` of token_ids (T,), in nats per token, each predicted
+    from at most seq_len - 1 before it. Raises ValueError as `text.windows` does."""
     model.eval()
     total, count = 0.0, 0
     for batch in windows(token_ids, batch_size, seq_len):

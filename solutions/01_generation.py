@@ -134,11 +134,11 @@ text.encode("whales")
 # %% [markdown]
 # Large models use a vocabulary of tens or hundreds of thousands of pieces of
 # words, found by a **tokenizer** that was trained on much text. Then a token
-# stands for some four letters of English, and a text has a quarter of the
+# stands for about four letters of English, and a text has a quarter of the
 # tokens. What that saves is time and memory that grow with the number of
 # tokens, T, and T is the subject of this course. What it costs is memory that
 # grows with the size of the vocabulary, V: two matrices have one row for each
-# entry. The course's numbers for Llama 3 8B:
+# entry. For Llama 3 8B that is
 
 # %%
 llama = config.LLAMA3_8B
@@ -160,9 +160,10 @@ dash
 # %% [markdown]
 # ### Exercise 1.1 · `decode` ★ (5 minutes)
 #
-# Turn token ids back into text. What is no character becomes the mark �
+# Turn token ids back into text. Bytes that form no character become the mark �
 # (U+FFFD), as Python's own decoder does it: a broken byte must not hide the
-# rest. The lines that refuse a batch are given.
+# rest. An id that is no byte, 0 to 255, is a ValueError. The lines that refuse
+# a batch are given.
 
 # %% exercise="decode" given="1"
 from lib.text import decode
@@ -197,7 +198,7 @@ text.decode(dash), text.decode(dash[:2]), text.decode(text.encode("whales"))
 # matrices:
 #
 # - a **query**: what am I looking for?
-# - a **key**: what can be found at me?
+# - a **key**: what do I offer to those who look?
 # - a **value**: what do I hand over if I am found?
 #
 # Here are six tokens whose queries, keys and values have two numbers each,
@@ -263,9 +264,9 @@ drawing.draw_attention(
 # through the course: T tokens, H query heads, G key/value heads, D numbers per
 # head; `...` stands for any dimensions in front. `layer` says which layer is
 # asking: not needed here, chapter 3 uses it. Torch's own attention is not
-# allowed, and neither is a tensor of T × T × D numbers. (Divide the queries by
-# √D, and then multiply: the other way round large scores overflow in half
-# precision.)
+# allowed, and neither is a tensor of T × T × D numbers. (The library divides
+# the queries by √D before it multiplies, so that large scores do not overflow
+# in half precision. Here either order will do.)
 
 # %% exercise="attend_causal" given="1"
 from lib.model import attend_causal
@@ -337,13 +338,13 @@ def rope(x, positions, theta=10_000):  # x (T, heads, D), positions (T,)
 # last one, o, mixes what the heads found and brings it back to C numbers.
 
 # %%
-def attention(x, positions, attend, weights):  # x (T, C)
-    q = weights.q_proj(x).view(len(x), 6, 32)  # (T, H, D)
-    k = weights.k_proj(x).view(len(x), 2, 32)  # (T, G, D)
-    v = weights.v_proj(x).view(len(x), 2, 32)  # (T, G, D)
+def attention(x, positions, attend, part):  # x (T, C)
+    q = part.q_proj(x).view(len(x), 6, 32)  # (T, H, D)
+    k = part.k_proj(x).view(len(x), 2, 32)  # (T, G, D)
+    v = part.v_proj(x).view(len(x), 2, 32)  # (T, G, D)
     q, k = rope(q, positions), rope(k, positions)
-    out = attend(weights.layer, q, k, v)  # (T, H, D)
-    return weights.o_proj(out.flatten(1))  # (T, C)
+    out = attend(part.layer, q, k, v)  # (T, H, D)
+    return part.o_proj(out.flatten(1))  # (T, C)
 
 
 # %% [markdown]
@@ -361,9 +362,9 @@ def attention(x, positions, attend, weights):  # x (T, C)
 # this is called a **decoder**.
 
 # %%
-def mlp(x, weights):
-    gate, up = weights.gate_proj(x), weights.up_proj(x)  # (T, F) each
-    return weights.down_proj(F.silu(gate) * up)  # (T, C)
+def mlp(x, part):
+    gate, up = part.gate_proj(x), part.up_proj(x)  # (T, F) each
+    return part.down_proj(F.silu(gate) * up)  # (T, C)
 
 
 @torch.no_grad()
@@ -384,10 +385,10 @@ print(f"logits {tuple(ours.shape)}, largest difference to lm: {largest:.1e}")
 
 # %% [markdown]
 # The same, up to rounding. `lib/model.py` has the model as torch writes it, for
-# any sizes, and no later chapter changes it. For `attend` is a parameter: where
-# keys and values live, and how attention reads them, is not the model's
-# business. Every chapter brings another `attend`. Today there are two, yours
-# and torch's **fused** one, which comes up again below.
+# any sizes, and no later chapter changes it. This works because `attend` is a
+# parameter: where keys and values live, and how attention reads them, is not
+# the model's business. Every chapter brings another `attend`. Today there are
+# two, yours and torch's **fused** one, which comes up again below.
 #
 # ## What was computed once is computed again
 #
@@ -421,10 +422,10 @@ drawing.draw_generation(prompt_len=8, num_new_tokens=16);
 # %% [markdown]
 # ## From logits to a token
 #
-# Row t of the logits speaks about token t + 1. In training, where the next
-# token is known, all rows are useful. In generation only the last one is, for
-# it speaks about the token that is not there yet. `softmax` turns it into
-# probabilities.
+# Row t of the logits (we count from 0) speaks about token t + 1. In training,
+# where the next token is known, all rows but the last are useful. In generation
+# only the last one is, for it speaks about the token that is not there yet.
+# `softmax` turns it into probabilities.
 
 # %%
 logits = one_step(30)[-1]
@@ -466,15 +467,17 @@ check(next_token_probs)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# Sort the logits from largest to smallest, cut, then put the probabilities back
-# where they belong: `torch.zeros_like(logits).scatter(-1, token_ids, probs)`.
+# Sort the logits from largest to smallest (`stable=True` leaves equal ones in
+# their order), cut, then put the probabilities back where they belong:
+# `torch.zeros_like(logits).scatter(-1, token_ids, probs)`.
 #
 # </details>
 # <details><summary>Hint 2</summary>
 #
 # With `probs` sorted, `probs.cumsum(-1)` shifted by one place is what the more
 # probable tokens have together: `F.pad(sums[..., :-1], (1, 0))`. A token is
-# left out if that is already `top_p` or more.
+# left out if that is already `top_p` or more. At `top_p` = 1 leave out nothing:
+# a rounded sum may reach 1 too early.
 #
 # </details>
 
@@ -582,10 +585,10 @@ print(text.decode(min(sentences, key=len)))
 #
 # ## Predict the work, then measure it
 #
-# The product of an (m × k) and a (k × n) matrix has m·n sums of k products, and
-# by convention it counts as 2·m·k·n **FLOPs**, floating-point operations: one
-# multiplication and one addition for each of m·k·n pairs. Only matrix products
-# are counted. With T tokens in the text, a step makes
+# The product of an (m × r) and an (r × n) matrix has m·n sums of r products,
+# and by convention it counts as 2·m·r·n **FLOPs**, floating-point operations:
+# one multiplication and one addition for each of m·r·n pairs. Only matrix
+# products are counted. With T tokens in the text, a step makes
 #
 # - for **attention**, in each layer and head: `q @ k.T`, 2·T·T·D, and
 #   `weights @ v`, 2·T·T·D;
@@ -593,10 +596,11 @@ print(text.decode(min(sentences, key=len)))
 #   each of their weights and each token. (Looking up a token's row of the
 #   embedding is no product.)
 #
-# Attention is counted in full, although half of its scores are masked. A clever
-# kernel skips most of the masked half, and torch's does; your function computes
-# it. We count products by their shapes, as it is usual, so that a count tells
-# what an algorithm asks for and not which kernel ran.
+# Attention is counted in full, although nearly half of its scores are masked. A
+# clever kernel can skip masked tiles, and torch's does so on texts of more than
+# 512 tokens; your function computes them all. We count products by their
+# shapes, as is usual, so that a count tells what an algorithm asks for and not
+# which kernel ran.
 #
 # To write N tokens from a prompt of one, sum over T = 1 … N. The sum of T²
 # grows like N³, and the sum of T like N².
@@ -664,8 +668,8 @@ plotting.plot_measured(
 );
 
 # %% [markdown]
-# *Measured points on the prediction. On two logarithmic axes a power N^p is a
-# straight line of slope p; here, 3.*
+# *Measured points on the prediction. On two logarithmic axes a power N^a is a
+# straight line of slope a; here, 3.*
 #
 # Twice the text should cost 2³ = 8 times as much. The sum of T² is
 # N³/3 + N²/2 + N/6, and the smaller terms still show:
@@ -685,10 +689,11 @@ for T, ms in zip(lengths, milliseconds):
     print(f"in {ms:5.1f} ms, {step / ms / 1e6:5.1f} billion per second")
 
 # %% [markdown]
-# At 512 tokens there is more than 16 times the work of 32 tokens, and what
-# keeps the time from growing as much is the last column: on a longer text the
-# machine gets through more FLOPs per second, since the fixed price of a call is
-# spread over more of them.
+# At 512 tokens there is more than 20 times the work of 32 tokens. If the time
+# grows less, the last column says why: on a longer text the machine gets
+# through more FLOPs per second, since the fixed price of a call is spread over
+# more of them. (If the machine does something else meanwhile, these numbers
+# jump.)
 #
 # ## An honest look: the cube is not there at first
 #
@@ -757,16 +762,16 @@ for N in [16, 256, 4096]:
 
 # %% [markdown]
 # Whoever says that generation by recompute "is cubic" should say from what
-# length on. What holds at every length is the staircase: a step repeats the
-# whole step before it, and adds one row.
+# length on. What holds at every length is the picture of squares: a step
+# repeats the whole step before it, and adds one row.
 
 # %% [markdown]
 # ## Scores need not be stored
 #
 # Work is one price, memory the other. `attend_causal` holds a score for each
 # pair of tokens in each head: H·T² numbers of 4 bytes. While it masks them, or
-# takes their softmax, there are two such tensors, 8·H·T² bytes, or three, if
-# you still hold an earlier one.
+# takes their softmax, there are two such tensors, 8·H·T² bytes; or three, if
+# the function still holds the scores as they were before the mask.
 #
 # Must all scores be there at once? Take `a` again. Its output is a fraction,
 # Σ exp(score) · value over Σ exp(score), and both sums can be run up one key at
@@ -811,8 +816,8 @@ plotting.plot_measured(
 
 # %% [markdown]
 # *Both begin together, since at short lengths the peak is elsewhere. Then
-# stored scores take over, and head for four times as much with every doubling;
-# with fused attention it is twice as much.*
+# stored scores take over, and approach four times as much per doubling; with
+# fused attention it is twice as much.*
 
 # %%
 for T, a, b in zip(lengths, stored, fused):
@@ -836,8 +841,10 @@ for name, attend in [
     print(f"{name:6}: the process grew by {grown / 1e6:.0f} MB")
 
 # %% [markdown]
-# The fused kernel has no room for scores: they would not fit into what the
-# process grew by.
+# Where scores are stored, the process grows by two or three tensors of them.
+# With the fused kernel it hardly grows. (This is no proof: an allocator that
+# keeps freed memory for later would hide any growth. But then the second line
+# would be small, too.)
 
 # %% [markdown]
 # ## The first column of the table
@@ -870,8 +877,8 @@ plotting.plot_measured(
 # %% [markdown]
 # *Three lines from one point, with slopes 1, 2 and 3.*
 #
-# What an exponent lacks of its theory are the smaller terms again. `make
-# table`, in a terminal, prints all columns there are.
+# Where a measured exponent is a little below theory, the smaller terms are the
+# reason. `make table`, in a terminal, prints all columns there are.
 
 # %%
 check.summary()
@@ -922,8 +929,8 @@ print(f"{run:,} tokens computed to write {N}: {run / N:.1f} for each")
 #
 # 1. A character may take several bytes, and generation may stop between them;
 #    and a model may write bytes that are no text at all.
-# 2. The last row. Row t speaks about token t + 1, which is there already:
-#    useful in training, thrown away in generation.
+# 2. The last row. Each other row t speaks about token t + 1, which is there
+#    already: useful in training, thrown away in generation.
 # 3. That one token: the fewest that reach p, and never none.
 # 4. By 4, and by nearly 8 (a bit less, for the smaller terms).
 # 5. Both FLOP rows, the block calls and the seconds grow. Forward calls do not,

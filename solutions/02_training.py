@@ -18,7 +18,8 @@
 # - train on a large batch in small parts, with the same gradients,
 # - write `checkpoint` from scratch, with the same gradients to the bit,
 # - choose the number of segments, and fit a model into a budget,
-# - recompute only what is cheap, and save half of the memory for no product,
+# - recompute only what is cheap: nearly half of what a block keeps, for no
+#   product,
 # - say where √L comes from, and when it is not worth having.
 
 # %%
@@ -106,8 +107,9 @@ plotting.plot_timelines(
 # Softmax turns a row of logits into a probability for each possible next token.
 # The loss of one prediction is minus the logarithm of the probability that the
 # right token got, and its unit is the **nat**: 0 if the model was sure and
-# right, log 256 = 5.5 if it had no idea, and more if it was wrong. Row t speaks
-# about token t + 1, so six tokens make five predictions:
+# right, log 256 = 5.545 if it held all 256 bytes equally probable, and more if
+# it was wrong. Row t speaks about token t + 1, so six tokens make five
+# predictions:
 
 # %%
 whales = text.encode("whales")
@@ -143,7 +145,8 @@ check(next_token_loss)
 # </details>
 
 # %% [markdown]
-# An untrained model should have no idea, and it has none:
+# An untrained model should have no idea, and it has none. (It is a little above
+# 5.545, for its random guesses are not all equal, and mostly wrong.)
 
 # %%
 with torch.no_grad():
@@ -166,7 +169,7 @@ def show_source(function):
 show_source(training.Trainer.step)
 
 # %% [markdown]
-# Three things in it are not on our list. `accumulate_gradients` is the forward
+# Some of it is not on our list. `accumulate_gradients` is the forward
 # and the backward pass; it comes back below. `clip_grad_norm_` shortens the
 # gradient where it is too long: if all gradients together, taken as one vector,
 # are longer than 1, they are scaled down to that length, so that one odd batch
@@ -176,9 +179,9 @@ show_source(training.Trainer.step)
 # the second: weights whose gradients are small move as much as others. (The W
 # stands for weight decay: each step also shrinks the matrices a little.)
 #
-# How far a weight moves, the **learning rate**, changes on the way. It warms
-# up, since the running means know nothing at first, and then falls along half a
-# cosine, so that the last steps are small.
+# The loop at the top sets how far a weight moves, the **learning rate**, which
+# changes on the way. It warms up, since the running means know nothing at
+# first, and then falls along half a cosine, so that the last steps are small.
 
 # %%
 small = ModelConfig(
@@ -281,7 +284,7 @@ for name, function in {
 # it was there before, so the meter does not count it.)
 #
 # Here is what one block of our model saves, for 1 passage of 256 tokens,
-# without dropout: the operation that made it, its shape, and its bytes.
+# without dropout: the bytes, the shape, and the operation that made it.
 
 # %%
 x = torch.randn(1, 256, lm.config.d_model, requires_grad=True)
@@ -307,11 +310,13 @@ for made_by, shape, num_bytes in block_cost.saved:
 #   compute the scores again.
 # - The residual sum (`add`) is kept for the second norm, which saves three
 #   things like the first.
-# - The MLP saves four: gate and up (`mm`), silu(gate), and the product of the
-#   two (`mul`), which the last matrix needs.
+# - The MLP saves four: gate (`mm`), for the gradient of silu; up (`mm`) and
+#   silu(gate), for the gradient of their product; and the product (`mul`),
+#   which the last matrix needs.
 #
 # Weights are not in the list, since they were there before. Neither is the
-# block's own input; but that is kept too, and we count it as the block's.
+# block's own input; but that is kept too, and we count it as the block's. (All
+# of this is on a CPU. On a GPU torch has a norm that saves one vector less.)
 
 # %% [markdown]
 # ### Exercise 2.2 · `training_bytes` ★★ (25 minutes)
@@ -369,16 +374,19 @@ print(f"{predicted['activations']:,} predicted")
 # The mountain on top of the page is higher than that: it also has what lies
 # outside of the blocks, and its model has dropout. What is missing?
 #
-# - **Dropout masks.** Whoever sets a tenth of the numbers to zero has to know
-#   later which. A mask is a float per number, and each block has two.
+# - **Dropout masks.** Dropout has to remember, for the backward pass, which
+#   numbers it set to zero. A mask is one float per number (on a GPU one byte),
+#   and each block has two.
 # - **The last norm**, with its input: three more vectors and a number per
 #   token.
-# - **Logits and loss.** V numbers per token are the logits. The loss copies
+# - **Logits and loss.** The logits are V numbers per token. The loss copies
 #   them, since the last row of each passage has to be left out, and computes
-#   their log-softmax, which it saves. At that moment all three are there.
+#   their log-softmax, which it saves. It also copies the targets, 8 bytes each,
+#   and makes two single floats: the loss, and the number of its terms. At that
+#   moment all of it is there.
 #
-# After that the backward pass begins to give back what was kept. So this is the
-# peak, and `training.step_bytes` adds it up:
+# After that the backward pass begins to give back what was kept, so in our
+# model this is the peak. `training.step_bytes` adds it up:
 
 # %%
 account = training.step_bytes(MOBY, 4, 256)
@@ -388,9 +396,9 @@ print(f"{sum(account.values()):12,}  predicted in all")
 print(f"{step_cost.peak_bytes:12,}  measured, on top of the page")
 
 # %% [markdown]
-# Every byte of the mountain has a name. The numbers differ from the ones above
-# it for one reason each: the blocks' activations are those of exercise 2.2; the
-# peak has masks, the last norm, and the loss besides.
+# Every byte of the mountain has a name. (In a model with a small vocabulary and
+# a wide MLP the peak comes a little later, in the last block's MLP, and is a
+# little higher.)
 #
 # And a whole training run? Here are two steps of the loop, from nothing: the
 # model itself is made under the meter, too.
@@ -430,22 +438,22 @@ plotting.plot_timelines(
 # One kind is missing from the account: the gradients. They are there, 6.7 MB of
 # them, but not at the peak. The loop forgets them after each update, so that
 # their memory is free while the next forward pass climbs, and the backward pass
-# makes them anew while it gives activations back. Only with a small batch,
-# where the mountain is low, are they part of the highest point.
+# makes them anew while it gives activations back. They are part of the highest
+# point only with a small batch, where the mountain is low.
 #
 # Now that the account is right, we may believe it for sizes that are tedious to
 # measure:
 
 # %%
-sizes = {
-    f"batch of {B}": {
-        **training.training_bytes(MOBY, B, 256),
-        **training.step_bytes(MOBY, B, 256),
-    }
-    for B in (1, 4, 16)
-}
+def at_the_peak(B):
+    kinds = training.training_bytes(MOBY, B, 256)
+    lasting = {kind: kinds[kind] for kind in ("weights", "optimizer")}
+    return {**lasting, **training.step_bytes(MOBY, B, 256)}
+
+
+sizes = {f"batch of {B}": at_the_peak(B) for B in (2, 4, 16)}
 largest = sizes["batch of 16"]
-fixed = sum(largest[kind] for kind in ("weights", "gradients", "optimizer"))
+fixed = largest["weights"] + largest["optimizer"]
 share = 1 - fixed / sum(largest.values())
 plotting.plot_training_bytes(
     sizes,
@@ -453,15 +461,17 @@ plotting.plot_training_bytes(
 );
 
 # %% [markdown]
-# *Weights, gradients and optimizer stay what they are. Activations, masks, norm
-# and logits grow with every passage of 256 tokens.*
+# *Weights and optimizer stay what they are. Activations, masks, norm and logits
+# grow with every passage of 256 tokens. Gradients are not in the bars, for they
+# are not there at the peak.*
 #
 # ### Half the bytes per number
 #
 # Large models are trained in **mixed precision**. The passes run in bfloat16,
-# which has 2 bytes per number, and the optimizer works on float32 copies of the
-# weights, the **masters**, since small updates would be lost in bfloat16. What
-# does that save?
+# which has 2 bytes per number (`torch.autocast` switches that on for a stretch
+# of code), and the optimizer works on float32 copies of the weights, the
+# **masters**, since small updates would be lost in bfloat16. What does that
+# save?
 
 # %%
 bytes_per_weight = {
@@ -481,9 +491,9 @@ share = half_cost.saved_bytes / blocks_cost.saved_bytes
 print(f"activations: {half_cost.saved_bytes:,} bytes, {share:.0%} of float32's")
 
 # %% [markdown]
-# Nothing on the side of the weights, and less than half on the other: torch's
-# RMSNorm computes in float32 on a CPU, and keeps its input and one more vector
-# in that precision.
+# It saves nothing on the side of the weights. Activations shrink, but not to
+# half: torch's RMSNorm computes in float32 on a CPU, and keeps its input and
+# one more vector in that precision.
 #
 # For a large model we can only compute what it would take. Llama 3 8B, one
 # passage of 8,192 tokens, if all blocks keep their activations and every number
@@ -501,8 +511,8 @@ for name, num_bytes in gigabytes.items():
     print(f"{num_bytes / 1e9:6.1f} GB  {name}")
 
 # %% [markdown]
-# Large GPUs have 80 GB. The first line is spread over several of them; the
-# second is what the rest of this chapter is about.
+# An H100 has 80 GB of memory. The first line has to be spread over several of
+# them; the second is what the rest of this chapter is about.
 
 # %% [markdown]
 # ## A large batch in small parts
@@ -518,9 +528,10 @@ for name, num_bytes in gigabytes.items():
 # ### Exercise 2.3 · `accumulate_gradients` ★★ (15 minutes)
 #
 # Add the gradient of `next_token_loss` of the whole batch to each parameter's
-# `.grad`, part by part, and return the loss as a number. The parts may differ
-# in size: 7 passages in 3 parts are 3, 2 and 2. No more than `num_parts` calls
-# of the model, and only one part's activations in memory.
+# `.grad`, part by part, and return the loss as a number. Parts are nearly
+# equal, and may differ in size: 7 passages in 3 parts are 3, 2 and 2. You may
+# call the model `num_parts` times at most, and keep only one part's activations
+# in memory.
 
 # %% exercise="accumulate_gradients" given="1"
 from lib.training import accumulate_gradients
@@ -607,9 +618,9 @@ x.grad
 # In both functions autograd is off: what they compute does not become part of
 # any graph. `with torch.enable_grad():` switches it on again. One more word is
 # needed: a **leaf** is a tensor at which a graph begins, such as a weight. The
-# backward pass ends at leaves, and leaves their gradient in `.grad`.
-# `x.detach()` is a new leaf with the numbers of x, and
-# `.requires_grad_()` says that it wants a gradient.
+# backward pass ends at leaves, and stores their gradient in `.grad`.
+# `x.detach()` is a new leaf with the numbers of x, and `.requires_grad_()` says
+# that it wants a gradient.
 #
 # So much for how; one thing is still needed to make it *exact*. Dropout draws
 # random numbers, and the second run has to draw the same ones. Without dropout
@@ -623,11 +634,12 @@ x.grad
 # on a new leaf, with autograd on and inside `with use_random_state(x,
 # ctx.random_state):`, which replays the dice. From the new output it goes
 # backward. It returns one gradient for each input of `forward`, in their order:
-# `None` for `run`, x's, and `None` for the empty tensor, whose part
-# `checkpoint` explains. The parameters inside `run` get theirs in `.grad`, as
-# ever. Gradients have to be those of a plain run, to the bit, with dropout and
-# without. `torch.utils.checkpoint` is not allowed. (`Repeatable`, in the
-# library, refuses what a second run would get wrong.)
+# `None` for `run`, x's, and `None` for the empty tensor (a comment in
+# `checkpoint` says why it is there). The parameters inside `run` get theirs in
+# `.grad`, as ever. Gradients have to be those of a plain run, to the bit, with
+# dropout and without. `torch.utils.checkpoint` is not allowed. (`Repeatable`,
+# in the library, keeps autocast the same in both runs, and refuses some
+# misuses, such as a `run` that uses other tensors of the graph than x.)
 
 # %% exercise="checkpoint" given="forward checkpoint"
 from lib.checkpointing import Checkpoint, checkpoint
@@ -684,7 +696,9 @@ def gradients(run, *args):
 
 
 def is_equal_to_the_bit(run, *args):
+    deep_lm.train()  # with dropout
     pairs = zip(gradients(run, *args), gradients(run_blocks))
+    deep_lm.eval()
     return all(torch.equal(a, b) for a, b in pairs)
 
 
@@ -698,7 +712,6 @@ for k in (1, 4, 16):
 # would only blur the picture.
 
 # %%
-deep_lm.eval()
 keep_all = meter.measure(lambda: deep_step(run_blocks))
 four = meter.measure(lambda: deep_step(in_segments, 4))
 sixteen = meter.measure(lambda: deep_step(in_segments, 16))
@@ -722,7 +735,8 @@ plotting.plot_timelines(
 #
 # Let b be the bytes of an **edge**, one x between two blocks, and A what a
 # block keeps **inside**, its input included. With L blocks in k segments the
-# backward pass holds k edges and the inside of one segment:
+# backward pass holds the inside of one segment, the inputs of those before it,
+# and the output of the one that it runs again: together k edges and one inside.
 #
 # > k·b + ⌈L/k⌉·A
 #
@@ -745,9 +759,10 @@ print([peak - guess for peak, guess in zip(peaks, predicted)], "bytes more")
 # %% [markdown]
 # The measured peak is the prediction and a constant, the same for every k.
 # Where does it come from? The peak comes while the backward pass is in the MLP
-# of the last block. On their way back there are two gradients of F = 192
-# numbers per token, one of the product and one of silu(gate). And the loss, a
-# sum, is one float, and so is its gradient:
+# of the last block. There are three gradients of F = 192 numbers per token on
+# their way back, of the product, of silu(gate) and of up, while the product
+# itself has just been given back. That leaves two. And the loss, a sum, is one
+# float, and so is its gradient:
 
 # %%
 2 * 4 * 128 * deep.d_ff * 4 + 8
@@ -767,8 +782,8 @@ plotting.plot_measured(
 #
 # Where is the minimum? If we forget the rounding, k·b + (L/k)·A is smallest
 # where both parts are equal, at k = √(L·A/b), and there it is 2·√(L·A·b). Four
-# times the layers, twice the best k and twice the best peak: **both grow like
-# √L.**
+# times the layers, about twice the best k and twice the best peak: **both grow
+# like √L.**
 #
 # In our model √(16·A/b) is 18, but there are only 16 blocks to cut at. As long
 # as k is held back like this, each block is a segment of its own and the peak
@@ -814,10 +829,11 @@ print(f"one block per segment is best up to {last} layers")
 
 # %% [markdown]
 # From 64 layers on, four times the layers need about twice the memory. Up to
-# twice A/b, 43 layers, one block per segment is best. (Segments of two blocks
-# would save half of the edges, L/2 of them, and cost one more inside. That pays
-# once L/2 edges weigh more than one inside.) The table at the end uses k = √L,
-# which needs no A and b: its peak, √L·(A + b), also grows like √L.
+# about twice A/b, here 43 layers, one block per segment is best. (Segments of
+# two blocks would save half of the edges, L/2 of them, and cost one more
+# inside. That pays once L/2 edges weigh more than one inside.) The table at the
+# end uses k = √L, which needs no A and b: its peak, √L·(A + b), also grows like
+# √L.
 
 # %% [markdown]
 # ## Spend what you have
@@ -825,13 +841,12 @@ print(f"one block per segment is best up to {last} layers")
 # Recomputing *all* blocks may be more than you need. If the memory has room for
 # a few insides, keep those and save the work. Keep the **last** blocks: the
 # backward pass begins there, so by the time it has to run an earlier block
-# again, their insides are gone. That makes the first kept block free: room for
-# one inside is needed anyway.
+# again, their insides are gone. So the first block that you decide to keep, the
+# last of the stack, costs nothing: room for one inside is needed anyway.
 #
-# What else needs room? The gradients on their way back, as we saw above. They
-# take the same room however many blocks are kept, so it is enough to measure
-# them once, on two blocks, one of them checkpointed. Call it W, the working
-# memory.
+# What else needs room? The gradients on their way back, as we saw above. It is
+# enough to measure that once, on two blocks, one of them checkpointed. Call it
+# W, the working memory.
 
 # %%
 keep_last = checkpointing.keep_last_blocks
@@ -854,8 +869,9 @@ print(f"{working_bytes / edge_bytes:.1f} edges")
 # ### Exercise 2.6 · `blocks_to_keep` ★★ (10 minutes)
 #
 # A checkpointed block costs its edge, a kept one its inside, which includes its
-# own edge; and W comes on top, once. How many blocks can be kept within the
-# budget? The lines that raise `ValueError` if not even one fits are given.
+# own edge and may be no larger; and W comes on top, once. How many blocks can
+# be kept within the budget? The lines that raise `ValueError` if not even one
+# fits are given.
 
 # %% exercise="blocks_to_keep" given="1"
 from lib.checkpointing import blocks_to_keep
@@ -889,9 +905,10 @@ for n in (0, 1, kept, kept + 1, 16):
     print(f"{cost.calls['Block']} block calls: {fits}")
 
 # %% [markdown]
-# The budget is met by the measured step, and one block more would break it. And
-# the first line shows that keeping no block saves nothing: the peak is that of
-# keeping one.
+# The budget is met by the measured step, and one block more would break it.
+# (From two kept blocks on the rule is one edge too careful: at the peak no
+# gradient is waiting between blocks.) And the first line shows that keeping no
+# block saves nothing: the peak is that of keeping one.
 
 # %% [markdown]
 # ## Halve, and halve again
@@ -909,16 +926,17 @@ drawing.draw_schedule(
 
 # %% [markdown]
 # *Follow the columns. The first eight are the forward pass: it keeps the edges
-# behind block 4 and behind block 6, and the inside of block 8. The backward
-# pass finishes 8. It runs 7 again, from the edge behind 6, and finishes it;
-# then 5 and 6, from the edge behind 4. For the first half it runs 1 to 4 again
-# from the input, this time keeping the edge behind 2, and so on. (The line
-# above block 4 that begins in column 20 is what this second run gives: it stays
-# until the backward pass is through with the run.)*
+# after block 4 and after block 6, and the inside of block 8. The backward pass
+# finishes 8. It runs 7 again, from the edge after 6, and finishes it; then it
+# runs 5 and 6 again, from the edge after 4, and so on. For the first half it
+# runs 1 to 4 again from the input, this time keeping the edge after 2. (The
+# lines that begin in columns 13, 20 and 25 are what such a second run gives:
+# its result stays until the backward pass is through with the run.)*
 #
-# At any time there is about one edge for each halving, log₂ L of them, and the
-# inside of one block. The work is L block calls for the forward pass, and L/2
-# more for each halving, since each halving runs its first half once more.
+# At any time there are about two edges for each halving, the one that it keeps
+# and a result or gradient that waits, so about 2·log₂ L of them, and the inside
+# of one block. The work is L block calls for the forward pass, and L/2 more for
+# each halving, since each halving runs its first half once more.
 #
 # ### Exercise 2.7 · `checkpoint_recursive` ★★★ (20 minutes)
 #
@@ -983,8 +1001,8 @@ plotting.plot_measured(
 #
 # A checkpoint computes everything again, and most of that work is in matrix
 # products. But much of the *memory* is not: look at the list of exercise 2.2
-# once more. The norms' outputs, silu(gate) and silu(gate)·up need no product to
-# come back; they are made number by number from what is kept anyway. Which
+# once more. What the norms save, silu(gate), and silu(gate)·up need no product
+# to come back; they are made number by number from what is kept anyway. Which
 # share of a block's bytes are they?
 
 # %%
@@ -997,17 +1015,17 @@ share = sum(cheap) / (block_cost.saved_bytes + 4 * 256 * MOBY.d_model)
 print(f"{share:.0%} of what a block keeps is cheap to make again")
 
 # %% [markdown]
-# Why are they kept at all? Each of them is multiplied by a matrix next. The
-# gradient of a matrix W in `y = h @ W.T` is `grad_y.T @ h`, so its backward
-# needs h; and the gradient of h is `grad_y @ W`, which needs no h. So let a
-# product keep what its input was *made from*, and make the input again when the
-# backward pass gets there. (Attention's scores are recomputed in the same
-# spirit: a fused kernel never keeps them.) Korthikanti and others call it
-# **selective recomputation**.
+# Why are they kept at all? Because a matrix comes next. Let h be a matrix with
+# one row per token. The gradient of M in `y = h @ M.T` is `grad_y.T @ h`, so
+# its backward needs h; and the gradient of h is `grad_y @ M`, which needs no h.
+# So let a product keep what its input was *made from*, and make the input again
+# when the backward pass gets there. This is called **selective recomputation**.
+# (Korthikanti and others, who named it, recompute attention's scores, which a
+# fused kernel never keeps anyway. Our choice is another one, in their spirit.)
 #
 # ### Exercise 2.8 · `checkpoint_selective` ★★★ (25 minutes)
 #
-# The operation computes `h = run(*inputs)` and then `h @ W.T` for each of
+# The operation computes `h = run(*inputs)` and then `h @ weight.T` for each of
 # several weights: one norm feeds the three projections of attention, and
 # another feeds gate and up. `SelectiveCheckpoint.forward` is given: it keeps
 # inputs and weights, and h is gone. Write `backward`, where one gradient comes
@@ -1016,7 +1034,8 @@ print(f"{share:.0%} of what a block keeps is cheap to make again")
 # and goes backward from h to the inputs (what `run` itself learns, a norm's
 # gain, gets its gradient on the way). It returns `None` for `run` and
 # `num_inputs`, the gradients of the inputs, and those of the weights. No
-# product may be computed again.
+# product may be computed again. There may be any number of dimensions in front,
+# one or more.
 
 # %% exercise="checkpoint_selective" given="forward checkpoint_selective"
 from lib.checkpointing import SelectiveCheckpoint, checkpoint_selective
@@ -1052,9 +1071,12 @@ some = meter.measure(lambda: deep_step(selective))
 for name, cost in {"all kept": keep_all, "selective": some}.items():
     print(f"{name:9} peak {cost.peak_bytes:,} bytes, ", end="")
     print(f"{cost.flops.total():,} FLOPs")
+share = 1 - some.peak_bytes / keep_all.peak_bytes
+print(f"{share:.0%} less memory")
 
 # %% [markdown]
-# About half of the memory, for no matrix product at all.
+# No product more than before. The peak falls by less than the share above,
+# since the backward pass needs some room to work in.
 
 # %% [markdown]
 # ## Torch's own
@@ -1064,8 +1086,9 @@ for name, cost in {"all kept": keep_all, "selective": some}.items():
 # `Function` whose backward goes backward itself, as ours. `use_reentrant=False`
 # is newer, and what torch recommends: it replaces every tensor that would be
 # saved by a note, and computes the segment again when the first of them is
-# asked for. It works with `torch.autograd.grad` too, and it stops as soon as
-# the last tensor that is needed is there.
+# asked for. It works with `torch.autograd.grad` too, and its second run stops
+# as soon as the last tensor that is needed is there, so that the segment's
+# output, an edge, is not made again.
 
 # %%
 def by_torch(use_reentrant):
@@ -1086,8 +1109,8 @@ for name, (run, *args) in {
 }.items():
     cost = meter.measure(lambda: deep_step(run, *args))
     print(f"{name:23} peak {cost.peak_bytes:,} bytes, ", end="")
-    print(f"{cost.flops.total() / 1e9:.3f} GFLOPs, gradients equal: ", end="")
-    print(is_equal_to_the_bit(run, *args))
+    print(f"{cost.flops.total() / 1e9:.3f} GFLOPs, ", end="")
+    print(f"equal with dropout: {is_equal_to_the_bit(run, *args)}")
 
 # %% [markdown]
 # ## What it costs
@@ -1121,24 +1144,25 @@ for name, (run, *args) in ways.items():
 # %% [markdown]
 # In FLOPs, a backward pass is about two forward passes, since each product has
 # two gradients. So plain training is worth three forward passes, and one more
-# is a third more work. Time follows only roughly. In a model as narrow as this
-# one, what is no product (norms, silu, rotations, the calls themselves) takes
-# much of the time, and is done again too. And the numbers differ from run to
-# run, more so if your machine does other things meanwhile. Recursion saves
-# little memory here: its edges are few, but one inside weighs as much as twenty
-# of them. Whether any of this is a bargain depends on what you lack.
+# is a third more work (a little less, since attention's backward is worth more
+# than two). Time follows only roughly. In a model as narrow as this one, what
+# is no product (norms, silu, rotations, the calls themselves) takes much of the
+# time, and is done again too. And the numbers differ from run to run, more so
+# if your machine does other things meanwhile. Recursion saves little memory
+# here: its edges are few, but one inside weighs as much as twenty of them.
+# Whether any of this is a bargain depends on what you lack.
 
 # %% [markdown]
 # ## Two columns of the table
 #
 # Training, with fused attention, keeps N·L. With √L segments it keeps N·√L.
 #
-# The table writes its work as 2 N² L, and the 2 needs a word. It counts
-# *forward passes*, as the source of this table does: a checkpointed step goes
-# through the blocks forward twice. It does not mean twice the work. We measure
-# it in FLOPs, as 1 + (checkpointed - plain) / forward, and write beside it what
-# it costs: one pass more on top of three, about 1.33 times the work of plain
-# training. (For attention it is a little less, 9/7, since torch's fused
+# Here N is the number of tokens of a passage. The table writes the work as 2 N²
+# L, and the 2 needs a word. It counts *forward passes*: a checkpointed step
+# goes through the blocks forward twice. It does not mean twice the work. We
+# measure it in FLOPs, as 1 + (checkpointed - plain) / forward. Behind it stands
+# what it costs, all FLOPs over those of plain training: one pass more on top of
+# three, 1.33 times. (For attention it is 9/7, about 1.29, since torch's fused
 # backward computes five products, and not four.)
 
 # %%
@@ -1170,7 +1194,7 @@ check.summary()
 # 4. k segments hold k·b + ⌈L/k⌉·A, which at its best grows like √L once there
 #    are more than about 2·A/b layers, and like L·b + A before; halving again
 #    and again grows like log L.
-# 5. About half of a block's memory can be made again without any matrix
+# 5. Nearly half of what a block keeps can be made again without any matrix
 #    product.
 #
 # ## Do you recall?
@@ -1184,7 +1208,7 @@ check.summary()
 # 4. Your blocks have insides of 20 edges. You have 12 layers. How many
 #    segments?
 # 5. Why does keeping the *last* block cost nothing extra?
-# 6. A batch of 6 goes through the model in parts of 4 and 2. What must each
+# 6. A batch of 7 goes through the model in parts of 4 and 3. What must each
 #    part's mean loss be multiplied by?
 #
 # <details><summary>Answers</summary>
@@ -1197,7 +1221,7 @@ check.summary()
 # 4. 12: √(12·20) is more than 12, so one block per segment.
 # 5. Room for the inside of one block is needed anyway, when an earlier one is
 #    computed again; by then the last one's is free.
-# 6. By 4/6 and 2/6.
+# 6. By 4/7 and 3/7.
 #
 # </details>
 #
@@ -1210,7 +1234,7 @@ check.summary()
 #   best schedule for a given number of checkpoints.
 # - Korthikanti and others, *Reducing Activation Recomputation in Large
 #   Transformer Models*, 2022, [2205.05198](https://arxiv.org/abs/2205.05198):
-#   activations of a transformer layer, counted, and which to recompute.
+#   activations of a transformer layer, counted, and selective recomputation.
 # - Micikevicius and others, *Mixed Precision Training*, 2017,
 #   [1710.03740](https://arxiv.org/abs/1710.03740): masters in float32.
 # - Loshchilov and Hutter, *Decoupled Weight Decay Regularization*, 2017,

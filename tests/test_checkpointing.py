@@ -345,7 +345,31 @@ def test_selective_recomputation_saves_what_it_says_and_costs_no_flops():
     assert 0.4 < dropped / (plain.saved_bytes / 4) < 0.6
 
 
-def test_a_selective_checkpoint_refuses_autocast():
+def test_a_selective_checkpoint_refuses_autocast_and_random_numbers():
     linear, x = torch.nn.Linear(3, 3), torch.randn(2, 3)
     with torch.autocast("cpu"), pytest.raises(ValueError, match="expected no autocast"):
         checkpoint_selective(torch.sin, [x], [linear.weight])
+    with pytest.raises(ValueError, match="expected no random numbers in run"):
+        checkpoint_selective(torch.nn.functional.dropout, [x], [linear.weight])
+
+
+def test_what_run_learns_gets_its_gradient_when_nothing_else_wants_one():
+    norm, x = torch.nn.RMSNorm(3), torch.randn(2, 3)
+    weight = torch.randn(4, 3)
+    (out,) = checkpoint_selective(norm, [x], [weight])
+    out.sum().backward()
+    got, norm.weight.grad = norm.weight.grad, None
+    (norm(x) @ weight.T).sum().backward()
+    assert_close(got, norm.weight.grad)
+
+
+def test_a_shared_parameter_gets_its_gradient_up_to_rounding():
+    w, x = torch.nn.Parameter(torch.randn(6, 6).double()), torch.randn(2, 6).double()
+
+    def loss(step):
+        return (step(lambda y: torch.tanh(y @ w), x @ w) @ w).sum()
+
+    loss(checkpoint).backward()
+    got, w.grad = w.grad, None
+    loss(lambda run, x: run(x)).backward()
+    assert_close(got, w.grad)

@@ -588,7 +588,10 @@ WRONG_TENSORS = {
 @pytest.mark.parametrize("gives", WRONG_TENSORS)
 def test_a_wrong_kind_of_tensor_is_told_what_it_is(worker, gives):
     ours = answer("lib.sampling", ["next_token_probs"])
-    imports = "import torch\nfrom lib.sampling import check_sampling"
+    imports = (
+        "import torch\nimport torch.nn.functional as F\n"
+        "from lib.sampling import check_sampling, subtract_largest"
+    )
     cells = [
         imports,
         ours.replace("def next_token_probs", "def right"),

@@ -129,7 +129,11 @@ def watcher():
         token_ids, positions = torch.randint(29, (3, 7)), torch.arange(7)
         for attend in (attend_causal, attend_fused):
             model(token_ids, positions, attend)
-            for run in (checkpointing.checkpoint_recursive, checkpointing.run_blocks):
+            for run in (
+                checkpointing.checkpoint_recursive,
+                checkpointing.run_blocks,
+                checkpointing.run_blocks_selective,
+            ):
                 x = model.embed(token_ids)
                 run(model.blocks, x, positions, attend).sum().backward()
         generate.generate_recompute(model.eval(), token_ids, 3, top_k=5, top_p=0.9)

@@ -4,6 +4,8 @@ import math
 import pytest
 import torch
 from helpers import assert_close, random_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lib import training
 from lib.config import MOBY, TINY, ModelConfig
@@ -62,6 +64,7 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
     assert [learning_rate(step, config) for step in (150, 10**6)] == [0, 0]
     # no room for a cosine
     assert learning_rate(100, TrainingConfig(num_steps=100, warmup_steps=100)) == 0
+    assert learning_rate(60, TrainingConfig(num_steps=50, warmup_steps=100)) == 0
 
 
 @pytest.mark.parametrize("shape", [(3, 1), (3, 0), (5,)])
@@ -104,6 +107,33 @@ def test_the_peak_of_a_step_is_predicted_to_the_byte(batch_size, seq_len, dropou
     predicted = step_bytes(config, batch_size, seq_len)
     assert measure(step).peak_bytes == sum(predicted.values())
     assert (predicted["dropout masks"] == 0) == (dropout == 0)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    L=st.integers(1, 3),
+    H=st.sampled_from([1, 2, 4]),
+    D=st.sampled_from([2, 8]),
+    d_ff=st.integers(1, 200),
+    vocab_size=st.integers(2, 300),
+    batch_size=st.integers(1, 4),
+    seq_len=st.integers(2, 40),
+)
+def test_no_step_holds_less_than_its_account(
+    L, H, D, d_ff, vocab_size, batch_size, seq_len
+):
+    config = ModelConfig(vocab_size, L, H, 1, H * D, d_ff, 40, dropout=0.1)
+    model = Transformer(config)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    batch, positions = torch.zeros(batch_size, seq_len).long(), torch.arange(seq_len)
+
+    def step():
+        next_token_loss(model(batch, positions, attend_fused), batch).backward()
+
+    assert measure(step).peak_bytes >= sum(
+        step_bytes(config, batch_size, seq_len).values()
+    )
 
 
 @pytest.mark.parametrize("num_parts", [1, 4])

@@ -11,7 +11,7 @@ but seconds is exact and the same on every run. On a GPU memory is the peak of t
 own allocator. What a Triton kernel loads and stores is counted where it is interpreted.
 
 What it does not see: scratch space inside one operation (`resident_bytes` does, less
-exactly), and memory that numpy or Python hold.
+exactly), memory that numpy or Python hold, and operations of other threads.
 """
 
 import math

@@ -36,7 +36,7 @@ SIZES = {
     "N": [(64, 4), (128, 4), (256, 4)],
     "L": [(16, 4), (16, 16), (16, 64)],
 }
-SMALL_SIZES = {  # a quarter of the time
+SMALL_SIZES = {  # in a third of the time, or less
     "N": [(16, 4), (32, 4), (64, 4)],
     "L": [(16, 1), (16, 4), (16, 16)],
 }
@@ -157,7 +157,7 @@ def fit(sweep: Sweep) -> list[Cell]:
 def growth_exponent(values: list[float], ratio: int) -> float:
     """The p for which f(x), f(rx), f(r²x) grow like x^p beside a constant.
 
-    NaN where they fall.
+    NaN where one of the two differences is not positive.
 
     >>> growth_exponent([5 + 1, 5 + 4, 5 + 16], ratio=2)  # 5 + x² at 1, 2, 4
     2.0

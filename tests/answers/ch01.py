@@ -63,7 +63,7 @@ def stripped(token_ids):
     return bytes(token_ids.tolist()).decode("utf-8", errors="replace").rstrip("\ufffd")
 
 
-@right("decode")
+@wrong("decode", says="an id that is no byte")
 def from_signed_bytes(token_ids):
     data = token_ids.numpy().astype(np.uint8).view(np.int8).tobytes()
     return codecs.decode(data, "utf-8", "replace")
@@ -221,6 +221,17 @@ def surrogate_halves_pass(token_ids):
         return data.decode("utf-8", "surrogatepass")
     except UnicodeDecodeError:
         return data.decode("utf-8", "replace")
+
+
+@wrong("decode", says="an id that is no byte")
+def ids_modulo_256(token_ids):
+    return bytes(i % 256 for i in token_ids.tolist()).decode("utf-8", errors="replace")
+
+
+@wrong("decode", says="an id that is no byte")
+def ids_cut_to_eight_bits(token_ids):
+    data = token_ids.to(torch.uint8).tolist()
+    return bytes(data).decode("utf-8", errors="replace")
 
 
 # attend_causal
@@ -518,11 +529,11 @@ def one_row_at_a_time(logits, temperature=1.0, top_k=None, top_p=1.0):
             probs = torch.zeros_like(row)
             probs[row.argmax()] = 1
         else:
-            values, order = (row / temperature).sort(descending=True)
+            values, order = (row / temperature).sort(descending=True, stable=True)
             values[top_k or len(values) :] = -math.inf
             ranked = values.softmax(0)
             total, num_kept = 0.0, 0
-            while total < top_p and num_kept < len(ranked):
+            while (total < top_p or top_p == 1) and num_kept < len(ranked):
                 total += ranked[num_kept].item()
                 num_kept += 1
             ranked[num_kept:] = 0
@@ -721,6 +732,33 @@ def exponentials_overflow(logits, temperature=1.0, top_k=None, top_p=1.0):
     ranked = ranked * (ranked.cumsum(-1) - ranked < top_p)
     ranked = ranked / ranked.sum(-1, keepdim=True)
     return torch.zeros_like(logits).scatter(-1, order, ranked)
+
+
+@wrong("next_token_probs", says="256 logits and no settings")
+def a_rounded_sum_ends_the_text(logits, temperature=1.0, top_k=None, top_p=1.0):
+    if temperature == 0:
+        return greedy(logits)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    values, order = logits.sort(dim=-1, descending=True, stable=True)
+    probs = values[..., :top_k].softmax(-1)
+    before = F.pad(probs.cumsum(-1)[..., :-1], (1, 0))
+    probs = probs.masked_fill(before >= top_p, 0.0)
+    probs = probs / probs.sum(-1, keepdim=True)
+    return torch.zeros_like(logits).scatter(-1, order[..., :top_k], probs)
+
+
+@wrong("next_token_probs", says="256 logits of four values and top_k=20")
+def sorted_in_any_order(logits, temperature=1.0, top_k=None, top_p=1.0):
+    if temperature == 0:
+        return greedy(logits)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    values, order = logits.sort(dim=-1, descending=True)
+    probs = values[..., :top_k].softmax(-1)
+    if top_p < 1:
+        before = F.pad(probs.cumsum(-1)[..., :-1], (1, 0))
+        probs = probs.masked_fill(before >= top_p, 0.0)
+    probs = probs / probs.sum(-1, keepdim=True)
+    return torch.zeros_like(logits).scatter(-1, order[..., :top_k], probs)
 
 
 # generate_recompute
@@ -1195,7 +1233,7 @@ def layer_by_layer(config, prompt_len, num_new_tokens):
     return total
 
 
-@wrong("attention_flops", says="two FLOPs a multiply-add")
+@wrong("attention_flops", says="two FLOPs per multiply-add")
 def multiply_adds(config, prompt_len, num_new_tokens):
     return closed_form(config, prompt_len, num_new_tokens) // 2
 

@@ -164,6 +164,13 @@ def rotations_for_each_sequence(config, batch_size, seq_len):
     return sizes(config, batch_size, seq_len, sequences_of_rotations=batch_size)
 
 
+@wrong("training_bytes", says="That is 3 floats per token and layer too few")
+def silu_forgotten(config, batch_size, seq_len):
+    found = by_formula(config, batch_size, seq_len)
+    forgotten = config.num_layers * batch_size * seq_len * config.d_ff
+    return {**found, "activations": found["activations"] - 4 * forgotten}
+
+
 @wrong("training_bytes")
 def keys_for_every_head(config, batch_size, seq_len):
     return sizes(config, batch_size, seq_len, kv_heads=config.num_heads)
@@ -237,7 +244,7 @@ def means_added(model, batch, num_parts):
     return loss
 
 
-@wrong("accumulate_gradients", says="three passages in two parts")
+@wrong("accumulate_gradients", says="each passage has to count the same")
 def parts_of_one_size(model, batch, num_parts):
     loss = 0.0
     for part in batch.chunk(num_parts):
@@ -735,7 +742,7 @@ def second_half_first(blocks, x, positions, attend):
     return larger_half_first(list(blocks)[::-1], x, positions, attend)
 
 
-@wrong("checkpoint_recursive", says="raised RecursionError")
+@wrong("checkpoint_recursive", says="what of a single block?")
 def never_ending(blocks, x, positions, attend):
     middle = len(blocks) // 2
     x = checkpointing.checkpoint(
@@ -913,7 +920,7 @@ def a_single_tensor(run, inputs, weights):
     return by_hand(run, inputs, weights)[0]
 
 
-@wrong("checkpoint_selective", says="in the order of forward's inputs")
+@wrong("checkpoint_selective", says="Gradients come in the order of forward's inputs")
 def in_the_wrong_order(run, inputs, weights):
     def backward(saved, grads):
         below, weight_grads = gradients_by_hand(saved, grads, run, len(inputs))

@@ -26,10 +26,14 @@ def decode_cases(seed: int) -> list[Case]:
         "each byte once": bytes(range(256)),
         "random bytes": rng.integers(0, 256, size=40, dtype=np.uint8).tobytes(),
     }
-    return [Case(name, {"token_ids": list(text)}) for name, text in texts.items()]
+    cases = [Case(name, {"token_ids": list(text)}) for name, text in texts.items()]
+    no_bytes = {"an id that is no byte": [119, 256], "a negative id": [119, -1]}
+    return cases + [Case(name, {"token_ids": ids}) for name, ids in no_bytes.items()]
 
 
 def decode_explain(inputs: dict, expected: dict, got: dict) -> str | None:
+    if expected["text"] == "ValueError":
+        return "Raise ValueError for an id that is no byte, 0 to 255"
     data, text = bytes(inputs["token_ids"]), expected["text"]
     alone = "".join(bytes([b]).decode("utf-8", "replace") for b in data)
     unix_lines = text.replace("\r\n", "\n")
@@ -231,6 +235,12 @@ def next_token_probs_cases(seed: int) -> list[Case]:
     logits = rng.normal(size=5).astype(np.float32) * 1e3
     tiny = {"temperature": 1e-3}
     cases.append(Case("huge logits", {"logits": logits, "settings": tiny}))
+    steep = np.linspace(0, -40, 256)[rng.permutation(256)].astype(np.float32)
+    cases.append(Case("256 logits and no settings", {"logits": steep, "settings": {}}))
+    few_values = rng.permutation(np.arange(256.0) % 4)
+    settings = {"top_k": 20}
+    name = "256 logits of four values and top_k=20"
+    cases.append(Case(name, {"logits": few_values, "settings": settings}))
     return cases
 
 
@@ -520,7 +530,7 @@ def attention_flops_explain(inputs: dict, expected: dict, got: dict) -> str | No
     half = 2 * width * L * sum(T * (T + 1) for T in range(first, first + N))
     last = 4 * width * L * (first + N - 1) ** 2
     wrong = {
-        "Two products (q @ k.T and weights @ v), and two FLOPs a multiply-add": [
+        "Two products (q @ k.T and weights @ v), and two FLOPs per multiply-add": [
             ours // 2
         ],
         "Every layer has attention of its own": [ours // L],
@@ -532,6 +542,7 @@ def attention_flops_explain(inputs: dict, expected: dict, got: dict) -> str | No
             squares(first - 1),
             squares(first + 1),
             squares(1),
+            ours + 4 * width * L * (first + N) ** 2,
         ],
     }
     return _reproduced(

@@ -6,7 +6,7 @@ import numpy as np
 
 from lib.course.exercises import Case, Exercise
 
-ORDER = "Gradients are returned in the order of forward's inputs"
+ORDER = "Gradients come in the order of forward's inputs, each of its input's shape"
 
 
 def next_token_loss_cases(seed: int) -> list[Case]:
@@ -70,6 +70,9 @@ def next_token_loss_explain(inputs: dict, expected: dict, got: dict) -> str | No
             log_probs, np.roll(token_ids, -1, axis=1)
         ),
         "The mean, not the sum": mean_loss(log_probs[:, :-1], targets) * targets.size,
+        "Minus the logarithm: a loss is not negative": -mean_loss(
+            log_probs[:, :-1], targets
+        ),
         "That is in bits: take the natural logarithm": mean_loss(
             log_probs[:, :-1], targets
         )
@@ -144,6 +147,10 @@ def training_bytes_explain(inputs: dict, expected: dict, got: dict) -> str | Non
         return (
             "One vector of C per token and layer is missing: is the block's own input in?"
         )
+    per_token = missing / (4 * L * B * T)
+    if missing and per_token == round(per_token):
+        much = "few" if missing > 0 else "many"
+        return f"That is {abs(round(per_token))} floats per token and layer too {much}"
     return None
 
 
@@ -183,8 +190,15 @@ def accumulate_gradients_explain(inputs: dict, expected: dict, got: dict) -> str
     theirs = got["gradients"][0]
     if inputs["has_gradients"] and np.allclose(theirs + 1, ours):
         return "Gradients that are there already stay: they are added to"
-    if not inputs["has_gradients"] and np.allclose(theirs, num_parts * ours):
+    if (
+        num_parts > 1
+        and not inputs["has_gradients"]
+        and np.allclose(theirs, num_parts * ours)
+    ):
         return "The loss of a part is a mean over it: weigh it by the part's share"
+    of_equals = got["loss if each part counted the same"]
+    if not np.isclose(of_equals, expected["loss"]) and np.isclose(got["loss"], of_equals):
+        return "Parts may differ in size: each passage has to count the same"
     key = "bytes_kept_for_the_backward_pass"
     if got[key] > 1.5 * expected[key] and got["forward_calls"] > 1:
         return "Several parts are kept at once: go backward before the next one begins"
@@ -378,7 +392,9 @@ def checkpoint_recursive_explain(inputs: dict, expected: dict, got: dict) -> str
         return "Keep one edge per halving, not one per block, and one inside at most"
     key = "bytes_saved_by_the_backward_pass"
     if got[key] > 1.5 * expected[key]:
-        return "When the first half runs again it has to halve too"
+        if calls == 2 * L:  # each block twice: nothing was halved again
+            return "When the first half runs again it has to halve too"
+        return "Going backward, the insides of several blocks are held at once"
     # Both halves checkpointed, at each level, without a checkpoint of the last block, or
     # with one.
     if calls in (L * (1 + math.log2(L)), L * (2 + math.log2(L))):
@@ -441,9 +457,12 @@ BACKWARD_ERRORS = {
         "A tensor still belongs to the graph before: begin from x.detach()"
     ),
     "does not require grad": (
-        "Autograd is off in a backward: what is to be part of a graph, a sum too, has to "
-        "be computed inside `with torch.enable_grad():`, from a tensor that requires a "
-        "gradient"
+        "Autograd is off in a backward: run again inside `with torch.enable_grad():`, "
+        "from a tensor that requires a gradient, and go backward from the new output "
+        "with the gradient that came in"
+    ),
+    "'tuple' object has no attribute": (
+        "`ctx.saved_tensors` is a tuple, of one tensor too: `(x,) = ctx.saved_tensors`"
     ),
     "grad can be implicitly created only for scalar outputs": (
         "The output is no single number, so say what its gradient is: it came in"
@@ -455,6 +474,7 @@ BACKWARD_ERRORS = {
     "returned a gradient different than None": ORDER,
     "expected Variable or None": ORDER,
 }
+NO_K = "There is at least one k to try: they go from 1 to L, and L is one of them"
 
 EXERCISES = [
     Exercise(
@@ -489,6 +509,7 @@ EXERCISES = [
         2,
         best_num_segments_cases,
         best_num_segments_explain,
+        errors={"iterable argument is empty": NO_K, "empty sequence": NO_K},
     ),
     Exercise(
         "lib.checkpointing.blocks_to_keep",
@@ -502,6 +523,7 @@ EXERCISES = [
         checkpoint_recursive_cases,
         checkpoint_recursive_explain,
         forbidden=("torch.utils.checkpoint.checkpoint",),
+        errors={"maximum recursion depth": "It never ends: what of a single block?"},
     ),
     Exercise(
         "lib.checkpointing.checkpoint_selective",

@@ -13,7 +13,12 @@ from lib.model import Transformer, attend_fused
 
 
 def decode(answer: Callable, token_ids: list[int]) -> dict:
-    return {"text": answer(torch.tensor(token_ids, dtype=torch.int64))}
+    try:
+        return {"text": answer(torch.tensor(token_ids, dtype=torch.int64))}
+    except UnicodeError:  # a ValueError too, but not for an id that is no byte
+        raise
+    except ValueError:
+        return {"text": "ValueError"}
 
 
 def attend_causal(answer: Callable, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> dict:
@@ -27,7 +32,10 @@ def attend_causal(answer: Callable, q: np.ndarray, k: np.ndarray, v: np.ndarray)
 
 
 def next_token_probs(answer: Callable, logits: np.ndarray, settings: dict) -> dict:
-    return {"probs": as_array(answer(torch.from_numpy(logits), **settings))}
+    probs = as_array(answer(torch.from_numpy(logits), **settings))
+    is_array = isinstance(probs, np.ndarray) and probs.ndim > 0
+    kept = (probs > 0).sum(axis=-1).tolist() if is_array else probs
+    return {"probs": probs, "tokens kept": kept}
 
 
 def generate_recompute(

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 
 from lib.checkpointing import run_blocks
 from lib.config import ModelConfig
@@ -32,10 +33,19 @@ def accumulate_gradients(
     model = with_weights(Transformer(config), seed)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter) if has_gradients else None
-    batch = torch.tensor(token_ids)
+    batch, positions = torch.tensor(token_ids), torch.arange(6)
+    with torch.no_grad():
+        means = [
+            cross_entropy(
+                model(part, positions, attend_fused)[:, :-1].flatten(0, 1),
+                part[:, 1:].flatten(),
+            )
+            for part in batch.tensor_split(num_parts)
+        ]
     cost = measure(lambda: answer(model, batch, num_parts))
     loss = cost.value
     return {
+        "loss if each part counted the same": sum(means).item() / num_parts,
         "loss": loss if isinstance(loss, float) else f"a {type(loss).__name__}",
         "gradients": [plain_gradient(parameter) for parameter in model.parameters()],
         "bytes_kept_for_the_backward_pass": cost.saved_bytes,
