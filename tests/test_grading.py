@@ -580,7 +580,7 @@ WRONG_TENSORS = {
     "probs * float('nan')": "got nan",
     "probs.to('meta')": "the device meta",
     "probs.tolist()": "a list, not a tensor",
-    "probs.bfloat16()": "BFloat16",
+    "probs.bfloat16()": "a tensor of bfloat16",
     "logits.zero_()": "it changed its inputs",
 }
 
