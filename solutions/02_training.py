@@ -468,10 +468,10 @@ plotting.plot_training_bytes(
 # ### Half the bytes per number
 #
 # Large models are trained in **mixed precision**. The passes run in bfloat16,
-# which has 2 bytes per number (`torch.autocast` switches that on for a stretch
-# of code), and the optimizer works on float32 copies of the weights, the
-# **masters**, since small updates would be lost in bfloat16. What does that
-# save?
+# which has 2 bytes per number, and the optimizer works on float32 copies of the
+# weights, the **masters**, since small updates would be lost in bfloat16.
+# (`torch.autocast` is another way: the weights stay in float32, and are cast
+# for each product.) What does that save?
 
 # %%
 bytes_per_weight = {
