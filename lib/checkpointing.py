@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 from lib.model import Attend, Block, rotate
@@ -36,6 +37,7 @@ class Checkpoint(torch.autograd.Function):
         return run(x)  # inside a Function autograd is off: nothing in here is saved
 
     @staticmethod
+    @once_differentiable  # there is no gradient of the gradient
     def backward(ctx, grad_out):
         (x,) = ctx.saved_tensors
         # A fresh leaf: the graph built below ends here, not in the blocks before.
@@ -56,7 +58,8 @@ def checkpoint(
     Gradients are those of `run(x)`: for x, and for every parameter that `run` uses, in
     its `.grad`. Dropout repeats itself, since the random state of torch (of the CPU, or
     of x's GPU) is put back, and so does autocast. All else that `run` depends on has to
-    be in the backward pass as it was: variables, training mode, generators of its own.
+    be in the backward pass as it was: weights, variables, training mode, generators of
+    its own.
     Returns what `run` returns, one tensor. `Repeatable` says what is refused.
     """
     if not torch.is_grad_enabled():  # nothing is kept, and nothing will be run again
@@ -73,10 +76,11 @@ class Repeatable:
     """`run`, under the same autocast whenever it is called.
 
     What the second call, in the backward pass, would get wrong is refused where the first
-    can see it. Raises TypeError where `run` returns anything but one tensor,
-    and ValueError where it uses a tensor that other operations made and that wants a
-    gradient: only x and parameters may want one, for a second backward through the same
-    graph is not to be had. RuntimeError under `torch.autograd.grad`, which does not see
+    can see it. Raises ValueError where x is on no CPU or CUDA device, where `run` changes
+    x, which has to be there unchanged then, and where it uses a tensor that other
+    operations made and that wants a gradient: only x and parameters may want one, for a
+    second backward through the same graph is not to be had. TypeError where `run` returns
+    anything but one tensor. RuntimeError under `torch.autograd.grad`, which does not see
     the parameters inside: call `.backward()`.
     """
 
@@ -97,22 +101,29 @@ class Repeatable:
         }
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        is_first = not torch.is_grad_enabled()
-        if not is_first and not torch.autograd._is_checkpoint_valid():
-            raise RuntimeError(
-                "checkpoint: expected `.backward()`, got torch.autograd.grad, or inputs"
-            )
-        if is_first:
-            x, watch = x.detach(), _Watch(self)
-        else:
-            watch = contextlib.nullcontext()
-        with torch.autocast(**self.autocast), watch:
+        if torch.is_grad_enabled():  # the second call
+            _refuse_autograd_grad()
+            with torch.autocast(**self.autocast):
+                return self.run(x)
+        x, version = x.detach(), x._version
+        with torch.autocast(**self.autocast), _Watch(self):
             out = self.run(x)
         if not isinstance(out, torch.Tensor):
             raise TypeError(
                 f"checkpoint: expected run to return a tensor, got {type(out).__name__}"
             )
-        return out
+        if x._version != version:
+            raise ValueError(
+                "checkpoint: expected run to leave x as it is, got x changed"
+            )
+        return out.detach()  # autograd marks what it gets, and this may be somebody's
+
+
+def _refuse_autograd_grad():
+    if not torch.autograd._is_checkpoint_valid():
+        raise RuntimeError(
+            "checkpoint: expected `.backward()`, got torch.autograd.grad, or inputs"
+        )
 
 
 class _Watch(TorchFunctionMode):
@@ -207,8 +218,12 @@ def keep_last_blocks(
     """`run_blocks` with every block checkpointed but the last `num_kept`.
 
     The last, since the backward pass begins there: by the time it runs an earlier block
-    again, their insides are free.
+    again, their insides are free. Raises ValueError unless 0 <= num_kept <= len(blocks).
     """
+    if not 0 <= num_kept <= len(blocks):
+        raise ValueError(
+            f"num_kept: expected 0 to {len(blocks)}, the number of blocks, got {num_kept}"
+        )
     num_checkpointed = len(blocks) - num_kept
     if num_checkpointed:
         first = blocks[:num_checkpointed]
@@ -227,6 +242,7 @@ class SelectiveCheckpoint(torch.autograd.Function):
         return tuple(made @ weight.T for weight in inputs_and_weights[num_inputs:])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads_out):
         inputs = [x.detach() for x in ctx.saved_tensors[: ctx.num_inputs]]
         weights = ctx.saved_tensors[ctx.num_inputs :]
@@ -251,18 +267,31 @@ def checkpoint_selective(
     the backward pass makes it again from `inputs`: worth it where `run` is cheap, a norm
     or a function of single numbers, for no matrix product is done twice. Gradients are
     those of a plain run up to rounding, also for the parameters that `run` uses. Raises
-    ValueError under autocast, and where `run` draws random numbers of torch.
+    ValueError under autocast, for inputs of other shapes or of whole numbers, and where
+    `run` draws random numbers of torch; RuntimeError under torch.autograd.grad.
 
     In the spirit of Korthikanti and others, section 5, who recompute attention's scores:
     https://arxiv.org/abs/2205.05198
     """
+    for x in inputs:
+        if x.dim() < 2 or not x.is_floating_point():
+            raise ValueError(
+                f"checkpoint_selective: expected inputs (..., tokens, in) of floats, "
+                f"got {x.dtype} {tuple(x.shape)}"
+            )
     if torch.is_autocast_enabled(inputs[0].device.type):
         raise ValueError("checkpoint_selective: expected no autocast, got some")
     if not any(tensor.requires_grad for tensor in [*inputs, *weights]):
         made = run(*inputs)  # nothing to save; what `run` uses may want a gradient
         return tuple(made @ weight.T for weight in weights)
+
+    def run_or_refuse(*args: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            _refuse_autograd_grad()
+        return run(*args)
+
     state = get_random_state(inputs[0])
-    products = SelectiveCheckpoint.apply(run, len(inputs), *inputs, *weights)
+    products = SelectiveCheckpoint.apply(run_or_refuse, len(inputs), *inputs, *weights)
     if not all(map(torch.equal, state, get_random_state(inputs[0]))):
         raise ValueError("checkpoint_selective: expected no random numbers in run")
     return products

@@ -78,7 +78,7 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float):
         )
     if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
         raise ValueError(
-            f"top_k: expected an integer of at least 1, or None for all, got {top_k}"
+            f"top_k: expected an integer of at least 1, or None for all, got {top_k!r}"
         )
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p: expected a number in (0, 1], got {top_p}")

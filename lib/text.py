@@ -61,10 +61,10 @@ def random_batch(
     """`batch_size` passages that start at random places of `token_ids` (T,): (B,
     seq_len).
     """
-    if len(token_ids) < seq_len:
+    if token_ids.dim() != 1 or len(token_ids) < seq_len:
         raise ValueError(
-            f"token_ids: expected at least seq_len = {seq_len} tokens, "
-            f"got {len(token_ids)}"
+            f"token_ids: expected (T,), at least seq_len = {seq_len} tokens, "
+            f"got {tuple(token_ids.shape)}"
         )
     num_starts = len(token_ids) - seq_len + 1
     starts = torch.randint(num_starts, (batch_size, 1), generator=generator)  # (B, 1)
@@ -81,9 +81,11 @@ def windows(
     token predicts each token once. Raises ValueError unless there is a window of two
     tokens or more.
     """
+    if token_ids.dim() != 1:
+        raise ValueError(f"token_ids: expected (T,), got {tuple(token_ids.shape)}")
     if not 2 <= seq_len <= len(token_ids):
         raise ValueError(
             f"seq_len: expected 2 to {len(token_ids)}, the number of tokens, "
             f"got {seq_len}"
         )
-    yield from token_ids.unfold(0, seq_len, seq_len - 1).split(batch_size)
+    return iter(token_ids.unfold(0, seq_len, seq_len - 1).split(batch_size))

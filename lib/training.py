@@ -42,6 +42,27 @@ class TrainingConfig:
     num_parts: int = 1  # of a batch, one after the other: see accumulate_gradients
     seed: int = 0
 
+    def __post_init__(self):
+        for name, least in (
+            *(("num_steps", 1), ("batch_size", 1), ("seq_len", 2), ("warmup_steps", 0)),
+            *(("learning_rate", 0), ("weight_decay", 0), ("max_grad_norm", 0)),
+            ("num_parts", 1),
+        ):
+            value = getattr(self, name)
+            is_whole = isinstance(getattr(TrainingConfig, name), int)
+            if type(value) not in ((int,) if is_whole else (int, float)) or not (
+                least <= value < math.inf
+            ):
+                kind = "an integer" if is_whole else "a number"
+                raise ValueError(
+                    f"{name}: expected {kind} of at least {least}, got {value!r}"
+                )
+        if self.num_parts > self.batch_size:
+            raise ValueError(
+                f"num_parts: expected 1 to batch_size = {self.batch_size}, "
+                f"got {self.num_parts}"
+            )
+
 
 def next_token_loss(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     """Mean cross entropy, in nats per token, of predicting each token from those before
@@ -55,10 +76,11 @@ def next_token_loss(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tens
     >>> round(next_token_loss(logits, torch.tensor([[0, 1, 0]])).item(), 4)
     0.0001
     """
-    if token_ids.dim() != 2 or token_ids.shape[1] < 2:
+    shape = token_ids.shape
+    if logits.shape[:-1] != shape or len(shape) != 2 or shape[0] < 1 or shape[1] < 2:
         raise ValueError(
-            f"token_ids: expected (B, T) with T of at least 2, "
-            f"got {tuple(token_ids.shape)}"
+            f"expected logits (B, T, V) and token_ids (B, T), with T of at least 2, "
+            f"got {tuple(logits.shape)} and {tuple(shape)}"
         )
 
     return cross_entropy(logits[:, :-1].flatten(0, 1), token_ids[:, 1:].flatten())
@@ -144,9 +166,9 @@ def accumulate_gradients(
     1 <= num_parts <= B.
     """
     B, T = batch.shape
-    if not 1 <= num_parts <= B:
+    if type(num_parts) is not int or not 1 <= num_parts <= B:
         raise ValueError(
-            f"num_parts: expected 1 to {B}, the size of the batch, got {num_parts}"
+            f"num_parts: expected 1 to {B}, the size of the batch, got {num_parts!r}"
         )
     positions = torch.arange(T, device=batch.device)
 
@@ -181,11 +203,6 @@ class Trainer:
             raise ValueError(
                 f"seq_len: expected 2 to max_seq_len = {model.config.max_seq_len} "
                 f"of the model, got {config.seq_len}"
-            )
-        if not 1 <= config.num_parts <= config.batch_size:
-            raise ValueError(
-                f"num_parts: expected 1 to batch_size = {config.batch_size}, "
-                f"got {config.num_parts}"
             )
         self.model, self.token_ids, self.config = model, token_ids, config
         self.num_steps_done = 0

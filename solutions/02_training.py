@@ -34,6 +34,7 @@ import torch
 import torch.utils.checkpoint
 from IPython.display import Markdown
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 

@@ -373,3 +373,88 @@ def test_a_shared_parameter_gets_its_gradient_up_to_rounding():
     got, w.grad = w.grad, None
     loss(lambda run, x: run(x)).backward()
     assert_close(got, w.grad)
+
+
+def test_what_run_returns_but_did_not_make_stays_what_it_was():
+    x, buffer = torch.ones(4, requires_grad=True), torch.ones(4)
+    weight = torch.nn.Parameter(torch.ones(4))
+    checkpoint(lambda x: buffer, x)
+    assert not buffer.requires_grad and buffer.grad_fn is None
+    checkpoint(lambda x: weight, x).sum().backward()
+    assert weight.is_leaf and weight.grad.tolist() == [1, 1, 1, 1]
+
+
+def test_a_run_that_changes_x_is_refused():
+    linear, x = torch.nn.Linear(4, 4), torch.ones(2, 4)
+    for want in (False, True):
+        x = torch.ones(2, 4, requires_grad=want)
+        with pytest.raises(ValueError, match="expected run to leave x as it is"):
+            checkpoint(lambda x: linear(x.mul_(2)), x)
+
+
+def test_there_is_no_gradient_of_the_gradient():
+    weight, x = torch.nn.Parameter(torch.randn(4, 4)), torch.randn(2, 4)
+    for run in (
+        lambda x: checkpoint(lambda x: torch.tanh(x @ weight), x),
+        lambda x: checkpoint_selective(torch.tanh, [x], [weight])[0],
+    ):
+        x = x.detach().requires_grad_()
+        run(x).sum().backward(create_graph=True)
+        with pytest.raises(RuntimeError, match="once_diff|does not require grad"):
+            x.grad.square().sum().backward()
+        x.grad = None
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            run(x).square().sum().backward(create_graph=True)
+            x.grad.square().sum().backward()
+
+
+def test_a_selective_checkpoint_refuses_what_it_cannot_do():
+    weight = torch.randn(3, 4, requires_grad=True)
+    for x in (torch.randn(4), torch.zeros(2, 4).long()):
+        with pytest.raises(ValueError, match="expected inputs .*tokens, in. of floats"):
+            checkpoint_selective(lambda x: x, [x], [weight])
+    x = torch.randn(2, 4, requires_grad=True)
+    (out,) = checkpoint_selective(torch.tanh, [x], [weight])
+    with pytest.raises(RuntimeError, match="expected `.backward"):
+        torch.autograd.grad(out.sum(), x)
+
+
+def test_tokens_may_be_what_is_checkpointed():
+    embed, ids = torch.nn.Embedding(5, 3), torch.tensor([1, 4])
+    checkpoint(embed, ids).sum().backward()
+    assert embed.weight.grad.sum(dim=1).tolist() == [0, 3, 0, 0, 3]
+
+
+def test_other_tensors_of_the_graph_are_seen_however_they_are_handed_over():
+    x, made = torch.randn(2, 3), torch.randn(2, 3, requires_grad=True) * 2
+    for run in (
+        lambda x: torch.add(x, other=made),
+        lambda x: torch.stack((x, made)),
+        lambda x: torch.where(x > 0, x, made),
+    ):
+        with pytest.raises(ValueError, match="from MulBackward0"):
+            checkpoint(run, x)
+
+
+def test_autocast_keeps_its_kind_of_half_precision():
+    linear, seen = torch.nn.Linear(3, 3), []
+    x = torch.randn(2, 3)
+
+    def run(x):
+        out = linear(x)
+        seen.append(out.dtype)
+        return out
+
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype=dtype):
+            out = checkpoint(run, x)
+        out.float().sum().backward()
+        assert seen[-2:] == [dtype, dtype]
+
+
+@pytest.mark.parametrize("num_kept", [-1, 6])
+def test_more_kept_blocks_than_there_are_are_refused(num_kept):
+    model = random_model(num_layers=5)
+    args = torch.randn(1, 2, 32), POSITIONS[:2], attend_fused
+    with pytest.raises(ValueError, match=f"num_kept: expected 0 to 5.*got {num_kept}"):
+        keep_last_blocks(model.blocks, *args, num_kept)

@@ -141,3 +141,9 @@ def test_work_is_predicted_to_the_last_flop(attend, prompt_len, num_new_tokens, 
     predicted = projection_flops(model.config, prompt_len, num_new_tokens)
     assert cost.flops["projection"] == predicted
     assert cost.calls["Embedding"] == num_new_tokens
+
+
+def test_nothing_is_kept_for_a_backward_pass():
+    model = random_model()
+    cost = measure(lambda: generate_recompute(model, torch.tensor([1, 2]), 3))
+    assert cost.saved_bytes == 0

@@ -290,3 +290,28 @@ def test_resident_memory_sees_scores_that_an_operation_holds():
     assert stored > 3000 * 3000 * 4, "one tensor of scores, at least"
     with pytest.raises(ZeroDivisionError):
         resident_bytes(lambda: 1 / 0)
+
+
+def test_a_saved_tensor_that_was_changed_is_found_as_torch_finds_it():
+    def work():
+        w = torch.ones(3, requires_grad=True)
+        y = w.exp()
+        y.add_(1)
+        y.sum().backward()
+
+    for run in (work, lambda: measure(work)):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            run()
+
+
+def test_tensors_are_met_in_lists_and_by_name():
+    rows, weight = [torch.zeros(100), torch.zeros(100)], torch.zeros(100)
+    assert measure(lambda: torch.cat(rows)).peak_bytes == 800
+    assert measure(lambda: torch._foreach_add_(rows, 1.0)).peak_bytes == 0
+    assert measure(lambda: torch.add(weight, weight, out=weight)).peak_bytes == 0
+
+
+def test_what_autograd_held_is_freed_with_the_graph():
+    x = torch.zeros(1000, requires_grad=True)
+    cost = measure(lambda: (x.exp().exp(), None)[1])
+    assert cost.timeline[-1] == 0 and cost.saved_bytes == 8000

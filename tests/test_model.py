@@ -245,6 +245,7 @@ def test_an_attend_that_returns_another_shape_is_named():
         ({"d_model": 12}, "even number"),
         ({"num_layers": 0}, "num_layers: expected an integer of at least 1, got 0"),
         ({"d_ff": 2.5}, "d_ff: expected an integer"),
+        ({"max_seq_len": 0}, "max_seq_len: expected an integer of at least 1, got 0"),
         ({"num_layers": True}, "num_layers: expected an integer .*, got True"),
         ({"dropout": 1.0}, "dropout: expected a probability in .*, got 1.0"),
         ({"dropout": False}, "dropout: expected a probability in .*, got False"),
@@ -331,3 +332,16 @@ def test_gradients_reach_every_parameter():
     F.cross_entropy(logits.flatten(0, 1), torch.randint(256, (18,))).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def test_a_norm_without_epsilon_is_allowed_and_every_norm_has_the_models():
+    assert dataclasses.replace(TINY, norm_eps=0).norm_eps == 0
+    model = Transformer(dataclasses.replace(TINY, norm_eps=0.25))
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.RMSNorm)]
+    assert [norm.eps for norm in norms] == [0.25] * (2 * TINY.num_layers + 1)
+
+
+def test_fused_attention_takes_tensors_that_are_not_in_one_piece():
+    q, k, v = (torch.randn(4, 2, 6, 8).permute(2, 1, 0, 3) for _ in range(3))
+    expected = attend_fused(0, q.contiguous(), k.contiguous(), v.contiguous())
+    assert_close(attend_fused(0, q, k, v), expected)

@@ -136,3 +136,21 @@ def test_logits_that_give_no_probabilities_are_refused(row, temperature):
     logits = torch.tensor([[1.0, 2.0], row])
     with pytest.raises(ValueError, match="logits: expected numbers.*largest is"):
         next_token_probs(logits, temperature)
+
+
+def test_of_equal_largest_logits_the_first_is_greedy():
+    assert next_token_probs(torch.tensor([1.0, 3.0, 3.0]), 0).tolist() == [0, 1, 0]
+
+
+def test_double_precision_stays_and_large_logits_do_not_overflow():
+    logits = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    assert next_token_probs(logits).dtype == torch.float64
+    assert next_token_probs(torch.tensor([3e38, 2e38]), 0.5).tolist() == [1, 0]
+    with pytest.raises(ValueError, match="temperature: .*got inf"):
+        next_token_probs(logits, math.inf)
+
+
+def test_the_draw_is_the_generators():
+    probs = torch.full((50, 9), 1 / 9)
+    first, again = (sample(probs, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first, again) and len(set(first.tolist())) > 1

@@ -116,6 +116,16 @@ def test_exponents_ignore_what_does_not_grow():
         assert growth_exponent(values, ratio=4) == pytest.approx(p)
     assert growth_exponent([5, 5, 5], ratio=2) == 0
     assert math.isnan(growth_exponent([5, 4, 6], ratio=2))
+    assert math.isnan(growth_exponent([5, 6, 6], ratio=2))
+    assert math.isnan(growth_exponent([5, 6, 4], ratio=2))
+
+
+def test_checkpointing_is_a_third_more_work_than_training():
+    sizes = {"N": [(8, 4), (16, 4), (32, 4)], "L": [(8, 1), (8, 4), (8, 16)]}
+    sweep = table.sweep("checkpointed", sizes=sizes)
+    assert sweep.works["projection FLOPs"] == pytest.approx(4 / 3, rel=1e-12)
+    assert sweep.works["attention FLOPs"] == pytest.approx(9 / 7, rel=1e-12)
+    assert sweep.factors == {"attention FLOPs": 2, "projection FLOPs": 2}
 
 
 def test_the_paged_column_has_exactly_the_blocks_it_needs():

@@ -63,7 +63,7 @@ def test_a_batch_is_made_of_passages_and_is_the_same_for_the_same_seed():
 
 
 def test_a_batch_longer_than_the_text_is_refused():
-    with pytest.raises(ValueError, match="at least seq_len = 8 tokens, got 7"):
+    with pytest.raises(ValueError, match=r"at least seq_len = 8 tokens, got \(7,\)"):
         random_batch(torch.arange(7), 1, 8)
 
 
@@ -73,3 +73,20 @@ def test_windows_predict_each_token_once(num_tokens):
     predicted = torch.cat([batch[:, 1:].flatten() for batch in batches])
     num_whole = (num_tokens - 1) // 7 * 7
     assert predicted.tolist() == list(range(1, num_whole + 1))
+
+
+def test_a_text_of_one_passage_is_that_passage():
+    assert random_batch(torch.arange(8), 1, 8).tolist() == [list(range(8))]
+    assert [w.tolist() for w in windows(torch.arange(8), 2, 8)] == [[list(range(8))]]
+
+
+@pytest.mark.parametrize("seq_len", [0, 1, 9])
+def test_windows_of_no_prediction_or_beyond_the_text_are_refused(seq_len):
+    with pytest.raises(ValueError, match=f"seq_len: expected 2 to 8, .*got {seq_len}"):
+        windows(torch.arange(8), 2, seq_len)
+
+
+def test_a_batch_is_no_text():
+    for function in (random_batch, windows):
+        with pytest.raises(ValueError, match=r"token_ids: expected \(T,\)"):
+            function(torch.zeros(2, 9).long(), 2, 5)

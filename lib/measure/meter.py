@@ -53,7 +53,8 @@ def measure(function: Callable[[], Any]) -> Cost:
     """Run `function()` once under the meter.
 
     Bytes count only storages made during the call: parameters, inputs and gradients
-    allocated earlier are free.
+    allocated earlier are free. Of a measurement inside another, only the inner one sees
+    what autograd saves.
     """
     meter = _Meter()
     on_cuda = torch.cuda.is_available()
@@ -65,7 +66,7 @@ def measure(function: Callable[[], Any]) -> Cost:
         lambda module, _: calls.update([type(module).__name__])
     )
     try:
-        with meter, saved_tensors_hooks(meter.hold, lambda held: held.tensor):
+        with meter, saved_tensors_hooks(meter.hold, _Held.give_back):
             value = function()
     finally:
         hook.remove()
@@ -281,6 +282,7 @@ class _Held:
     def __init__(self, meter: _Meter, tensor: torch.Tensor):
         self.meter = meter
         self.tensor = tensor.detach()  # an output that held itself would never be freed
+        self.version = tensor._version
         self.storage = tensor.untyped_storage()
         address, num_bytes = self.storage._cdata, self.storage.nbytes()
         self.is_counted = address in meter.new
@@ -290,6 +292,14 @@ class _Held:
                 meter.saved.append((meter.new[address], tuple(tensor.shape), num_bytes))
                 meter.held_bytes += num_bytes
                 meter.peak_held_bytes = max(meter.peak_held_bytes, meter.held_bytes)
+
+    def give_back(self) -> torch.Tensor:
+        if self.tensor._version != self.version:  # torch's own check, which hooks replace
+            raise RuntimeError(
+                f"a tensor saved for the backward pass, {tuple(self.tensor.shape)}, has "
+                f"been modified by an inplace operation"
+            )
+        return self.tensor
 
     def __del__(self):
         if self.is_counted:

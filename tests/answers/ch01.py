@@ -455,6 +455,16 @@ def scaled_in_place(layer, q, k, v):
     return attend(q, k, v, scale=1.0)
 
 
+@wrong("attend_causal", says="a query of zeros")
+def masked_where_a_score_is_zero(layer, q, k, v):
+    H = q.shape[-2]
+    k, v = (x.repeat_interleave(H // x.shape[-2], dim=-2) for x in (k, v))
+    q, k, v = (x.transpose(-3, -2) for x in (q, k, v))
+    scores = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).tril()
+    scores = scores.masked_fill(scores == 0, -math.inf)
+    return (scores.softmax(-1) @ v).transpose(-3, -2)
+
+
 # next_token_probs
 
 
@@ -759,6 +769,12 @@ def sorted_in_any_order(logits, temperature=1.0, top_k=None, top_p=1.0):
         probs = probs.masked_fill(before >= top_p, 0.0)
     probs = probs / probs.sum(-1, keepdim=True)
     return torch.zeros_like(logits).scatter(-1, order[..., :top_k], probs)
+
+
+@wrong("next_token_probs", says="top_p=0.8005")
+def a_little_less_than_top_p(logits, temperature=1.0, top_k=None, top_p=1.0):
+    top_p = top_p - 1e-3 if top_p < 1 else top_p
+    return through_ranks(logits, temperature, top_k, max(top_p, 1e-9))
 
 
 # generate_recompute
@@ -1211,6 +1227,20 @@ def one_prompt_only(model, prompt_ids, num_new_tokens, *, attend, **settings):
     return loop(model, prompt_ids, num_new_tokens, settings, step)
 
 
+@wrong("generate_recompute", says="a batch of one prompt")
+def through_a_batch_of_one(model, prompt_ids, num_new_tokens, **settings):
+    check_generation(model, prompt_ids, num_new_tokens)
+    rows = prompt_ids.unsqueeze(0) if prompt_ids.dim() == 1 else prompt_ids
+    return into_a_buffer(model, rows, num_new_tokens, **settings).squeeze(0)
+
+
+@wrong("generate_recompute", says="the mode in which it came")
+def left_in_training_mode(model, prompt_ids, num_new_tokens, **settings):
+    text = into_a_buffer(model, prompt_ids, num_new_tokens, **settings)
+    model.train()
+    return text
+
+
 # attention_flops
 
 
@@ -1336,3 +1366,10 @@ def prompt_not_counted(config, prompt_len, num_new_tokens):
 @wrong("attention_flops")
 def with_the_projections(config, prompt_len, num_new_tokens):
     return closed_form(config, prompt_len, num_new_tokens) + 2 * config.d_model**2
+
+
+@wrong("attention_flops", says="tokens from")
+def rounded_down_too_early(config, prompt_len, num_new_tokens):
+    p, n = prompt_len, num_new_tokens
+    squares = int(n * (p * p + p * (n - 1) + (n - 1) * (2 * n - 1) / 6))
+    return 4 * config.head_dim * config.num_heads * config.num_layers * squares

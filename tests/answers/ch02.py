@@ -164,7 +164,7 @@ def rotations_for_each_sequence(config, batch_size, seq_len):
     return sizes(config, batch_size, seq_len, sequences_of_rotations=batch_size)
 
 
-@wrong("training_bytes", says="That is 3 floats per token and layer too few")
+@wrong("training_bytes", says="That is 5 floats per token and layer too few")
 def silu_forgotten(config, batch_size, seq_len):
     found = by_formula(config, batch_size, seq_len)
     forgotten = config.num_layers * batch_size * seq_len * config.d_ff
@@ -296,6 +296,30 @@ def nothing_learned(model, batch, num_parts):
             whole_loss(model, part).item() * len(part) / len(batch)
             for part in batch.chunk(num_parts)
         )
+
+
+@wrong("accumulate_gradients", says="leave the weights alone")
+def learns_too(model, batch, num_parts):
+    loss = in_chunks(model, batch, num_parts)
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    return loss
+
+
+@wrong("accumulate_gradients", says="the mode in which it came")
+def left_in_eval_mode(model, batch, num_parts):
+    return in_chunks(model.eval(), batch, num_parts)
+
+
+@wrong("accumulate_gradients", says="raised ValueError: positions")
+def positions_from_one(model, batch, num_parts):
+    loss = 0.0
+    for part in batch.chunk(num_parts):
+        positions = torch.arange(part.shape[1]) + 1
+        logits = model(part, positions, attend_fused)
+        part_loss = training.next_token_loss(logits, part) * len(part) / len(batch)
+        part_loss.backward()
+        loss += part_loss.item()
+    return loss
 
 
 # checkpoint
@@ -479,6 +503,26 @@ def output_and_inside_saved(run, x):
     return Again.apply(x, torch.empty(0, requires_grad=True))
 
 
+@wrong("checkpoint", says="save x alone")
+def inside_kept_on_the_context(run, x):
+    class Again(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, _):
+            ctx.x, ctx.kept = x, [x * i for i in range(40)]
+            ctx.state = torch.get_rng_state()
+            return run(x)
+
+        @staticmethod
+        def backward(ctx, grad):
+            leaf = ctx.x.detach().requires_grad_(ctx.needs_input_grad[0])
+            with torch.random.fork_rng(devices=[]), torch.enable_grad():
+                torch.set_rng_state(ctx.state)
+                run(leaf).backward(grad)
+            return leaf.grad, None
+
+    return Again.apply(x, torch.empty(0, requires_grad=True))
+
+
 # best_num_segments
 
 
@@ -652,6 +696,16 @@ def divided_as_floats(num_layers, edge_bytes, block_bytes, working_bytes, budget
         return num_layers
     more = (budget_bytes - smallest) / (block_bytes - edge_bytes)
     return min(num_layers, 1 + int(more))
+
+
+@wrong("blocks_to_keep", says="one byte less than for all")
+def no_work_if_all_are_kept(
+    num_layers, edge_bytes, block_bytes, working_bytes, budget_bytes
+):
+    if num_layers > 1 and budget_bytes >= num_layers * block_bytes:
+        return num_layers
+    sizes = num_layers, edge_bytes, block_bytes, working_bytes, budget_bytes
+    return counting_down(*sizes)
 
 
 @wrong("blocks_to_keep", says="raised ZeroDivisionError")
@@ -927,3 +981,22 @@ def in_the_wrong_order(run, inputs, weights):
         return (*weight_grads, *below)
 
     return by_a_function(run, inputs, weights, backward)
+
+
+@wrong("checkpoint_selective", says="nothing that `run` made")
+def what_run_made_on_the_context(run, inputs, weights):
+    class Selective(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *tensors):
+            ctx.save_for_backward(*tensors)
+            ctx.made = run(*tensors[: len(inputs)])
+            return tuple(ctx.made @ weight.T for weight in tensors[len(inputs) :])
+
+        @staticmethod
+        def backward(ctx, *grads):
+            saved, n = ctx.saved_tensors, len(inputs)
+            below, _ = gradients_by_hand(saved, grads, run, n)
+            rows = ctx.made.flatten(0, -2)
+            return (*below, *(grad.flatten(0, -2).T @ rows for grad in grads))
+
+    return Selective.apply(*inputs, *weights)

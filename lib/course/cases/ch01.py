@@ -90,6 +90,7 @@ def attend_causal_cases(seed: int) -> list[Case]:
         ("four query heads on two KV heads", (5,), (4, 2, 4), "float64"),
         ("a batch of two", (2, 4), (2, 1, 6), "float64"),
         ("two leading dimensions", (2, 3, 5), (2, 2, 4), "float64"),
+        ("a query of zeros, whose scores are 0", (4,), (1, 1, 2), "float64"),
         ("single precision", (6,), (2, 1, 4), "float32"),
         ("scores of the past far below 0", (3,), (2, 2, 4), "float64"),
         ("96 tokens", (96,), (4, 2, 8), "float64"),
@@ -97,6 +98,8 @@ def attend_causal_cases(seed: int) -> list[Case]:
         q, k, v = (rng.normal(size=(*shape, heads, D)) for heads in (H, G, G))
         if name.startswith("scores"):
             _lower_the_past(q, k, v)
+        if name.startswith("a query of zeros"):
+            q[1:] = 0
         q, k, v = (x.astype(dtype) for x in (q, k, v))
         cases.append(Case(name, {"q": q, "k": k, "v": v}, _attend_limits(q)))
     return cases
@@ -209,6 +212,7 @@ def next_token_probs_cases(seed: int) -> list[Case]:
             ("top_k=2", {"top_k": 2}),
             ("top_k larger than the vocabulary", {"top_k": 9}),
             ("top_p=0.7, between 0.5 and 0.5 + 0.3", {"top_p": 0.7}),
+            ("top_p=0.8005, a little more than 0.5 + 0.3", {"top_p": 0.8005}),
             ("top_p=0.01, less than the most probable token has", {"top_p": 0.01}),
             ("temperature 2 and top_p=0.6", {"temperature": 2.0, "top_p": 0.6}),
             ("top_k=2 and top_p=0.6", {"top_k": 2, "top_p": 0.6}),
@@ -399,6 +403,7 @@ def generate_recompute_cases(seed: int) -> list[Case]:
             {"temperature": 2.0, "top_k": 40, "top_p": 0.8},
             {},
         ),
+        ("a batch of one prompt", (1, 3), 4, greedy, {}),
         ("a batch of two prompts", (2, 3), 6, greedy, {}),
         ("a batch of two prompts, drawn at random", (2, 3), 3, dice, {}),
         ("bytes that may end a text", (3,), len(chain) - 3, greedy, {"chain": chain}),
@@ -434,6 +439,8 @@ def generate_recompute_explain(inputs: dict, expected: dict, got: dict) -> str |
         return None
     if not got["prompt_is_as_before"]:
         return "prompt_ids is the caller's: append to a new tensor, as torch.cat does"
+    if not got["model_is_in_eval_mode_as_before"]:
+        return "Leave the model in the mode in which it came"
     if not got["gradients_are_on_as_before"]:
         return "torch.no_grad() ends with its block, set_grad_enabled(False) does not"
     return (
@@ -495,6 +502,8 @@ def attention_flops_cases(seed: int) -> list[Case]:
         ("four heads", 1, 1, 1, 4),
         ("a longer prompt", 7, 5, 2, 2),
         ("no new tokens", 5, 0, 2, 2),
+        ("27 tokens from one", 1, 27, 2, 2),
+        ("12 tokens from two", 2, 12, 2, 2),
         ("more tokens than 16 bits can square", 50_001, 3, 2, 2),
         ("a large model and a long text", 200_001, 5, 79, 61),
         ("a random shape", *(int(n) for n in rng.integers(2, 9, size=4))),

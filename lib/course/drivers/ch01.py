@@ -84,6 +84,7 @@ def generate_recompute(
         "prompt_is_as_before": prompt.tolist() == prompt_ids,
         "random_state_of_torch_is_as_before": torch.equal(state, torch.get_rng_state()),
         "gradients_are_on_as_before": are_gradients_on,
+        "model_is_in_eval_mode_as_before": not model.training,
         "kept_for_a_backward_pass_bytes": cost.saved_bytes,
         **({} if all(s == asked for s in seen) else {"other_settings": True}),
     }

@@ -29,8 +29,9 @@ def training_bytes(answer: Callable, config: dict, batch_size: int, seq_len: int
 def accumulate_gradients(
     answer: Callable, seed: int, token_ids: list, num_parts: int, has_gradients: bool
 ) -> dict:
-    config = ModelConfig(32, 2, 2, 1, d_model=16, d_ff=24, max_seq_len=16)
+    config = ModelConfig(32, 2, 2, 1, d_model=16, d_ff=24, max_seq_len=6)
     model = with_weights(Transformer(config), seed)
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter) if has_gradients else None
     batch, positions = torch.tensor(token_ids), torch.arange(6)
@@ -48,6 +49,8 @@ def accumulate_gradients(
         "loss if each part counted the same": sum(means).item() / num_parts,
         "loss": loss if isinstance(loss, float) else f"a {type(loss).__name__}",
         "gradients": [plain_gradient(parameter) for parameter in model.parameters()],
+        "weights_are_as_before": all(map(torch.equal, weights, model.parameters())),
+        "model_is_in_training_mode_as_before": model.training,
         "bytes_kept_for_the_backward_pass": cost.saved_bytes,
         "forward_calls": cost.calls["Embedding"],
     }
@@ -127,6 +130,7 @@ def checkpoint_selective(
     outs = forward.value
     is_tuple = isinstance(outs, (tuple, list))
     is_fine = is_tuple and all(isinstance(out, torch.Tensor) for out in outs)
+    out_bytes = sum(out.nbytes for out in outs) if is_fine else 0
     loss = sum(out.square().sum() for out in outs) if is_fine else None
     backward = measure(loss.backward if is_fine else lambda: None)
     return {
@@ -135,6 +139,7 @@ def checkpoint_selective(
         "gradients of weights": [plain_gradient(weight) for weight in weights],
         "gradient of the gain": plain_gradient(gain),
         "bytes_saved_beside_inputs_and_weights": forward.saved_bytes,
+        "bytes_held_beside_inputs_and_weights": forward.timeline[-1] - out_bytes,
         "flops_of_products": (forward.flops + backward.flops).total(),
         "times_run_was_called": num_calls,
     }
@@ -180,6 +185,8 @@ def _step(
     forward = measure(begin)
     hook.remove()
     layers_forward = list(layers)
+    out = forward.value
+    out_bytes = out.nbytes if isinstance(out, torch.Tensor) else 0
     loss = forward.value.square().sum()
     backward = measure(loss.backward)
     next_random_number = torch.rand(()).item()
@@ -201,6 +208,7 @@ def _step(
         "next random number": next_random_number,
         "block_calls": forward.calls["Block"] + backward.calls["Block"],
         "bytes_saved_by_the_forward_pass": forward.saved_bytes,
+        "bytes_held_after_the_forward_pass": forward.timeline[-1] - out_bytes,
         "bytes_saved_by_the_backward_pass": backward.saved_bytes,
     }
     return outputs, again
