@@ -273,6 +273,17 @@ def checkpoint_selective(
     In the spirit of Korthikanti and others, section 5, who recompute attention's scores:
     https://arxiv.org/abs/2205.05198
     """
+    if not any(tensor.requires_grad for tensor in [*inputs, *weights]):
+        made = run(*inputs)  # nothing to save; what `run` uses may want a gradient
+        return tuple(made @ weight.T for weight in weights)
+    run = guarded(run, inputs)
+    return SelectiveCheckpoint.apply(run, len(inputs), *inputs, *weights)
+
+
+def guarded(
+    run: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor]
+) -> Callable[..., torch.Tensor]:
+    """`run`, which raises where `checkpoint_selective` says so."""
     for x in inputs:
         if x.dim() < 2 or not x.is_floating_point():
             raise ValueError(
@@ -281,20 +292,18 @@ def checkpoint_selective(
             )
     if torch.is_autocast_enabled(inputs[0].device.type):
         raise ValueError("checkpoint_selective: expected no autocast, got some")
-    if not any(tensor.requires_grad for tensor in [*inputs, *weights]):
-        made = run(*inputs)  # nothing to save; what `run` uses may want a gradient
-        return tuple(made @ weight.T for weight in weights)
 
     def run_or_refuse(*args: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # the second time
             _refuse_autograd_grad()
-        return run(*args)
+            return run(*args)
+        state = get_random_state(args[0])
+        made = run(*args)
+        if not all(map(torch.equal, state, get_random_state(args[0]))):
+            raise ValueError("checkpoint_selective: expected no random numbers in run")
+        return made
 
-    state = get_random_state(inputs[0])
-    products = SelectiveCheckpoint.apply(run_or_refuse, len(inputs), *inputs, *weights)
-    if not all(map(torch.equal, state, get_random_state(inputs[0]))):
-        raise ValueError("checkpoint_selective: expected no random numbers in run")
-    return products
+    return run_or_refuse
 
 
 def run_blocks_selective(

@@ -42,6 +42,7 @@ from lib import checkpointing, config, generate, text, training
 from lib.checkpointing import (
     Repeatable,
     get_random_state,
+    guarded,
     run_blocks,
     segments_peak_bytes,
     use_random_state,
