@@ -1037,7 +1037,8 @@ print(f"{share:.0%} of what a block keeps is cheap to make again")
 # gain, gets its gradient on the way). It returns `None` for `run` and
 # `num_inputs`, the gradients of the inputs, and those of the weights. No
 # product may be computed again. There may be any number of dimensions in front,
-# one or more.
+# one or more. (`guarded`, in the library, refuses some misuses, such as random
+# numbers in `run`.)
 
 # %% exercise="checkpoint_selective" given="forward checkpoint_selective"
 from lib.checkpointing import SelectiveCheckpoint, checkpoint_selective
