@@ -376,8 +376,8 @@ def blocks_to_keep(
     come working_bytes, once: what the backward pass of a checkpointed block needs beside
     the inside, for gradients on their way back. Keeping one block costs nothing extra:
     room for one inside is needed anyway. The budget is never exceeded; with two kept
-    blocks or more, up to one edge of it is left. Raises ValueError where not even one
-    fits.
+    blocks or more, the true peak is one edge below what is reckoned here. Raises
+    ValueError where not even one fits.
 
     >>> blocks_to_keep(8, 1, 10, working_bytes=5, budget_bytes=45)  # 5·1 + 3·10 + 5
     3

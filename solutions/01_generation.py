@@ -22,7 +22,8 @@
 # **How it works.** Five cells ask you to write a function. Below each of them
 # stands `check(...)`, which tells you in one line what is wrong. Once it says
 # *passed*, your function takes the library's place, and the rest of the page
-# runs on your code. If you skip one, the page runs on the library's.
+# runs on your code. If you skip one, the page runs on the library's, which it
+# always calls through its module, as in `text.decode(...)`.
 
 # %%
 import math

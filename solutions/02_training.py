@@ -21,6 +21,11 @@
 # - recompute only what is cheap: nearly half of what a block keeps, for no
 #   product,
 # - say where √L comes from, and when it is not worth having.
+#
+# **How it works.** As in chapter 1, `check(...)` below each exercise tells you
+# in one line what is wrong, and puts what passes into the library's place. What
+# you skip the library stands in for: use it by its module, as in
+# `training.next_token_loss`.
 
 # %%
 import copy
@@ -62,9 +67,9 @@ torch.manual_seed(0);
 #
 # Here is the model of chapter 1 once more, new and untrained. We take one step
 # of its training on a **batch** of 4 passages of 256 tokens: a forward pass,
-# the loss, and a backward pass, which leaves a gradient beside each weight. The
-# meter says what that takes at the peak, on top of weights and gradients, which
-# were there before.
+# the loss, and a backward pass, which finds a gradient for each weight. We make
+# room for the gradients beforehand, so the meter counts neither weights nor
+# gradients, but what the step needs beside them at its peak.
 
 # %%
 lm = Transformer(MOBY)
@@ -281,9 +286,10 @@ for name, function in {
 
 # %% [markdown]
 # The third line is the one to look at. `+` saves nothing; but the sum is saved,
-# since `sin` needs it. So a row of the list names who made a tensor, and the
-# operation *after* it is why the tensor is kept. (x itself is needed too, but
-# it was there before, so the meter does not count it.)
+# since `sin` needs it. So a row of the list names who made a tensor; the reason
+# why it is kept may be that operation (`exp`) or the one after it (`sin`). (x
+# itself is needed too, but it was there before, so the meter does not count
+# it.)
 #
 # Here is what one block of our model saves, for 1 passage of 256 tokens,
 # without dropout: the bytes, the shape, and the operation that made it.
@@ -529,9 +535,9 @@ for name, num_bytes in gigabytes.items():
 #
 # ### Exercise 2.3 · `accumulate_gradients` ★★ (15 minutes)
 #
-# Add the gradient of `next_token_loss` of the whole batch to each parameter's
-# `.grad`, part by part, and return the loss as a number. Parts are nearly
-# equal, and may differ in size: 7 passages in 3 parts are 3, 2 and 2. You may
+# Add the gradient of `training.next_token_loss` of the whole batch to each
+# parameter's `.grad`, part by part, and return the loss as a number. Parts may
+# differ in size: 7 passages in 3 parts are 3, 2 and 2, for example. You may
 # call the model `num_parts` times at most, and keep only one part's activations
 # in memory.
 
@@ -737,8 +743,9 @@ plotting.plot_timelines(
 #
 # Let b be the bytes of an **edge**, one x between two blocks, and A what a
 # block keeps **inside**, its input included. With L blocks in k segments the
-# backward pass holds the inside of one segment, the inputs of those before it,
-# and the output of the one that it runs again: together k edges and one inside.
+# backward pass is at its peak when it has run the last segment again. It holds
+# k - 1 inputs of the segments before, the output of this one, and its inside,
+# ⌈L/k⌉ blocks of A:
 #
 # > k·b + ⌈L/k⌉·A
 #
@@ -787,9 +794,9 @@ plotting.plot_measured(
 # times the layers, about twice the best k and twice the best peak: **both grow
 # like √L.**
 #
-# In our model √(16·A/b) is 18, but there are only 16 blocks to cut at. As long
-# as k is held back like this, each block is a segment of its own and the peak
-# is L·b + A. That grows like L, only slowly, since an edge is small.
+# In the deep model √(16·A/b) is 18, but there are only 16 blocks to cut at. As
+# long as k is held back like this, each block is a segment of its own and the
+# peak is L·b + A. That grows like L, only slowly, since an edge is small.
 #
 # ### Exercise 2.5 · `best_num_segments` ★★ (10 minutes)
 #
@@ -843,8 +850,8 @@ print(f"one block per segment is best up to {last} layers")
 # Recomputing *all* blocks may be more than you need. If the memory has room for
 # a few insides, keep those and save the work. Keep the **last** blocks: the
 # backward pass begins there, so by the time it has to run an earlier block
-# again, their insides are gone. So the first block that you decide to keep, the
-# last of the stack, costs nothing: room for one inside is needed anyway.
+# again, their insides are gone. So keeping the last block alone costs nothing:
+# room for one inside is needed anyway.
 #
 # What else needs room? The gradients on their way back, as we saw above. It is
 # enough to measure that once, on two blocks, one of them checkpointed. Call it
@@ -870,10 +877,10 @@ print(f"{working_bytes / edge_bytes:.1f} edges")
 #
 # ### Exercise 2.6 · `blocks_to_keep` ★★ (10 minutes)
 #
-# A checkpointed block costs its edge, a kept one its inside, which includes its
-# own edge and may be no larger; and W comes on top, once. How many blocks can
-# be kept within the budget? The lines that raise `ValueError` if not even one
-# fits are given.
+# A checkpointed block costs its edge, and a kept one its inside, which includes
+# its own edge (and may be nothing else: then the two are equal). W comes on
+# top, once. How many blocks can be kept within the budget? The lines that raise
+# `ValueError` if not even one fits are given.
 
 # %% exercise="blocks_to_keep" given="1"
 from lib.checkpointing import blocks_to_keep
@@ -942,11 +949,11 @@ drawing.draw_schedule(
 #
 # ### Exercise 2.7 · `checkpoint_recursive` ★★★ (20 minutes)
 #
-# Memory O(log L), in L + (L/2)·log₂ L block calls. (The check allows L calls
-# more, for answers that also checkpoint single blocks.) A single block needs no
-# checkpoint: it is the one whose inside is kept. Use
-# `checkpointing.checkpoint`, which is yours if it has passed. Torch's own is
-# not allowed.
+# Memory O(log L), in L + (L/2)·log₂ L block calls. The halving ends at one
+# block: run it there, and keep its inside. (As a first half it has a checkpoint
+# around it already. The check allows L calls more, for answers that checkpoint
+# that last block too.) Use `checkpointing.checkpoint`, which is yours if it has
+# passed. Torch's own is not allowed.
 
 # %% exercise="checkpoint_recursive"
 from lib.checkpointing import checkpoint_recursive
@@ -1002,10 +1009,10 @@ plotting.plot_measured(
 # ## Recompute only what is cheap
 #
 # A checkpoint computes everything again, and most of that work is in matrix
-# products. But much of the *memory* is not: look at the list of exercise 2.2
-# once more. What the norms save, silu(gate), and silu(gate)·up need no product
-# to come back; they are made number by number from what is kept anyway. Which
-# share of a block's bytes are they?
+# products. But much of the *memory* is not: look once more at the list of what
+# a block saves, under *What autograd keeps*. What the norms save, silu(gate),
+# and silu(gate)·up need no product to come back; they are made number by number
+# from what is kept anyway. Which share of a block's bytes are they?
 
 # %%
 cheap = [
@@ -1036,9 +1043,9 @@ print(f"{share:.0%} of what a block keeps is cheap to make again")
 # and goes backward from h to the inputs (what `run` itself learns, a norm's
 # gain, gets its gradient on the way). It returns `None` for `run` and
 # `num_inputs`, the gradients of the inputs, and those of the weights. No
-# product may be computed again. There may be any number of dimensions in front,
-# one or more. (`guarded`, in the library, refuses some misuses, such as random
-# numbers in `run`.)
+# product may be computed again. Inputs have one dimension or more before their
+# last, as (T, C) or (B, T, C). (`guarded`, in the library, refuses some
+# misuses, such as random numbers in `run`.)
 
 # %% exercise="checkpoint_selective" given="forward checkpoint_selective"
 from lib.checkpointing import SelectiveCheckpoint, checkpoint_selective
@@ -1163,10 +1170,12 @@ for name, (run, *args) in ways.items():
 # Here N is the number of tokens of a passage. The table writes the work as 2 N²
 # L, and the 2 needs a word. It counts *forward passes*: a checkpointed step
 # goes through the blocks forward twice. It does not mean twice the work. We
-# measure it in FLOPs, as 1 + (checkpointed - plain) / forward. Behind it stands
-# what it costs, all FLOPs over those of plain training: one pass more on top of
-# three, 1.33 times. (For attention it is 9/7, about 1.29, since torch's fused
-# backward computes five products, and not four.)
+# measure it in FLOPs, as 1 + (checkpointed - plain) / forward. After the
+# exponents, each cell below gives the cost, the FLOPs over those of plain
+# training: one pass more on top of three, 1.33 times. (For attention it is 9/7,
+# about 1.29, since torch's fused backward computes five products, and not
+# four.) The row of forward calls counts calls of the model, one for each step;
+# the second pass shows in the block calls.
 
 # %%
 columns = ("training", "checkpointed")

@@ -383,7 +383,7 @@ def no_mask(layer, q, k, v):
     return attend(q, k, v, hide=lambda T: torch.zeros(T, T).bool())
 
 
-@wrong("attend_causal", says="nan")
+@wrong("attend_causal", says="does it see itself?")
 def not_even_itself(layer, q, k, v):
     return attend(q, k, v, hide=lambda T: torch.ones(T, T).triu(0).bool())
 
@@ -744,7 +744,7 @@ def exponentials_overflow(logits, temperature=1.0, top_k=None, top_p=1.0):
     return torch.zeros_like(logits).scatter(-1, order, ranked)
 
 
-@wrong("next_token_probs", says="256 logits and no settings")
+@wrong("next_token_probs", says="every token is kept")
 def a_rounded_sum_ends_the_text(logits, temperature=1.0, top_k=None, top_p=1.0):
     if temperature == 0:
         return greedy(logits)
@@ -757,7 +757,7 @@ def a_rounded_sum_ends_the_text(logits, temperature=1.0, top_k=None, top_p=1.0):
     return torch.zeros_like(logits).scatter(-1, order[..., :top_k], probs)
 
 
-@wrong("next_token_probs", says="256 logits of four values and top_k=20")
+@wrong("next_token_probs", says="the one with the smaller id counts as the more")
 def sorted_in_any_order(logits, temperature=1.0, top_k=None, top_p=1.0):
     if temperature == 0:
         return greedy(logits)

@@ -135,6 +135,8 @@ def attend_causal_explain(inputs: dict, expected: dict, got: dict) -> str | None
         if _is_close(np.swapaxes(got["out"], -3, -2), expected["out"]):
             return "Put tokens before heads again: out has the shape of q"
         return None
+    if T == 1 and np.isnan(got["out"]).all():
+        return "One token, and no weight: does it see itself?"
     if T > 50 and got["largest_tensor_bytes"] >= q.itemsize * T * T * D:
         return "A tensor of T x T x D numbers is too large: T x T scores will do"
     low = "A token of the future has weight 0: set the future's scores to -∞"
@@ -164,6 +166,14 @@ def attend_causal_explain(inputs: dict, expected: dict, got: dict) -> str | None
 
 def _is_close(one: np.ndarray, other: np.ndarray) -> bool:
     return one.shape == other.shape and np.allclose(one, other, equal_nan=True)
+
+
+def _are_other_ties(logits: np.ndarray, right: np.ndarray, probs: np.ndarray) -> bool:
+    """Whether as many tokens are kept, with the same logits, but not the same ones."""
+    if logits.ndim != 1 or (probs > 0).sum() != (right > 0).sum():
+        return False
+    kept, wanted = np.sort(logits[probs > 0]), np.sort(logits[right > 0])
+    return np.array_equal(kept, wanted) and ((probs > 0) != (right > 0)).any()
 
 
 def _attend(
@@ -260,6 +270,10 @@ def next_token_probs_explain(inputs: dict, expected: dict, got: dict) -> str | N
         return "What is kept must sum to 1 again"
     if temperature == 0:
         return _why_not_greedy(inputs["logits"], right, probs)
+    if not settings and ((probs == 0) & (right > 0)).any():
+        return "Without top_k and top_p, or at their defaults, every token is kept"
+    if _are_other_ties(inputs["logits"], right, probs):
+        return "Of equal logits the one with the smaller id counts as the more probable"
     ranked = np.sort(right, axis=-1)
     orders = [ranked, ranked[..., ::-1]]
     are_different = len(np.unique(right[right > 0].round(9))) > 1
