@@ -7,10 +7,11 @@ and computes the inside again when the backward pass gets there. Cutting L block
 
     Training Deep Nets with Sublinear Memory Cost, https://arxiv.org/abs/1604.06174
 
-The promise: the same gradients, to the bit, for every parameter, dropout included, where
-each parameter is used in one checkpoint and nowhere else. (Otherwise its gradients are
-added up in another order, and are the same up to rounding.) `checkpoint_selective`
-computes again only what costs no matrix product. Read lib/model.py before.
+The promise: the same gradients for every parameter, dropout included; to the bit in a
+chain of checkpoints, where each x and each parameter is used in one of them and nowhere
+else. (What is used twice has its gradients added up in another order: the same up to
+rounding.) `checkpoint_selective` computes again only what costs no matrix product. Read
+lib/model.py before.
 """
 
 import contextlib
@@ -262,11 +263,12 @@ def checkpoint_selective(
 ) -> tuple[torch.Tensor, ...]:
     """`run(*inputs) @ weight.T` for each of `weights`, keeping `inputs` alone.
 
-    inputs (..., in) as `run` takes them; weights (out, in), as of nn.Linear. The gradient
-    of a weight needs what it was multiplied with, so autograd would keep that too. Here
-    the backward pass makes it again from `inputs`: worth it where `run` is cheap, a norm
-    or a function of single numbers, for no matrix product is done twice. Gradients are
-    those of a plain run up to rounding, also for the parameters that `run` uses. Raises
+    inputs (..., tokens, in) as `run` takes them; weights (out, in), as of nn.Linear. The
+    gradient of a weight needs what it was multiplied with, so autograd would keep that
+    too. Here the backward pass makes it again from `inputs`: worth it where `run` is
+    cheap, a norm or a function of single numbers, for no matrix product is done twice.
+    Gradients are those of a plain run up to rounding, also for the parameters that `run`
+    uses. Where neither an input nor a weight wants one, it is a plain run. Raises
     ValueError under autocast, for inputs of other shapes or of whole numbers, and where
     `run` draws random numbers of torch; RuntimeError under torch.autograd.grad.
 

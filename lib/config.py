@@ -1,7 +1,7 @@
-"""The shape of a model: one frozen dataclass, the two shapes the course runs, and one it
-only reckons with.
+"""The shape of a model: one frozen dataclass, and three shapes with names, one of which
+is only for computing what it would take.
 
-Read this first. Every other module takes its sizes from a `ModelConfig`, and a file of
+Read this first. Whatever runs a model takes its sizes from a `ModelConfig`, and a file of
 weights carries the config it was trained with, so that weights and code cannot disagree
 in silence.
 """

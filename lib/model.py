@@ -2,8 +2,8 @@
 
 The model computes queries, keys and values, and hands them to `attend(layer, q, k, v)
 -> out`, which the caller passes in. Where keys and values live, and how attention reads
-them, is decided there and nowhere else: every later chapter is a new `attend`, and this
-file is never edited again.
+them, is decided there and nowhere else: chapters 3 to 5 bring new kinds of `attend`, and
+this file is never edited again.
 
     q (..., T, H, D)    k, v (..., T, G, D)    out (..., T, H, D)
 

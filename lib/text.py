@@ -78,8 +78,8 @@ def windows(
     that fills no window is left.
 
     Neighbours overlap by one token, so a model that predicts all but a window's first
-    token predicts each token once. Raises ValueError unless there is a window of two
-    tokens or more.
+    token predicts each token once, but for the very first and the tail. Raises ValueError
+    unless there is a window of two tokens or more.
     """
     if token_ids.dim() != 1:
         raise ValueError(f"token_ids: expected (T,), got {tuple(token_ids.shape)}")

@@ -125,10 +125,11 @@ def step_bytes(config: ModelConfig, batch_size: int, seq_len: int) -> dict[str, 
     """What a training step holds at its peak beside weights, gradients and optimizer.
 
     In bytes, by kind, in float32 on a CPU, at the moment when the loss has been computed
-    and nothing has been given back yet. For the course's model and 200 tokens or more
-    that is the peak, to the byte. Where the loss weighs little beside the gradients
-    inside the last MLP (few tokens, a small vocabulary, a wide MLP), the peak comes a
-    little later and is a little higher. There are then, beside the blocks' activations,
+    and nothing has been given back yet. For the course's model and 200 predictions or
+    more that is the peak, to the byte. Where the loss weighs little beside the gradients
+    inside the last MLP (few tokens, a small vocabulary, a wide MLP), the peak comes later
+    and is higher, by up to some gradients of F floats per token. There are then, beside
+    the blocks' activations,
 
     - two dropout masks in each block, C floats per token, if there is dropout (on a GPU
       a mask is one byte per number);

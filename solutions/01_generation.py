@@ -388,8 +388,8 @@ print(f"logits {tuple(ours.shape)}, largest difference to lm: {largest:.1e}")
 # The same, up to rounding. `lib/model.py` has the model as torch writes it, for
 # any sizes, and no later chapter changes it. This works because `attend` is a
 # parameter: where keys and values live, and how attention reads them, is not
-# the model's business. Every chapter brings another `attend`. Today there are
-# two, yours and torch's **fused** one, which comes up again below.
+# the model's business. Later chapters bring others. Today there are two, yours
+# and torch's **fused** one, which comes up again below.
 #
 # ## What was computed once is computed again
 #
@@ -850,12 +850,13 @@ for name, attend in [
 # %% [markdown]
 # ## The first column of the table
 #
-# Each chapter adds a column to one table: how do memory and work grow with the
-# number of tokens, N, and of layers, L? For generating by recompute, with fused
-# attention, theory says: memory N (a layer's results are free again when the
-# next one runs), attention N³·L, projections N²·L, and N calls of the model,
-# each through L layers. `table.sweep` measures small random models at three
-# lengths and three depths, and `table.fit` reads off the exponents.
+# The first four chapters fill one table, column by column: how do memory and
+# work grow with the number of tokens, N, and of layers, L? For generating by
+# recompute, with fused attention, theory says: memory N (a layer's results are
+# free again when the next one runs), attention N³·L, projections N²·L, and N
+# calls of the model, each through L layers. `table.sweep` measures small random
+# models at three lengths and three depths, and `table.fit` reads off the
+# exponents.
 
 # %%
 sweep = table.sweep("recompute")

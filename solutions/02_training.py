@@ -405,8 +405,8 @@ print(f"{step_cost.peak_bytes:12,}  measured, on top of the page")
 
 # %% [markdown]
 # Every byte of the mountain has a name. (In a model with a small vocabulary and
-# a wide MLP the peak comes a little later, in the last block's MLP, and is a
-# little higher.)
+# a wide MLP the peak comes later, in the last block's MLP, and is higher:
+# gradients weigh more there than the loss does here.)
 #
 # And a whole training run? Here are two steps of the loop, from nothing: the
 # model itself is made under the meter, too.
@@ -623,7 +623,8 @@ x.grad
 # is no single number, so `out.backward` has to be told what the gradient of the
 # loss with respect to it is.)
 #
-# In both functions autograd is off: what they compute does not become part of
+# In both functions autograd is off (unless somebody asks for the gradient of a
+# gradient, which we leave out here): what they compute does not become part of
 # any graph. `with torch.enable_grad():` switches it on again. One more word is
 # needed: a **leaf** is a tensor at which a graph begins, such as a weight. The
 # backward pass ends at leaves, and stores their gradient in `.grad`.
@@ -1011,8 +1012,9 @@ plotting.plot_measured(
 # A checkpoint computes everything again, and most of that work is in matrix
 # products. But much of the *memory* is not: look once more at the list of what
 # a block saves, under *What autograd keeps*. What the norms save, silu(gate),
-# and silu(gate)·up need no product to come back; they are made number by number
-# from what is kept anyway. Which share of a block's bytes are they?
+# and silu(gate)·up need no product to come back: they are made from what is
+# kept anyway, number by number, with one mean per token for a norm. Which share
+# of a block's bytes are they?
 
 # %%
 cheap = [
@@ -1197,7 +1199,8 @@ check.summary()
 #
 # 1. Training holds weights, gradients, two more floats per weight for AdamW,
 #    and the activations that operations save for their backward steps, which
-#    grow with tokens times layers and soon outweigh the rest.
+#    grow with tokens times layers and outweigh the rest in a small model, or
+#    with a large batch.
 # 2. A batch can go through the model in parts: the memory of one part, the same
 #    work, the same gradients.
 # 3. A checkpoint keeps the input of a segment and computes its inside again,

@@ -157,7 +157,7 @@ def fit(sweep: Sweep) -> list[Cell]:
 def growth_exponent(values: list[float], ratio: int) -> float:
     """The p for which f(x), f(rx), f(r²x) grow like x^p beside a constant.
 
-    NaN where one of the two differences is not positive.
+    0 where both differences are 0; else NaN where one of them is not positive.
 
     >>> growth_exponent([5 + 1, 5 + 4, 5 + 16], ratio=2)  # 5 + x² at 1, 2, 4
     2.0
