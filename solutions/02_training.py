@@ -3,10 +3,10 @@
 #
 # Generation throws away what it computed, and has to compute it again. Training
 # is the opposite: it keeps *everything* until the backward pass has used it,
-# and that, much more than the weights, fills the memory. In this chapter we
-# train a model, account for every byte of a training step, and then write
-# **activation checkpointing**, which throws most of them away on purpose: less
-# memory for more work.
+# and with a small model, or a large batch, that is most of what fills the
+# memory. In this chapter we train a model, account for every byte of a training
+# step, and then write **activation checkpointing**, which throws most of what
+# is kept away on purpose: less memory for more work.
 #
 # **You need:** chapter 1, or attention and the generation loop from elsewhere;
 # what `loss.backward()` does; and 190 minutes. No GPU.
