@@ -10,12 +10,13 @@ Only numbers are moved here, no keys and no values: lib/paged_kv_cache.py has th
 Invariant: a block is free, or it stands in exactly `ref_count` block tables, at the same
 place and filled equally far in each. `check_integrity` says where that is broken.
 
-Allocating, appending and freeing take constant time a block, whatever the pool's size.
+Allocating, appending and freeing take constant time per block, whatever the pool's size.
 """
 
-import math
 from collections import Counter
 from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+from numbers import Integral
 
 
 class OutOfBlocksError(Exception):
@@ -28,6 +29,16 @@ class OutOfBlocksError(Exception):
         self.needed, self.free = needed, free
 
 
+@dataclass(frozen=True)
+class Mark:
+    """Where a request was at some moment: enough to undo what it appended since."""
+
+    block_table: list[int] = field(compare=False)  # the list itself, which goes on
+    num_blocks: int
+    last_block_id: int | None
+    seq_len: int
+
+
 class BlockManager:
     """The free list, the block tables, and how many tables each block stands in.
 
@@ -36,7 +47,7 @@ class BlockManager:
 
     def __init__(self, num_blocks: int, block_size: int):
         for name, value in (("num_blocks", num_blocks), ("block_size", block_size)):
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:  # True is an int too
                 raise ValueError(
                     f"{name}: expected an integer of at least 1, got {value!r}"
                 )
@@ -64,7 +75,7 @@ class BlockManager:
             )
         check_num_tokens(num_tokens)
 
-        needed = math.ceil(num_tokens / self.block_size)
+        needed = -(-num_tokens // self.block_size)  # rounded up
         if needed > len(self.free_block_ids):
             raise OutOfBlocksError(needed, len(self.free_block_ids))
         self.block_tables[request_id] = [self.take_block() for _ in range(needed)]
@@ -189,13 +200,41 @@ class BlockManager:
                 self.seq_lens[request_id],
             )
             end = seq_len + num_tokens
-            needed += math.ceil(end / self.block_size) - len(block_table)
+            needed += -(-end // self.block_size) - len(block_table)
             if num_tokens > 0 and seq_len % self.block_size > 0:
                 writers[block_table[-1]] += 1
         # Whoever writes into a shared block copies it, but the last one left need not.
         for block_id, num_writers in writers.items():
             needed += min(num_writers, self.ref_count[block_id] - 1)
         return needed
+
+    def mark(self, request_id: Hashable) -> Mark:
+        """Where a live request is now, in constant time."""
+        table = self.block_tables[request_id]
+        last = table[-1] if table else None
+        return Mark(table, len(table), last, self.seq_lens[request_id])
+
+    def take_back(self, marks: Mapping[Hashable, Mark]):
+        """Undo every `append` since these marks, however far the last of them came.
+
+        marks: of all requests that have appended, in the order in which they did. The
+        free list, too, is as it was.
+        """
+        for request_id, mark in reversed(marks.items()):
+            block_table = self.block_tables[request_id]
+            while len(block_table) > mark.num_blocks:
+                self.give_block(block_table.pop())
+            if block_table and block_table[-1] != mark.last_block_id:
+                copy, block_table[-1] = block_table[-1], mark.last_block_id
+                self.ref_count[mark.last_block_id] += 1
+                self.give_block(copy)
+            self.seq_lens[request_id] = mark.seq_len
+
+    def give_block(self, block_id: int):
+        """One table less has this block; it is free if that was the last."""
+        self.ref_count[block_id] -= 1
+        if self.ref_count[block_id] == 0:
+            self.free_block_ids.append(block_id)
 
     def num_filled_slots(self) -> int:
         """Places for a token that hold one; a shared one counts once."""
@@ -239,7 +278,7 @@ class BlockManager:
         seen = {}  # block id -> (which block of the text, tokens in it)
         for request_id, block_table in self.block_tables.items():
             seq_len = self.seq_lens[request_id]
-            needed = math.ceil(seq_len / self.block_size)
+            needed = -(-seq_len // self.block_size)
             assert len(block_table) == needed, (
                 f"request {request_id!r}: expected {needed} blocks for {seq_len} tokens, "
                 f"got {len(block_table)}"
@@ -254,7 +293,8 @@ class BlockManager:
 
 def check_num_tokens(num_tokens: int):
     """Raise ValueError unless it is a number of tokens."""
-    if not isinstance(num_tokens, int) or num_tokens < 0:
+    is_integer = isinstance(num_tokens, Integral) and not isinstance(num_tokens, bool)
+    if not is_integer or num_tokens < 0:
         raise ValueError(
             f"num_tokens: expected an integer of at least 0, got {num_tokens!r}"
         )

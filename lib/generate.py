@@ -99,8 +99,34 @@ def forward_cached(
         )
     positions = kv_cache.new_positions(cache.seq_lens + query_lens, query_lens)  # (N,)
     check_token_ids(token_ids, positions, model.config)
-    attend = cache.extend(query_lens)
-    return model(token_ids, positions, attend)  # (N, V)
+    with cache.extend(query_lens) as attend:
+        return model(token_ids, positions, attend)
+
+
+def prefill_in_chunks(
+    model: Transformer,
+    prompts: Sequence[torch.Tensor],
+    cache: KVCache,
+    chunk_size: int,
+):
+    """Put prompts into the cache, at most `chunk_size` tokens of each in one step.
+
+    prompts: one (T,) for each request of the cache. Attention of a step holds one score
+    for each new token and each key of its request: for a whole prompt T², for a chunk
+    chunk_size · T at most. Raises as `generate_cached` does, before the first step.
+    (https://arxiv.org/abs/2308.16369, section 4.2)
+    """
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
+    check_cached_generation(model, prompts, 0, cache)
+    lens = [len(prompt_ids) for prompt_ids in prompts]
+    cache.check_room(torch.tensor(lens, device=cache.seq_lens.device))
+
+    for start in range(0, max(lens), chunk_size):
+        chunks = [prompt_ids[start : start + chunk_size] for prompt_ids in prompts]
+        new_ids = torch.cat(chunks)  # (N,)
+        query_lens = torch.tensor([len(c) for c in chunks], device=new_ids.device)  # (B,)
+        forward_cached(model, cache, new_ids, query_lens)
 
 
 def generate_cached(
@@ -116,10 +142,10 @@ def generate_cached(
 ) -> list[torch.Tensor]:
     """Prompts and continuations: each token goes through the model once.
 
-    prompts: one (T,) for each request of the cache, of any lengths. Returns each with
-    num_new_tokens more. The last of them is not in the cache: nobody has asked what
-    follows it. Raises ValueError, or what the cache raises if it has not enough room, and
-    then the cache is as it was.
+    prompts: one (T,) for each of `cache.request_ids`, of any lengths; a request that has
+    tokens in the cache goes on behind them. Returns each with num_new_tokens more. The
+    last of them is not in the cache: nobody has asked what follows it. Raises ValueError,
+    or what the cache raises if it has not enough room, and then the cache is as it was.
     """
     check_cached_generation(model, prompts, num_new_tokens, cache)
     sampling.check_sampling(temperature, top_k, top_p)
@@ -168,9 +194,13 @@ def check_cached_generation(
     cache: KVCache,
 ):
     """The same for a batch with a cache, which must have room for all that is coming."""
-    if len(prompts) != len(cache.seq_lens) or not prompts:
+    if None in cache.request_ids:
         raise ValueError(
-            f"prompts: expected {len(cache.seq_lens)}, one per request of the cache, "
+            f"cache: expected a request in each row, got {cache.request_ids}: begin them"
+        )
+    if len(prompts) != len(cache.request_ids) or not prompts:
+        raise ValueError(
+            f"prompts: expected {len(cache.request_ids)}, one per request of the cache, "
             f"and at least one, got {len(prompts)}"
         )
     for prompt_ids, seq_len in zip(prompts, cache.seq_lens.tolist()):

@@ -7,51 +7,154 @@ replaces `generate_recompute`'s pass over the whole text by one over the new tok
 A step may bring any number of new tokens for each request of a batch: all of a prompt
 (prefill), one (decode), or none. They come flat, request after request, N in all, so that
 nothing is padded. Invariant: after a step, request b has its `seq_lens[b]` keys at
-`k_cache[:, b, :seq_lens[b]]`, and what lies behind them is never read.
+`k_cache[:, b, :seq_lens[b]]`, and what lies behind them never enters a result.
 
 Read lib/model.py, for the seam `attend`, and lib/generate.py before.
 """
 
-from typing import Protocol
+import abc
+import contextlib
+from collections.abc import Hashable, Iterator
 
 import torch
+import torch.nn.functional as F
 
 from lib.config import ModelConfig
 from lib.model import Attend
 
 
 class CacheFullError(Exception):
-    """A request would outgrow what was reserved for it."""
-
-    def __init__(self, request: int, needed: int, reserved: int):
-        super().__init__(
-            f"request {request}: expected at most {reserved} tokens, as many as were "
-            f"reserved, got {needed}"
-        )
+    """A request would outgrow what was reserved for it, or there is no row for it."""
 
 
-class KVCache(Protocol):
-    """What generation needs of a cache of B requests.
+class KVCache(abc.ABC):
+    """The keys and values of some requests, and what every cache promises about them.
 
-    A step that is interrupted, by a key or by an error inside the model, spoils it: the
-    new tokens are counted, and their keys may be missing.
+    Requests come with `begin` and go with `free`; between them, `extend` takes steps:
+
+        with cache.extend(query_lens) as attend:
+            logits = model(token_ids, positions, attend)
+
+    Row b of `seq_lens`, `query_lens` and a step's tokens is that of `request_ids[b]`.
+
+    Two promises. Attention never reads a place that no step has written: calls that would
+    lead there raise. And a step counts when its `with` block ends, or not at all: an
+    error inside it, or the interrupt of a notebook, leaves the cache as it was.
+
+    A kind of cache says how by `_begin_row`, `_free_row`, `_open_step` and `_take_back`.
     """
 
     config: ModelConfig  # of the model whose keys and values it takes
     k_cache: torch.Tensor
-    seq_lens: torch.Tensor  # int64 (B,), the tokens that each request has in the cache
+    request_ids: list[Hashable | None]  # by row; None where no request has begun
     reserved_bytes: int  # that nobody else can use
     used_bytes: int  # of them, those that hold a token
+    _seq_lens: torch.Tensor
+    _open: object | None = None  # the step under way
 
+    @property
+    def seq_lens(self) -> torch.Tensor:
+        """int64 (B,), the tokens that each request has in the cache."""
+        return self._seq_lens
+
+    def begin(self, request_id: Hashable):
+        """A new request, without tokens, in a row of its own.
+
+        Raises ValueError if it has begun already, or what says that there is no row.
+        """
+        self._check_no_step("begin")
+        self._check_new(request_id)
+        self._begin_row(request_id)
+
+    def free(self, request_id: Hashable):
+        """The request is over: what it held is free.
+
+        Raises ValueError for one that never began, or was freed before.
+        """
+        self._check_no_step("free")
+        self._free_row(self._row(request_id))
+
+    @abc.abstractmethod
     def check_room(self, query_lens: torch.Tensor):
         """Raise unless query_lens[b] more tokens of each request fit."""
 
-    def extend(self, query_lens: torch.Tensor) -> Attend:
-        """Make room for the next tokens, int64 (B,); attention for a step over them.
+    @contextlib.contextmanager
+    def extend(self, query_lens: torch.Tensor) -> Iterator[Attend]:
+        """A step over the next tokens: query_lens[b] of request b, int64 (B,).
 
-        What it returns takes q (N, H, D) and k, v (N, G, D), N = query_lens.sum(). Raises
-        as check_room does, and then nothing has changed.
+        Gives the `attend` that writes and reads them: q (N, H, D) and k, v (N, G, D),
+        N = query_lens.sum(). Raises as check_room does, before anything changes.
         """
+        self._check_no_step("extend")
+        self.check_room(query_lens)
+        before, step, layers = self._seq_lens, object(), set()
+
+        def attend(layer, q, k, v):
+            if self._open is not step:
+                raise RuntimeError(
+                    "attend: expected inside of its own step, got after it"
+                )
+            out = attend_rows(layer, q, k, v)
+            layers.add(layer)
+            return out
+
+        try:
+            self._open = step
+            attend_rows = self._open_step(query_lens)
+            yield attend
+            if layers != set(range(self.config.num_layers)):
+                raise RuntimeError(
+                    f"extend: expected attention in layers 0 to "
+                    f"{self.config.num_layers - 1}, got {sorted(layers)}"
+                )
+            self._seq_lens = before + query_lens
+        except BaseException:
+            self._seq_lens = before
+            self._take_back(query_lens)
+            self._open = None
+            raise
+        self._open = None
+
+    def _check_no_step(self, method: str):
+        if self._open is not None:
+            raise RuntimeError(
+                f"{method}: expected between two steps, got inside of one (or after one "
+                f"that could not be taken back: then make a new cache)"
+            )
+
+    def _check_new(self, request_id: Hashable):
+        if request_id is None or request_id in self.request_ids:
+            raise ValueError(
+                f"request {request_id!r}: expected one that is not None and not live "
+                f"({self._live()})"
+            )
+
+    def _row(self, request_id: Hashable) -> int:
+        if request_id not in self._live():
+            raise ValueError(
+                f"request {request_id!r}: expected one of {self._live()}, "
+                f"got one that has not begun or was freed"
+            )
+        return self.request_ids.index(request_id)
+
+    def _live(self) -> list[Hashable]:
+        return [r for r in self.request_ids if r is not None]
+
+    @abc.abstractmethod
+    def _begin_row(self, request_id: Hashable):
+        """Give it a row."""
+
+    @abc.abstractmethod
+    def _free_row(self, row: int):
+        """Take it back, with what it held."""
+
+    @abc.abstractmethod
+    def _open_step(self, query_lens: torch.Tensor) -> Attend:
+        """Make room for the new tokens; attention that writes and reads them."""
+
+    @abc.abstractmethod
+    def _take_back(self, query_lens: torch.Tensor):
+        """Undo `_open_step`, however far it came; seq_lens are those from before."""
 
 
 def kv_cache_bytes(
@@ -60,7 +163,7 @@ def kv_cache_bytes(
     """Bytes of the keys and values of `num_tokens` tokens, in all layers.
 
     >>> from lib.config import TINY  # 2 layers, 2 KV heads of head_dim 8
-    >>> kv_cache_bytes(TINY, num_tokens=3)  # 2 · 2 keys and values a token, of 8 numbers
+    >>> kv_cache_bytes(TINY, num_tokens=3)  # 2 · 2 · 2 of 8 numbers per token
     768
     """
     numbers_per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
@@ -132,6 +235,10 @@ def attend_cached(
     H, D = q.shape[1:]
     G = k_cache.shape[-2]
     out = torch.empty_like(q)
+    assert (query_lens <= seq_lens).all(), (
+        f"expected at most {seq_lens.tolist()} queries, one per key, "
+        f"got {query_lens.tolist()}"
+    )
 
     start = 0
     for b, (S, T) in enumerate(zip(seq_lens.tolist(), query_lens.tolist())):
@@ -142,15 +249,40 @@ def attend_cached(
         grouped = (q_b / D**0.5).view(T, G, H // G, D).permute(1, 2, 0, 3)
         scores = grouped.flatten(1, 2) @ k.transpose(1, 2)  # (G, H/G*T, S)
         scores = scores.unflatten(1, (H // G, T))  # (G, H/G, T, S)
-        queries_at = torch.arange(S - T, S, device=q.device).unsqueeze(-1)  # (T, 1)
-        is_future = torch.arange(S, device=q.device) > queries_at  # (T, S)
-        weights = scores.masked_fill(is_future, float("-inf")).softmax(dim=-1)
+        if T > 1:  # the newest token sees them all
+            queries_at = torch.arange(S - T, S, device=q.device).unsqueeze(-1)  # (T, 1)
+            is_future = torch.arange(S, device=q.device) > queries_at  # (T, S)
+            scores = scores.masked_fill(is_future, float("-inf"))
+        weights = scores.softmax(dim=-1)  # (G, H/G, T, S)
         out_b = weights.flatten(1, 2) @ v  # (G, H/G*T, D)
         out_b = out_b.unflatten(1, (H // G, T)).permute(2, 0, 1, 3)  # (T, G, H/G, D)
         out[start : start + T] = out_b.flatten(1, 2)
 
         start += T
     return out  # (N, H, D)
+
+
+def attend_decode(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seq_lens: torch.Tensor
+) -> torch.Tensor:
+    """`attend_cached` for one new token of each request: one masked call, no loop.
+
+    q (B, H, D); k, v (B, S, G, D), S the longest of seq_lens, int64 (B,). What lies
+    behind a request's keys is hidden, but must be numbers: 0 · NaN is NaN. Each request
+    costs what the longest costs. Returns (B, H, D).
+    """
+    mask = None
+    if len(q) > 1:
+        places = torch.arange(k.shape[1], device=k.device)  # (S,)
+        mask = (places < seq_lens.unsqueeze(-1))[:, None, None]  # (B, 1, 1, S)
+    out = F.scaled_dot_product_attention(
+        q.unsqueeze(2),  # (B, H, 1, D)
+        k.transpose(1, 2),  # (B, G, S, D)
+        v.transpose(1, 2),
+        attn_mask=mask,
+        enable_gqa=True,
+    )
+    return out.squeeze(2)  # (B, H, D)
 
 
 def kv_utilization(seq_lens: torch.Tensor, max_seq_len: int) -> float:
@@ -164,10 +296,14 @@ def kv_utilization(seq_lens: torch.Tensor, max_seq_len: int) -> float:
     return seq_lens.sum().item() / (len(seq_lens) * max_seq_len)
 
 
-class ContiguousKVCache:
+class ContiguousKVCache(KVCache):
     """Room for `max_seq_len` tokens of each of B requests, reserved at once.
 
-    k_cache, v_cache (L, B, S, G, D), S = max_seq_len.
+    k_cache, v_cache (L, B, S, G, D), S = max_seq_len. B = batch_size rows, without
+    requests at first; a row keeps its place when others become free.
+
+    fused_decode: whether steps that bring one token for each row run as one masked call
+    of torch's fused attention, `attend_decode`, instead of the loop `attend_cached`.
     """
 
     def __init__(
@@ -178,6 +314,7 @@ class ContiguousKVCache:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        fused_decode: bool = False,
     ):
         for name, value in (("batch_size", batch_size), ("max_seq_len", max_seq_len)):
             if value < 1:
@@ -190,9 +327,11 @@ class ContiguousKVCache:
             config.head_dim,
         )
         self.config = config
+        self.fused_decode = fused_decode
+        self.request_ids = [None] * batch_size
         self.k_cache = torch.zeros(shape, dtype=dtype, device=device)
         self.v_cache = torch.zeros(shape, dtype=dtype, device=device)
-        self.seq_lens = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self._seq_lens = torch.zeros(batch_size, dtype=torch.int64, device=device)
 
     @property
     def reserved_bytes(self) -> int:
@@ -204,43 +343,70 @@ class ContiguousKVCache:
         return kv_cache_bytes(self.config, num_tokens, self.k_cache.itemsize)
 
     def check_room(self, query_lens: torch.Tensor):
-        """CacheFullError names the first request that query_lens more would overfill."""
+        """CacheFullError names the first request that query_lens more would overfill.
+
+        ValueError for tokens of a row in which no request has begun.
+        """
         check_query_lens(query_lens, self.seq_lens)
         reserved = self.k_cache.shape[2]
-        for b, needed in enumerate((self.seq_lens + query_lens).tolist()):
-            if needed > reserved:
-                raise CacheFullError(b, needed, reserved)
+        needed = (self.seq_lens + query_lens).tolist()
+        for row, (request_id, count) in enumerate(zip(self.request_ids, needed)):
+            if request_id is None and count > 0:
+                raise ValueError(
+                    f"query_lens: expected 0 in row {row}, where no request has begun, "
+                    f"got {count}"
+                )
+            if count > reserved:
+                raise CacheFullError(
+                    f"request {request_id!r}: expected at most {reserved} tokens, as "
+                    f"many as were reserved, got {count}"
+                )
 
-    def extend(self, query_lens: torch.Tensor) -> Attend:
-        """As `KVCache.extend`: the places are there already, and are only counted."""
-        self.check_room(query_lens)
-        self.seq_lens = seq_lens = self.seq_lens + query_lens
+    def _begin_row(self, request_id: Hashable):
+        if None not in self.request_ids:
+            raise CacheFullError(
+                f"request {request_id!r}: expected a free row, got none: "
+                f"{self.request_ids} are there"
+            )
+        row = self.request_ids.index(None)
+        self._clear(row, 0)
+        self.request_ids[row] = request_id
+
+    def _free_row(self, row: int):
+        self._seq_lens = self._seq_lens.clone()  # the caller may hold the old one
+        self._seq_lens[row] = 0
+        self.request_ids[row] = None
+
+    def _open_step(self, query_lens: torch.Tensor) -> Attend:
+        # The places are there already, and behind the tokens that count.
+        seq_lens = self.seq_lens + query_lens
+        is_decode = self.fused_decode and set(query_lens.tolist()) == {1}
+        longest = int(seq_lens.max())
 
         def attend(layer, q, k, v):
             layer_kv = self.k_cache[layer], self.v_cache[layer]
             append_kv(*layer_kv, k, v, seq_lens, query_lens)
+            if is_decode:
+                return attend_decode(q, *(x[:, :longest] for x in layer_kv), seq_lens)
             return attend_cached(q, *layer_kv, seq_lens, query_lens)
 
         return attend
 
-    def free(self, request: int):
-        """Forget a request: its row is empty, and ready for the next one.
+    def _take_back(self, query_lens: torch.Tensor):
+        for row, seq_len in enumerate(self.seq_lens.tolist()):
+            self._clear(row, seq_len)
 
-        Raises ValueError for a row that is not there, or that is empty already.
-        """
-        if not 0 <= request < len(self.seq_lens) or self.seq_lens[request] == 0:
-            live = self.seq_lens.nonzero().flatten().tolist()
-            raise ValueError(f"request: expected one of {live}, got {request}")
-        # The step before may still hold the old one.
-        self.seq_lens = self.seq_lens.clone()
-        self.seq_lens[request] = 0
+    def _clear(self, row: int, start: int):
+        """Zeros from `start` on: what a mask hides must be a number all the same."""
+        for cache in (self.k_cache, self.v_cache):
+            cache[:, row, start:] = 0
 
 
 def check_query_lens(query_lens: torch.Tensor, seq_lens: torch.Tensor):
     """Raise ValueError unless there is one count of new tokens for each request."""
     if query_lens.dtype != torch.int64 or query_lens.shape != seq_lens.shape:
         raise ValueError(
-            f"query_lens: expected int64 ({len(seq_lens)},), one entry a request, "
+            f"query_lens: expected int64 ({len(seq_lens)},), one entry per request, "
             f"got {query_lens.dtype} {tuple(query_lens.shape)}"
         )
     if query_lens.device != seq_lens.device:

@@ -16,14 +16,15 @@ Read lib/kv_cache.py and lib/block_manager.py before.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
+import torch.nn.functional as F
 
 from lib import kv_cache
-from lib.block_manager import BlockManager, OutOfBlocksError
+from lib.block_manager import BlockManager, Mark, OutOfBlocksError
 from lib.config import ModelConfig
-from lib.kv_cache import check_query_lens, new_positions
+from lib.kv_cache import KVCache, check_query_lens, new_positions
 from lib.model import Attend
 
 
@@ -60,8 +61,16 @@ def write_kv(
 ):
     """Write k, v (N, G, D) into the slots (N,) of one layer's pool, in place.
 
-    k_cache, v_cache (num_blocks, block_size, G, D).
+    k_cache, v_cache (num_blocks, block_size, G, D). Raises IndexError on a CPU for a slot
+    that does not exist, before anything is written: on a GPU looking would mean waiting.
     """
+    num_slots = k_cache.shape[0] * k_cache.shape[1]
+    if not slots.is_cuda and len(slots) > 0:
+        first, last = (int(bound) for bound in slots.aminmax())
+        if first < 0 or last >= num_slots:
+            raise IndexError(
+                f"slots: expected 0 to {num_slots - 1}, got {first} to {last}"
+            )
     k_cache.view(-1, *k_cache.shape[2:])[slots] = k
     v_cache.view(-1, *v_cache.shape[2:])[slots] = v
 
@@ -96,18 +105,28 @@ def attend_paged(
     block_tables: torch.Tensor,
     seq_lens: torch.Tensor,
     query_lens: torch.Tensor,
+    *,
+    fused: bool = False,
 ) -> torch.Tensor:
     """`kv_cache.attend_cached` over a pool: gather each request, then attend.
 
     q (N, H, D); k_cache, v_cache (num_blocks, block_size, G, D), the new tokens written
-    already; block_tables int64 (B, M); seq_lens, query_lens int64 (B,). Holds the dense
-    piece of one request at a time. Returns (N, H, D).
+    already; block_tables int64 (B, M); seq_lens, query_lens int64 (B,), best on the CPU,
+    where looking at them costs no wait. fused: whether a request that brings one token
+    is left to `kv_cache.attend_decode`. Holds the dense piece of one request at a time.
+    Returns (N, H, D).
     """
-    outs = []
-    for b, q_b in enumerate(q.split(query_lens.tolist())):
-        k, v = gather_kv(k_cache, v_cache, block_tables[b], int(seq_lens[b]))  # (S, G, D)
-        lens = seq_lens[b : b + 1], query_lens[b : b + 1]
-        outs.append(kv_cache.attend_cached(q_b, k[None], v[None], *lens))
+    outs = [q[:0]]
+    for b, (q_b, S) in enumerate(zip(q.split(query_lens.tolist()), seq_lens.tolist())):
+        if len(q_b) == 0:  # it rests
+            continue
+        k, v = gather_kv(k_cache, v_cache, block_tables[b], S)  # (S, G, D) each
+        keys, values, lens = k[None], v[None], seq_lens[b : b + 1]
+        if fused and len(q_b) == 1:
+            outs.append(kv_cache.attend_decode(q_b, keys, values, lens))
+        else:
+            new = query_lens[b : b + 1]
+            outs.append(kv_cache.attend_cached(q_b, keys, values, lens, new))
     return torch.cat(outs)  # (N, H, D)
 
 
@@ -123,33 +142,30 @@ def paged_utilization(seq_lens: torch.Tensor, block_size: int) -> float:
     return seq_lens.sum().item() / (num_blocks * block_size)
 
 
-class PagedKVCache:
+class PagedKVCache(KVCache):
     """A pool of `num_blocks` blocks, and the manager that hands them out.
 
-    k_cache, v_cache (L, num_blocks, block_size, G, D).
-    Requests 0 to batch_size - 1 are there from the start, empty. Others come, fork and go
-    through `manager`; a step is over all that live, in the order of their arrival.
+    k_cache, v_cache (L, num_blocks, block_size, G, D). Rows are the live requests, in the
+    order of their arrival; when one is freed, those behind it move up.
 
-    decode: for steps that bring one token a request, attention that reads the blocks
-    where they lie, with the arguments of chapter 5's `paged_decode`. None gathers always.
+    fused_decode: whether requests that bring one token are gathered for torch's fused
+    attention, `kv_cache.attend_decode`, instead of `kv_cache.attend_cached`.
+    decode: for steps in which every request brings one token, attention that reads the
+    blocks where they lie, with arguments and results of chapter 5's `paged_decode`.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        batch_size: int,
         num_blocks: int,
         block_size: int = 16,
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        fused_decode: bool = False,
         decode: Callable | None = None,
     ):
-        if batch_size < 0:
-            raise ValueError(f"batch_size: expected at least 0, got {batch_size}")
         self.manager = BlockManager(num_blocks, block_size)
-        for request_id in range(batch_size):
-            self.manager.allocate(request_id, 0)
         shape = (
             config.num_layers,
             num_blocks,
@@ -158,24 +174,20 @@ class PagedKVCache:
             config.head_dim,
         )
         self.config = config
-        self.decode = decode
+        self.fused_decode, self.decode = fused_decode, decode
         self.k_cache = torch.zeros(shape, dtype=dtype, device=device)
         self.v_cache = torch.zeros(shape, dtype=dtype, device=device)
-
-    @property
-    def seq_lens(self) -> torch.Tensor:
-        """Tokens of each live request, int64 (B,)."""
-        lens = list(self.manager.seq_lens.values())
-        return torch.tensor(lens, dtype=torch.int64, device=self.k_cache.device)  # (B,)
+        self.request_ids = []
+        self._seq_lens = torch.zeros(0, dtype=torch.int64, device=device)
+        # Kept between steps, so that a step writes down what it changed and no more.
+        self._tables = torch.zeros(0, 1, dtype=torch.int64, device=device)
+        self._marks: dict[Hashable, Mark] = {}
 
     @property
     def block_tables(self) -> torch.Tensor:
         """Block ids of each live request, int64 (B, M); -1 behind a request's last."""
-        tables = list(self.manager.block_tables.values())
-        M = max((len(table) for table in tables), default=0)
-        padded = [table + [-1] * (M - len(table)) for table in tables]
-        padded = torch.tensor(padded, dtype=torch.int64, device=self.k_cache.device)
-        return padded.view(len(tables), M)  # (B, M)
+        M = max((mark.num_blocks for mark in self._marks.values()), default=0)
+        return self._tables[:, :M]
 
     @property
     def reserved_bytes(self) -> int:
@@ -189,40 +201,117 @@ class PagedKVCache:
         """Of the tokens in those blocks."""
         return self._token_bytes(self.manager.num_filled_slots())
 
+    def fork(self, parent_id: Hashable, child_id: Hashable):
+        """Begin a request with the tokens of a live one, in the same blocks.
+
+        Raises ValueError if the parent is not live, or the child is.
+        """
+        self._check_no_step("fork")
+        row = self._row(parent_id)
+        self._check_new(child_id)
+        self._check_manager()
+        self.manager.fork(parent_id, child_id)
+        self._add_row(child_id, self._seq_lens[row])
+
     def check_room(self, query_lens: torch.Tensor):
         """OutOfBlocksError if all that are free are not enough for all of these."""
         manager = self.manager
         check_query_lens(query_lens, self.seq_lens)
-        needed = manager.blocks_needed(
-            dict(zip(manager.block_tables, query_lens.tolist()))
-        )
+        self._check_manager()
+        needed = manager.blocks_needed(dict(zip(self.request_ids, query_lens.tolist())))
         if needed > len(manager.free_block_ids):
             raise OutOfBlocksError(needed, len(manager.free_block_ids))
 
-    def extend(self, query_lens: torch.Tensor) -> Attend:
-        """As `KVCache.extend`: takes blocks, copies the shared ones it is to write."""
-        self.check_room(query_lens)
-        for request_id, num_tokens in zip(
-            list(self.manager.block_tables), query_lens.tolist()
-        ):
-            copied = self.manager.append(request_id, num_tokens)
-            if copied:
-                source, target = copied
-                self.k_cache[:, target] = self.k_cache[:, source]
-                self.v_cache[:, target] = self.v_cache[:, source]
-        block_tables, seq_lens = self.block_tables, self.seq_lens
+    def _begin_row(self, request_id: Hashable):
+        self.manager.allocate(request_id, 0)
+        self._add_row(request_id, self._seq_lens.new_zeros(()))
+
+    def _free_row(self, row: int):
+        request_id = self.request_ids[row]
+        if request_id in self.manager.block_tables:
+            self.manager.free(request_id)
+        rest = [b for b in range(len(self.request_ids)) if b != row]
+        self.request_ids = [self.request_ids[b] for b in rest]
+        self._tables, self._seq_lens = self._tables[rest], self._seq_lens[rest]
+        del self._marks[request_id]
+
+    def _open_step(self, query_lens: torch.Tensor) -> Attend:
+        self._marks_before = dict(self._marks)
+        counts = query_lens.tolist()
+        for row, num_tokens in enumerate(counts):
+            if num_tokens > 0:
+                self._append(row, num_tokens)
+
+        # Once per step, not per layer: on a GPU each look at a number is a wait.
+        seq_lens = self._seq_lens + query_lens
+        lens_on_cpu = seq_lens.cpu(), query_lens.cpu()
+        block_tables = self.block_tables
         slots = slot_mapping(block_tables, seq_lens, query_lens, self.manager.block_size)
-        is_decode = self.decode is not None and set(query_lens.tolist()) == {1}
-        index = block_tables.int(), seq_lens.int()
+        is_decode = set(counts) == {1}
+        if is_decode and self.decode is not None:
+            index = block_tables.int(), seq_lens.int()
 
         def attend(layer, q, k, v):
             layer_kv = self.k_cache[layer], self.v_cache[layer]
             write_kv(*layer_kv, k, v, slots)
-            if is_decode:
+            if is_decode and self.decode is not None:
                 return self.decode(q, *layer_kv, *index)[0]  # (N, H, D), N = B
-            return attend_paged(q, *layer_kv, block_tables, seq_lens, query_lens)
+            lens = block_tables, *lens_on_cpu
+            return attend_paged(q, *layer_kv, *lens, fused=self.fused_decode)
 
         return attend
+
+    def _append(self, row: int, num_tokens: int):
+        """Blocks for more tokens of a request; a shared one that they enter is copied."""
+        request_id = self.request_ids[row]
+        copied = self.manager.append(request_id, num_tokens)
+        before = self._marks[request_id]
+        self._marks[request_id] = mark = self.manager.mark(request_id)
+        if mark.last_block_id == before.last_block_id:
+            return
+        self._write_row(row, max(before.num_blocks - 1, 0))
+        if copied:
+            source, target = copied
+            self.k_cache[:, target] = self.k_cache[:, source]
+            self.v_cache[:, target] = self.v_cache[:, source]
+
+    def _take_back(self, query_lens: torch.Tensor):
+        self.manager.take_back(self._marks_before)
+        for row, request_id in enumerate(self.request_ids):
+            self._marks[request_id] = self.manager.mark(request_id)
+            self._tables[row] = -1
+            self._write_row(row, 0)
+
+    def _add_row(self, request_id: Hashable, seq_len: torch.Tensor):
+        self._tables = F.pad(self._tables, (0, 0, 0, 1), value=-1)
+        self._seq_lens = torch.cat([self._seq_lens, seq_len.view(1)])
+        self.request_ids.append(request_id)
+        self._marks[request_id] = self.manager.mark(request_id)
+        self._write_row(len(self.request_ids) - 1, 0)
+
+    def _write_row(self, row: int, start: int):
+        """Copy a request's table into the tensor, from its entry `start` on."""
+        block_table = self.manager.block_tables[self.request_ids[row]]
+        missing = len(block_table) - self._tables.shape[1]
+        if missing > 0:  # at least twice as wide, so that it happens seldom
+            more = max(missing, self._tables.shape[1])
+            self._tables = F.pad(self._tables, (0, more), value=-1)
+        new_ids = torch.tensor(block_table[start:], dtype=torch.int64)
+        self._tables[row, start : len(block_table)] = new_ids.to(self._tables.device)
+
+    def _check_manager(self):
+        """Raise RuntimeError where the manager was called behind the cache's back."""
+        manager = self.manager
+        for request_id, mark in self._marks.items():
+            if (
+                manager.block_tables.get(request_id) is not mark.block_table
+                or manager.mark(request_id) != mark
+            ):
+                raise RuntimeError(
+                    f"request {request_id!r}: expected its blocks as the cache's last "
+                    f"step left them, got them changed in the manager: begin, fork and "
+                    f"free requests by the cache's own methods"
+                )
 
     def _token_bytes(self, num_tokens: int) -> int:
         return kv_cache.kv_cache_bytes(self.config, num_tokens, self.k_cache.itemsize)

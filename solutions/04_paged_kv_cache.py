@@ -325,6 +325,11 @@ check(gather_kv)
 # with recompute, in double precision.
 
 # %%
+def begin_all(cache, prompts):
+    for request_id in range(len(prompts)):
+        cache.begin(request_id)
+
+
 double_lm = model.load_model().double()
 book_ids = text.encode(text.load_book())
 prompts = [book_ids[1000:1000 + n] for n in (1, 15, 16, 17, 40)]
@@ -337,8 +342,9 @@ expected = [
 for size in [1, 2, 7, 16, 64, 256]:
     num_blocks = sum(math.ceil((len(ids) + 29) / size) for ids in prompts)
     cache = PagedKVCache(
-        double_lm.config, len(prompts), num_blocks, size, dtype=torch.float64
+        double_lm.config, num_blocks, size, dtype=torch.float64
     )
+    begin_all(cache, prompts)
     texts = generate.generate_cached(
         double_lm, prompts, 30, cache, temperature=0
     )
@@ -353,9 +359,9 @@ for size in [1, 2, 7, 16, 64, 256]:
 
 # %%
 small = PagedKVCache(
-    double_lm.config, len(prompts), num_blocks=15, block_size=16,
-    dtype=torch.float64,
+    double_lm.config, num_blocks=15, block_size=16, dtype=torch.float64
 )
+begin_all(small, prompts)
 try:
     generate.generate_cached(double_lm, prompts, 30, small)
 except OutOfBlocksError as error:
@@ -396,7 +402,8 @@ check(paged_utilization)
 lm = model.load_model()
 passages = [p for p in text.load_book().split("\n\n") if 20 < len(p) < 440]
 prompts = [text.encode(passage) for passage in passages[10:90:10]]
-batch = PagedKVCache(lm.config, len(prompts), num_blocks=256, block_size=16)
+batch = PagedKVCache(lm.config, num_blocks=256, block_size=16)
+begin_all(batch, prompts)
 generate.generate_cached(lm, prompts, 64, batch, temperature=0.7)
 predicted = paged_kv_cache.paged_utilization(batch.seq_lens, 16)
 measured = batch.used_bytes / batch.reserved_bytes
@@ -667,10 +674,11 @@ prompt_ids, num_samples = book_ids[5000:5200], 8
 
 
 def shared_samples(num_new_tokens):
-    cache = PagedKVCache(lm.config, 1, num_blocks=200, block_size=16)
+    cache = PagedKVCache(lm.config, num_blocks=200, block_size=16)
+    cache.begin(0)
     forward_cached(lm, cache, prompt_ids[:-1], torch.tensor([199]))
     for child_id in range(1, num_samples):
-        cache.manager.fork(0, child_id)
+        cache.fork(0, child_id)
     texts = generate.generate_cached(
         lm, [prompt_ids[-1:]] * num_samples, num_new_tokens, cache,
         temperature=0.8, generator=torch.Generator().manual_seed(0),
@@ -683,7 +691,8 @@ for token_ids in texts[:3]:
     print(repr(text.decode(token_ids)))
 
 # %%
-alone = PagedKVCache(lm.config, num_samples, num_blocks=200, block_size=16)
+alone = PagedKVCache(lm.config, num_blocks=200, block_size=16)
+begin_all(alone, range(num_samples))
 generate.generate_cached(lm, [prompt_ids] * num_samples, 60, alone)
 print(f"shared {cache.reserved_bytes / 1e6:.2f} MB, ", end="")
 print(f"each its own {alone.reserved_bytes / 1e6:.2f} MB: ", end="")

@@ -438,8 +438,10 @@ lm = model.load_model().to(device)
 book_ids = text.encode(text.load_book()).to(device)
 prompts = [book_ids[start:start + n] for start, n in ((1000, 20), (7000, 33))]
 cache = PagedKVCache(
-    lm.config, 2, num_blocks=8, device=device, decode=kernels.paged_decode
+    lm.config, num_blocks=8, device=device, decode=kernels.paged_decode
 )
+for request_id in range(2):
+    cache.begin(request_id)
 texts = generate.generate_cached(lm, prompts, 16, cache, temperature=0)
 for prompt_ids, token_ids in zip(prompts, texts):
     expected = generate.generate_recompute(lm, prompt_ids, 16, temperature=0)

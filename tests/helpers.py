@@ -1,8 +1,11 @@
 """What several tests share: tolerances, and small models."""
 
+from collections.abc import Hashable
+
 import torch
 
 from lib.config import ModelConfig
+from lib.kv_cache import KVCache
 from lib.model import Transformer
 
 # Largest difference that rounding explains, by dtype: absolute, for values of about 1.
@@ -21,6 +24,27 @@ def assert_close(got: torch.Tensor, expected: torch.Tensor):
     assert difference <= tolerance, (
         f"expected at most {tolerance} apart, got {difference}"
     )
+
+
+def begun(cache: KVCache, batch_size: int) -> KVCache:
+    """The cache, in which requests 0 to batch_size - 1 have begun."""
+    for request_id in range(batch_size):
+        cache.begin(request_id)
+    return cache
+
+
+def filled(cache: KVCache, lens: dict[Hashable, int]) -> KVCache:
+    """The cache, in which requests of these lengths have begun; keys and values are 0."""
+    for request_id in lens:
+        cache.begin(request_id)
+    counts = [lens.get(request_id, 0) for request_id in cache.request_ids]
+    N, config = sum(counts), cache.config
+    q = cache.k_cache.new_zeros(N, config.num_heads, config.head_dim)
+    k = cache.k_cache.new_zeros(N, config.num_kv_heads, config.head_dim)
+    with cache.extend(torch.tensor(counts)) as attend:
+        for layer in range(config.num_layers):
+            attend(layer, q, k, k)
+    return cache
 
 
 def random_model(

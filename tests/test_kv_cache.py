@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import assert_close, random_model
+from helpers import assert_close, begun, random_model
 
 from lib import kv_cache
 from lib.config import LLAMA3_8B, TINY
@@ -14,13 +14,14 @@ from lib.kv_cache import (
     new_positions,
 )
 from lib.measure.meter import measure
-from lib.model import attend_fused
+from lib.model import Transformer, attend_fused
 from lib.paged_kv_cache import PagedKVCache
 
 
 def poisoned_cache(model, batch_size, max_seq_len):
     """Whoever reads what was not written gets NaN."""
     cache = ContiguousKVCache(model.config, batch_size, max_seq_len, dtype=torch.float64)
+    begun(cache, batch_size)
     cache.k_cache.fill_(torch.nan)
     cache.v_cache.fill_(torch.nan)
     return cache
@@ -98,7 +99,7 @@ def test_requests_of_one_step_may_bring_different_numbers_of_tokens():
 
 def test_a_decode_step_reads_keys_where_they_are():
     model = random_model(num_heads=8, num_kv_heads=2, d_model=64)
-    cache = ContiguousKVCache(model.config, 1, 128)
+    cache = begun(ContiguousKVCache(model.config, 1, 128), 1)
     forward_cached(model, cache, torch.arange(127), torch.tensor([127]))
     q, lens = torch.randn(1, 8, 8), torch.tensor([128])
     layer_kv = cache.k_cache[0], cache.v_cache[0]
@@ -113,12 +114,14 @@ def test_the_cache_takes_the_bytes_that_were_predicted():
     cost = measure(lambda: ContiguousKVCache(TINY, 3, 50))
     assert cost.value.reserved_bytes == kv_cache_bytes(TINY, 150)
     assert cost.peak_bytes == kv_cache_bytes(TINY, 150) + cost.value.seq_lens.nbytes
-    cost.value.seq_lens = torch.tensor([50, 1, 9])
-    assert cost.value.used_bytes == kv_cache_bytes(TINY, 60)
-    wide = ContiguousKVCache(TINY, 3, 50, dtype=torch.float64)
-    wide.seq_lens = cost.value.seq_lens
-    assert wide.used_bytes == 2 * cost.value.used_bytes
-    assert kv_utilization(cost.value.seq_lens, 50) == 60 / 150
+    for dtype, bytes_per_number in ((torch.float32, 4), (torch.float64, 8)):
+        cache = begun(ContiguousKVCache(TINY, 3, 50, dtype=dtype), 3)
+        model = Transformer(TINY).to(dtype).eval()
+        lens = torch.tensor([50, 1, 9])
+        forward_cached(model, cache, torch.zeros(60, dtype=torch.int64), lens)
+        assert cache.used_bytes == kv_cache_bytes(TINY, 60, bytes_per_number)
+        assert cache.reserved_bytes == kv_cache_bytes(TINY, 150, bytes_per_number)
+        assert kv_utilization(cache.seq_lens, 50) == 60 / 150
 
 
 def test_a_token_of_llama_3_8b_takes_128_kib():
@@ -127,10 +130,12 @@ def test_a_token_of_llama_3_8b_takes_128_kib():
 
 def test_a_row_that_was_freed_never_shows_the_keys_of_who_had_it():
     model = random_model(dtype=torch.float64)
-    cache = ContiguousKVCache(model.config, 2, 30, dtype=torch.float64)
+    cache = begun(ContiguousKVCache(model.config, 2, 30, dtype=torch.float64), 2)
     prompts = [torch.randint(256, (20,)), torch.randint(256, (20,))]
     generate_cached(model, prompts, 5, cache, temperature=0)
     cache.free(0)
+    cache.begin("newcomer")
+    assert cache.request_ids == ["newcomer", 1]
     newcomer = torch.randint(256, (4,))
     ids = torch.cat([newcomer, prompts[1][:1]])
     logits = forward_cached(model, cache, ids, torch.tensor([4, 1]))
@@ -153,7 +158,7 @@ def test_more_than_was_reserved_is_refused_before_anything_is_written(
     prompt_lens, num_new_tokens, words
 ):
     model = random_model()
-    cache = ContiguousKVCache(model.config, 2, 10)
+    cache = begun(ContiguousKVCache(model.config, 2, 10), 2)
     before = state(cache)
     prompts = [torch.zeros(n, dtype=torch.int64) for n in prompt_lens]
     with pytest.raises(CacheFullError, match=words):
@@ -163,7 +168,7 @@ def test_more_than_was_reserved_is_refused_before_anything_is_written(
 
 def test_what_just_fits_is_written():
     model = random_model()
-    cache = ContiguousKVCache(model.config, 1, 10)
+    cache = begun(ContiguousKVCache(model.config, 1, 10), 1)
     generate_cached(model, [torch.zeros(7, dtype=torch.int64)], 4, cache)
     assert cache.seq_lens.tolist() == [10]
 
@@ -182,7 +187,7 @@ def test_lengths_and_tokens_that_do_not_fit_the_batch_are_refused(
     token_ids, query_lens, words
 ):
     model = random_model()
-    cache = ContiguousKVCache(model.config, 2, 10)
+    cache = begun(ContiguousKVCache(model.config, 2, 10), 2)
     before = state(cache)
     token_ids = torch.tensor(token_ids, dtype=torch.int64)
     with pytest.raises(ValueError, match=words):
@@ -192,7 +197,7 @@ def test_lengths_and_tokens_that_do_not_fit_the_batch_are_refused(
 
 def test_prompts_that_do_not_fit_the_batch_are_refused():
     model = random_model()
-    cache = ContiguousKVCache(model.config, 2, 130)
+    cache = begun(ContiguousKVCache(model.config, 2, 130), 2)
     one = torch.zeros(1, dtype=torch.int64)
     with pytest.raises(ValueError, match="prompts: expected 2"):
         generate_cached(model, [one], 1, cache)
@@ -202,42 +207,22 @@ def test_prompts_that_do_not_fit_the_batch_are_refused():
         generate_cached(model, [one, one[None]], 1, cache)
     with pytest.raises(ValueError, match="expected at most max_seq_len = 128"):
         generate_cached(model, [one, one], 128, cache)
-    cache.seq_lens = torch.tensor([0, 120])
+    ids = torch.zeros(120, dtype=torch.int64)
+    forward_cached(model, cache, ids, torch.tensor([0, 120]))
     with pytest.raises(ValueError, match="120 in the cache"):
         generate_cached(model, [one, one], 8, cache)
     with pytest.raises(ValueError, match="temperature"):
         generate_cached(model, [one, one], 1, cache, temperature=-1)
     assert cache.seq_lens.tolist() == [0, 120]
     with pytest.raises(ValueError, match="prompts: expected 0"):
-        generate_cached(model, [], 1, PagedKVCache(model.config, 0, 4))
+        generate_cached(model, [], 1, PagedKVCache(model.config, 4))
 
 
 def test_no_new_tokens_need_no_room():
     model = random_model()
     prompt_ids = torch.arange(20)
-    cache = ContiguousKVCache(model.config, 1, 10)
+    cache = begun(ContiguousKVCache(model.config, 1, 10), 1)
     assert generate_cached(model, [prompt_ids], 0, cache)[0].equal(prompt_ids)
-
-
-@pytest.mark.parametrize("request_id", [0, 2, -1])
-def test_only_a_live_request_can_be_freed(request_id):
-    cache = ContiguousKVCache(TINY, 2, 10)
-    cache.seq_lens = torch.tensor([0, 3])
-    with pytest.raises(ValueError, match=r"expected one of \[1\]"):
-        cache.free(request_id)
-
-
-def test_a_step_leaves_the_lengths_of_the_one_before_alone():
-    cache = ContiguousKVCache(TINY, 2, 10)
-    before = cache.seq_lens
-    cache.extend(torch.tensor([3, 10]))
-    assert before.tolist() == [0, 0] and cache.seq_lens.tolist() == [3, 10]
-    with pytest.raises(CacheFullError):
-        cache.extend(torch.tensor([1, 1]))
-    assert cache.seq_lens.tolist() == [3, 10]
-    held = cache.seq_lens
-    cache.free(0)
-    assert held.tolist() == [3, 10] and cache.seq_lens.tolist() == [0, 10]
 
 
 @pytest.mark.parametrize(
@@ -252,7 +237,7 @@ def test_a_step_leaves_the_lengths_of_the_one_before_alone():
 )
 def test_the_cache_of_another_model_is_refused(changes, dtype, words):
     model = random_model(**changes)
-    cache = ContiguousKVCache(TINY, 1, 10, dtype=dtype)
+    cache = begun(ContiguousKVCache(TINY, 1, 10, dtype=dtype), 1)
     before = state(cache)
     with pytest.raises(ValueError, match=words):
         generate_cached(model, [torch.tensor([1, 2])], 2, cache)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import begun
 
 from lib import generate, paged_kv_cache
 from lib.config import TINY, ModelConfig
@@ -165,8 +166,11 @@ def test_generation_that_reads_in_place_writes_what_recompute_writes(
     config = ModelConfig(29, 2, 4, num_kv_heads, d_model=32, d_ff=48, max_seq_len=64)
     model = Transformer(config).double().eval()
     prompts = [torch.randint(29, (n,)) for n in (1, 16, 7)]
-    cache = PagedKVCache(
-        config, 3, 120, block_size, dtype=torch.float64, decode=paged_decode_online
+    cache = begun(
+        PagedKVCache(
+            config, 120, block_size, dtype=torch.float64, decode=paged_decode_online
+        ),
+        3,
     )
     texts = generate.generate_cached(model, prompts, 20, cache, temperature=0)
     for token_ids, prompt_ids in zip(texts, prompts):
@@ -174,7 +178,7 @@ def test_generation_that_reads_in_place_writes_what_recompute_writes(
         assert torch.equal(token_ids, expected)
 
 
-def test_steps_of_one_token_a_request_read_in_place_and_no_others():
+def test_steps_of_one_token_per_request_read_in_place_and_no_others():
     calls = []
 
     def decode(q, k_cache, v_cache, block_tables, seq_lens):
@@ -183,7 +187,7 @@ def test_steps_of_one_token_a_request_read_in_place_and_no_others():
 
     torch.manual_seed(0)
     model, ids = Transformer(TINY).eval(), torch.arange(9)
-    cache = PagedKVCache(TINY, 2, 8, 4, decode=decode)
+    cache = begun(PagedKVCache(TINY, 8, 4, decode=decode), 2)
     for query_lens in ([3, 1], [1, 0], [1, 1], [0, 2]):
         n = torch.tensor(query_lens)
         generate.forward_cached(model, cache, ids[: n.sum()], n)
@@ -504,7 +508,7 @@ def test_generation_through_the_kernel_is_generation_by_recompute():
     torch.manual_seed(0)
     model = Transformer(TINY).eval()
     prompts = [torch.randint(TINY.vocab_size, (n,)) for n in (5, 12)]
-    cache = PagedKVCache(TINY, 2, 8, 4, decode=paged_decode)
+    cache = begun(PagedKVCache(TINY, 8, 4, decode=paged_decode), 2)
     texts = generate.generate_cached(model, prompts, 5, cache, temperature=0)
     for token_ids, prompt_ids in zip(texts, prompts):
         expected = generate.generate_recompute(model, prompt_ids, 5, temperature=0)

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from helpers import assert_close, random_model
+from helpers import assert_close, begun, filled, random_model
 
 from lib.block_manager import OutOfBlocksError
 from lib.config import TINY
@@ -24,9 +24,8 @@ BLOCK_SIZES = [1, 2, 3, 7, 8, 16, 32, 100, 256]
 
 def poisoned_cache(model, batch_size, num_blocks, block_size):
     """Whoever reads what was not written gets NaN."""
-    cache = PagedKVCache(
-        model.config, batch_size, num_blocks, block_size, dtype=torch.float64
-    )
+    cache = PagedKVCache(model.config, num_blocks, block_size, dtype=torch.float64)
+    begun(cache, batch_size)
     cache.k_cache.fill_(torch.nan)
     cache.v_cache.fill_(torch.nan)
     return cache
@@ -67,7 +66,7 @@ def test_attention_over_the_pool_is_that_over_rows(num_heads, num_kv_heads):
     model = random_model(
         dtype=torch.float64, num_heads=num_heads, num_kv_heads=num_kv_heads
     )
-    contiguous = ContiguousKVCache(model.config, 3, 40, dtype=torch.float64)
+    contiguous = begun(ContiguousKVCache(model.config, 3, 40, dtype=torch.float64), 3)
     paged = poisoned_cache(model, 3, 30, 4)
     for lens in ([5, 0, 9], [1, 7, 3], [4, 1, 1]):
         ids, lens = torch.randint(256, (sum(lens),)), torch.tensor(lens)
@@ -84,7 +83,7 @@ def shared_prompt(model, prompt_ids, num_samples, num_blocks=40, block_size=4):
     if num_cached:
         forward_cached(model, cache, prompt_ids[:-1], torch.tensor([num_cached]))
     for child_id in range(1, num_samples):
-        cache.manager.fork(0, child_id)
+        cache.fork(0, child_id)
     return cache
 
 
@@ -119,8 +118,8 @@ def test_blocks_that_were_freed_never_show_the_keys_of_who_had_them():
     cache = poisoned_cache(model, 2, 8, 4)
     prompts = [torch.randint(256, (13,)), torch.randint(256, (9,))]
     texts = generate_cached(model, prompts, 4, cache, temperature=0)
-    cache.manager.free(0)
-    cache.manager.allocate("newcomer", 0)
+    cache.free(0)
+    cache.begin("newcomer")
     newcomer = torch.randint(256, (11,))
     ids = torch.cat([texts[1][-1:], newcomer])  # the second goes on beside the third
     logits = forward_cached(model, cache, ids, torch.tensor([1, 11]))
@@ -132,7 +131,7 @@ def test_a_parent_that_ends_leaves_its_children_their_blocks():
     model = random_model(dtype=torch.float64)
     prompt_ids = torch.randint(256, (10,))
     cache = shared_prompt(model, prompt_ids, num_samples=2, num_blocks=12)
-    cache.manager.free(0)
+    cache.free(0)
     poison_free_blocks(cache)
     (got,) = generate_cached(model, [prompt_ids[-1:]], 12, cache, temperature=0)
     expected = generate_recompute(model, prompt_ids, 12, temperature=0)
@@ -148,7 +147,7 @@ def state(cache):
 
 def test_too_small_a_pool_is_refused_before_the_first_token():
     model = random_model()
-    cache = PagedKVCache(model.config, 2, num_blocks=5, block_size=4)
+    cache = begun(PagedKVCache(model.config, num_blocks=5, block_size=4), 2)
     before, keys = state(cache), cache.k_cache.clone()
     prompts = [torch.zeros(n, dtype=torch.int64) for n in (6, 3)]
     with pytest.raises(OutOfBlocksError, match="at most 5 blocks.*got 7") as caught:
@@ -159,7 +158,7 @@ def test_too_small_a_pool_is_refused_before_the_first_token():
 
 def test_a_step_for_which_one_block_is_missing_changes_nothing():
     model = random_model()
-    cache = PagedKVCache(model.config, 3, num_blocks=4, block_size=2)
+    cache = begun(PagedKVCache(model.config, num_blocks=4, block_size=2), 3)
     ids, lens = torch.zeros(6, dtype=torch.int64), torch.tensor([2, 2, 2])
     forward_cached(model, cache, ids, lens)
     before, keys = state(cache), cache.k_cache.clone()
@@ -181,7 +180,7 @@ def test_lengths_and_tokens_that_do_not_fit_the_batch_are_refused(
     token_ids, query_lens, words
 ):
     model = random_model()
-    cache = PagedKVCache(model.config, 2, 4, 4)
+    cache = begun(PagedKVCache(model.config, 4, 4), 2)
     before = state(cache)
     with pytest.raises(ValueError, match=words):
         forward_cached(model, cache, torch.tensor(token_ids), torch.tensor(query_lens))
@@ -191,14 +190,13 @@ def test_lengths_and_tokens_that_do_not_fit_the_batch_are_refused(
 @pytest.mark.parametrize("num_blocks, block_size", [(4, 0), (0, 4), (4, -1)])
 def test_a_pool_of_nothing_is_refused(num_blocks, block_size):
     with pytest.raises(ValueError, match="expected an integer of at least 1"):
-        PagedKVCache(TINY, 1, num_blocks, block_size)
+        PagedKVCache(TINY, num_blocks, block_size)
 
 
 def test_tables_are_padded_with_ids_that_do_not_exist():
-    cache = PagedKVCache(TINY, 0, num_blocks=9)
+    cache = PagedKVCache(TINY, num_blocks=9)
     assert cache.block_tables.shape == (0, 0) and cache.manager.block_size == 16
-    cache.manager.allocate("a", 40)
-    cache.manager.allocate("b", 3)
+    filled(cache, {"a": 40, "b": 3})
     assert cache.block_tables.tolist() == [[0, 1, 2], [3, -1, -1]]
 
 
@@ -209,25 +207,21 @@ def test_a_pool_that_is_not_in_one_piece_is_refused():
 
 
 def test_room_is_asked_for_with_one_count_a_request():
-    cache = PagedKVCache(TINY, 2, 4)
-    with pytest.raises(ValueError, match="one entry a request"):
+    cache = begun(PagedKVCache(TINY, 4), 2)
+    with pytest.raises(ValueError, match="one entry per request"):
         cache.check_room(torch.tensor([1]))
-    with pytest.raises(ValueError, match="batch_size: expected at least 0, got -1"):
-        PagedKVCache(TINY, -1, 4)
 
 
 def test_the_pool_takes_the_bytes_that_were_predicted():
-    cost = measure(lambda: PagedKVCache(TINY, 0, 5, 8))
+    cost = measure(lambda: PagedKVCache(TINY, 5, 8))
     assert cost.peak_bytes == kv_cache_bytes(TINY, 40)
     assert cost.value.reserved_bytes == cost.value.used_bytes == 0
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_utilization_is_that_of_the_live_manager(block_size):
-    cache = PagedKVCache(TINY, 0, 400, block_size)
-    lens = [1, block_size, block_size + 1, 37]
-    for request_id, seq_len in enumerate(lens):
-        cache.manager.allocate(request_id, seq_len)
+    cache = PagedKVCache(TINY, 400, block_size)
+    filled(cache, {"a": 1, "b": block_size, "c": block_size + 1, "d": 37})
     share = cache.used_bytes / cache.reserved_bytes
     assert paged_utilization(cache.seq_lens, block_size) == pytest.approx(share)
 

@@ -4,6 +4,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from helpers import filled
 from matplotlib.colors import to_rgba
 from matplotlib.patches import Rectangle
 
@@ -118,8 +119,7 @@ def test_with_a_cache_each_token_is_computed_once():
 
 
 def test_a_contiguous_cache_is_drawn_as_it_is():
-    cache = ContiguousKVCache(TINY, 3, 20)
-    cache.seq_lens = torch.tensor([5, 0, 20])
+    cache = filled(ContiguousKVCache(TINY, 3, 20), {"a": 5, "b": 0, "c": 20})
     ax = drawing.draw_contiguous(cache, title="")
     assert [bar.get_width() for bar in ax.patches] == [5, 0, 20, 15, 20, 0]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import begun
 
 import lib
 from lib import checkpointing, generate, paged_attention, sampling, text
@@ -138,8 +139,14 @@ def watcher():
                 run(model.blocks, x, positions, attend).sum().backward()
         generate.generate_recompute(model.eval(), token_ids, 3, top_k=5, top_p=0.9)
         prompts = [token_ids[0, :n] for n in (2, 7, 4)]
-        for cache in (ContiguousKVCache(CONFIG, 3, 9), PagedKVCache(CONFIG, 3, 9, 4)):
-            generate.generate_cached(model, prompts, 3, cache)
+        for cache in (
+            ContiguousKVCache(CONFIG, 3, 16),
+            ContiguousKVCache(CONFIG, 3, 16, fused_decode=True),
+            PagedKVCache(CONFIG, 19, 4),
+        ):
+            begun(cache, 3)
+            generate.prefill_in_chunks(model, prompts, cache, 2)
+            generate.generate_cached(model, [ids[:1] for ids in prompts], 2, cache)
         q, pool = torch.randn(3, 6, 10), torch.randn(2, 9, 4, 2, 10)
         for paged_decode in (
             paged_attention.paged_decode_gather,
@@ -147,7 +154,8 @@ def watcher():
         ):
             paged_decode(q, *pool, torch.arange(9).view(3, 3), torch.tensor([9, 1, 12]))
         paged_attention.merge_splits(torch.randn(3, 6, 4, 10), torch.randn(3, 6, 4))
-        cache = PagedKVCache(CONFIG, 3, 9, 4, decode=paged_attention.paged_decode_online)
+        cache = PagedKVCache(CONFIG, 9, 4, decode=paged_attention.paged_decode_online)
+        begun(cache, 3)
         generate.generate_cached(model, prompts, 2, cache)
         sampling.next_token_probs(torch.randn(3, 29), temperature=0)
         ids = torch.randint(29, (99,))

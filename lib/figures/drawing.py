@@ -108,7 +108,7 @@ def draw_contiguous(
     ax.barh(rows, seq_lens, height=0.7, color=NEW, label="holds a token")
     left = [reserved - seq_len for seq_len in seq_lens]
     ax.barh(rows, left, left=seq_lens, height=0.7, label="reserved", **WASTED)
-    ax.set_yticks(rows)
+    ax.set_yticks(rows, [str(request_id) for request_id in cache.request_ids])
     ax.invert_yaxis()
     ax.grid(False)
     ax.set(xlim=(0, reserved), xlabel="tokens", ylabel="request", title=title)

@@ -51,11 +51,15 @@ def decode_steps(
     prompts = book_ids[: batch_size * context].view(batch_size, context)
     num_blocks = batch_size * -(-room // block_size)
     caches = {
-        "contiguous": ContiguousKVCache(model.config, batch_size, room),
-        "paged": PagedKVCache(model.config, batch_size, num_blocks, block_size),
+        "contiguous": ContiguousKVCache(
+            model.config, batch_size, room, fused_decode=True
+        ),
+        "paged": PagedKVCache(model.config, num_blocks, block_size, fused_decode=True),
     }
     prompt_lens, ones = (torch.full((batch_size,), n) for n in (context, 1))
     for cache in caches.values():
+        for request_id in range(batch_size):
+            cache.begin(request_id)
         generate.forward_cached(model, cache, prompts.flatten(), prompt_lens)
 
     def recompute():

@@ -111,7 +111,7 @@ def paged(
         num_layers,
         num_tokens,
         lambda config: PagedKVCache(
-            config, batch_size=1, num_blocks=num_blocks, block_size=16, decode=decode
+            config, num_blocks=num_blocks, block_size=16, decode=decode
         ),
     )
 
@@ -126,6 +126,7 @@ def _cached(num_layers: int, num_tokens: int, make_cache: Callable) -> Callable:
 
     def run():
         cache = make_cache(model.config)
+        cache.begin(0)
         generate.generate_cached(model, [FIRST_ID], num_tokens, cache, temperature=0)
         return cache
 

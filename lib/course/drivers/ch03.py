@@ -8,6 +8,7 @@ import torch
 
 from lib.config import ModelConfig
 from lib.course.drivers.ch01 import as_array, as_list, random_model
+from lib.generate import forward_cached
 from lib.kv_cache import CacheFullError, ContiguousKVCache
 from lib.measure.meter import measure
 
@@ -68,11 +69,15 @@ def generate_cached(
     """cached: how many tokens each request has in the cache before. room: for each."""
     model = random_model(model_seed)
     cache = ContiguousKVCache(model.config, len(prompts), room, dtype=torch.float64)
-    for tensor in (cache.k_cache, cache.v_cache):
-        for b, seq_len in enumerate(cached):
-            tensor[:, b, :seq_len].normal_(generator=torch.Generator().manual_seed(b))
-            tensor[:, b, seq_len:] = torch.nan
-    cache.seq_lens = torch.tensor(cached, dtype=torch.int64)
+    for request_id in range(len(prompts)):
+        cache.begin(request_id)
+    for tensor in (cache.k_cache, cache.v_cache):  # whoever reads further gets NaN
+        tensor.fill_(torch.nan)
+    query_lens = torch.tensor(cached, dtype=torch.int64)
+    generator = torch.Generator().manual_seed(draw_seed)
+    token_ids = torch.randint(256, (sum(cached),), generator=generator)
+    if len(token_ids):
+        forward_cached(model, cache, token_ids, query_lens)
     num_projected = []
     model.blocks[0].attention.q_proj.register_forward_pre_hook(
         lambda _, args: num_projected.append(args[0].numel() // args[0].shape[-1])
