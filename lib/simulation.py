@@ -4,11 +4,12 @@ No model runs here. Requests wait in a queue, begin in that order as soon as the
 has room, grow by one token a step, and end. What differs is the manager: `Reserving`
 takes all that a request may need at once and in one piece, as chapter 3's cache does;
 `Paging` takes a block at a time, through lib/block_manager.py. This replays figure 2 of
-the PagedAttention paper (https://arxiv.org/abs/2309.06180).
+the PagedAttention paper (https://arxiv.org/abs/2309.06180), and divides the pool into the
+same four parts.
 """
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -35,15 +36,18 @@ class Request:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a pool was used for, as shares of it: means over the steps of a simulation."""
+    """What a pool was used for: four shares of it, means over the steps of a simulation,
+    and what happened in these steps."""
 
     tokens: float  # slots that hold a token
-    later: float  # held by a request that will fill them
-    never: float  # held by a request that will not: internal fragmentation
-    free: float  # held by nobody, yet too few, or too scattered, for the next request
+    reservation: float  # set aside for a request, which will fill them
+    internal: float  # set aside for a request, which will not: internal fragmentation
+    external: float  # the rest, set aside for nobody: external fragmentation and others
     in_flight: float  # requests at one time
     finished: int  # requests
     preempted: int  # requests sent back to the queue, each time they were
+    written: int  # tokens computed for the first time
+    recomputed: int  # tokens computed again, of requests that had been sent back
 
 
 def draw_requests(
@@ -81,61 +85,89 @@ class Reserving:
     def __init__(self, num_slots: int, reserve: Callable[[Request], int]):
         self.num_slots, self.reserve = num_slots, reserve
         self.pieces: dict[int, range] = {}  # by request id
+        self.reserved: dict[int, int] = {}  # slots of its piece that were asked for
 
     def begin(self, request_id: int, request: Request, num_tokens: int) -> bool:
         """Whether there is room for a request, which then has it."""
-        size, start = self.reserve(request), 0
+        size = self.reserve(request)
+        piece = self.find_piece(size)
+        if piece is None:
+            return False
+        self.pieces[request_id], self.reserved[request_id] = piece, size
+        return True
+
+    def find_piece(self, size: int) -> range | None:
+        """The slots that a request for `size` of them would get."""
+        start = 0
         pieces = sorted(self.pieces.values(), key=lambda piece: piece.start)
         for piece in [*pieces, range(self.num_slots, self.num_slots)]:
             if piece.start - start >= size:
-                self.pieces[request_id] = range(start, start + size)
-                return True
+                return range(start, start + size)
             start = piece.stop
-        return False
+        return None
 
     def grow(self, request_id: int) -> bool:
         """Whether there is room for one more token of a request: it has been reserved."""
         return True
 
     def end(self, request_id: int):
-        del self.pieces[request_id]
+        del self.pieces[request_id], self.reserved[request_id]
 
-    def num_held(self, request_id: int) -> int:
-        """Slots that a request keeps from others."""
-        return len(self.pieces[request_id])
+    def num_reserved(self, request_id: int) -> int:
+        """Slots that were set aside for a request."""
+        return self.reserved[request_id]
 
 
 class BuddyReserving(Reserving):
     """The same with pieces of 2^k slots that begin at a multiple of their size.
 
     The classic allocator (Knuth, The Art of Computer Programming, 2.5), and the one that
-    the paper assumes for the systems it compares with (section 6.1).
+    the paper assumes for the systems it compares with (section 6.1). What rounding up to
+    2^k adds to a piece was not asked for: it counts as external fragmentation and others,
+    as it must in the paper, whose oracle has no internal fragmentation.
     """
 
-    def begin(self, request_id: int, request: Request, num_tokens: int) -> bool:
-        size = 2 ** math.ceil(math.log2(self.reserve(request)))
+    def find_piece(self, size: int) -> range | None:
+        size = 2 ** math.ceil(math.log2(size))
         for start in range(0, self.num_slots - size + 1, size):
             piece = range(start, start + size)
             if all(
                 p.stop <= start or p.start >= piece.stop for p in self.pieces.values()
             ):
-                self.pieces[request_id] = piece
-                return True
-        return False
+                return piece
+        return None
 
 
 class Paging:
-    """The same in blocks."""
+    """The same in blocks.
 
-    def __init__(self, num_slots: int, block_size: int):
+    watermark: the share of all blocks, rounded down to whole ones, that must stay free
+    when a request begins, so that those in flight can grow. (vLLM's option of that name:
+    0.01 in its first block manager, 0 today.) Whoever could not begin in an empty pool
+    either raises ValueError.
+    """
+
+    def __init__(self, num_slots: int, block_size: int, watermark: float = 0.0):
+        if not 0 <= watermark < 1:
+            raise ValueError(
+                f"watermark: expected a share of the blocks, at least 0 and below 1, got "
+                f"{watermark}"
+            )
         self.manager = BlockManager(num_slots // block_size, block_size)
         self.num_slots = self.manager.num_blocks * block_size
+        self.watermark_blocks = int(watermark * self.manager.num_blocks)
 
     def begin(self, request_id: int, request: Request, num_tokens: int) -> bool:
-        try:
-            self.manager.allocate(request_id, num_tokens)
-        except OutOfBlocksError:
+        needed = math.ceil(num_tokens / self.manager.block_size) + self.watermark_blocks
+        if needed > self.manager.num_blocks:
+            raise ValueError(
+                f"expected a pool of at least {needed} blocks, of which "
+                f"{self.watermark_blocks} stay free when {num_tokens} tokens begin, got "
+                f"{self.manager.num_blocks}"
+            )
+        if needed > len(self.manager.free_block_ids):
             return False
+        self.manager.allocate(request_id, num_tokens)
         return True
 
     def grow(self, request_id: int) -> bool:
@@ -148,7 +180,7 @@ class Paging:
     def end(self, request_id: int):
         self.manager.free(request_id)
 
-    def num_held(self, request_id: int) -> int:
+    def num_reserved(self, request_id: int) -> int:
         return len(self.manager.block_tables[request_id]) * self.manager.block_size
 
 
@@ -158,10 +190,10 @@ def simulate(
     """Run requests through a new manager's pool for num_steps steps after warm_up others.
 
     A prompt enters in one step. A request that cannot grow sends away the one that began
-    last, which goes back to the head of the queue and later begins again with all its
-    tokens (preemption by recomputing, section 4.5 of the paper). Raises ValueError when
-    the queue runs empty, for then the pool would not be full, or when a request is too
-    large for the pool, or finds no room in it.
+    last, which goes back to the head of the queue and later begins again: all tokens that
+    it had are computed once more (preemption by recomputing, section 4.5 of the paper).
+    Raises ValueError when the queue runs empty, for then the pool would not be full, or
+    when a request is too large for the pool, or finds no room in it.
     """
     if num_steps < 1 or warm_up < 0:
         raise ValueError(
@@ -178,44 +210,60 @@ def simulate(
     )
     # Request and tokens so far, by id; who began last stands last.
     running: dict[int, tuple[Request, int]] = {}
-    totals = {"tokens": 0, "later": 0, "never": 0, "in_flight": 0}
-    num_finished = num_preempted = 0
+    sent_back: set[int] = set()  # ids: when these begin, they begin again
+    slots, events, in_flight = Counter(), Counter(), 0
     for step in range(warm_up + num_steps):
+        if step == warm_up:
+            events.clear()
         while waiting and manager.begin(*waiting[0]):
             request_id, request, num_tokens = waiting.popleft()
             running[request_id] = request, num_tokens
+            is_new = request_id not in sent_back
+            events["written" if is_new else "recomputed"] += num_tokens
         if not waiting or not running:
             why = "every request began" if running else "a request finds no room"
             raise ValueError(f"expected a full pool at each step, got {why} at {step}")
 
         if step >= warm_up:
-            for request_id, (request, num_tokens) in running.items():
-                held = manager.num_held(request_id)
-                totals["tokens"] += num_tokens
-                totals["later"] += min(held, request.num_tokens) - num_tokens
-                totals["never"] += max(held - request.num_tokens, 0)
-            totals["in_flight"] += len(running)
+            slots.update(count_slots(manager, running))
+            in_flight += len(running)
 
         for request_id in list(running):
             while request_id in running and not manager.grow(request_id):
                 last_id, (last, num_tokens) = running.popitem()
                 manager.end(last_id)
                 waiting.appendleft((last_id, last, num_tokens))
-                num_preempted += step >= warm_up
+                sent_back.add(last_id)
+                events["preempted"] += 1
             if request_id not in running:
                 continue
             request, num_tokens = running[request_id]
             running[request_id] = request, num_tokens + 1
+            events["written"] += 1
             if num_tokens + 1 == request.num_tokens:
                 manager.end(request_id)
                 del running[request_id]
-                num_finished += step >= warm_up
-    in_flight = totals.pop("in_flight") / num_steps
-    shares = {kind: n / num_steps / manager.num_slots for kind, n in totals.items()}
+                events["finished"] += 1
+    shares = {part: n / num_steps / manager.num_slots for part, n in slots.items()}
     return Usage(
         **shares,
-        free=1 - sum(shares.values()),
-        in_flight=in_flight,
-        finished=num_finished,
-        preempted=num_preempted,
+        external=1 - sum(shares.values()),
+        in_flight=in_flight / num_steps,
+        finished=events["finished"],
+        preempted=events["preempted"],
+        written=events["written"],
+        recomputed=events["recomputed"],
     )
+
+
+def count_slots(
+    manager: Reserving | Paging, running: dict[int, tuple[Request, int]]
+) -> dict[str, int]:
+    """How many slots hold a token, or are set aside, now; by the names of `Usage`."""
+    counts = {"tokens": 0, "reservation": 0, "internal": 0}
+    for request_id, (request, num_tokens) in running.items():
+        reserved = manager.num_reserved(request_id)
+        counts["tokens"] += num_tokens
+        counts["reservation"] += min(reserved, request.num_tokens) - num_tokens
+        counts["internal"] += max(reserved - request.num_tokens, 0)
+    return counts

@@ -157,9 +157,49 @@ def test_a_history_is_a_pool_a_row():
     assert len(colour_of_b) == 1, "a request keeps its colour when others go"
 
 
+def usage(*shares):
+    counts = {"finished": 1, "preempted": 0, "written": 9, "recomputed": 0}
+    return Usage(*shares, in_flight=3, **counts)
+
+
+def bars(ax):
+    return [(round(bar.get_x(), 9), round(bar.get_width(), 9)) for bar in ax.patches]
+
+
 def test_a_pool_is_divided_into_what_it_was_used_for():
-    usage = Usage(0.5, 0.2, 0.2, 0.1, in_flight=3, finished=1, preempted=0)
-    ax = plotting.plot_usage({"us": usage}, published={"us": 48.0}, title="")
-    assert [bar.get_width() for bar in ax.patches] == pytest.approx([50, 20, 20, 10])
+    ax = plotting.plot_usage({"us": usage(0.5, 0.25, 0.2, 0.05)}, title="")
+    assert bars(ax) == [(0, 50), (50, 25), (75, 20), (95, 5)]
     assert texts(ax) == ["50.0%"]
-    assert ax.lines[0].get_xdata()[0] == 48.0
+    labels = [text.get_text().split()[0] for text in ax.get_legend().get_texts()]
+    assert labels == ["tokens", "reservation", "internal", "external"]
+    looks = {(p.get_facecolor(), p.get_hatch()) for p in ax.patches}
+    assert len(looks) == 4 and len({look[1] for look in looks}) == 3, (
+        "only the first and the last part, blue and white, have no hatch"
+    )
+
+
+def test_the_paper_s_parts_are_below_ours_in_the_same_colours():
+    usages = {"us": usage(0.5, 0.25, 0.2, 0.05), "others": usage(0.1, 0.2, 0.3, 0.4)}
+    published = {"us": (40, 30, 10, 20), "others": (5,)}
+    ax = plotting.plot_usage(usages, published=published, title="")
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    assert names == ["us", "the paper", "others", "the paper"]
+    assert texts(ax) == ["50.0%", "40.0%", "10.0%", "5.0%"]
+    middles = [p.get_y() + p.get_height() / 2 for p in ax.patches]
+    assert middles == pytest.approx(list(ax.get_yticks()) * 4)
+    # The patches come part by part, and in each part row by row.
+    assert bars(ax)[1::4] == [(0, 40), (40, 30), (70, 10), (80, 20)]
+    assert bars(ax)[3::4] == [(0, 5), (5, 0), (5, 0), (5, 0)]
+    for i in range(0, 16, 4):
+        assert (
+            len({(p.get_facecolor(), p.get_hatch()) for p in ax.patches[i : i + 4]}) == 1
+        )
+    ours, theirs = ax.patches[0], ax.patches[1]
+    assert theirs.get_height() < ours.get_height()
+    assert theirs.get_y() >= ours.get_y() + ours.get_height(), "they do not overlap"
+    assert ax.patches[2].get_y() >= theirs.get_y() + theirs.get_height()
+
+
+def test_what_was_published_about_something_else_is_refused():
+    with pytest.raises(AssertionError, match="expected names among .*us.* got .*them"):
+        plotting.plot_usage({"us": usage(1, 0, 0, 0)}, published={"them": (1,)}, title="")

@@ -1,5 +1,6 @@
 import pytest
 
+from lib.block_manager import OutOfBlocksError
 from lib.simulation import (
     BuddyReserving,
     Paging,
@@ -23,7 +24,7 @@ def run(manager, lens=SHAREGPT, num_steps=600, warm_up=900):
 def test_pages_of_sixteen_hold_at_least_96_percent_tokens():
     usage = run(Paging(POOL, 16))
     assert usage.tokens >= 0.96
-    assert usage.never < 0.005 and usage.free < 0.03
+    assert usage.internal < 0.005 and usage.external < 0.03
 
 
 def test_short_requests_lose_more_in_their_last_block():
@@ -47,27 +48,50 @@ def test_the_less_is_known_the_less_holds_tokens():
         BuddyReserving(POOL, reserve_power_of_two),
         Paging(POOL, 16),
         Paging(POOL, 256),
+        Paging(POOL, 16, watermark=0.05),
     ],
 )
 def test_each_slot_is_counted_once(manager):
     usage = run(manager, num_steps=50, warm_up=50)
-    shares = usage.tokens, usage.later, usage.never, usage.free
+    shares = usage.tokens, usage.reservation, usage.internal, usage.external
     assert sum(shares) == pytest.approx(1) and min(shares) >= -1e-9
     if isinstance(manager, Paging):
         manager.manager.check_integrity()
 
 
 def test_an_oracle_wastes_nothing_inside_its_pieces():
-    usage = run(Reserving(POOL, reserve_oracle), num_steps=50, warm_up=50)
-    assert usage.never == 0
+    for kind in (Reserving, BuddyReserving):
+        usage = run(kind(POOL, reserve_oracle), num_steps=50, warm_up=50)
+        assert usage.internal == 0
 
 
 def test_steps_are_counted_by_hand():
     # A pool of 8: three requests of 2 + 2 tokens. Two begin; each grows twice, then ends.
     requests = [Request(2, 2)] * 3
     usage = simulate(Reserving(8, reserve_oracle), requests, num_steps=2, warm_up=0)
-    assert (usage.tokens, usage.later) == ((4 + 6) / 16, (4 + 2) / 16)
+    assert (usage.tokens, usage.reservation) == ((4 + 6) / 16, (4 + 2) / 16)
     assert (usage.in_flight, usage.finished, usage.preempted) == (2, 2, 0)
+    assert (usage.written, usage.recomputed) == (4 + 2 + 2, 0)
+
+
+def test_what_a_buddy_is_rounded_up_by_is_external():
+    # Two pieces of four slots, of which three were asked for.
+    requests = [Request(1, 2)] * 3
+    usage = simulate(BuddyReserving(8, reserve_oracle), requests, 2, warm_up=0)
+    assert (usage.tokens, usage.reservation) == ((2 + 4) / 16, (4 + 2) / 16)
+    assert (usage.internal, usage.external) == (0, (2 + 2) / 16)
+    # Reserved for an answer of four tokens, of which three come; five slots take eight.
+    requests = [Request(1, 3)] * 2
+    usage = simulate(BuddyReserving(8, reserve_power_of_two), requests, 1, warm_up=0)
+    assert (usage.tokens, usage.reservation) == (1 / 8, 3 / 8)
+    assert (usage.internal, usage.external) == (1 / 8, 3 / 8)
+
+
+def test_the_paper_s_pool_has_room_for_seven_requests_of_the_maximum():
+    # 12 GiB, at 800 KiB per token. Figure 2 has 8.9% for this part, and figure 13 has 7
+    # requests.
+    usage = run(BuddyReserving(15728, reserve_maximum), num_steps=50, warm_up=0)
+    assert usage.in_flight == 7 and usage.external == pytest.approx(0.089, abs=0.001)
 
 
 def test_pieces_never_overlap_and_a_gap_is_used_again():
@@ -84,7 +108,7 @@ def test_buddies_begin_at_multiples_of_their_size():
     manager = BuddyReserving(16, lambda request: request.num_tokens)
     assert manager.begin(0, Request(1, 2), 1) and manager.begin(1, Request(4, 4), 4)
     assert manager.pieces == {0: range(4), 1: range(8, 16)}
-    assert manager.num_held(0) == 4
+    assert manager.num_reserved(0) == 3, "one of the four was not asked for"
     assert not manager.begin(2, Request(4, 4), 4)
     assert manager.begin(3, Request(2, 2), 2)
 
@@ -95,6 +119,8 @@ def test_who_cannot_grow_sends_away_the_last_and_all_tokens_come_back():
     usage = simulate(manager, [Request(2, 2)] * 5, num_steps=6, warm_up=0)
     assert usage.finished == 3, "two steps each, as if they had come one by one"
     assert usage.in_flight == (2 + 1) / 2 and usage.preempted == 3
+    # Who is sent away has nothing but a prompt. It is computed again all the same.
+    assert (usage.written, usage.recomputed) == (4 * 2 + 6, 2 * 2)
     manager.manager.check_integrity()
 
 
@@ -122,6 +148,122 @@ def test_who_is_sent_away_is_the_last_and_comes_back_first_with_all_its_tokens()
         *("0 begins with 1", "1 begins with 1", "2 begins with 1"),
         *("2 goes", "0 goes", "2 begins with 2", "1 goes"),
     ]
+
+
+def test_tokens_are_computed_again_in_the_step_in_which_a_request_begins_again():
+    # The same three blocks: 2 goes in the second step, and comes back in the third.
+    requests = [Request(1, 2), Request(1, 3), Request(1, 4), Request(1, 1)]
+    events = [
+        (usage.written, usage.recomputed, usage.preempted, usage.finished)
+        for usage in (simulate(Paging(6, 2), requests, 1, warm_up=i) for i in range(3))
+    ]
+    assert events == [(3 + 3, 0, 0, 0), (2, 0, 1, 1), (2, 2, 0, 1)]
+
+
+def counting(kind):
+    """A manager of this kind that counts the tokens for which it finds room: all of them,
+    and of each request those that it had when it had most."""
+
+    class Counting(kind):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.num_entered, self.num_tokens, self.most = 0, {}, {}
+
+        def begin(self, request_id, request, num_tokens):
+            has_room = super().begin(request_id, request, num_tokens)
+            if has_room:
+                self.num_tokens[request_id] = 0
+                self.enter(request_id, num_tokens)
+            return has_room
+
+        def grow(self, request_id):
+            has_room = super().grow(request_id)
+            if has_room:
+                self.enter(request_id, 1)
+            return has_room
+
+        def enter(self, request_id, num_new):
+            self.num_entered += num_new
+            self.num_tokens[request_id] += num_new
+            most = max(self.most.get(request_id, 0), self.num_tokens[request_id])
+            self.most[request_id] = most
+
+    return Counting
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "kind, args",
+    [
+        (Reserving, (4096, reserve_power_of_two)),
+        (BuddyReserving, (4096, reserve_oracle)),
+        (Paging, (4096, 16)),
+        (Paging, (4096, 7, 0.05)),
+    ],
+)
+def test_each_token_that_enters_is_written_or_computed_again(kind, args, seed):
+    manager = counting(kind)(*args)
+    requests = draw_requests(2000, *ALPACA, seed=seed)
+    usage = simulate(manager, requests, num_steps=300, warm_up=0)
+    assert usage.written + usage.recomputed == manager.num_entered
+    assert (usage.recomputed > 0) == (usage.preempted > 0) == (kind is Paging)
+    assert usage.written == sum(manager.most.values())
+
+
+def test_steps_add_up():
+    requests = draw_requests(2000, *ALPACA)
+    first, then, both = (
+        simulate(Paging(4096, 16), requests, num_steps, warm_up)
+        for num_steps, warm_up in ((100, 0), (200, 100), (300, 0))
+    )
+    assert then.recomputed > 0
+    for name in ("finished", "preempted", "written", "recomputed"):
+        parts = getattr(first, name) + getattr(then, name)
+        assert parts == getattr(both, name), name
+    for name in ("tokens", "reservation", "internal", "external", "in_flight"):
+        mean = (getattr(first, name) + 2 * getattr(then, name)) / 3
+        assert mean == pytest.approx(getattr(both, name)), name
+
+
+def test_without_a_watermark_the_manager_alone_says_who_may_begin():
+    class Alone(Paging):
+        def begin(self, request_id, request, num_tokens):
+            try:
+                self.manager.allocate(request_id, num_tokens)
+            except OutOfBlocksError:
+                return False
+            return True
+
+    assert run(Paging(POOL, 16, watermark=0)) == run(Alone(POOL, 16))
+
+
+def test_blocks_of_a_watermark_are_for_growing_not_for_beginning():
+    manager = Paging(16, 2, watermark=0.25)  # two of eight blocks
+    request = Request(8, 9)
+    assert manager.begin(0, request, 8), "four blocks, four are left"
+    assert not manager.begin(1, request, 5), "three blocks would leave one"
+    assert manager.begin(2, request, 4), "two blocks leave two"
+    assert not manager.begin(3, request, 1)
+    assert [manager.grow(0) for _ in range(5)] == [True] * 4 + [False]
+    assert Paging(20, 2, watermark=0.19).watermark_blocks == 1, "rounded down"
+
+
+def test_the_higher_the_watermark_the_fewer_tokens_are_computed_again():
+    usages = [run(Paging(POOL, 16, watermark)) for watermark in (0, 0.01, 0.02, 0.05)]
+    for name in ("recomputed", "preempted", "tokens"):
+        values = [getattr(usage, name) for usage in usages]
+        assert values == sorted(values, reverse=True), name
+    assert usages[-1].recomputed < 0.2 * usages[0].recomputed
+
+
+def test_a_watermark_that_is_none_or_that_lets_nobody_begin_is_refused():
+    for watermark in (-0.1, 1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=f"expected a share .* got {watermark}"):
+            Paging(64, 16, watermark)
+    assert Paging(64, 16, 0.5).begin(0, Request(32, 1), 32), "two, and two stay free"
+    why = "at least 5 blocks, of which 2 stay free when 33 tokens begin, got 4"
+    with pytest.raises(ValueError, match=why):
+        simulate(Paging(64, 16, 0.5), [Request(33, 1)] * 2, num_steps=1, warm_up=0)
 
 
 def test_what_ends_while_the_server_warms_up_is_not_counted():

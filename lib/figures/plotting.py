@@ -164,35 +164,52 @@ def plot_usage(
     usages: Mapping[str, Usage],
     *,
     title: str,
-    published: Mapping[str, float] | None = None,
+    published: Mapping[str, Sequence[float]] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Stacked bars of what a pool was used for: name -> `simulation.simulate`.
 
-    published: the share of tokens that somebody else found, in percent, by name.
+    published: name -> the paper's percentages, in the order of the parts, as many as it
+    has. Each is a thin bar below ours.
     """
-    ax = ax or plt.subplots(figsize=(7.0, 0.9 + 0.42 * len(usages)))[1]
     looks = {
         "tokens": {"color": NEW},
-        "later": {"color": "#9FC9E3", "hatch": ".."},
-        "never": WASTED,
-        "free": {"facecolor": "white", "edgecolor": "#8C8C8C"},
+        "reservation": {"color": "#9FC9E3", "hatch": ".."},
+        "internal": WASTED,
+        "external": {"facecolor": "white", "edgecolor": "#8C8C8C"},
     }
-    left = [0.0] * len(usages)
-    for kind, look in looks.items():
-        widths = [100 * getattr(usage, kind) for usage in usages.values()]
-        bars = ax.barh(list(usages), widths, left=left, label=kind, height=0.7, **look)
-        if kind == "tokens":
-            for bar, width in zip(bars, widths):
-                colour = "white" if width > 15 else "black"
-                at = 1 if width > 15 else width + 1
-                middle = bar.get_y() + bar.get_height() / 2
-                ax.text(at, middle, f"{width:.1f}%", va="center", color=colour)
+    long_names = {
+        "internal": "internal fragmentation",
+        "external": "external fragmentation\nand others",
+    }
+    published = published or {}
+    assert published.keys() <= usages.keys(), (
+        f"published: expected names among {list(usages)}, got {list(published)}"
+    )
+    rows, middle = [], 0.0  # of each bar: name, percentages, middle, height, font size
+    for name, usage in usages.items():
+        shares = [100 * getattr(usage, part) for part in looks]
+        rows.append((name, shares, middle, 0.7, 10.5))
+        if name in published:
+            middle += 0.58
+            rows.append(("the paper", published[name], middle, 0.34, 8.0))
+        middle += 1
+    names, shares, middles, heights, font_sizes = zip(*rows)
+
+    ax = ax or plt.subplots(figsize=(7.0, 0.9 + 0.42 * middle))[1]
+    left = [0.0] * len(rows)
+    for i, (part, look) in enumerate(looks.items()):
+        widths = [share[i] if i < len(share) else 0 for share in shares]
+        label = long_names.get(part, part)
+        ax.barh(middles, widths, left=left, height=heights, label=label, **look)
         left = [start + width for start, width in zip(left, widths)]
-    if published:
-        rows = [list(usages).index(name) for name in published]
-        look = {"color": "black", "markeredgecolor": "white", "markersize": 9}
-        ax.plot(list(published.values()), rows, "D", label="tokens, in the paper", **look)
+    for (share, *_), middle, font_size in zip(shares, middles, font_sizes):
+        at, colour = (1, "white") if share > 15 else (share + 1, "black")
+        look = {"va": "center", "color": colour, "fontsize": font_size}
+        ax.text(at, middle, f"{share:.1f}%", **look)
+    ax.set_yticks(middles, names)
+    for label, font_size in zip(ax.get_yticklabels(), font_sizes):
+        label.set_fontsize(font_size)
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     ax.set(xlim=(0, 100), xlabel="share of the pool (%)", title=title)
