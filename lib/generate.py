@@ -113,8 +113,8 @@ def prefill_in_chunks(
 
     prompts: one (T,) for each request of the cache. Attention of a step holds one score
     for each new token and each key of its request: for a whole prompt T², for a chunk
-    chunk_size · T at most. Raises as `generate_cached` does, before the first step.
-    (https://arxiv.org/abs/2308.16369, section 4.2)
+    chunk_size · T at most (https://arxiv.org/abs/2308.16369). Raises as
+    `generate_cached` does, before the first step.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")

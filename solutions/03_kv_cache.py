@@ -1,22 +1,24 @@
 # %% [markdown]
 # # 3. The KV cache: keep what does not change
 #
-# To write one more byte, chapter 1 runs the whole text through the model, and
-# computes again what it had computed a step before. Here we keep it. What must
-# be kept is a key and a value for each token, in each layer; what it buys is a
-# step whose work no longer grows with the text, but for attention. Then comes
-# the bill: memory that is **reserved** for tokens that may never come.
+# To write one more byte, chapter 1 runs the whole text through the model. Most
+# of what it computes there it had computed one step earlier. In this chapter we
+# keep it instead: one key and one value per token and layer. In return, a
+# step's work stops growing with the text, except in attention. Then comes the
+# bill: memory that is **reserved** for tokens that may never come.
 #
-# **You need:** chapter 1, whose model, letters and `attend` we use, and 125
+# **You need:** chapter 1, whose model, letters and `attend` we use, and 140
 # minutes. No GPU.
 #
 # **You will be able to**
 #
-# - say what a KV cache holds, and how many bytes that is for any model,
+# - say what a KV cache holds, how many bytes that is for any model, and how
+#   many texts fit on a GPU,
 # - write a cache for requests of different lengths, and attention over it,
 # - write the loop: prefill, then decode, each token through the model once,
-# - say why prefill is bound by arithmetic and decoding by memory bandwidth, and
-#   see it on your own machine,
+# - read a long prompt in chunks, so that memory grows like N and not like N²,
+# - say why prefill is bound by arithmetic and decoding by memory bandwidth, see
+#   it on your own machine, and say what a batch shares and what it does not,
 # - measure what part of a cache holds tokens.
 
 # %%
@@ -33,7 +35,9 @@ from lib.measure import meter, table
 from lib.config import LLAMA3_8B, ModelConfig
 from lib.course.check import check
 from lib.generate import check_cached_generation, forward_cached
-from lib.kv_cache import ContiguousKVCache, KVCache, new_positions
+from lib.kv_cache import (
+    ContiguousKVCache, KVCache, attend_decode, new_positions,
+)
 from lib.model import Transformer, attend_fused
 
 plotting.use_course_style()
@@ -43,9 +47,9 @@ torch.manual_seed(0);
 # %% [markdown]
 # ## Most of what a step computes, it had before
 #
-# The model of chapter 1 again, a prompt of 30 bytes, and 200 new ones. A small
-# hook counts the tokens that go through the first layer's query matrix, that
-# is, through the model.
+# Here is the model of chapter 1 again, with a prompt of 30 bytes, and 200 bytes
+# to write. A small hook counts the tokens that go through the query matrix of
+# the first layer, which are all the tokens that go through the model.
 
 # %%
 lm = model.load_model()
@@ -59,19 +63,19 @@ generate.generate_recompute(lm, prompt_ids, 200)
 print(f"{sum(num_projected):,} tokens through the model, to write 200")
 
 # %% [markdown]
-# The text had 229 tokens when the last one was asked for. Each had to go
-# through the model once, or so one should think.
+# When the last token was asked for, the text had 229 tokens. Each of them has
+# to go through the model at least once.
 
 # %%
 needed = len(prompt_ids) + 200 - 1
-print(f"{sum(num_projected) / needed:.0f} times as many as there were")
+print(f"{sum(num_projected) / needed:.0f} times as many as the text had")
 
 # %% [markdown]
 # ## What must be kept, on six tokens by hand
 #
-# Here are the six tokens of chapter 1 with their queries, keys and values. A
-# token sees itself and those before it. We compute all six rows at once, as
-# recompute does, and then the row of the last token alone.
+# Here are the six tokens of chapter 1 with their queries, keys and values. Each
+# token sees itself and those before it. First we compute all six rows at once,
+# as recompute does, and then only the row of the last token.
 
 # %%
 q = torch.tensor([[1, 0], [0, 1], [1, 1], [2, 0], [0, 2], [1, 2.0]])  # whales
@@ -89,16 +93,17 @@ all_rows[5], row_of_s
 
 # %% [markdown]
 # The last row needs *one* query, its own, but *all* keys and values. Nobody
-# will ask for the queries of `w h a l e` again. So keys and values are kept and
-# queries are not, and neither is anything else: what is left of a layer treats
-# each token alone.
+# will ask for the queries of `w h a l e` again, so they need not be kept. Keys
+# and values must be. Nothing else must: the rest of a layer, its norms and its
+# MLP, treats each token by itself.
 #
-# Keeping is allowed only if keys and values never change. They do not. A key is
-# its token's vector times a matrix, and that vector was made by the layers
-# below, where the causal mask let the token see nothing but what came before
-# it. Whatever is written later, it stays as it is. Here are the keys of the
-# last layer for 100 tokens, read alone and as the beginning of 101. We catch
-# them at the seam, where the model hands them to `attend`.
+# Keeping them is correct only if they never change, and they do not. A key is
+# its token's vector times a matrix. That vector was made by the layers below,
+# where the causal mask let the token see only what came before it. So whatever
+# is written later, the key stays as it is. Let us look: here are the keys of
+# the last layer for 100 tokens, computed once for these tokens alone and once
+# for the first 100 of 101. We catch them at the seam, where the model hands
+# them to `attend`.
 
 # %%
 @torch.no_grad()
@@ -118,29 +123,30 @@ difference = keys_of_layer(3, 101)[:100] - keys_of_layer(3, 100)
 print(f"largest difference: {difference.abs().max():.1e}")
 
 # %% [markdown]
-# None, or a trifle of rounding. (Keys are rotated by their position before they
-# get here. A position does not change either.)
+# They are equal, up to rounding. (Keys are rotated by their position before
+# they get here, and a token's position does not change either.)
 #
-# So this is the plan, in the picture of chapter 1: the first step reads the
-# prompt, which is called **prefill**. Each step after it, **decode**, runs one
-# token through the model, and finds the keys and values of the others in a
-# **KV cache**.
+# That gives a plan. The first step reads the whole prompt; it is called
+# **prefill**. Each step after it is called **decode**: one token goes through
+# the model, and the keys and values of all earlier tokens are read from a **KV
+# cache**.
 
 # %%
 drawing.draw_generation(prompt_len=8, num_new_tokens=16, is_cached=True);
 
 # %% [markdown]
-# *The first row is prefill; in each row after it, decode, one square is dark,
-# and the light ones are read. (The 16th new token is never handed over, so
-# there are 8 + 15.)*
+# *Each row is a step. The first is prefill. In each row after it, one square is
+# dark: the token that goes through the model. The light ones are read from the
+# cache. (The 16th new token never goes through the model, since nobody asks
+# what follows it. So there are 8 + 15.)*
 #
 # ## What it takes to keep them
 #
 # ### Exercise 3.1 · `kv_cache_bytes` ★ (5 minutes)
 #
-# The bytes of the keys and values of `num_tokens` tokens. `config` has
-# `num_layers`, L; `num_heads`, H; `num_kv_heads`, G; and `head_dim`, D, the
-# numbers of one key. Which of the two kinds of heads is stored?
+# Return the bytes of the keys and values of `num_tokens` tokens in all layers.
+# `config` has `num_layers`, L; `num_heads`, H; `num_kv_heads`, G; and
+# `head_dim`, D, the size of one key. Which of the two kinds of heads is stored?
 
 # %% exercise="kv_cache_bytes"
 from lib.kv_cache import kv_cache_bytes
@@ -151,41 +157,53 @@ check(kv_cache_bytes)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# One layer, one KV head, one token: a key of D numbers and a value of D
-# numbers.
+# One token has, in one layer and one KV head, a key of D numbers and a value of
+# D numbers.
 #
 # </details>
 # <details><summary>Hint 2</summary>
 #
-# Our model has six query heads and two KV heads. Three query heads read one
-# key, and it is stored once.
+# Our model has six query heads and two KV heads. Three query heads read the
+# same key, and it is stored once.
 #
 # </details>
 
 # %%
-print(f"our model: {kv_cache.kv_cache_bytes(lm.config, 1):,} bytes a token")
+print(f"our model: {kv_cache.kv_cache_bytes(lm.config, 1):,} bytes per token")
 llama = kv_cache.kv_cache_bytes(LLAMA3_8B, 1, bytes_per_number=2)
-print(f"Llama 3 8B: {llama:,} bytes a token, that is {llama // 1024} KiB")
-print(f"with 8,192 tokens: {llama * 8192 / 2**30:.0f} GiB for one text")
+print(f"Llama 3 8B: {llama:,} bytes per token, which is {llama // 1024} KiB")
+print(f"8,192 tokens: {llama * 8192 / 2**30:.0f} GiB for a single text")
 
 # %% [markdown]
-# The weights of Llama 3 8B take 16 GB, at two bytes each; fifteen such texts
-# take as much again.
-# (It has 8 KV heads for 32 query heads. Had each query head a key of its own,
-# it would be four times that.)
+# How many such texts fit on a GPU? Take one with 80 GB. Serving systems leave a
+# tenth of it for everything else. The weights of Llama 3 8B are 8.03 billion
+# numbers of two bytes. What is left is for keys and values:
+
+# %%
+left_bytes = 0.9 * 80e9 - 2 * 8.03e9
+print(f"{left_bytes / llama:,.0f} tokens fit, that is ", end="")
+print(f"{left_bytes / llama / 8192:.0f} texts of 8,192 tokens")
+
+# %% [markdown]
+# Two choices already went into this number. Llama 3 has 8 KV heads for its 32
+# query heads; with one KV head per query head, a quarter as many texts would
+# fit. And each number of the cache has two bytes. Stored in one byte (serving
+# systems offer `fp8` and `int8` caches), twice as many fit, at some loss of
+# precision.
 #
 # ## Requests of different lengths, and nothing padded
 #
-# Serving has many texts under way at once; each is a **request**. One begins
-# and brings a prompt of 40 tokens, while another brings one token, its 300th.
-# We put the new tokens of a step behind each other, N in all, and keep two
-# small tensors beside them:
+# A server writes many texts at the same time. Each of them is a **request**.
+# One request has just arrived and brings a prompt of 40 tokens; another is at
+# its 300th token and brings only that. We put the new tokens of a step one
+# behind the other, N in all, and keep two small tensors beside them:
 #
-# - `query_lens`, how many new tokens each request brings (they have queries),
-# - `seq_lens`, how many tokens each has after the step, the new ones included.
+# - `query_lens`: how many new tokens each request brings (these have queries),
+# - `seq_lens`: how many tokens each request has after the step, with the new
+#   ones.
 #
-# Three requests: the first begins with three tokens, the second rests, the
-# third has four tokens and brings a fifth.
+# Here are three requests. The first arrives with three tokens, the second
+# rests, and the third has four tokens and brings a fifth.
 
 # %%
 query_lens = torch.tensor([3, 0, 1])
@@ -193,19 +211,19 @@ seq_lens = torch.tensor([3, 2, 5])
 kv_cache.new_positions(seq_lens, query_lens)
 
 # %% [markdown]
-# Four new tokens, at positions 0, 1, 2 of the first request and 4 of the third.
-# `new_positions` is given, since the model needs it for its rotations; you may
-# use it too.
+# There are four new tokens: at positions 0, 1, 2 of the first request and at
+# position 4 of the third. The model needs these positions for its rotations, so
+# `new_positions` is given. You may use it too.
 #
 # The cache of one layer is a tensor (B, S, G, D): B requests, room for S tokens
-# of each, G KV heads, D numbers. Another one holds the values. The `layer` that
-# `attend` is told says which layer's to take.
+# of each, G KV heads, D numbers. A second tensor holds the values. Each layer
+# has its own pair; `attend` is told the layer, and picks.
 #
 # ### Exercise 3.2 · `append_kv` ★★ (15 minutes)
 #
 # Write the new keys and values of a step where they belong, in place. Nothing
-# else of the cache may change, and it must not be copied. (Where nothing was
-# written yet the check has put NaN.)
+# else in the cache may change, and the cache must not be copied. (Places that
+# nobody has written yet hold NaN in the check.)
 
 # %% exercise="append_kv"
 from lib.kv_cache import append_kv
@@ -216,15 +234,15 @@ check(append_kv)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# Token n goes to one row, its request, and one place in it, its position.
-# `k_cache[rows, positions] = k` writes all at once, if `rows` and `positions`
-# are int64 tensors (N,).
+# Each new token goes to the row of its request, and in that row to the place
+# that is its position. If `rows` and `positions` are int64 tensors (N,), then
+# `k_cache[rows, positions] = k` writes all of them at once.
 #
 # </details>
 # <details><summary>Hint 2</summary>
 #
 # `torch.arange(3).repeat_interleave(torch.tensor([3, 0, 1]))` is
-# `[0, 0, 0, 2]`. A loop over the requests is as good.
+# `[0, 0, 0, 2]`. A loop over the requests is just as good.
 #
 # </details>
 
@@ -239,16 +257,17 @@ torch.equal(k_row.view(6, 2), k)
 # %% [markdown]
 # ### Exercise 3.3 · `attend_cached` ★★ (35 minutes)
 #
-# Attention of the new queries over the cache. For each request: T new queries,
-# S keys, and T may be anything from 0 to S. The loop and its slices are given;
-# your lines take the place of `...` and `raise`. Two things to take care of:
+# Attention of the new queries over the cache. Each request has T new queries
+# and S keys, where T may be anything from 0 to S. The loop and its slices are
+# given. Your lines go where `...` and `raise` stand. Two things need care:
 #
-# - **The mask.** Query t of the T is at position S - T + t of its text, and
-#   must not see later keys. With T = 1, decode, it sees them all.
-# - **No copies for query heads.** H / G query heads read one KV head. Chapter 1
-#   copied its keys for each of them. That would make the cache H / G times as
-#   large just to be read. Instead treat the queries of these heads as more rows
-#   of one matrix: (G, H/G · T, D) times (G, D, S).
+# - **The mask.** The T new tokens are the last ones of their text, so query t
+#   of them is at position S - T + t. It must not see keys behind that position.
+#   When T is 1, as in decode, the query sees all keys, and needs no mask.
+# - **No copies for query heads.** H / G query heads read the same KV head.
+#   Chapter 1 copied the keys for each of them. Here that would make a copy of
+#   the cache, H / G times as large, at every step. Instead, treat the queries
+#   of these heads as more rows of one matrix: (G, H/G · T, D) times (G, D, S).
 #
 # Behind its S keys a row of the cache holds garbage: do not read it. Torch's
 # own attention is not allowed.
@@ -262,10 +281,10 @@ check(attend_cached)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# `q_b.view(T, G, H // G, D)` splits the query heads by the KV head they read;
-# `.permute(1, 2, 0, 3)` puts that one first; `.flatten(1, 2)` makes rows of the
-# rest. On the way back, `unflatten(1, (H // G, T))` undoes `flatten(1, 2)`, and
-# `.permute(2, 0, 1, 3).flatten(1, 2)` gives (T, H, D).
+# `q_b.view(T, G, H // G, D)` sorts the query heads by the KV head that they
+# read. `.permute(1, 2, 0, 3)` puts the KV heads first, and `.flatten(1, 2)`
+# makes rows of the rest. On the way back, `unflatten(1, (H // G, T))` undoes
+# `flatten(1, 2)`, and `.permute(2, 0, 1, 3).flatten(1, 2)` gives (T, H, D).
 #
 # </details>
 # <details><summary>Hint 2</summary>
@@ -276,7 +295,7 @@ check(attend_cached)
 # </details>
 
 # %% [markdown]
-# The row of `s` once more, now from the cache:
+# Here is the row of `s` once more, now from the cache:
 
 # %%
 lens = torch.tensor([6]), torch.tensor([1])
@@ -285,35 +304,61 @@ kv_cache.attend_cached(q[5].view(1, 1, 2), k_row, v_row, *lens), row_of_s
 # %% [markdown]
 # ## Prefill and decode are one loop
 #
-# A cache for all layers is a class, since it lives from step to step. It holds
-# the two tensors and `seq_lens`, and one method matters: `extend` makes room
-# for the next tokens, and returns the `attend` that writes and reads them. The
-# model does not change by a line.
+# A cache lives from step to step, so it is a class. `ContiguousKVCache` holds
+# the two tensors for all layers and `seq_lens`. Requests come with `begin` and
+# go with `free`, and `request_ids` says which of them is in which row:
 
 # %%
-print(inspect.getsource(kv_cache.ContiguousKVCache.extend))
+cache = ContiguousKVCache(lm.config, batch_size=2, max_seq_len=100)
+cache.begin("whale")
+cache.begin("ship")
+cache.free("whale")
+cache.begin("sea")
+cache.request_ids, cache.seq_lens
 
 # %% [markdown]
-# And one function runs a step: N new tokens go in, N rows of logits come out.
-# It looks before it writes: an id outside of the vocabulary, or more tokens
-# than there is room for, raises an error, and the cache is as it was.
+# The third method takes a step. `extend` makes room for the new tokens and
+# gives the `attend` that writes and reads them. Your two functions are in it.
+# The model itself does not change by a line.
+
+# %%
+print(inspect.getsource(ContiguousKVCache._open_step))
+
+# %% [markdown]
+# `forward_cached` runs one step: N new tokens go in, N rows of logits come out.
 
 # %%
 print(inspect.getsource(forward_cached))
 
 # %% [markdown]
+# Why the `with`? A step takes a while, and much can happen inside it: an error
+# in a layer, or the stop button of this notebook. By then some layers have
+# written their new keys, and others have not. So the new tokens count only when
+# the block ends without an error. Otherwise the cache stays as it was:
+
+# %%
+try:
+    with cache.extend(torch.tensor([5, 8])) as attend:
+        raise KeyboardInterrupt  # as the stop button does, in the middle
+except KeyboardInterrupt:
+    print(cache.seq_lens)
+
+# %% [markdown]
 # ### Exercise 3.4 · `generate_cached` ★★★ (25 minutes)
 #
-# Write `num_new_tokens` for each prompt. The prompts come as a list of B
-# tensors of any lengths; return a list too. In the first step all tokens of all
-# prompts are new, in the others there is one for each request. The last row of
-# each request speaks about its next token: where are they among the N? Every
-# token goes through the model once, and the very last not at all.
+# Write `num_new_tokens` tokens behind each prompt. The prompts come as a list
+# of B tensors of any lengths, one for each request of the cache. Return a list
+# of B texts. In the first step all tokens of all prompts are new; in the steps
+# after it, each request brings one. Of the N rows of logits you need one per
+# request: the row of its last token, which speaks about the next one. Where are
+# these rows? Every token goes through the model once, and the very last one not
+# at all.
 #
-# The given lines check everything, the room for all steps too. Use
+# The given lines check everything beforehand, the room for all steps too. Use
 # `forward_cached`, and what chapter 1 made of logits:
-# `sampling.next_token_probs(logits, temperature, top_k, top_p)`, (B, V) to
-# (B, V), and `sampling.sample(probs, generator)`, which gives B ids.
+# `sampling.next_token_probs(logits, temperature, top_k, top_p)` turns (B, V)
+# into probabilities (B, V), and `sampling.sample(probs, generator)` draws B
+# ids.
 
 # %% exercise="generate_cached" given="1"
 from lib.generate import generate_cached
@@ -324,24 +369,25 @@ check(generate_cached)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# Before the loop: `new_ids = torch.cat(texts)` and `query_lens`, the lengths.
-# At the end of each round: `new_ids` are those just drawn, (B,), and
-# `query_lens` is B ones.
+# Before the loop, `new_ids = torch.cat(texts)`, and `query_lens` holds the
+# lengths of the prompts. At the end of each round, `new_ids` are the tokens
+# just drawn, (B,), and `query_lens` is B ones.
 #
 # </details>
 # <details><summary>Hint 2</summary>
 #
-# The rows of request b end where those of request b + 1 begin:
-# `query_lens.cumsum(0) - 1` are the last ones.
+# The rows of request b end where those of request b + 1 begin. So their last
+# rows are `query_lens.cumsum(0) - 1`.
 #
 # </details>
 
 # %% [markdown]
-# The prompt of the beginning, now with a cache:
+# The prompt from the beginning, now with a cache:
 
 # %%
 settings = {"temperature": 0.7, "top_p": 0.95}
 cache = ContiguousKVCache(lm.config, batch_size=1, max_seq_len=512)
+cache.begin("story")
 num_projected.clear()
 (story_ids,) = generate.generate_cached(
     lm, [prompt_ids], 200, cache,
@@ -353,9 +399,9 @@ print(f"\n{sum(num_projected)} tokens through the model, to write 200")
 # %% [markdown]
 # ## It computes the same thing
 #
-# Is that the text that recompute writes? We ask in double precision, where
-# rounding does not tip a choice, for prompts of many lengths in one batch, each
-# compared with recompute on it alone.
+# Is this the text that recompute writes? We ask in double precision, where
+# rounding does not decide between two tokens. One batch has prompts of many
+# lengths, and each text is compared with recompute on its prompt alone.
 
 # %%
 double_lm = model.load_model().double()
@@ -363,21 +409,23 @@ prompts = [book_ids[1000:1000 + n] for n in (1, 2, 3, 5, 8, 13, 21, 34, 55)]
 cache = ContiguousKVCache(
     double_lm.config, len(prompts), max_seq_len=100, dtype=torch.float64
 )
+for request_id in range(len(prompts)):
+    cache.begin(request_id)
 texts = generate.generate_cached(double_lm, prompts, 40, cache, temperature=0)
-[
-    torch.equal(
-        got, generate.generate_recompute(double_lm, ids, 40, temperature=0)
-    )
-    for ids, got in zip(prompts, texts)
+expected = [
+    generate.generate_recompute(double_lm, ids, 40, temperature=0)
+    for ids in prompts
 ]
+[torch.equal(got, wanted) for got, wanted in zip(texts, expected)]
 
 # %% [markdown]
 # ## Predict the work, then measure it
 #
-# A token now goes through the matrices once, 2 FLOPs for each weight, so the
-# projections of a text grow like N; those of recompute like N². In attention
-# the query at position S - 1 meets S keys, 4·S·D FLOPs in each query head and
-# layer; the sum over S = 1 … N is close to N²/2, where recompute had N³/3.
+# A token now goes through the matrices once, and meets each weight for 2 FLOPs.
+# So the projections of a text of N tokens grow like N; those of recompute grow
+# like N². In attention, the query at position S - 1 meets S keys, which takes
+# 4·S·D FLOPs per query head and layer. The sum over S = 1 … N is N(N + 1)/2,
+# where recompute has about N³/3.
 
 # %%
 def cached_attention_flops(config, N):
@@ -387,6 +435,7 @@ def cached_attention_flops(config, N):
 
 def measured_flops(N):
     cache = ContiguousKVCache(lm.config, 1, max_seq_len=N)
+    cache.begin("text")
     run = lambda: generate.generate_cached(lm, [book_ids[:1]], N, cache)
     return meter.measure(run).flops
 
@@ -407,21 +456,28 @@ plotting.plot_measured(
     },
     xlabel="tokens generated, N",
     ylabel="FLOPs in attention",
-    title=f"At {Ns[-1]} tokens a cache saves "
-    f"{1 - measured[-1] / recomputed[-1]:.1%} of attention's work",
+    title=f"At {Ns[-1]} tokens, recompute has "
+    f"{recomputed[-1] / measured[-1]:.0f} times the attention of a cache",
     log=True,
 );
 
 # %% [markdown]
 # *Slope 3 above, slope 2 below; the measured points lie on their prediction.*
-#
-# ## A step hardly grows with the text
-#
-# That was counting. Now the clock: one more token, when the text has 16 tokens,
-# 32, and so on up to 511, for the model has room for 512.
+# To be fair to recompute: its count has the masked half of the scores in it,
+# which a good kernel skips. Without that half:
 
 # %%
-lengths = [16, 32, 64, 128, 256, 511]
+print(f"{recomputed[-1] / 2 / measured[-1]:.0f} times")
+
+# %% [markdown]
+# ## For one text, a step hardly grows with the text
+#
+# So much for counting. Now the clock: how long does one more token take when
+# the text has 16 tokens, 32, and so on up to 480? (Our model has room for 512.)
+
+# %%
+lengths = [16, 32, 64, 128, 256, 480]
+one = torch.tensor([1])
 
 
 @torch.no_grad()
@@ -429,24 +485,20 @@ def recompute_step(num_tokens):
     lm(book_ids[:num_tokens], torch.arange(num_tokens), attend_fused)
 
 
-def decode_milliseconds(num_tokens):
-    cache = ContiguousKVCache(lm.config, 1, max_seq_len=num_tokens + 1)
+def decode_step(num_tokens):
+    cache = ContiguousKVCache(lm.config, 1, max_seq_len=num_tokens + 32)
+    cache.begin("text")
     forward_cached(lm, cache, book_ids[:num_tokens], torch.tensor([num_tokens]))
-    one, cached_lens = torch.tensor([1]), cache.seq_lens
-
-    def step():
-        cache.seq_lens = cached_lens  # the same step again
-        forward_cached(lm, cache, book_ids[num_tokens : num_tokens + 1], one)
-
-    return 1000 * meter.median_seconds(step, repeats=15)
+    return lambda: forward_cached(lm, cache, book_ids[:1], one)
 
 
 # %%
-recompute_ms = [
-    1000 * meter.median_seconds(lambda: recompute_step(n), repeats=9)
-    for n in lengths
-]
-decode_ms = [decode_milliseconds(n) for n in lengths]
+recompute_ms, decode_ms = [], []
+for n in lengths:
+    steps = {"recompute": lambda: recompute_step(n), "cache": decode_step(n)}
+    seconds = meter.medians_in_turns(steps, repeats=15)
+    recompute_ms.append(1000 * seconds["recompute"])
+    decode_ms.append(1000 * seconds["cache"])
 
 # %%
 plotting.plot_measured(
@@ -462,12 +514,14 @@ plotting.plot_measured(
 );
 
 # %% [markdown]
-# *Recompute climbs; with a cache the line stays nearly flat.*
+# *Recompute climbs; with a cache the line stays nearly flat.* That holds for
+# one request and a few hundred tokens. The keys still have to be read, and with
+# many long texts that will show below.
 #
 # ### An honest look: where nothing is gained
 #
 # Look at the left end. Our model is so small that running 16 tokens through it
-# takes hardly longer than running one: most of the time goes into calling
+# takes hardly longer than running one. Most of the time goes into calling
 # hundreds of small operations, and a cache adds some of its own.
 
 # %%
@@ -476,80 +530,146 @@ for n, a, b in zip(lengths, recompute_ms, decode_ms):
     print(f"{n:3} tokens: {a:5.1f} ms and {b:5.1f} ms: {gain}")
 
 # %% [markdown]
+# ## A long prompt, and memory that grows like N²
+#
+# Chapter 1 was careful not to store attention's scores, since there are T² of
+# them. Our `attend_cached` does store them: for T new queries over S keys, a
+# number for each pair in each head. In decode T is 1, and that is little. In
+# prefill T is the whole prompt. So let us measure the peak memory of prefill,
+# the cache itself included:
+
+# %%
+def prefill_peak(N, chunk_size):
+    cache = ContiguousKVCache(lm.config, 1, max_seq_len=N)
+    cache.begin("prompt")
+    kv_bytes = cache.reserved_bytes
+    run = lambda: generate.prefill_in_chunks(
+        lm, [book_ids[:N]], cache, chunk_size
+    )
+    return kv_bytes + meter.measure(run).peak_bytes
+
+
+# %%
+Ns = [128, 256, 512]
+at_once = [prefill_peak(N, chunk_size=N) for N in Ns]
+print(f"peak memory grows like N^{table.growth_exponent(at_once, 2):.2f}")
+
+# %% [markdown]
+# The cure needs nothing new. A step may bring any number of tokens, so a prompt
+# may come in several steps: this is **chunked prefill**. A chunk of 64 tokens
+# needs at most 64 · N scores per head.
+
+# %%
+print(inspect.getsource(generate.prefill_in_chunks).split('"""')[2])
+
+# %%
+in_chunks = [prefill_peak(N, chunk_size=64) for N in Ns]
+print(f"in chunks of 64: N^{table.growth_exponent(in_chunks, 2):.2f}")
+plotting.plot_measured(
+    {"all at once": (Ns, at_once), "in chunks of 64": (Ns, in_chunks)},
+    xlabel="tokens of the prompt, N",
+    ylabel="peak memory of prefill (bytes)",
+    title=f"{Ns[-1]} tokens at once take "
+    f"{at_once[-1] / in_chunks[-1]:.1f} times the memory of chunks",
+    log=True,
+);
+
+# %% [markdown]
+# *All at once, twice the prompt takes up to four times the memory; in chunks,
+# twice.* And the text is the same. The last token of the prompt stays out of
+# the chunks: `generate_cached` brings it, and asks what follows.
+
+# %%
+cache = ContiguousKVCache(double_lm.config, 1, 100, dtype=torch.float64)
+cache.begin("prompt")
+long_ids = prompts[-1]
+generate.prefill_in_chunks(double_lm, [long_ids[:-1]], cache, chunk_size=10)
+(got,) = generate.generate_cached(
+    double_lm, [long_ids[-1:]], 40, cache, temperature=0
+)
+torch.equal(got[1:], expected[-1][len(long_ids):])
+
+# %% [markdown]
 # ## Prefill is bound by arithmetic, decode by bandwidth
 #
-# Why should 16 tokens take as long as one? In our model because of its many
-# small operations. In a large one for another reason, and it decides how
-# language models are served. So here is a larger one: two layers, but 1,024
-# wide, with random weights.
+# How long does a step take if it brings T tokens instead of one? The answer
+# decides how language models are served. Our model is too small to give it, for
+# its time goes into calling operations. So here is a larger one: seven layers,
+# 1,024 wide, with random weights.
 
 # %%
 wide = ModelConfig(
-    vocab_size=256, num_layers=2, num_heads=16, num_kv_heads=4,
-    d_model=1024, d_ff=2816, max_seq_len=1024,
+    vocab_size=256, num_layers=7, num_heads=8, num_kv_heads=2,
+    d_model=1024, d_ff=2816, max_seq_len=2048,
 )
 wide_lm = Transformer(wide).eval()
 weight_bytes = sum(p.nbytes for p in wide_lm.parameters())
 weight_bytes -= wide_lm.embed.weight.nbytes
 print(f"{weight_bytes / 1e6:.0f} MB of weights")
+cache_bytes = meter.last_level_cache_bytes()
+known = f"{cache_bytes / 1e6:.0f} MB" if cache_bytes else "not known"
+print(f"the processor's largest cache: {known}")
 
 # %% [markdown]
-# That is more than the caches of most processors hold, so a step has to read
-# all of it from memory, whatever the number of new tokens, T. (Without `embed`,
-# a table in which it looks up T rows.) The meter counts the FLOPs of a step.
-# FLOPs divided by the bytes read are the **arithmetic intensity** of the step.
+# Weights that do not fit into the processor's cache have to be read from memory
+# at every step, whatever the number of tokens. (We leave out `embed`, a table
+# of which a step reads T rows.) The meter counts the FLOPs of a step. FLOPs
+# divided by the bytes read are the **arithmetic intensity** of the step.
 
 # %%
 Ts = [1, 2, 4, 8, 16, 32, 64, 128, 256]
 
 
-def wide_step(query_lens):
-    """A step for as many requests, each of which has 64 tokens already."""
-    had = torch.full((len(query_lens),), 64)
-    room = 64 + max(query_lens)
-    cache = ContiguousKVCache(wide, len(query_lens), max_seq_len=room)
-    token_ids = book_ids[: sum(query_lens)]
-    query_lens = torch.tensor(query_lens)
+def prompt_step(T):
+    """A step over a prompt of T tokens, which then leaves again."""
+    cache = ContiguousKVCache(wide, 1, max_seq_len=T)
 
     def step():
-        cache.seq_lens = had  # the same step again
-        forward_cached(wide_lm, cache, token_ids, query_lens)
+        cache.begin("prompt")
+        forward_cached(wide_lm, cache, book_ids[:T], torch.tensor([T]))
+        cache.free("prompt")
 
     return step
 
 
-flops_of_step = {T: meter.measure(wide_step([T])).flops.total() for T in Ts}
+flops_of_step = {T: meter.measure(prompt_step(T)).flops.total() for T in Ts}
 print({T: round(flops_of_step[T] / weight_bytes, 1) for T in Ts})
 
 # %% [markdown]
-# One token: half a FLOP a byte, a multiplication and an addition for each
-# weight of four bytes. With T tokens, each weight that was fetched is used T
-# times. And what can your machine do? Two small experiments: the product of two
-# large matrices for FLOPs a second, the sum of a large vector for bytes a
-# second.
+# One token makes half a FLOP per byte: a multiplication and an addition for
+# each weight, which has four bytes. With T tokens, each weight that was fetched
+# is used T times. And what can your machine do? Two small experiments tell: the
+# product of two large matrices for FLOPs per second, and the sum of a large
+# vector for bytes per second.
 
 # %%
-square, vector = torch.randn(1024, 1024), torch.randn(16_000_000)
+def bytes_per_second():
+    vector = torch.randn(80_000_000)  # 320 MB
+    return vector.nbytes / meter.median_seconds(lambda: vector.sum())
+
+
+square = torch.randn(1024, 1024)
 peak_flops = 2 * 1024**3 / meter.median_seconds(lambda: square @ square)
-bandwidth = vector.nbytes / meter.median_seconds(lambda: vector.sum())
+bandwidth = bytes_per_second()
 print(f"{peak_flops / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s: ", end="")
 print(f"{peak_flops / bandwidth:.1f} FLOPs in the time of a byte")
 
 # %% [markdown]
-# That quotient divides the two regimes. A step with fewer FLOPs a byte waits
-# for memory, and the arithmetic units idle; one with more waits for arithmetic.
-# The least that a step can take is the longer of the two times. Measure it, for
-# one request that brings T tokens:
+# That quotient divides two regimes. A step with fewer FLOPs per byte waits for
+# memory while the arithmetic units sit idle; a step with more waits for
+# arithmetic. On an idle machine a step cannot be faster than the longer of the
+# two times. Now measure:
 
 # %%
 step_ms = [
-    1000 * meter.median_seconds(wide_step([T]), repeats=5) for T in Ts
+    1000 * meter.median_seconds(prompt_step(T), repeats=5) for T in Ts
 ]
 bytes_ms = [1000 * weight_bytes / bandwidth] * len(Ts)
 flops_ms = [1000 * flops_of_step[T] / peak_flops for T in Ts]
+crossing = bytes_ms[0] / flops_ms[0]  # the T at which both take as long
 
 # %%
-plotting.plot_measured(
+ax = plotting.plot_measured(
     {"measured": (Ts, step_ms)},
     predicted={
         "read the weights": (Ts, bytes_ms),
@@ -557,51 +677,171 @@ plotting.plot_measured(
     },
     xlabel="new tokens in one step, T",
     ylabel="time of the step (ms)",
-    title=f"{Ts[4]} tokens take {step_ms[4] / step_ms[0]:.1f} times as long "
-    f"as one, {Ts[-1]} take {step_ms[-1] / step_ms[0]:.0f} times",
+    title=f"8 tokens take {step_ms[3] / step_ms[1]:.1f} times as long as 2; "
+    f"256 take {step_ms[8] / step_ms[5]:.1f} times as long as 32",
     log=True,
+)
+ax.axvline(crossing, color="grey", linewidth=1)
+ax.text(crossing, ax.get_ylim()[0], f" T = {crossing:.0f}", va="bottom");
+
+# %% [markdown]
+# *The dashed lines are what reading and arithmetic take at the least, going by
+# the two small experiments. At the grey line they are equal: left of it the
+# weights decide, right of it the arithmetic. Compare 2 tokens with 8 on the
+# measured line: four times the tokens, for hardly more time. Then compare 32
+# with 256.*
+#
+# One point is a special case: T = 1. A matrix times a single vector is done by
+# another routine of the matrix library, which only streams through the weights.
+# From two tokens on, the library first copies the matrix into an order that
+# suits many columns, which is worth it for many. So the step from one token to
+# two is one from routine to routine:
+
+# %%
+for T, ms in zip(Ts[:4], step_ms):
+    print(f"{T} tokens: {ms:5.1f} ms, ", end="")
+    print(f"{ms / step_ms[0]:.1f} times as long as one")
+
+# %% [markdown]
+# At the right of the figure is prefill: many tokens share each weight that is
+# read. At the left is decode. It reads all weights for one token, while the
+# arithmetic units sit idle. The faster a machine computes compared with how
+# fast it reads, the more of them sit idle.
+#
+# ## A loop over requests is not a batch
+#
+# The cure for decode is to let *many requests* share a step. The projections do
+# that already: the N tokens of a step go through each matrix together, whoever
+# they belong to. But `attend_cached` loops over the requests, and calls a dozen
+# small operations for each of them. How many operations does a step have, with
+# 16 requests of our small model?
+
+# %%
+num_requests, context = 16, 448
+old_ids = book_ids[:num_requests * context]
+lens = torch.full((num_requests,), context)
+ones = torch.ones_like(lens)
+
+
+def filled_cache(fused_decode):
+    cache = ContiguousKVCache(
+        lm.config, num_requests, 512, fused_decode=fused_decode
+    )
+    for request_id in range(num_requests):
+        cache.begin(request_id)
+    forward_cached(lm, cache, old_ids, lens)
+    return cache
+
+
+caches = {"a loop": filled_cache(False), "a batch": filled_cache(True)}
+steps = {
+    name: lambda cache=cache: forward_cached(lm, cache, old_ids[:16], ones)
+    for name, cache in caches.items()
+}
+costs = {name: meter.measure(step) for name, step in steps.items()}
+for name, cost in costs.items():
+    print(f"{name}: {len(cost.timeline):,} operations in a step")
+
+# %% [markdown]
+# The second number is that of `attend_decode`. It takes the queries of all
+# requests in one call, pads every request to the longest, and masks what lies
+# behind a request's own keys:
+
+# %%
+print(inspect.getsource(attend_decode))
+
+# %% [markdown]
+# It gives the same logits as the loop, and takes less time. (Padding has a
+# price: each request costs what the longest one costs.)
+
+# %%
+logits = [cost.value for cost in costs.values()]
+print(f"largest difference: {(logits[0] - logits[1]).abs().max():.0e}")
+for name, seconds in meter.medians_in_turns(steps, repeats=15).items():
+    print(f"{name}: {1000 * seconds:.1f} ms per step, ", end="")
+    print(f"{num_requests / seconds:,.0f} tokens per second")
+
+# %% [markdown]
+# ### What a batch shares, and what it does not
+#
+# Back to the wide model. Its weights are read once per step, for all requests
+# together. Keys and values are not shared: each request reads its own. With 64
+# tokens per request they hardly matter. With 2,048, eight requests read nearly
+# as many bytes of keys and values as of weights:
+
+# %%
+kv_bytes = kv_cache.kv_cache_bytes(wide, 2048)
+print(f"{kv_bytes / 1e6:.0f} MB of keys and values per text of 2,048 tokens")
+print(f"{8 * kv_bytes / 1e6:.0f} MB for eight, ", end="")
+print(f"{weight_bytes / 1e6:.0f} MB of weights")
+
+# %% [markdown]
+# To time a step we need not read a prompt of 2,048 tokens first. `attend` is
+# ours to pass in, so this one attends to random keys and values.
+
+# %%
+def wide_step(batch_size, context):
+    heads = wide.num_kv_heads, wide.head_dim
+    shape = wide.num_layers, batch_size, context, *heads
+    k_cache, v_cache = torch.randn(shape), torch.randn(shape)
+    lens = torch.full((batch_size,), context)
+
+    def attend(layer, q, k, v):
+        return attend_decode(q, k_cache[layer], v_cache[layer], lens)
+
+    @torch.no_grad()
+    def step():
+        wide_lm(book_ids[:batch_size], lens - 1, attend)
+
+    return step
+
+
+# %%
+batch_sizes = [1, 2, 4, 8]
+tokens_per_s = {}
+for context in (64, 2048):
+    tokens_per_s[f"{context:,} tokens per request"] = batch_sizes, [
+        B / meter.median_seconds(wide_step(B, context)) for B in batch_sizes
+    ]
+
+# %%
+(_, short), (_, long) = tokens_per_s.values()
+plotting.plot_measured(
+    tokens_per_s,
+    xlabel="requests in one step",
+    ylabel="tokens per second",
+    title="Eight requests instead of one: tokens per second\n"
+    f"times {short[-1] / short[0]:.1f} with short texts, "
+    f"times {long[-1] / long[0]:.1f} with long ones",
 );
 
 # %% [markdown]
-# *At the left the step grows little with its tokens; at the right it takes
-# twice as long for twice as many. The dashed lines are what reading and
-# arithmetic take at the least, and cross where a step has as many FLOPs a byte
-# as the machine can do. The measured step lies above both.*
+# *A batch pays for both, but less for long texts: their keys and values are the
+# part of a step that no batch shares.*
 #
-# At the right is prefill: the many tokens of a prompt share each weight that is
-# read. At the left is decode: one token, all weights, and arithmetic units that
-# wait; the more FLOPs a machine can do in the time of a byte, the more of them.
-# The cure is to decode *many requests in one step*:
-
-# %%
-for B in [1, 2, 4, 8, 16, 32]:
-    seconds = meter.median_seconds(wide_step([1] * B), repeats=5)
-    print(f"{B:2} requests, a token each: {1000 * seconds:5.1f} ms, ", end="")
-    print(f"{B / seconds:5.0f} tokens a second")
-
-# %% [markdown]
-# So whoever serves wants as many requests as possible at once. Each brings a
-# KV cache. How many fit?
-
-# %% [markdown]
+# So whoever serves a model wants as many requests in a step as possible. Each
+# of them brings a KV cache. How many fit?
+#
 # ## What reserving for the longest costs
 #
-# Eight requests: eight passages of the book, of different lengths, each to be
-# continued. Nobody knows how long a text will become, and a row of the cache
-# cannot grow: behind it lies the next. So room is reserved for the longest that
-# the model can write, 512 tokens each.
+# Eight requests are eight passages of the book, of different lengths, each to
+# be continued. Nobody knows how long a text will become, and a row of the cache
+# cannot grow, since the next row lies right behind it. So each row is as long
+# as the longest text that the model can write: 512 tokens.
 
 # %%
 passages = [p for p in text.load_book().split("\n\n") if 20 < len(p) < 440]
 prompts = [text.encode(passage) for passage in passages[10:90:10]]
 batch = ContiguousKVCache(lm.config, len(prompts), max_seq_len=512)
+for request_id in range(len(prompts)):
+    batch.begin(request_id)
 texts = generate.generate_cached(lm, prompts, 64, batch, temperature=0.7)
 print(text.decode(texts[0]))
 
 # %% [markdown]
 # ### Exercise 3.5 · `kv_utilization` ★ (5 minutes)
 #
-# Which share of what is reserved holds a token, at this instant?
+# Which share of what is reserved holds a token, at this moment?
 
 # %% exercise="kv_utilization"
 from lib.kv_cache import kv_utilization
@@ -612,13 +852,13 @@ check(kv_utilization)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# `max_seq_len` tokens are reserved for each request, also for one that has not
-# begun.
+# `max_seq_len` tokens are reserved for each request, also for one that has none
+# yet.
 #
 # </details>
 # <details><summary>Hint 2</summary>
 #
-# `seq_lens.sum().item()` is a number of Python.
+# `seq_lens.sum().item()` is a Python number.
 #
 # </details>
 
@@ -629,8 +869,8 @@ drawing.draw_contiguous(
 );
 
 # %% [markdown]
-# *Blue holds a token. Hatched was reserved, and stayed empty to the end. And
-# this is the fullest moment: before, there was even less in it.*
+# *Blue places hold a token. Hatched ones were reserved and stayed empty to the
+# end. And this is the fullest moment: at every earlier one, less was used.*
 
 # %%
 print(f"reserved {batch.reserved_bytes / 1e6:.2f} MB, ", end="")
@@ -639,18 +879,21 @@ print(f"used {batch.used_bytes / 1e6:.2f} MB, a share of {share:.3f}")
 # %% [markdown]
 # ## The next column of the table
 #
-# This is generation with a contiguous cache that reserves for twice as many
-# tokens as come. It brings two rows of its own, in bytes, exact: 256 for each
-# token and layer of this small random model.
+# This is generation with a contiguous cache that reserves room for twice as
+# many tokens as come. Two rows are new: the bytes that are reserved and used,
+# exactly. One token of this small random model takes 256 bytes per layer. The
+# prompt is one token, and the N tokens are all written; for a long prompt the
+# row of peak memory holds if it is read in chunks.
 
 # %%
 cells = table.fit(table.sweep("contiguous"))
 Markdown(table.render(cells))
 
 # %% [markdown]
-# Compare with recompute, in chapter 1. There memory grew like N, attention like
-# N³·L and projections like N²·L. So memory is the price: every layer keeps its
-# own. It buys a power of N in both kinds of work.
+# Compare this with recompute, in chapter 1. There, memory grew like N,
+# attention like N³·L and projections like N²·L. So the price of a cache is
+# memory: every layer keeps its own keys and values. What we get for it is one
+# power of N in both kinds of work.
 
 # %%
 check.summary()
@@ -664,50 +907,56 @@ print(f"{1 / share:.1f} times as many requests would fit")
 
 # %% [markdown]
 # A request should take only what it needs. But a row that grows runs into the
-# next one. Chapter 4 cuts memory into small blocks, and lets a request's blocks
-# lie anywhere.
+# next one. Chapter 4 cuts memory into small blocks, and the blocks of a request
+# may lie anywhere.
 #
-# ## In five sentences
+# ## In six sentences
 #
 # 1. A new token needs its own query, and the keys and values of all tokens
 #    before it, which never change: keep them.
-# 2. They take 2·L·G·D numbers a token, and grouped heads are stored once.
-# 3. Prefill reads a prompt in one step, decode one token a step; to the model
-#    both are new tokens at some positions.
+# 2. They take 2·L·G·D numbers per token; heads that share a KV head share what
+#    is stored.
+# 3. Prefill brings a whole prompt, decode one token per step; to the model both
+#    are new tokens at some positions, so a long prompt may come in chunks.
 # 4. Prefill uses each weight for many tokens and is bound by arithmetic; decode
-#    reads all weights for few, and is bound by bandwidth, so requests are
-#    decoded together.
-# 5. A contiguous cache reserves for the longest text that may come, and much of
+#    reads all weights for few tokens and is bound by memory bandwidth.
+# 5. Requests that decode in one step share the weights, but each reads its own
+#    keys and values.
+# 6. A contiguous cache reserves for the longest text that may come, and much of
 #    it stays empty.
 #
 # ## Do you recall?
 #
 # 1. Why are queries not kept?
-# 2. A model has 24 layers, 16 query heads, 4 KV heads of 64 numbers, two bytes
-#    each. How many bytes a token?
-# 3. Of a step, `seq_lens` is `[7, 4]` and `query_lens` is `[2, 4]`. Which
-#    positions are new, and which of the logits' rows do you need for the next
+# 2. A model has 24 layers, 16 query heads, and 4 KV heads of 64 numbers, two
+#    bytes each. How many bytes per token?
+# 3. In one step, `seq_lens` is `[7, 4]` and `query_lens` is `[2, 4]`. Which
+#    positions are new, and which rows of the logits do you need for the next
 #    tokens?
-# 4. Why is there no mask to speak of when T is 1?
+# 4. Why does a query need no mask when T is 1?
 # 5. A machine can do 100 FLOPs in the time of a byte, and weights have four
-#    bytes each. Up to how many requests could a step take as long as for one?
+#    bytes each. With how many requests does a step wait for memory as long as
+#    with one?
+# 6. A prompt of 10,000 tokens is read in chunks of 500. How many scores does a
+#    query head hold at most, and how many if the prompt is read at once?
 #
 # <details><summary>Answers</summary>
 #
-# 1. A query is asked once, when its token is new. Later tokens bring their own.
-# 2. 2 · 24 · 4 · 64 · 2 = 24,576: 24 KiB.
-# 3. 5 and 6 of the first request, 0 to 3 of the second; rows 1 and 5.
-# 4. The newest token may see all that are there.
-# 5. 200: each brings half a FLOP for a byte of the weights. (Less, in truth:
-#    the caches are not shared, and each request brings its own bytes to read.)
+# 1. A query is used once, when its token is new. Later tokens bring their own.
+# 2. 2 · 24 · 4 · 64 · 2 = 24,576, which is 24 KiB.
+# 3. Positions 5 and 6 of the first request, 0 to 3 of the second; rows 1 and 5.
+# 4. The newest token may see all tokens that are there.
+# 5. Up to 200: each request makes half a FLOP per byte of weights. (In truth
+#    fewer, for each request also reads its own keys and values.)
+# 6. 500 · 10,000 = 5 million, against 100 million.
 #
 # </details>
 #
 # ## Sources
 #
 # - Shazeer, *Fast Transformer Decoding: One Write-Head is All You Need*, 2019,
-#   [1911.02150](https://arxiv.org/abs/1911.02150): decoding waits for memory;
-#   share keys and values between heads.
+#   [1911.02150](https://arxiv.org/abs/1911.02150): decoding waits for memory,
+#   so heads should share keys and values.
 # - Ainslie and others, *GQA*, 2023,
 #   [2305.13245](https://arxiv.org/abs/2305.13245): groups of heads.
 # - Pope and others, *Efficiently Scaling Transformer Inference*, 2022,
@@ -716,5 +965,11 @@ print(f"{1 / share:.1f} times as many requests would fit")
 # - Williams, Waterman and Patterson, *Roofline*, 2009,
 #   [doi.org/10.1145/1498765.1498785](https://doi.org/10.1145/1498765.1498785):
 #   arithmetic intensity, and the longer of two times.
+# - Agrawal and others, *SARATHI*, 2023,
+#   [2308.16369](https://arxiv.org/abs/2308.16369): prefill in chunks, there so
+#   that other requests need not wait for a long prompt.
 # - Llama team, *The Llama 3 Herd of Models*, 2024,
 #   [2407.21783](https://arxiv.org/abs/2407.21783): the shape of the 8B model.
+# - vLLM, *Engine arguments*,
+#   [docs.vllm.ai](https://docs.vllm.ai/en/latest/configuration/engine_args/):
+#   what part of a GPU to use, and in which numbers to store the cache.

@@ -14,6 +14,7 @@ What it does not see: scratch space inside one operation (`resident_bytes` does,
 exactly), memory that numpy or Python hold, and operations of other threads.
 """
 
+import contextlib
 import math
 import os
 import platform
@@ -24,6 +25,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -187,6 +189,15 @@ def measure_traffic(function: Callable[[], Any]) -> Traffic:
     finally:
         tl.load, tl.store = load, store
     return Traffic(value, counts["read"], counts["written"], counts["read index"])
+
+
+def last_level_cache_bytes() -> int | None:
+    """Of the processor's largest cache; None where the system is silent (not Linux)."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        with contextlib.suppress(OSError, ValueError):
+            sizes.append(int(path.read_text().strip().removesuffix("K")) * 1024)
+    return max(sizes, default=None)
 
 
 def machine_facts() -> dict:
