@@ -2,21 +2,22 @@
 # # 4. The paged KV cache: blocks, tables, sharing
 #
 # A contiguous cache reserves a row for the longest text there may be, and most
-# of the row stays empty. Operating systems had this problem with programs, and
-# solved it sixty years ago: cut memory into pages of one size, give a program
-# the pages it needs, wherever they lie, and keep a table of them. Here we do
-# the same with keys and values. The attention is the same, the text is the
-# same, and nearly all of the memory holds tokens. And since a table is a list
-# of numbers, two requests can share what they have in common.
+# of the row stays empty. Operating systems had the same problem with programs,
+# and solved it sixty years ago: cut memory into pages of one size, give each
+# program the pages it needs, wherever they lie, and keep a table of them. Here
+# we do this with keys and values. The attention stays the same, the text stays
+# the same, and nearly all of the memory holds tokens. And since a table is just
+# a list of numbers, two requests can share what they have in common.
 #
-# **You need:** chapter 3, and 130 minutes. No GPU.
+# **You need:** chapter 3, and 140 minutes. No GPU.
 #
 # **You will be able to**
 #
 # - write a block manager: allocate, append, free, in constant time per block,
 # - find a token's slot through a block table, and gather a request's keys,
 # - predict how much of a paged cache holds tokens, and choose a block size,
-# - replay the paper's figure of how memory is used, and say what it leaves out,
+# - replay the paper's figure of how memory is used, name its parts, and say
+#   what it leaves out: what is computed again,
 # - share a prompt between requests, and copy a block only when it is written.
 
 # %%
@@ -46,16 +47,22 @@ torch.set_num_threads(1)  # steadier timings
 # %% [markdown]
 # ## Four fifths of the memory hold nothing
 #
-# In chapter 3 we looked at one batch, at one instant. Let us look at a server.
-# Requests wait in a queue, and begin as soon as there is room; each step writes
-# one token for every request in flight; whoever is done leaves. The lengths are
-# drawn at random (log-normal, σ = 1) with the means that the PagedAttention
-# paper gives for ShareGPT, a collection of chats: 161 tokens of prompt and 338
-# of answer. Then both are cut at 1,024, so that nobody needs more than 2,048,
-# and that is what is reserved. The pool has room for 16,384 tokens.
+# In chapter 3 we looked at one batch at one moment. Now let us look at a
+# server. Requests wait in a queue, and begin as soon as there is room. Each
+# step writes one token for every request in flight, and whoever is done leaves.
+# The lengths are drawn at random (log-normal, σ = 1), with the means that the
+# PagedAttention paper gives for ShareGPT, a collection of chats: 161 tokens of
+# prompt and 338 of answer. Both are then cut at 1,024. So nobody needs more
+# than 2,048 tokens, and that is what is reserved for each request.
+#
+# How much memory does the server have? The paper serves a model of 13 billion
+# parameters on a GPU of 40 GB. Its weights leave 12 GiB for keys and values,
+# and a token takes 800 KiB: two vectors of 5,120 numbers in each of 40 layers,
+# two bytes per number. That is room for 15,728 tokens.
 
 # %%
-POOL = 16384
+POOL = 12 * 2**30 // (2 * 5120 * 40 * 2)
+print(f"room for {POOL:,} tokens")
 chats = simulation.draw_requests(8000, 161.3, 338.0)
 for request in chats[:3]:
     print(request)
@@ -75,19 +82,20 @@ print(f"{maximum.tokens:.1%} of the pool holds tokens, ", end="")
 print(f"{maximum.in_flight:.0f} requests are in flight")
 
 # %% [markdown]
-# The paper measured 20.4% for such a system. (With so few requests in flight
-# the number moves by some percent from one draw of lengths to another.)
+# The paper measured 20.4% for such a system. (With so few requests in flight,
+# the number moves by a few percent from one draw of lengths to the next.)
 #
 # ## Blocks, on six tokens by hand
 #
-# Our six tokens again, `w h a l e s`, and a **pool** of memory cut into blocks
-# of four places each, a place for one token's key and value. Eight blocks here,
-# numbered 0 to 7. The request needs two. It is given blocks 7 and 2, since they
-# happened to be free; and that list, [7, 2], is its **block table**.
+# Here are our six tokens again, `w h a l e s`, and a **pool** of memory that is
+# cut into blocks of four places. A place holds one token's key and value. There
+# are eight blocks, numbered 0 to 7. The request needs two of them and gets
+# blocks 7 and 2, which happened to be free. That list, [7, 2], is its **block
+# table**.
 #
-# Where is the fifth token, `e`, at position 4? Block 4 // 4 = 1 of the text,
-# which is block 2 of the pool, at place 4 % 4 = 0. Counting all places of the
-# pool through, that is **slot** 2 · 4 + 0 = 8.
+# Where is the fifth token, `e`, at position 4? It is in block 4 // 4 = 1 of the
+# text, which is block 2 of the pool, at place 4 % 4 = 0. If we number all
+# places of the pool one after the other, this is **slot** 2 · 4 + 0 = 8.
 
 # %%
 block_table, block_size = [7, 2], 4
@@ -97,36 +105,41 @@ for position, letter in enumerate("whales"):
     print(f"{letter}: position {position} is slot {slot} in block {block_id}")
 
 # %% [markdown]
-# What is wasted is the rest of the last block, two places. Never more than
-# `block_size - 1`, and nothing is reserved for what may come.
+# All that is wasted is the rest of the last block, two places here, and never
+# more than `block_size - 1`. Nothing is reserved for what may come.
 #
 # ## The manager: who has which block
 #
-# Who hands out blocks need not know a thing about keys and values. The
+# Whoever hands out blocks need not know anything about keys and values. The
 # `BlockManager` moves numbers:
 #
 # - `free_block_ids`, a list used as a stack,
 # - `block_tables`, a list of block ids for each live request,
-# - `seq_lens`, how many tokens each has,
-# - `ref_count`, for each block, in how many tables it stands. For now 0 or 1.
+# - `seq_lens`, how many tokens each of them has,
+# - `ref_count`, for each block, in how many tables it stands: 0 or 1 for now.
 #
 # You write its methods, as functions whose first argument is `self`. When one
-# passes, it becomes the class's. Two rules hold for all of them:
+# passes its check, it becomes the method of the class. Two rules hold for all
+# of them:
 #
 # - **All or nothing.** A method that raises an error leaves everything as it
 #   was.
-# - **Constant time per block.** Take from the end of the free list, put back at
-#   its end, and never search it. (That of ten blocks begins as [9, …, 1, 0], so
-#   block 0 is the first to go.)
+# - **Constant time per block.** Take from the end of the free list and put back
+#   at its end; never search the list. (With ten blocks it begins as
+#   [9, …, 1, 0], so block 0 is the first to go.)
 #
 # `self.take_block()` is given: it takes a free block and sets its `ref_count`
 # to 1. `self.check_live(request_id)` raises the error for an unknown request.
 #
 # ### Exercise 4.1 · `BlockManager.allocate` ★★ (15 minutes)
 #
-# Begin a request with blocks for its first `num_tokens` tokens: its prompt. The
-# checks are given. How many blocks does it need? If fewer are free, raise
+# Begin a request with blocks for its first `num_tokens` tokens. The checks are
+# given. How many blocks does it need? If fewer are free, raise
 # `OutOfBlocksError(needed, free)`.
+#
+# (A cache will call this with no tokens: a request begins empty, and its prompt
+# comes with the first step. The server further down calls it with the length of
+# the prompt.)
 
 # %% exercise="allocate" given="1"
 allocate = BlockManager.allocate
@@ -137,20 +150,20 @@ check(allocate)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# `math.ceil(num_tokens / self.block_size)`: zero tokens need no block, and four
-# tokens in blocks of four need one.
+# Round up: `-(-num_tokens // self.block_size)`. Zero tokens need no block, and
+# four tokens in blocks of four need one.
 #
 # </details>
 # <details><summary>Hint 2</summary>
 #
-# Compare with `len(self.free_block_ids)` first. Then fill in
+# First compare with `len(self.free_block_ids)`. Then fill in
 # `self.block_tables[request_id]`, a list, and `self.seq_lens[request_id]`.
 #
 # </details>
 
 # %% [markdown]
-# We write down what we do with a manager, and after each call keep a copy of
-# it.
+# We keep a record of what we do with a manager, with a copy of it after each
+# call.
 
 # %%
 manager = block_manager.BlockManager(num_blocks=10, block_size=4)
@@ -168,15 +181,15 @@ call("allocate", "b", 9)
 drawing.draw_blocks(manager, title="Two requests, five blocks");
 
 # %% [markdown]
-# *Above, the blocks in the order of each text; a number is the id of a block.
-# Below, the pool: what is tinted holds a token. Request a has two places left
-# in its last block, b has three.*
+# *Above: the blocks of each request in the order of its text; the number in a
+# box is a block's id. Below: the pool; tinted places hold a token. Request a
+# has two places left in its last block, b has three.*
 #
 # ### Exercise 4.2 · `BlockManager.append` ★★ (15 minutes)
 #
-# A request goes on by `num_tokens`, in decode by one. The last block is filled
-# first, and a new one is taken when it is full, not before. If fewer are free
-# than `needed`, raise the same error as in `allocate`.
+# A request goes on by `num_tokens` tokens, in decode by one. Its last block is
+# filled first; a new block is taken when the last one is full, and not before.
+# If fewer blocks are free than `needed`, raise the same error as in `allocate`.
 #
 # The step named *Others* is for a last block that two requests share: it takes
 # a block for a copy, which `blocks_needed` counts too. Nothing is shared yet;
@@ -192,8 +205,8 @@ check(append)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# After the error and the given step: add to `self.seq_lens[request_id]`. Then
-# blocks, as long as the table is too short for that many tokens.
+# After the error and the given step, add to `self.seq_lens[request_id]`. Then
+# take blocks as long as the table is too short for that many tokens.
 #
 # </details>
 # <details><summary>Hint 2</summary>
@@ -209,8 +222,8 @@ call("append", "a", 3)  # two fill its last block, one needs a new one
 # %% [markdown]
 # ### Exercise 4.3 · `BlockManager.free` ★ (10 minutes)
 #
-# A request has ended. In each of its blocks one user less; a block that nobody
-# uses any more is free. Forget its table and its length.
+# A request has ended. Each of its blocks has one user less; a block that nobody
+# uses any more is free. Forget the request's table and its length.
 
 # %% exercise="free" given="1"
 free = BlockManager.free
@@ -226,8 +239,8 @@ check(free)
 # </details>
 # <details><summary>Hint 2</summary>
 #
-# Count down `self.ref_count[block_id]`, and only when it is 0 put the block
-# back on the free list.
+# Count down `self.ref_count[block_id]`, and put the block back on the free list
+# only when the count is 0.
 #
 # </details>
 
@@ -238,8 +251,8 @@ call("append", "a", 4)
 drawing.draw_history(history, title="What b gave back, c and a have now");
 
 # %% [markdown]
-# *Six calls, one a row. The blocks of a lie where there was room.* And `a` is
-# read in the right order all the same:
+# *Six calls, one per row. The blocks of a lie where there was room.* And yet a
+# can be read in the right order:
 
 # %%
 manager.block_tables
@@ -247,15 +260,15 @@ manager.block_tables
 # %% [markdown]
 # ## The pool: one index changes
 #
-# Now keys and values. The pool of a layer is a tensor (num_blocks, block_size,
-# G, D). Chapter 3 wrote the key of a new token to row *request*, place
-# *position*. Here it goes to a slot, and everything else stays.
+# Now for the keys and values. The pool of one layer is a tensor (num_blocks,
+# block_size, G, D). In chapter 3, the key of a new token went to row *request*
+# and place *position*. Here it goes to a slot, and that is all that changes.
 #
 # ### Exercise 4.4 · `slot_mapping` ★★ (15 minutes)
 #
-# The slots of a step's new tokens, N in all, request after request. The block
-# tables come as one tensor (B, M), as wide as the longest; behind the end of a
-# shorter one stands garbage.
+# Return the slots of a step's new tokens, N in all, request after request. The
+# block tables come as one tensor (B, M), as wide as the longest table. Behind
+# the end of a shorter table its row holds garbage.
 
 # %% exercise="slot_mapping"
 from lib.paged_kv_cache import slot_mapping
@@ -274,8 +287,9 @@ check(slot_mapping)
 # </details>
 # <details><summary>Hint 2</summary>
 #
-# With those as `requests`, (N,), `block_tables[requests, positions //
-# block_size]` looks up all N blocks at once.
+# If `requests` (N,) holds these row numbers, then
+# `block_tables[requests, positions // block_size]` looks up all N blocks at
+# once.
 #
 # </details>
 
@@ -284,17 +298,17 @@ tables = torch.tensor([[7, 2]])
 paged_kv_cache.slot_mapping(tables, torch.tensor([6]), torch.tensor([6]), 4)
 
 # %% [markdown]
-# The same six slots as by hand. Writing is one line for keys and one for
-# values, `k_cache.view(-1, G, D)[slots] = k`: the pool is still the same
-# memory, seen as one row of slots. For reading we take the plainest way
-# there is: copy a request's blocks into one dense piece, in the order of its
+# These are the six slots that we found by hand. Writing is one line for keys
+# and one for values, `k_cache.view(-1, G, D)[slots] = k`: the pool is the same
+# memory, seen as one long row of slots. For reading we take the plainest way
+# there is. We copy a request's blocks into one dense piece, in the order of its
 # text, and hand it to chapter 3's attention.
 #
 # ### Exercise 4.5 · `gather_kv` ★★ (15 minutes)
 #
-# Keys and values of one request, (S, G, D) each; S may be 0. Copy its blocks,
-# not the pool. The last block may be filled in part, and behind the table's end
-# stands garbage, ids that do not exist.
+# Return the keys and the values of one request, (S, G, D) each; S may be 0.
+# Copy its blocks, not the pool. The last block may be filled only in part, and
+# behind the table's end stands garbage: ids that do not exist.
 
 # %% exercise="gather_kv"
 from lib.paged_kv_cache import gather_kv
@@ -317,17 +331,51 @@ check(gather_kv)
 # </details>
 
 # %% [markdown]
-# ## It computes the same thing
+# ## A cache in blocks
 #
-# `PagedKVCache` puts the two together: a pool for each layer, one manager. It
-# has the methods of chapter 3's cache, so the same `generate_cached` runs on
-# it. We write texts with blocks of several sizes, from 1 to 256, and compare
-# with recompute, in double precision.
+# `PagedKVCache` puts the two together: a pool for each layer and one manager.
+# It has the methods of chapter 3's cache. `begin` allocates, `extend` appends
+# and copies, and `free` frees; `request_ids` says who is in which row. The
+# block tables are also kept as a tensor, in which a step rewrites only what has
+# changed.
 
 # %%
-def begin_all(cache, prompts):
-    for request_id in range(len(prompts)):
+lm = model.load_model()
+cache = PagedKVCache(lm.config, num_blocks=10, block_size=4)
+cache.begin("whale")
+cache.begin("ship")
+new_ids = text.encode("whaleship")
+forward_cached(lm, cache, new_ids, torch.tensor([5, 4]))
+cache.request_ids, cache.seq_lens, cache.block_tables
+
+# %% [markdown]
+# Begin and free requests by the cache's own methods, not by those of its
+# manager. The manager counts tokens for which there is room, whether or not a
+# step has written them. Here it makes room for three more tokens of `ship`, and
+# nobody writes them. The next step would attend to whatever lies there, so the
+# cache refuses:
+
+# %%
+cache.manager.append("ship", 3)
+try:
+    forward_cached(lm, cache, new_ids[:1], torch.tensor([0, 1]))
+except RuntimeError as error:
+    print(f"RuntimeError: {error}")
+
+# %% [markdown]
+# ## It computes the same thing
+#
+# The same `generate_cached` runs on the new cache. We write texts with blocks
+# of several sizes, from 1 to 256, and compare with recompute, in double
+# precision.
+
+# %%
+def paged_cache(model, num_requests, num_blocks, block_size, dtype):
+    """A cache in which requests 0, 1, … have begun."""
+    cache = PagedKVCache(model.config, num_blocks, block_size, dtype=dtype)
+    for request_id in range(num_requests):
         cache.begin(request_id)
+    return cache
 
 
 double_lm = model.load_model().double()
@@ -341,10 +389,7 @@ expected = [
 # %%
 for size in [1, 2, 7, 16, 64, 256]:
     num_blocks = sum(math.ceil((len(ids) + 29) / size) for ids in prompts)
-    cache = PagedKVCache(
-        double_lm.config, num_blocks, size, dtype=torch.float64
-    )
-    begin_all(cache, prompts)
+    cache = paged_cache(double_lm, 5, num_blocks, size, torch.float64)
     texts = generate.generate_cached(
         double_lm, prompts, 30, cache, temperature=0
     )
@@ -353,15 +398,12 @@ for size in [1, 2, 7, 16, 64, 256]:
 
 # %% [markdown]
 # Each pool had exactly as many blocks as needed. (The last token of a text is
-# never in the cache, hence the 29.) With one block less the cache says so
-# before the first token is written: `generate_cached` knows how many will come,
-# and asks for all of them.
+# never in the cache, hence the 29.) With one block less, the cache says so
+# before the first token is written: `generate_cached` knows how many tokens
+# will come, and asks for the room of all of them.
 
 # %%
-small = PagedKVCache(
-    double_lm.config, num_blocks=15, block_size=16, dtype=torch.float64
-)
-begin_all(small, prompts)
+small = paged_cache(double_lm, 5, 15, 16, torch.float64)
 try:
     generate.generate_cached(double_lm, prompts, 30, small)
 except OutOfBlocksError as error:
@@ -395,15 +437,13 @@ check(paged_utilization)
 # </details>
 
 # %% [markdown]
-# The eight passages of chapter 3, with 64 tokens more for each, in blocks of
-# 16:
+# Here are the eight passages of chapter 3, with 64 more tokens for each, in
+# blocks of 16:
 
 # %%
-lm = model.load_model()
 passages = [p for p in text.load_book().split("\n\n") if 20 < len(p) < 440]
 prompts = [text.encode(passage) for passage in passages[10:90:10]]
-batch = PagedKVCache(lm.config, num_blocks=256, block_size=16)
-begin_all(batch, prompts)
+batch = paged_cache(lm, len(prompts), 256, 16, torch.float32)
 generate.generate_cached(lm, prompts, 64, batch, temperature=0.7)
 predicted = paged_kv_cache.paged_utilization(batch.seq_lens, 16)
 measured = batch.used_bytes / batch.reserved_bytes
@@ -427,27 +467,30 @@ plotting.plot_measured(
 );
 
 # %% [markdown]
-# *The smaller the block, the less is wasted.* Why not blocks of one, then? Each
-# block is an entry in a table that attention has to look up, and of small
-# blocks, so the paper (section 7.2), a GPU reads too little at a time. It found
-# 16 to 128 best for chats, 16 and 32 for shorter requests, and took 16.
+# *The smaller the block, the less is wasted.* Then why not blocks of one? Each
+# block costs a look-up in the table, and the paper (section 7.2) found that
+# small blocks leave a GPU reading too little at a time. Blocks of 16 to 128
+# were best for chats, 16 and 32 for shorter requests, and so vLLM, the paper's
+# system, takes 16 by default.
 #
 # ## What the pool of a server holds
 #
-# Now the server of the beginning, with four ways to manage its memory. Three
-# reserve in one piece: the maximum; the answer's length rounded up to a power
-# of two, as if that much were known; and the exact length, as if an oracle had
-# told. The fourth takes blocks, from your manager. What the pool is used for:
+# Back to the server from the beginning, now with four ways to manage its
+# memory. Three of them reserve in one piece: the maximum; the answer's length
+# rounded up to a power of two, as if that much were known; and the exact
+# length, as if an oracle had told it. The fourth takes blocks, from your
+# manager. The pool is used for four things:
 #
-# - *tokens*: places that hold a token,
-# - *later*: held by a request, which will fill them,
-# - *never*: held by a request, which will not,
-# - *free*: held by nobody, but too few or too scattered for the next request.
+# - **tokens**: places that hold a token,
+# - **reservation**: set aside for a request, which will fill them,
+# - **internal fragmentation**: set aside for a request, which will not,
+# - **external fragmentation and others**: the rest. Nobody has it, but it is
+#   too little, or too scattered, for the next request.
 #
-# Blocks promise nothing. When the pool is full and a request needs one more,
-# the request that began last is sent back to the queue: it is **preempted**,
-# its blocks are free, and when it begins again its keys have to be computed
-# again.
+# Blocks promise nothing. When the pool is full and a request needs one more
+# block, the request that began last is sent back to the queue: it is
+# **preempted**. Its blocks become free, and when it begins again, its keys and
+# values have to be computed again.
 
 # %%
 reserves = {
@@ -472,21 +515,26 @@ plotting.plot_usage(
 );
 
 # %% [markdown]
-# *Even an oracle fills only half of the pool: it reserves in the first step
-# what a request needs in its last (dotted), and its pieces leave gaps between
-# them (white).*
+# *Even an oracle fills only about half of the pool. It reserves in the first
+# step what a request needs in its last (dotted), and its pieces leave gaps
+# between them (white).*
 #
 # ### Beside the paper's bars
 #
-# The paper's figure 2 has 20.4% for the maximum, 26.8% for the power of two,
-# 38.2% for the oracle, and 96.3% for blocks of 16. Ours come close at both
-# ends, but not in the middle. One difference is known. We put a piece into the
-# first gap that is wide enough. The paper assumes, for the systems it compares
-# with, a **buddy allocator**: every piece has 2^k places and begins at a
-# multiple of its size, so 500 tokens take 512 places. We can do that too:
+# The paper's figure 2 has the same four bars. Ours come close at both ends, but
+# not in the middle. One difference is known. We put a piece into the first gap
+# that is wide enough. The paper assumes, for the systems that it compares with,
+# a **buddy allocator**: every piece has 2^k places and begins at a multiple of
+# its size, so 500 tokens take 512 places. The rounding counts under *external
+# and others*, as in the paper. We can do that too:
 
 # %%
-paper = {"maximum": 20.4, "power of two": 26.8, "oracle": 38.2}
+paper = {  # tokens, reservation, internal, external and others; in percent
+    "maximum": (20.4, 13.3, 57.3, 8.9),
+    "power of two": (26.8, 17.9, 13.6, 41.6),
+    "oracle": (38.2, 25.2, 0, 36.6),
+    "blocks of 16": (96.3,),  # it does not print the rest
+}
 buddies = {
     name: simulation.simulate(
         BuddyReserving(POOL, reserve), chats, num_steps=3000, warm_up=1500
@@ -495,42 +543,99 @@ buddies = {
 }
 for name, buddy in buddies.items():
     print(f"{name:12} first gap {usages[name].tokens:.1%}, ", end="")
-    print(f"buddies {buddy.tokens:.1%}, paper {paper[name]}%")
+    print(f"buddies {buddy.tokens:.1%}, paper {paper[name][0]}%")
 
 # %%
 plotting.plot_usage(
     {**buddies, "blocks of 16": usages["blocks of 16"]},
-    published={**paper, "blocks of 16": 96.3},
-    title="With buddies our bars come close to the paper's",
+    published=paper,
+    title="With buddies, our bars come close to the paper's, part by part",
 );
 
 # %% [markdown]
-# *Diamonds: the paper's shares.* What is left of the difference we did not take
-# apart. The first bar moves by some percent from draw to draw, and the paper
-# ran real chats, where we drew lengths from a curve. And a lesson: part of what
-# paging wins in that figure, a better allocator wins too. Not all of it: even
-# the oracle with the better one fills half.
+# *Each thin bar is the paper's.* The white end of the first one is what seven
+# rows of 2,048 leave of 15,728 places. Exact agreement would be luck: the paper
+# ran real chats, where we drew lengths from a curve. And there is a lesson in
+# the first comparison: part of what paging wins in that figure, a better
+# allocator wins too. But only part of it: with first gaps, too, the oracle
+# leaves nearly half of the pool without tokens.
+#
+# ### What promising nothing costs
+#
+# Sending a request back is not free. All its tokens, the prompt and what it had
+# written, go through the model once more. The simulation counts them:
+
+# %%
+blocks = usages["blocks of 16"]
+print(f"{blocks.preempted} times a request was sent back, and ", end="")
+print(f"{blocks.recomputed:,} tokens were computed again,")
+print(f"for {blocks.written:,} that were written for the first time: ", end="")
+print(f"{blocks.recomputed / blocks.written:.0%}")
+
+# %% [markdown]
+# Most of the requests that are sent back had begun only a few tokens before,
+# into the last free block. So keep a few blocks free whenever a request
+# *begins*, for those in flight to grow into. Such a reserve is called a
+# **watermark**:
+
+# %%
+for watermark in (0, 0.02, 0.05):
+    usage = simulation.simulate(
+        Paging(POOL, 16, watermark), chats, num_steps=3000, warm_up=1500
+    )
+    print(f"watermark {watermark:3.0%}: ", end="")
+    print(f"{usage.tokens:.1%} of the pool holds tokens, ", end="")
+    print(f"{usage.preempted:3} sent back, ", end="")
+    print(f"{usage.recomputed / usage.written:.0%} computed again")
+
+# %% [markdown]
+# A small reserve buys back most of what was computed again, for one to three
+# points of the pool.
+#
+# There is another way: copy the keys and values of a preempted request to the
+# CPU's memory, and back when it goes on. This is called *swapping*. The paper
+# (section 7.3) found it slower than recomputing with small blocks, which are
+# many small transfers, and about as fast with blocks of 16 to 64. Today's vLLM
+# recomputes.
 #
 # ### As throughput
 #
-# As long as a step of decoding takes about the same for few requests as for
-# many (chapter 3), more requests in flight are more answers in the same time.
-# (Their keys have to be read, which takes a part of it back.) What is finished
-# in the 3,000 steps, and what it cost in requests sent back:
+# How many requests are in flight at one time? The ratio to the maximum is
+# steady from one draw of lengths to the next, so here are four draws of each:
 
 # %%
-for name, usage in usages.items():
-    gain = usage.finished / usages["maximum"].finished
-    print(f"{name:13} {usage.in_flight:4.1f} in flight, ", end="")
-    print(f"{usage.finished} finished ({gain:.1f} times), ", end="")
-    print(f"{usage.preempted} sent back")
+in_flight = {"maximum": [], "blocks of 16": []}
+for seed in range(4):
+    requests = simulation.draw_requests(8000, 161.3, 338.0, seed)
+    for name, manager in (
+        ("maximum", Reserving(POOL, simulation.reserve_maximum)),
+        ("blocks of 16", Paging(POOL, 16, watermark=0.02)),
+    ):
+        usage = simulation.simulate(
+            manager, requests, num_steps=3000, warm_up=1500
+        )
+        in_flight[name].append(usage.in_flight)
+ratios = [b / a for a, b in zip(*in_flight.values())]
+print("in flight, beside the paper's (figure 13):")
+for name, of_paper in (("maximum", 7.0), ("blocks of 16", 30.4)):
+    low, high = min(in_flight[name]), max(in_flight[name])
+    print(f"  {name:12} {low:.1f} to {high:.1f}, paper {of_paper}")
+print(f"  ratio        {min(ratios):.1f} to {max(ratios):.1f}, paper 4.3")
 
 # %% [markdown]
+# A request stays for as many steps as its answer has tokens. So with four to
+# five times as many requests in flight, four to five times as many answers are
+# finished *per step*. Per second it is less, since a step with more requests
+# takes longer: in chapter 3, eight times the requests gave far less than eight
+# times the tokens per second. And what is computed again takes a part of it.
+# The paper measured both (section 6.2): 4.3 times as many requests in flight,
+# and 2.7 to 8 times as many requests per second, depending on the model.
+#
 # ### Where blocks of 16 are large
 #
-# A request wastes about half a block. The shorter it is, the larger is that
-# part. These are the means of Alpaca, a collection of instructions: 19 tokens
-# of prompt and 58 of answer.
+# A request wastes about half a block. The shorter the request, the larger that
+# part. Here are the means of Alpaca, a collection of instructions: 19 tokens of
+# prompt and 58 of answer.
 
 # %%
 short = simulation.draw_requests(8000, 19.3, 58.5)
@@ -551,10 +656,10 @@ plotting.plot_usage(
 #
 # ## Sharing: the same tokens, stored once
 #
-# A table is a list of numbers. Nothing forbids two tables to name the same
-# block. If somebody asks for four answers to one prompt, the prompt's keys are
-# the same for all four. So they share its blocks, and `ref_count` says how many
-# tables a block stands in.
+# A table is a list of numbers, and nothing forbids two tables to name the same
+# block. If somebody asks for four answers to one prompt, the keys of the prompt
+# are the same for all four. So they share its blocks, and `ref_count` says in
+# how many tables a block stands.
 #
 # ### Exercise 4.7 · `BlockManager.fork` ★★ (10 minutes)
 #
@@ -590,17 +695,17 @@ drawing.draw_blocks(manager, title="Two requests share three blocks");
 # %% [markdown]
 # *Hatched blocks have more than one user.*
 #
-# Now b writes a token, its own. It belongs at position 10, in the last block,
-# at place 2. That block is shared: if b wrote there, a would find b's token in
-# its text. So b first gets a copy of the block, of its own, and writes into
-# that. The other two blocks are full; nobody will write into them ever again,
-# and they stay shared. This is **copy on write**.
+# Now b writes a token of its own. It belongs at position 10, in the last block,
+# at place 2. But that block is shared: if b wrote there, a would find b's token
+# in its text. So b first gets a copy of the block, and writes into the copy.
+# The other two blocks are full. Nobody will ever write into them again, and
+# they stay shared. This is called **copy on write**.
 #
 # ### Exercise 4.8 · `BlockManager.copy_on_write` ★★★ (15 minutes)
 #
 # Make a request the only user of its last block, which it is about to write. If
-# it is that already, there is nothing to do: return `None`. Otherwise take a
-# free block in its place. The manager moves numbers only, so return
+# it is the only user already, there is nothing to do: return `None`. Otherwise
+# put a free block in its place. The manager moves only numbers, so return
 # `(source, target)`, and whoever holds the keys copies them.
 #
 # `append` calls this, in the step named *Others*, when the last block has room.
@@ -619,9 +724,9 @@ check(copy_on_write)
 # </details>
 # <details><summary>Hint 2</summary>
 #
-# One user less for the source; `self.take_block()` gives the target and counts
-# its first user; and the table's last entry changes. But before all that: is
-# there a free block?
+# The source has one user less. `self.take_block()` gives the target and counts
+# its first user. The table's last entry changes. But before all that: is there
+# a free block?
 #
 # </details>
 
@@ -630,8 +735,9 @@ call("append", "b", 1)
 drawing.draw_blocks(manager, title="The write gave b a block of its own");
 
 # %% [markdown]
-# *Block 2 is a's alone again, and b has block 3, with a copy of two tokens and
-# a third.* Whoever writes last need not copy: now a may write into block 2.
+# *Block 2 belongs to a alone again. Request b has block 3, with a copy of two
+# tokens and a third of its own.* Whoever writes last need not copy: now a may
+# write into block 2.
 
 # %%
 call("append", "a", 1)
@@ -647,9 +753,10 @@ drawing.draw_history(
 # *Row by row: a fork takes nothing; a write into a shared block takes a copy;
 # when a ends, its blocks stay with those who share them.*
 #
-# So many rules need a test. `check_integrity` says whether every block is free
-# once, or in as many tables as `ref_count` says, and whether all who share a
-# block agree on what it is. Here is what it says if a write forgets the copy:
+# So many rules need a test. `check_integrity` says whether each block is either
+# free once or in as many tables as `ref_count` says, and whether all who share
+# a block agree on what is in it. Here is what it says when a write forgets the
+# copy:
 
 # %%
 broken = block_manager.BlockManager(num_blocks=10, block_size=4)
@@ -664,10 +771,11 @@ except AssertionError as error:
 # %% [markdown]
 # ## Eight answers to one prompt
 #
-# Now with the model. All but the last token of a prompt of 200 go through it
-# once. Then there are seven forks, and all eight requests bring the last token:
-# each needs its logits, to draw a first token of its own. From there on they go
-# their ways.
+# Now with the model. All tokens of a prompt of 200 but the last go through it
+# once. Then the request is forked seven times, and all eight requests bring the
+# last token, so that each can draw a first token of its own. (Their eight rows
+# of logits are the same at that moment. Computing them once would save seven
+# tokens out of 200.) From then on each goes its own way.
 
 # %%
 prompt_ids, num_samples = book_ids[5000:5200], 8
@@ -691,8 +799,7 @@ for token_ids in texts[:3]:
     print(repr(text.decode(token_ids)))
 
 # %%
-alone = PagedKVCache(lm.config, num_blocks=200, block_size=16)
-begin_all(alone, range(num_samples))
+alone = paged_cache(lm, num_samples, 200, 16, torch.float32)
 generate.generate_cached(lm, [prompt_ids] * num_samples, 60, alone)
 print(f"shared {cache.reserved_bytes / 1e6:.2f} MB, ", end="")
 print(f"each its own {alone.reserved_bytes / 1e6:.2f} MB: ", end="")
@@ -714,14 +821,21 @@ plotting.plot_measured(
 );
 
 # %% [markdown]
-# *The longer the answers, the less of the memory is the prompt's. It falls in
-# steps, since blocks are taken whole.*
+# *The longer the answers, the smaller the prompt's part of the memory. The line
+# falls in steps, since blocks are taken whole.*
+#
+# Two relatives: in **beam search** the forks come and go at every step, and the
+# paper saved 38 to 66% of the blocks by sharing them (section 6.3). With
+# **sliding-window attention** (Mistral 7B), a layer reads only its last 4,096
+# keys, so a block is free as soon as it lies entirely before the window.
 #
 # ## What it costs: time
 #
 # Gathering copies every key and value of every request, in every layer, at
-# every step. Decoding in a batch of eight, with 448 tokens each, the ways to do
-# it in turns:
+# every step. What does that cost? Here are the ways to decode in turns, eight
+# requests with 448 tokens each. Both caches leave attention to torch's fused
+# kernel, as the batch in chapter 3 did: the contiguous one in one masked call,
+# the paged one request by request.
 
 # %%
 results = bench.bench(batch_size=8, context=448, num_steps=20)
@@ -729,11 +843,11 @@ for result in results:
     print(f"{result['name']:12} {result['tokens_per_s']:7.1f} tokens/s")
 
 # %% [markdown]
-# On our CPU it costs little. A likely reason: in one layer the copy of one
-# request is small, 448 · 256 bytes, so that attention finds it in the
-# processor's cache. On a GPU, where decoding waits for memory, it would triple
-# the traffic of keys and values: read the blocks, write the copy, read the
-# copy. Chapter 5 measures, and does without.
+# On a CPU the copy costs little. In one layer it is 448 · 512 bytes per
+# request, keys and values, and attention reads it right after it was written.
+# On a GPU, where decoding waits for memory, it would triple the traffic of keys
+# and values: read the blocks, write the copy, read the copy. Chapter 5 measures
+# this, and does without the copy.
 #
 # ## The next column of the table
 
@@ -742,10 +856,10 @@ cells = table.fit(table.sweep("paged"))
 Markdown(table.render(cells))
 
 # %% [markdown]
-# The same orders as in chapter 3, all of them. What differs is the constant of
-# what is reserved, 256 in the place of 512: the bytes of the tokens that came
-# (here they fill their blocks exactly), and not of twice as many. For a paged
-# cache we count as reserved the blocks that are in use; the rest of the pool is
+# All orders are those of chapter 3. What differs is the constant of what is
+# reserved: 256 instead of 512, the bytes of the tokens that came (here they
+# fill their blocks exactly) instead of twice as many. For a paged cache we
+# count as reserved the blocks that are in use; the rest of the pool is
 # anybody's.
 
 # %%
@@ -754,8 +868,8 @@ check.summary()
 # %% [markdown]
 # ## What is still wrong
 #
-# A block table is read, and then everything it points to is copied before
-# anything is computed:
+# A step reads a block table, and then copies everything that the table points
+# to, before it computes anything:
 
 # %%
 dense = meter.measure(
@@ -778,23 +892,26 @@ print(f"{copied / 1e6:.1f} MB copied in each step to write 8 tokens")
 #
 # 1. Memory is cut into blocks of one size; a request has a table of its blocks,
 #    and wastes at most the rest of the last one.
-# 2. A manager hands out numbers: a free list, tables, and reference counts,
+# 2. A manager hands out numbers: a free list, tables, and reference counts, in
 #    constant time per block, all or nothing.
 # 3. Token p lies in block `table[p // block_size]`, at place `p % block_size`;
 #    compared with chapter 3, only this index changes.
-# 4. With blocks of 16 nearly all of the pool holds tokens, and several times as
-#    many requests are in flight as with rows reserved for the longest.
+# 4. With blocks of 16 nearly all of the pool holds tokens, and four to five
+#    times as many requests are in flight as with rows for the longest; what is
+#    sent back is computed again, and a small watermark saves most of that.
 # 5. Requests share blocks of equal tokens, and copy one only when they write
 #    into it.
 #
 # ## Do you recall?
 #
-# 1. Blocks of 16, a request of 33 tokens: how many blocks, and how many places
-#    are wasted?
+# 1. A request has 33 tokens, in blocks of 16. How many blocks does it have, and
+#    how many places are wasted?
 # 2. Its table is [5, 0, 9]. In which slot is position 20?
 # 3. Two requests share a block that is full, and one goes on. What is copied?
 # 4. Why must `append` count its blocks before it takes the first?
-# 5. Why does an oracle that knows every length fill only half of the pool?
+# 5. Why does an oracle that knows every length fill only about half of the
+#    pool?
+# 6. A server sends requests back all the time. What is wasted, and what helps?
 #
 # <details><summary>Answers</summary>
 #
@@ -803,8 +920,11 @@ print(f"{copied / 1e6:.1f} MB copied in each step to write 8 tokens")
 # 3. Nothing: the next token goes into a new block.
 # 4. If the pool ends halfway, the blocks taken would be lost, or the request
 #    half grown.
-# 5. It reserves at the start what is needed at the end; on average half of an
-#    answer is not written yet. And its pieces leave gaps.
+# 5. It reserves at the start what is needed only at the end, and at most
+#    moments a part of each answer is not written yet. And its pieces leave
+#    gaps.
+# 6. Their tokens are computed again. A watermark: let nobody begin into the
+#    last few blocks.
 #
 # </details>
 #
@@ -819,3 +939,8 @@ print(f"{copied / 1e6:.1f} MB copied in each step to write 8 tokens")
 #   where paging comes from.
 # - Knuth, *The Art of Computer Programming*, volume 1, section 2.5: first fit
 #   and buddies.
+# - Jiang and others, *Mistral 7B*, 2023,
+#   [2310.06825](https://arxiv.org/abs/2310.06825): sliding windows.
+# - vLLM, *Optimization and tuning*,
+#   [docs.vllm.ai](https://docs.vllm.ai/en/stable/configuration/optimization/):
+#   preempted requests are recomputed.
