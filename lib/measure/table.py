@@ -235,6 +235,7 @@ def main() -> int:
         sweeps = [sweep(name, progress) for name in args.columns]
     cells = [cell for column in sweeps for cell in fit(column)]
     print(render(cells))
+    print("generation: a prompt of one token, and N tokens written")
     if args.json:
         command = shlex.join(["python", "-m", "lib.measure.table", *sys.argv[1:]])
         facts = {"command": command, "machine": machine_facts()}
