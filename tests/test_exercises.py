@@ -176,7 +176,7 @@ NOT_THE_CAUSE = [
     ("gather_kv", "gather_full_blocks_alone", "one dimension"),
     ("gather_kv", "gather_a_view_of_one_block", "not the pool"),
     ("gather_kv", "gather_all_and_cut", "not the pool"),
-    ("paged_utilization", "share_that_is_never_small", "block"),
+    ("paged_utilization", "share_that_is_never_small", "places"),
     ("paged_utilization", "share_with_a_block_for_all", "needs no other"),
     ("fork", "fork_of_full_blocks", "copy of the list"),
     ("fork", "fork_the_other_way_round", "copy of the list"),

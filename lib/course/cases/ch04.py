@@ -137,9 +137,6 @@ def _random_script(seed: int, num_calls: int = 40) -> Case:
     return _script("forty random calls", 12, 3, *calls)
 
 
-_all_taken = (("allocate", "a", 3),)  # of two blocks of two tokens
-
-
 def allocate_cases(seed: int) -> list[Case]:
     return [
         _script("one token", 4, 2, ("allocate", "a", 1)),
@@ -147,19 +144,17 @@ def allocate_cases(seed: int) -> list[Case]:
         _script("a prompt of three tokens", 4, 2, ("allocate", "a", 3)),
         _script("no tokens yet", 4, 2, ("allocate", "a", 0)),
         _script("two requests", 4, 2, ("allocate", "a", 3), ("allocate", "b", 2)),
-        _script("the whole pool", 3, 4, ("allocate", "a", 12)),
+        _script(
+            "the whole pool, and what needs no block",
+            *(3, 4),
+            *(("allocate", "a", 12), ("allocate", "b", 0), ("allocate", "c", 1)),
+        ),
         _script(
             "more than is free",
             *(4, 2),
             *(("allocate", "a", 5), ("allocate", "b", 4), ("allocate", "c", 2)),
         ),
         _script("a live request", 4, 2, ("allocate", "a", 1), ("allocate", "a", 1)),
-        _script(
-            "no tokens, and no block is free", 2, 2, *_all_taken, ("allocate", "b", 0)
-        ),
-        _script(
-            "one token, and no block is free", 2, 2, *_all_taken, ("allocate", "b", 1)
-        ),
         _script(
             "blocks that were used before",
             *(3, 2),
@@ -191,10 +186,9 @@ def append_cases(seed: int) -> list[Case]:
         _script(
             "more than is free",
             *(3, 2),
-            *(("allocate", "a", 3), ("append", "a", 4), ("append", "a", 3)),
+            *(("allocate", "a", 3), ("append", "a", 4), ("append", "a", 2)),
+            *(("append", "a", 1), ("append", "a", 0), ("append", "a", 1)),
         ),
-        _script("room, and no block is free", 2, 2, *_all_taken, ("append", "a", 1)),
-        _script("no tokens, and no block is free", 2, 2, *_all_taken, ("append", "a", 0)),
         _script("an unknown request", 4, 2, ("append", "a", 1)),
         _script(
             "a shared last block with room",
@@ -307,10 +301,8 @@ def copy_on_write_cases(seed: int) -> list[Case]:
         _script("no block is free", 2, 2, *shared, ("copy_on_write", "b")),
         _script(
             "its only user, and no block is free",
-            2,
-            2,
-            *_all_taken,
-            ("copy_on_write", "a"),
+            *(2, 2),
+            *(("allocate", "a", 3), ("copy_on_write", "a")),
         ),
         _script("an unknown request", 4, 2, *shared, ("copy_on_write", "c")),
         _script("one that ended", 4, 2, *shared, ("free", "b"), ("copy_on_write", "b")),
