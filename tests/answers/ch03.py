@@ -990,6 +990,18 @@ def until_the_carriage_returns(model, prompts, num_new_tokens, cache, **settings
     return stopping(model, prompts, num_new_tokens, cache, settings, [13])
 
 
+@wrong("generate_cached", says="exactly num_new_tokens")
+def until_a_text_repeats_itself(model, prompts, num_new_tokens, cache, **settings):
+    texts = stopping(model, prompts, num_new_tokens, cache, settings, [])
+    cut = []
+    for text, prompt in zip(texts, prompts):
+        ids, end = text.tolist(), len(prompt)
+        while end < len(ids) and ids[end] not in ids[:end]:
+            end += 1
+        cut.append(text[:end])
+    return cut
+
+
 @wrong("generate_cached")
 def a_text_that_ends_is_filled_up(model, prompts, num_new_tokens, cache, **settings):
     texts = stopping(model, prompts, num_new_tokens, cache, settings, [])
@@ -1093,6 +1105,23 @@ def row_by_row_and_greedy_by_hand(model, prompts, num_new_tokens, cache, **setti
             new[b] = [int(sampling.sample(probs, generator))]
         texts = [text + ids for text, ids in zip(texts, new)]
     return [torch.tensor(text) for text in texts]
+
+
+@right("generate_cached")
+def no_dice_where_one_token_is_left(model, prompts, num_new_tokens, cache, **settings):
+    if settings["temperature"] > 0 and settings.get("top_k") == 1:
+        settings["temperature"] = 0
+    if settings["temperature"] > 0:
+        return stopping(model, prompts, num_new_tokens, cache, settings, [])
+    given_lines(model, prompts, num_new_tokens, cache, settings)
+    lens, texts = torch.tensor([len(p) for p in prompts]), [p.clone() for p in prompts]
+    ids = torch.cat(texts)
+    for _ in range(num_new_tokens):
+        rows = forward_cached(model, cache, ids, lens).split(lens.tolist())
+        ids = torch.cat([row[-1].argmax(-1, keepdim=True) for row in rows])
+        texts = [torch.cat(pair) for pair in zip(texts, ids.split(1))]
+        lens = torch.ones(len(texts), dtype=torch.int64)
+    return texts
 
 
 @wrong("generate_cached")

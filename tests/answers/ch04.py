@@ -159,6 +159,14 @@ def allocate_some_tokens_or_refuse(self, request_id, num_tokens):
     begin(self, request_id, num_tokens, math.ceil(num_tokens / self.block_size))
 
 
+@wrong("allocate", says="Raise ValueError here")
+def allocate_unless_it_has_a_block(self, request_id, num_tokens):
+    if self.block_tables.get(request_id):
+        raise ValueError(f"request {request_id!r} is live")
+    self.block_tables.pop(request_id, None)
+    begin(self, request_id, num_tokens, math.ceil(num_tokens / self.block_size))
+
+
 @wrong("allocate", says="when the others are full, not before")
 def allocate_one_block_at_least(self, request_id, num_tokens):
     begin(self, request_id, num_tokens, max(1, math.ceil(num_tokens / self.block_size)))
@@ -1256,7 +1264,16 @@ def fork_into_itself(self, parent_id, child_id):
     fork_with_slices(self, parent_id, child_id)
 
 
-@wrong("fork", says="raised KeyError")
+@wrong("fork", says="Raise ValueError here")
+def fork_unless_the_child_has_a_block(self, parent_id, child_id):
+    self.check_live(parent_id)
+    if self.block_tables.get(child_id):
+        raise ValueError(f"request {child_id!r} is live")
+    self.block_tables.pop(child_id, None)
+    fork_with_slices(self, parent_id, child_id)
+
+
+@wrong("fork", says="Raise ValueError here")
 def fork_whatever_comes(self, parent_id, child_id):
     self.block_tables[child_id] = self.block_tables[parent_id][:]
     self.seq_lens[child_id] = self.seq_lens[parent_id]

@@ -383,8 +383,14 @@ def generate_cached_cases(seed: int) -> list[Case]:
         ("a cache with tokens in it", [7, 3], [2, 3], 3, greedy, {}),
         ("bytes that may end a text", [0], [3], len(chain) - 3, greedy, {"chain": chain}),
         (
-            "a text twice, and one a step behind",
-            *([0] * 3, [3, 2, 3], len(short_chain) - 3, greedy, {"chain": short_chain}),
+            "a text twice, one a step behind, and one that repeats itself",
+            *(
+                [0] * 4,
+                [3, 2, 3, 8],
+                len(short_chain) - 3,
+                greedy,
+                {"chain": short_chain},
+            ),
         ),
         ("too little room: refused before anything is written", *_FULL, greedy, {}),
         ("an empty prompt beside another", [0, 0], [3, 0], 2, greedy, refused),
@@ -408,7 +414,9 @@ def generate_cached_cases(seed: int) -> list[Case]:
             **more,
         }
         if inputs["chain"]:
-            inputs["prompts"] = [list(b"sea")[:n] for n in prompt_lens]
+            repeated = inputs["chain"][3:] + list(b"sea")
+            prompts = (list(b"sea")[:n] if n <= 3 else repeated[-n:] for n in prompt_lens)
+            inputs["prompts"] = [*prompts]
         limits = {} if "is_refused" in more else {"kept_for_a_backward_pass_bytes": 0}
         draws = settings["temperature"] > 0 and len({*settings} & {"top_k", "top_p"}) != 1
         cases.append(Case(name, inputs, limits, draws))

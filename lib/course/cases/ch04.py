@@ -142,7 +142,7 @@ def allocate_cases(seed: int) -> list[Case]:
         _script("one token", 4, 2, ("allocate", "a", 1)),
         _script("a prompt that fills its blocks", 4, 2, ("allocate", "a", 4)),
         _script("a prompt of three tokens", 4, 2, ("allocate", "a", 3)),
-        _script("no tokens yet", 4, 2, ("allocate", "a", 0)),
+        _script("no tokens yet", 4, 2, ("allocate", "a", 0), ("allocate", "a", 1)),
         _script("two requests", 4, 2, ("allocate", "a", 3), ("allocate", "b", 2)),
         _script(
             "the whole pool, and what needs no block",
@@ -255,7 +255,11 @@ def fork_cases(seed: int) -> list[Case]:
     shared = ("allocate", "a", 3), ("fork", "a", "b")
     return [
         _script("two blocks", 6, 2, *shared),
-        _script("no blocks yet", 6, 2, ("allocate", "a", 0), ("fork", "a", "b")),
+        _script(
+            "no blocks yet",
+            *(6, 2),
+            *(("allocate", "a", 0), ("fork", "a", "b"), ("fork", "a", "b")),
+        ),
         _script("the child goes on", 6, 2, *shared, ("append", "b", 3)),
         _script("the parent goes on", 6, 2, *shared, ("append", "a", 3)),
         _script("three of them", 6, 2, *shared, ("fork", "b", "c"), ("append", "c", 1)),

@@ -123,9 +123,9 @@ def generate_cached(
         "tokens_in_the_cache": cache.seq_lens.tolist(),
         "prompts_are_as_before": [ids.tolist() for ids in given] == prompts,
         "random_state_of_torch_is_as_before": is_torch_as_before,
-        # Of whoever seeds anew, another one. (A greedy answer may draw nothing.)
+        # Of whoever seeds anew, another one. Where one token is left none need be drawn.
         "next_random_number": torch.rand(1, generator=generator).item()
-        if settings["temperature"] > 0
+        if settings["temperature"] > 0 and {*settings} == {"temperature"}
         else None,
         "gradients_are_on_as_before": are_gradients_on,
         "model_is_in_eval_mode_as_before": not model.training,
