@@ -147,7 +147,7 @@ def allocate_cases(seed: int) -> list[Case]:
         _script(
             "the whole pool, and what needs no block",
             *(3, 4),
-            *(("allocate", "a", 12), ("allocate", "b", 0), ("allocate", "c", 1)),
+            *(("allocate", "a", 12), ("allocate", "b", 0)),
         ),
         _script(
             "more than is free",
