@@ -14,7 +14,15 @@ def kv_cache_bytes_cases(seed: int) -> list[Case]:
     cases = []
     # First one byte, then eight: so that the default of four stands alone.
     for name, L, H, G, D, num_tokens, bytes_per_number in (
-        ("one layer, one head of 6 numbers, one token, a byte each", 1, 1, 1, 6, 1, 1),
+        (
+            "one layer, one head of 6 numbers, one token, one byte per number",
+            1,
+            1,
+            1,
+            6,
+            1,
+            1,
+        ),
         ("eight bytes per number", 1, 1, 1, 6, 1, 8),
         ("four bytes per number, which is the default", 1, 1, 1, 6, 1, 4),
         ("five tokens", 1, 1, 1, 6, 5, 4),
@@ -86,7 +94,7 @@ def append_kv_cases(seed: int) -> list[Case]:
         ("one request, its first token", [1], [1], 3, (1, 1)),
         ("one request, its third token", [3], [1], 4, (1, 2)),
         ("a prompt of three tokens", [3], [3], 5, (2, 2)),
-        ("two requests of different lengths, a token each", [2, 4], [1, 1], 5, (1, 2)),
+        ("two requests of different lengths, one token each", [2, 4], [1, 1], 5, (1, 2)),
         ("a prompt beside a request that goes on", [3, 6], [3, 1], 7, (1, 2)),
         ("several new tokens each, behind others", [5, 7, 4], [2, 3, 1], 8, (2, 2)),
         ("a request that rests", [2, 3, 4], [1, 0, 2], 5, (1, 2)),
