@@ -38,6 +38,179 @@ def allocate_in_a_loop(self, request_id, num_tokens):
     self.seq_lens.update({request_id: num_tokens})
 
 
+@right("allocate")
+def allocate_by_hand(self, request_id, num_tokens):
+    check_new(self, request_id, num_tokens)
+    needed, rest = divmod(num_tokens, self.block_size)
+    needed += bool(rest)
+    if len(self.free_block_ids) - needed < 0:
+        raise OutOfBlocksError(free=len(self.free_block_ids), needed=needed)
+    self.seq_lens[request_id] = num_tokens
+    table = self.block_tables.setdefault(request_id, [])
+    for _ in range(needed):
+        table += [self.free_block_ids.pop(-1)]
+        self.ref_count[table[-1]] = 1
+
+
+@right("allocate")
+def allocate_by_a_slice_turned_around(self, request_id, num_tokens):
+    check_new(self, request_id, num_tokens)
+    needed = (num_tokens - 1) // self.block_size + 1
+    if needed > len(self.free_block_ids):
+        raise OutOfBlocksError(needed, len(self.free_block_ids))
+    table = list(self.free_block_ids[: -needed - 1 : -1])
+    for block_id in table:
+        del self.free_block_ids[-1]
+        self.ref_count[block_id] += 1
+    self.block_tables[request_id], self.seq_lens[request_id] = table, num_tokens
+
+
+def check_new(self, request_id, num_tokens):
+    if request_id in self.block_tables or num_tokens < 0:
+        raise ValueError(f"request {request_id!r}, {num_tokens} tokens")
+
+
+def begin_with(self, request_id, num_tokens, take):
+    check_new(self, request_id, num_tokens)
+    needed = math.ceil(num_tokens / self.block_size)
+    if needed > len(self.free_block_ids):
+        raise OutOfBlocksError(needed, len(self.free_block_ids))
+    table = take(needed)
+    for block_id in table:
+        self.ref_count[block_id] = 1
+    self.block_tables[request_id], self.seq_lens[request_id] = table, num_tokens
+
+
+@wrong("allocate", says="a stack")
+def allocate_cutting_the_free_list(self, request_id, num_tokens):
+    def take(needed):
+        end = len(self.free_block_ids) - needed
+        taken, self.free_block_ids = self.free_block_ids[end:], self.free_block_ids[:end]
+        return taken
+
+    begin_with(self, request_id, num_tokens, take)
+
+
+@wrong("allocate", says="a stack")
+def allocate_filling_the_list_anew(self, request_id, num_tokens):
+    def take(needed):
+        taken = [self.free_block_ids[-1 - i] for i in range(needed)]
+        self.free_block_ids[:] = [b for b in self.free_block_ids if b not in taken]
+        return taken
+
+    begin_with(self, request_id, num_tokens, take)
+
+
+@wrong("allocate", says="a stack")
+def allocate_the_smallest(self, request_id, num_tokens):
+    def take(needed):
+        taken = sorted(self.free_block_ids)[:needed]
+        for block_id in taken:
+            self.free_block_ids.remove(block_id)
+        return taken
+
+    begin_with(self, request_id, num_tokens, take)
+
+
+@wrong("allocate", says="looked up by block id")
+def allocate_what_has_no_user(self, request_id, num_tokens):
+    def take(needed):
+        taken = [b for b, count in enumerate(self.ref_count) if count == 0][:needed]
+        for _ in taken:
+            self.free_block_ids.pop()
+        return taken
+
+    begin_with(self, request_id, num_tokens, take)
+
+
+@wrong("allocate", says="looked up by block id")
+def allocate_the_next_without_user(self, request_id, num_tokens):
+    def take(needed):
+        taken = []
+        for _ in range(needed):
+            taken.append(self.ref_count.index(0))
+            self.ref_count[taken[-1]] = 1
+            self.free_block_ids.pop()
+        return taken
+
+    begin_with(self, request_id, num_tokens, take)
+
+
+@wrong("allocate", says="another ref_count")
+def allocate_with_new_counts(self, request_id, num_tokens):
+    begin_with(
+        self, request_id, num_tokens, lambda n: [self.take_block() for _ in range(n)]
+    )
+    self.ref_count = [self.ref_count[b] for b in range(self.num_blocks)]
+
+
+@wrong("allocate", says="enough free blocks")
+def allocate_nothing_if_none_is_free(self, request_id, num_tokens):
+    check_new(self, request_id, num_tokens)
+    if not self.free_block_ids:
+        raise OutOfBlocksError(math.ceil(num_tokens / self.block_size), 0)
+    begin(self, request_id, num_tokens, math.ceil(num_tokens / self.block_size))
+
+
+@wrong("allocate")
+def allocate_some_tokens_or_refuse(self, request_id, num_tokens):
+    if num_tokens < 1:
+        raise ValueError(num_tokens)
+    begin(self, request_id, num_tokens, math.ceil(num_tokens / self.block_size))
+
+
+@wrong("allocate", says="Raise ValueError here")
+def allocate_unless_it_has_a_block(self, request_id, num_tokens):
+    if self.block_tables.get(request_id):
+        raise ValueError(f"request {request_id!r} is live")
+    self.block_tables.pop(request_id, None)
+    begin(self, request_id, num_tokens, math.ceil(num_tokens / self.block_size))
+
+
+@wrong("allocate", says="when the others are full, not before")
+def allocate_one_block_at_least(self, request_id, num_tokens):
+    begin(self, request_id, num_tokens, max(1, math.ceil(num_tokens / self.block_size)))
+
+
+@wrong("allocate", says="needed is the number of blocks")
+def allocate_counting_what_is_missing(self, request_id, num_tokens):
+    check_new(self, request_id, num_tokens)
+    needed, free = math.ceil(num_tokens / self.block_size), len(self.free_block_ids)
+    if needed > free:
+        raise OutOfBlocksError(needed - free, free)
+    begin(self, request_id, num_tokens, needed)
+
+
+@wrong("allocate", says="free before any is taken")
+def allocate_looking_after_it_took(self, request_id, num_tokens):
+    check_new(self, request_id, num_tokens)
+    needed, table = math.ceil(num_tokens / self.block_size), []
+    while self.free_block_ids and len(table) < needed:
+        table.append(self.take_block())
+    if len(table) < needed:
+        left = len(self.free_block_ids)
+        for block_id in reversed(table):
+            self.ref_count[block_id] = 0
+            self.free_block_ids.append(block_id)
+        raise OutOfBlocksError(needed, left)
+    self.block_tables[request_id], self.seq_lens[request_id] = table, num_tokens
+
+
+@wrong("allocate", says="Fewer blocks are free than it needs")
+def allocate_what_is_left(self, request_id, num_tokens):
+    check_new(self, request_id, num_tokens)
+    needed = math.ceil(num_tokens / self.block_size)
+    begin(self, request_id, num_tokens, min(needed, len(self.free_block_ids)))
+
+
+@wrong("allocate", says="Fewer blocks are free than it needs")
+def allocate_with_a_value_error(self, request_id, num_tokens):
+    needed = math.ceil(num_tokens / self.block_size)
+    if needed > len(self.free_block_ids):
+        raise ValueError(f"no room for {needed} blocks")
+    begin(self, request_id, num_tokens, needed)
+
+
 def begin(self, request_id, num_tokens, needed):
     if request_id in self.block_tables or num_tokens < 0:
         raise ValueError(f"request {request_id!r}")
@@ -105,7 +278,7 @@ def allocate_from_the_front(self, request_id, num_tokens):
     self.block_tables[request_id], self.seq_lens[request_id] = table, num_tokens
 
 
-@wrong("allocate", says="another free list")
+@wrong("allocate", says="a stack")
 def allocate_with_a_new_free_list(self, request_id, num_tokens):
     if request_id in self.block_tables:
         raise ValueError(request_id)
@@ -217,6 +390,83 @@ def grow(self, request_id, num_tokens, needed_blocks=None, is_copied=None):
     while len(table) < wanted:
         table.append(self.take_block())
     return copied
+
+
+@right("append")
+def append_one_at_a_time(self, request_id, num_tokens=1):
+    self.check_live(request_id)
+    if num_tokens < 0:
+        raise ValueError("negative")
+    needed, free = self.blocks_needed({request_id: num_tokens}), len(self.free_block_ids)
+    if needed > free:
+        raise OutOfBlocksError(needed, free)
+    table, copied = self.block_tables[request_id], None
+    rest = self.seq_lens[request_id] % self.block_size
+    if rest and num_tokens and self.ref_count[table[-1]] > 1:
+        copied = self.copy_on_write(request_id)
+        needed -= 1
+    for _ in range(needed):
+        table.append(self.take_block())
+    self.seq_lens.update({request_id: self.seq_lens[request_id] + num_tokens})
+    return copied
+
+
+@wrong("append", says="enough free blocks")
+def append_nothing_if_none_is_free(self, request_id, num_tokens=1):
+    self.check_live(request_id)
+    if num_tokens >= 0 and not self.free_block_ids:
+        raise OutOfBlocksError(self.blocks_needed({request_id: num_tokens}), 0)
+    return grow(self, request_id, num_tokens)
+
+
+@wrong("append", says="when the others are full, not before")
+def append_into_new_blocks_alone(self, request_id, num_tokens=1):
+    now = len(self.block_tables.get(request_id, []))
+    return grow(
+        self,
+        request_id,
+        num_tokens,
+        lambda n, size: now + math.ceil(num_tokens / size),
+    )
+
+
+@wrong("append", says="something had changed before")
+def append_copying_before_it_counts(self, request_id, num_tokens=1):
+    self.check_live(request_id)
+    if num_tokens < 0:
+        raise ValueError(num_tokens)
+    needed, free = self.blocks_needed({request_id: num_tokens}), len(self.free_block_ids)
+    copied = None
+    if free and num_tokens > 0 and self.seq_lens[request_id] % self.block_size > 0:
+        copied = self.copy_on_write(request_id)
+    if needed > free:
+        raise OutOfBlocksError(needed, free)
+    grow(self, request_id, num_tokens)
+    return copied
+
+
+@wrong("append", says="seq_lens has the tokens")
+def append_without_counting_tokens(self, request_id, num_tokens=1):
+    copied = grow(self, request_id, num_tokens)
+    self.seq_lens[request_id] -= num_tokens
+    return copied
+
+
+@wrong("append", says="Raise ValueError here")
+def append_less_than_nothing(self, request_id, num_tokens=1):
+    self.check_live(request_id)
+    if num_tokens < 0:
+        return None
+    return grow(self, request_id, num_tokens)
+
+
+@wrong("append", says="needed is the number of blocks")
+def append_counting_tokens_for_blocks(self, request_id, num_tokens=1):
+    self.check_live(request_id)
+    needed, free = self.blocks_needed({request_id: num_tokens}), len(self.free_block_ids)
+    if needed > free:
+        raise OutOfBlocksError(num_tokens, free)
+    return grow(self, request_id, num_tokens)
 
 
 @wrong("append", says="Where no number is given")
@@ -352,6 +602,84 @@ def free_in_two_passes(self, request_id):
     self.free_block_ids += [b for b in table if self.ref_count[b] == 0]
 
 
+@right("free")
+def free_by_an_extension(self, request_id):
+    self.check_live(request_id)
+
+    def is_left(block_id):
+        self.ref_count[block_id] -= 1
+        return self.ref_count[block_id] == 0
+
+    self.free_block_ids.extend(filter(is_left, self.block_tables[request_id]))
+    del self.block_tables[request_id]
+    del self.seq_lens[request_id]
+
+
+@wrong("free", says="a stack")
+def free_into_a_new_list(self, request_id):
+    self.check_live(request_id)
+    for block_id in self.block_tables.pop(request_id):
+        self.ref_count[block_id] -= 1
+        if self.ref_count[block_id] == 0:
+            self.free_block_ids = self.free_block_ids + [block_id]
+    del self.seq_lens[request_id]
+
+
+@wrong("free", says="another free list")
+def free_in_front_of_the_others(self, request_id):
+    self.check_live(request_id)
+    for block_id in self.block_tables.pop(request_id):
+        self.ref_count[block_id] -= 1
+        if self.ref_count[block_id] == 0:
+            self.free_block_ids = [block_id] + self.free_block_ids
+    del self.seq_lens[request_id]
+
+
+@wrong("free", says="a stack")
+def free_and_sort(self, request_id):
+    free_backwards(self, request_id)
+    self.free_block_ids.sort(reverse=True)
+
+
+@wrong("free", says="a stack")
+def free_at_the_front(self, request_id):
+    self.check_live(request_id)
+    for block_id in self.block_tables.pop(request_id):
+        self.ref_count[block_id] -= 1
+        if self.ref_count[block_id] == 0:
+            self.free_block_ids.insert(0, block_id)
+    del self.seq_lens[request_id]
+
+
+@wrong("free", says="looked up by block id")
+def free_all_without_users(self, request_id):
+    self.check_live(request_id)
+    for block_id in self.block_tables.pop(request_id):
+        self.ref_count[block_id] -= 1
+    del self.seq_lens[request_id]
+    self.free_block_ids[:] = [b for b, n in enumerate(self.ref_count) if n == 0]
+
+
+@wrong("free", says="ref_count")
+def free_with_a_count_of_zero(self, request_id):
+    self.check_live(request_id)
+    for block_id in self.block_tables.pop(request_id):
+        if self.ref_count[block_id] == 1:
+            self.free_block_ids.append(block_id)
+        self.ref_count[block_id] = 0
+    del self.seq_lens[request_id]
+
+
+@wrong("free", says="The other requests keep their tables")
+def free_all_who_share(self, request_id):
+    self.check_live(request_id)
+    shared = {b for b in self.block_tables[request_id] if self.ref_count[b] > 1}
+    for other in [r for r, t in self.block_tables.items() if shared & {*t}]:
+        free_backwards(self, other)
+    if request_id in self.block_tables:
+        free_backwards(self, request_id)
+
+
 @wrong("free", says="some table has is not free")
 def free_blocks_of_others(self, request_id):
     self.check_live(request_id)
@@ -458,6 +786,80 @@ def slots_of_all_places(block_tables, seq_lens, query_lens, block_size):
     return torch.cat(rows)
 
 
+@right("slot_mapping")
+def slots_by_gather(block_tables, seq_lens, query_lens, block_size):
+    places = torch.arange(block_tables.shape[1] * block_size)
+    slots = block_tables.gather(1, (places // block_size).repeat(len(seq_lens), 1))
+    slots = slots * block_size + places % block_size  # (B, M * block_size)
+    is_new = places < seq_lens[:, None]
+    is_new &= places >= (seq_lens - query_lens)[:, None]
+    return slots[is_new]
+
+
+@right("slot_mapping")
+def slots_request_by_request(block_tables, seq_lens, query_lens, block_size):
+    out = []
+    for b in range(len(seq_lens)):
+        p = torch.arange(int(seq_lens[b] - query_lens[b]), int(seq_lens[b]))
+        out.append(block_tables[b].index_select(0, p // block_size) * block_size)
+        out[-1] += p.remainder(block_size)
+    return torch.cat(out)
+
+
+@wrong("slot_mapping", says="changed its inputs")
+def no_negative_ids(block_tables, seq_lens, query_lens, block_size):
+    block_tables[block_tables < 0] = 0
+    return slots_in_loops(block_tables, seq_lens, query_lens, block_size)
+
+
+@wrong("slot_mapping", says="changed its inputs")
+def ids_clamped_in_place(block_tables, seq_lens, query_lens, block_size):
+    block_tables.clamp_(max=2**30)
+    return slots_in_loops(block_tables, seq_lens, query_lens, block_size)
+
+
+@wrong("slot_mapping", says="changed its inputs")
+def lengths_before_the_step(block_tables, seq_lens, query_lens, block_size):
+    seq_lens -= query_lens
+    return slots_in_loops(block_tables, seq_lens + query_lens, query_lens, block_size)
+
+
+@wrong("slot_mapping", says="so is all that they are computed from")
+def slots_in_int32_then_int64(block_tables, seq_lens, query_lens, block_size):
+    requests, positions = where(seq_lens, query_lens)
+    block_ids = block_tables.int()[requests, positions // block_size]
+    return (block_ids * block_size + (positions % block_size).int()).long()
+
+
+@wrong("slot_mapping")
+def slots_in_single_precision(block_tables, seq_lens, query_lens, block_size):
+    requests, positions = where(seq_lens, query_lens)
+    block_ids = block_tables.float()[requests, positions // block_size]
+    return (block_ids * block_size + positions % block_size).long()
+
+
+@wrong("slot_mapping", says="not the position")
+def position_beside_the_block(block_tables, seq_lens, query_lens, block_size):
+    requests, positions = where(seq_lens, query_lens)
+    return block_tables[requests, positions // block_size] * block_size + positions
+
+
+@wrong("slot_mapping", says="the place in it is position % block_size")
+def places_turned_around(block_tables, seq_lens, query_lens, block_size):
+    slots = slots_in_loops(block_tables, seq_lens, query_lens, block_size)
+    return slots - 2 * (slots % block_size) + block_size - 1
+
+
+@wrong("slot_mapping", says="One slot for each new token")
+def slots_of_all_tokens(block_tables, seq_lens, query_lens, block_size):
+    return slots_in_loops(block_tables, seq_lens, seq_lens, block_size)
+
+
+@wrong("slot_mapping")
+def three_slots_too_early(block_tables, seq_lens, query_lens, block_size):
+    return slots_in_loops(block_tables, seq_lens, query_lens, block_size) - 403
+
+
 def where(seq_lens, query_lens):
     requests = torch.arange(len(seq_lens)).repeat_interleave(query_lens)
     return requests, new_positions(seq_lens, query_lens)
@@ -486,7 +888,7 @@ def one_piece(block_tables, seq_lens, query_lens, block_size):
     return block_tables[requests, 0] * block_size + positions
 
 
-@wrong("slot_mapping", says="Positions count from 0")
+@wrong("slot_mapping", says="positions and places count from 0")
 def positions_from_one(block_tables, seq_lens, query_lens, block_size):
     requests, positions = where(seq_lens + 1, query_lens)
     return block_tables[requests, positions // block_size] * block_size + (
@@ -504,7 +906,7 @@ def flat_table(block_tables, seq_lens, query_lens, block_size):
 @wrong("slot_mapping", says="in its own row")
 def first_row_for_all(block_tables, seq_lens, query_lens, block_size):
     _, positions = where(seq_lens, query_lens)
-    table = block_tables.clamp(max=999)[0]
+    table = block_tables[0, : math.ceil(int(seq_lens[0]) / block_size)]
     block_ids = table[(positions // block_size) % len(table)]
     return block_ids * block_size + positions % block_size
 
@@ -545,6 +947,97 @@ def gather_block_by_block(k_cache, v_cache, block_table, seq_len):
             dense[start : start + count] = cache[block_table[i], :count]
         out.append(dense)
     return tuple(out)
+
+
+@right("gather_kv")
+def gather_and_cat(k_cache, v_cache, block_table, seq_len):
+    size = k_cache.shape[1]
+    starts = range(0, seq_len, size)
+    ids = block_table.tolist()
+    out = []
+    for cache in (k_cache, v_cache):
+        pieces = [cache[ids[s // size]][: seq_len - s] for s in starts]
+        out.append(torch.cat([cache[0, :0], *pieces]))
+    return tuple(out)
+
+
+@right("gather_kv")
+def gather_token_by_token(k_cache, v_cache, block_table, seq_len):
+    size = k_cache.shape[1]
+    out = [torch.zeros(seq_len, *k_cache.shape[2:], dtype=k_cache.dtype) for _ in "kv"]
+    for p in range(seq_len):
+        for dense, cache in zip(out, (k_cache, v_cache)):
+            dense[p] = cache[int(block_table[p // size]), p % size]
+    return out
+
+
+@right("gather_kv")
+def gather_by_a_list_of_ids(k_cache, v_cache, block_table, seq_len):
+    ids = block_table[: -(-seq_len // k_cache.shape[1])]
+    shape = -1, *k_cache.shape[2:]
+    return k_cache[ids].reshape(shape)[:seq_len], v_cache[ids].reshape(shape)[:seq_len]
+
+
+@wrong("gather_kv", says="a view")
+def gather_a_view_of_one_block(k_cache, v_cache, block_table, seq_len):
+    if 0 < seq_len <= k_cache.shape[1]:
+        block_id = int(block_table[0])
+        return k_cache[block_id, :seq_len], v_cache[block_id, :seq_len]
+    return gather_by_slots(k_cache, v_cache, block_table, seq_len)
+
+
+@wrong("gather_kv", says="no further")
+def gather_all_and_cut(k_cache, v_cache, block_table, seq_len):
+    ids = block_table.clamp(0, len(k_cache) - 1)
+    return tuple(c[ids].flatten(0, 1)[:seq_len] for c in (k_cache, v_cache))
+
+
+@wrong("gather_kv")
+def gather_ids_of_some_block(k_cache, v_cache, block_table, seq_len):
+    ids = block_table[(block_table >= 0) & (block_table < len(k_cache))]
+    return tuple(c[ids].flatten(0, 1)[:seq_len] for c in (k_cache, v_cache))
+
+
+@wrong("gather_kv")
+def gather_what_is_not_block_zero(k_cache, v_cache, block_table, seq_len):
+    ids = block_table[(block_table > 0) & (block_table < len(k_cache))]
+    return tuple(c[ids].flatten(0, 1)[:seq_len] for c in (k_cache, v_cache))
+
+
+@wrong("gather_kv")
+def gather_up_to_a_negative_id(k_cache, v_cache, block_table, seq_len):
+    ids = block_table[block_table >= 0]
+    return tuple(c[ids].flatten(0, 1)[:seq_len] for c in (k_cache, v_cache))
+
+
+@wrong("gather_kv")
+def gather_full_blocks_alone(k_cache, v_cache, block_table, seq_len):
+    ids = block_table[: seq_len // k_cache.shape[1]]
+    return tuple(c[ids].flatten(0, 1) for c in (k_cache, v_cache))
+
+
+@wrong("gather_kv", says="the dtype of those that came in")
+def gather_into_the_default_dtype(k_cache, v_cache, block_table, seq_len):
+    out = gather_by_slots(k_cache, v_cache, block_table, seq_len)
+    return tuple(torch.empty(x.shape).copy_(x) for x in out)
+
+
+@wrong("gather_kv", says="changed its inputs")
+def gather_from_a_clean_pool(k_cache, v_cache, block_table, seq_len):
+    k_cache.nan_to_num_()
+    return gather_by_slots(k_cache, v_cache, block_table, seq_len)
+
+
+@wrong("gather_kv")
+def gather_the_last_first(k_cache, v_cache, block_table, seq_len):
+    k, v = gather_by_slots(k_cache, v_cache, block_table, seq_len)
+    return k.flip(0), v.flip(0)
+
+
+@wrong("gather_kv")
+def gather_negative_values(k_cache, v_cache, block_table, seq_len):
+    k, v = gather_by_slots(k_cache, v_cache, block_table, seq_len)
+    return k, -v
 
 
 def gathered(cache, block_table, seq_len):
@@ -618,6 +1111,57 @@ def share_in_single_precision(seq_lens, block_size):
     return seq_lens.sum() / (blocks.sum() * block_size)
 
 
+@right("paged_utilization")
+def share_of_the_places(seq_lens, block_size):
+    reserved = torch.ceil(seq_lens.double() / block_size) * block_size
+    return float(seq_lens.sum() / reserved.sum())
+
+
+@right("paged_utilization")
+def share_by_what_is_wasted(seq_lens, block_size):
+    wasted, total = int((-seq_lens % block_size).sum()), int(seq_lens.sum())
+    return 1 - wasted / (total + wasted)
+
+
+@wrong("paged_utilization", says="A share is a fraction")
+def share_in_whole_numbers(seq_lens, block_size):
+    return int(share_by_counting(seq_lens, block_size))
+
+
+@wrong("paged_utilization")
+def share_to_two_digits(seq_lens, block_size):
+    return round(share_by_counting(seq_lens, block_size), 2)
+
+
+@wrong("paged_utilization", says="has not begun has no block")
+def share_with_a_block_for_all(seq_lens, block_size):
+    places = sum(max(1, -(-n // block_size)) for n in seq_lens.tolist()) * block_size
+    return int(seq_lens.sum()) / places
+
+
+@wrong("paged_utilization", says="not all have as many blocks as the longest")
+def share_of_a_rectangle(seq_lens, block_size):
+    blocks = math.ceil(int(seq_lens.max()) / block_size) * len(seq_lens)
+    return int(seq_lens.sum()) / (blocks * block_size)
+
+
+@wrong("paged_utilization", says="between 0 and 1")
+def share_in_percent(seq_lens, block_size):
+    return 100 * share_by_counting(seq_lens, block_size)
+
+
+@wrong("paged_utilization")
+def share_that_is_never_small(seq_lens, block_size):
+    return max(0.6, share_by_counting(seq_lens, block_size))
+
+
+@wrong("paged_utilization", says="changed its inputs")
+def share_rounded_in_place(seq_lens, block_size):
+    total = int(seq_lens.sum())
+    seq_lens.add_(block_size - 1).floor_divide_(block_size).mul_(block_size)
+    return total / int(seq_lens.sum())
+
+
 @wrong("paged_utilization", says="needs no other")
 def share_with_one_block_more(seq_lens, block_size):
     blocks = (seq_lens // block_size + 1).sum()
@@ -681,6 +1225,92 @@ def fork_block_by_block(self, parent_id, child_id):
     self.seq_lens[child_id] = self.seq_lens[parent_id]
 
 
+@right("fork")
+def fork_by_comprehension(self, parent_id, child_id):
+    self.check_live(parent_id)
+    if child_id in self.block_tables:
+        raise ValueError(f"{child_id!r} is live")
+    self.seq_lens |= {child_id: self.seq_lens[parent_id]}
+    self.block_tables[child_id] = [*self.block_tables[parent_id]]
+    for i in range(len(self.block_tables[child_id])):
+        self.ref_count[self.block_tables[child_id][i]] += 1
+
+
+@wrong("fork", says="A fork takes no block")
+def fork_with_a_last_block_of_its_own(self, parent_id, child_id):
+    fork_with_slices(self, parent_id, child_id)
+    if self.block_tables[child_id] and self.free_block_ids:
+        self.copy_on_write(child_id)
+
+
+@wrong("fork", says="enough free blocks")
+def fork_if_a_block_is_free(self, parent_id, child_id):
+    if not self.free_block_ids:
+        raise OutOfBlocksError(1, 0)
+    fork_with_slices(self, parent_id, child_id)
+
+
+@wrong("fork", says="ref_count")
+def fork_for_two_at_most(self, parent_id, child_id):
+    fork_with_slices(self, parent_id, child_id)
+    for block_id in self.block_tables[child_id]:
+        self.ref_count[block_id] = 2
+
+
+@wrong("fork", says="Raise ValueError here")
+def fork_into_itself(self, parent_id, child_id):
+    if parent_id == child_id and parent_id in self.block_tables:
+        return
+    fork_with_slices(self, parent_id, child_id)
+
+
+@wrong("fork", says="Raise ValueError here")
+def fork_unless_the_child_has_a_block(self, parent_id, child_id):
+    self.check_live(parent_id)
+    if self.block_tables.get(child_id):
+        raise ValueError(f"request {child_id!r} is live")
+    self.block_tables.pop(child_id, None)
+    fork_with_slices(self, parent_id, child_id)
+
+
+@wrong("fork", says="Raise ValueError here")
+def fork_whatever_comes(self, parent_id, child_id):
+    self.block_tables[child_id] = self.block_tables[parent_id][:]
+    self.seq_lens[child_id] = self.seq_lens[parent_id]
+    for block_id in self.block_tables[child_id]:
+        self.ref_count[block_id] += 1
+
+
+@wrong("fork", says="raised TypeError")
+def fork_into_a_tuple(self, parent_id, child_id):
+    fork_with_slices(self, parent_id, child_id)
+    self.block_tables[child_id] = tuple(self.block_tables[child_id])
+
+
+@wrong("fork")
+def fork_of_full_blocks(self, parent_id, child_id):
+    fork_with_slices(self, parent_id, child_id)
+    if self.seq_lens[child_id] % self.block_size:
+        self.ref_count[self.block_tables[child_id].pop()] -= 1
+
+
+@wrong("fork")
+def fork_the_other_way_round(self, parent_id, child_id):
+    fork_with_slices(self, parent_id, child_id)
+    self.block_tables[child_id].reverse()
+
+
+@wrong("fork", says="something had changed before")
+def fork_then_look_for_the_parent(self, parent_id, child_id):
+    if child_id in self.block_tables:
+        raise ValueError(child_id)
+    self.block_tables[child_id] = []
+    if parent_id == child_id or parent_id not in self.block_tables:
+        raise ValueError(parent_id)
+    del self.block_tables[child_id]
+    fork_with_slices(self, parent_id, child_id)
+
+
 @wrong("fork", says="copy of the list")
 def fork_with_one_list_for_two(self, parent_id, child_id):
     self.check_live(parent_id)
@@ -737,6 +1367,8 @@ def fork_without_a_length(self, parent_id, child_id):
 
 @right("copy_on_write")
 def copy_with_early_take(self, request_id):
+    if request_id not in self.block_tables or not self.block_tables[request_id]:
+        raise ValueError(f"request {request_id!r}")
     *_, last = self.block_tables[request_id]
     if self.ref_count[last] > 1:
         if len(self.free_block_ids) == 0:
@@ -750,6 +1382,9 @@ def copy_with_early_take(self, request_id):
 
 @right("copy_on_write")
 def copy_with_a_new_table(self, request_id):
+    self.check_live(request_id)
+    if len(self.block_tables[request_id]) == 0:
+        raise ValueError("no block yet")
     table = self.block_tables[request_id]
     shared = table[-1]
     if self.ref_count[shared] <= 1:
@@ -856,7 +1491,7 @@ def copy_without_a_word(self, request_id):
     copy_with_a_new_table(self, request_id)
 
 
-@wrong("copy_on_write")
+@wrong("copy_on_write", says="The others keep the old block")
 def copy_in_every_table(self, request_id):
     source = self.block_tables[request_id][-1]
     if self.ref_count[source] == 1:
@@ -869,3 +1504,99 @@ def copy_in_every_table(self, request_id):
             table[-1] = target
     self.ref_count[target], self.ref_count[source] = self.ref_count[source], 0
     return source, target
+
+
+@right("copy_on_write")
+def copy_with_the_count_last(self, request_id):
+    self.check_live(request_id)
+    table = self.block_tables[request_id]
+    if not table:
+        raise ValueError("nothing is written yet")
+    shared = table.pop()
+    if self.ref_count[shared] == 1 or not self.free_block_ids:
+        table.append(shared)
+        if self.ref_count[shared] == 1:
+            return None
+        raise OutOfBlocksError(1, 0)
+    table.append(self.take_block())
+    self.ref_count[shared] -= 1
+    return shared, table[-1]
+
+
+@wrong("copy_on_write", says="raised KeyError")
+def copy_without_guards(self, request_id):
+    source = self.block_tables[request_id][-1]
+    if self.ref_count[source] == 1:
+        return None
+    if not self.free_block_ids:
+        raise OutOfBlocksError(1, 0)
+    self.ref_count[source] -= 1
+    self.block_tables[request_id][-1] = target = self.take_block()
+    return source, target
+
+
+@wrong("copy_on_write", says="Raise ValueError here")
+def copy_nothing_of_nobody(self, request_id):
+    if request_id not in self.block_tables:
+        return None
+    return copy_with_a_new_table(self, request_id)
+
+
+@wrong("copy_on_write", says="Raise ValueError here")
+def copy_nothing_of_no_block(self, request_id):
+    self.check_live(request_id)
+    if not self.block_tables[request_id]:
+        return None
+    return copy_with_a_new_table(self, request_id)
+
+
+@wrong("copy_on_write", says="something had changed before")
+def copy_for_whoever_asks(self, request_id):
+    if not self.block_tables.setdefault(request_id, []):
+        raise ValueError(request_id)
+    return copy_with_a_new_table(self, request_id)
+
+
+@wrong("copy_on_write", says="enough free blocks")
+def copy_looking_for_room_first(self, request_id):
+    self.check_live(request_id)
+    if self.block_tables[request_id] and not self.free_block_ids:
+        raise OutOfBlocksError(1, 0)
+    return copy_with_a_new_table(self, request_id)
+
+
+@wrong("copy_on_write", says="Return (source, target)")
+def copy_naming_the_target_alone(self, request_id):
+    copied = copy_with_a_new_table(self, request_id)
+    return copied and copied[1]
+
+
+@wrong("copy_on_write")
+def copy_the_first_block(self, request_id):
+    self.check_live(request_id)
+    if not self.block_tables[request_id]:
+        raise ValueError(request_id)
+    source = self.block_tables[request_id][0]
+    if self.ref_count[source] == 1:
+        return None
+    if not self.free_block_ids:
+        raise OutOfBlocksError(1, 0)
+    self.ref_count[source] -= 1
+    self.block_tables[request_id][0] = target = self.take_block()
+    return source, target
+
+
+@wrong("copy_on_write", says="some table has is not free")
+def copy_giving_the_old_one_back(self, request_id):
+    copied = copy_with_a_new_table(self, request_id)
+    if copied:
+        self.free_block_ids.append(copied[0])
+    return copied
+
+
+@wrong("copy_on_write", says="Fewer blocks are free")
+def copy_only_if_there_is_room(self, request_id):
+    self.check_live(request_id)
+    if self.block_tables[request_id] and not self.free_block_ids:
+        return None
+    return copy_with_a_new_table(self, request_id)

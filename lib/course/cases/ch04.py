@@ -2,11 +2,11 @@
 
 import math
 import re
-from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
 
+from lib.course.cases.ch01 import _reproduced
 from lib.course.exercises import Case, Exercise
 
 NOWHERE = 2147480000  # a block id that stands behind the end of a table: never to be read
@@ -25,9 +25,12 @@ def slot_mapping_cases(seed: int) -> list[Case]:
         ("a prompt beside a request that goes on", [5, 18], [5, 1], 4),
         ("several new tokens each, over a block's edge", [9, 17, 3], [3, 2, 1], 8),
         ("a request that rests", [2, 6, 11], [1, 0, 2], 4),
+        ("block ids so large that slots need 64 bits", [3, 40], [3, 1], 16),
         ("random lengths", *_random_lens(rng), 16),
     ):
         block_tables = _block_tables(rng, seq_lens, block_size)
+        if "64 bits" in name:
+            block_tables[(block_tables > 0) & (block_tables < NOWHERE)] += 1_234_567_890
         inputs = {
             "block_tables": block_tables,
             "seq_lens": np.array(seq_lens),
@@ -45,12 +48,15 @@ def _random_lens(rng) -> tuple[list[int], list[int]]:
 
 
 def _block_tables(rng, seq_lens: list[int], block_size: int) -> np.ndarray:
-    """Shuffled blocks; rows as wide as the widest needs, and one place more."""
+    """Shuffled blocks; rows as wide as the widest needs, and two entries more. Behind a
+    request's last block stands NOWHERE, then -1."""
     num_used = [math.ceil(seq_len / block_size) for seq_len in seq_lens]
-    block_ids = 100 + rng.permutation(2 * sum(num_used) + 2)  # none is a place too
-    block_tables = np.full((len(seq_lens), max(num_used) + 1), NOWHERE)
+    # None is a place too, and no two are neighbours.
+    block_ids = 100 + 7 * rng.permutation(2 * sum(num_used) + 2)
+    block_tables = np.full((len(seq_lens), max(num_used) + 2), -1)
     for row, count in zip(block_tables, num_used):
         row[:count], block_ids = block_ids[:count], block_ids[count:]
+        row[count] = NOWHERE
     return block_tables
 
 
@@ -58,32 +64,49 @@ def slot_mapping_explain(inputs: dict, expected: dict, got: dict) -> str | None:
     ours, theirs = expected["slots"], got["slots"]
     if not isinstance(theirs, np.ndarray) or theirs.shape != ours.shape:
         return "One slot for each new token, request after request"
-    size, places = inputs["block_size"], ours % inputs["block_size"]
-    if (theirs > NOWHERE).any() or (theirs < 0).any():
-        return "That reads behind the end of a table: a token has its own request's row"
-    if np.array_equal(theirs, ours // size):
-        return "That is the block: its slots begin at block_id * block_size"
-    if np.array_equal(theirs, ours // size * size):
-        return "Add the place in the block, position % block_size"
-    if np.array_equal(theirs, _slots_from_zero(inputs)):
-        return "The new tokens are a request's last ones: seq_lens counts them too"
-    if np.array_equal(theirs, ours + 1):
-        return "Positions count from 0: a request's last token is at seq_len - 1"
-    if np.array_equal(theirs // size, ours // size) and size > 1:
-        return "The place in the block is position % block_size"
-    if np.array_equal(theirs % size, places):
+    size = inputs["block_size"]
+    blocks, positions = theirs // size, _positions(inputs, 0 * inputs["seq_lens"])
+    is_block, is_place = blocks == ours // size, theirs % size == ours % size
+    if ((blocks == NOWHERE) | (blocks == -1) & is_place).any():
+        return "That reads behind the end of a table, where no block stands"
+    with np.errstate(all="ignore"):
+        in_32_bits = ours.astype(np.int32)
+    wrong = {
+        "That is the block: its slots begin at block_id * block_size": ours // size,
+        "Add the place in the block, position % block_size": ours // size * size,
+        "Add position % block_size, not the position": ours + positions // size * size,
+        "The new tokens are a request's last ones: seq_lens counts them too": _slots(
+            inputs, inputs["seq_lens"] - inputs["query_lens"]
+        ),
+        "That is one too far: positions and places count from 0": ours + 1,
+        "Slots are int64, and so is all that they are computed from": in_32_bits,
+    }
+    found = {
+        words: np.array_equal(theirs, other) and not np.array_equal(other, ours)
+        for words, other in wrong.items()
+    }
+    if any(found.values()):
+        return _reproduced(found)
+    if is_block.all():
+        return "The block is right: the place in it is position % block_size"
+    if is_place.all() and size > 1:
         return "The block is the table's entry at position // block_size, in its own row"
     return None
 
 
-def _slots_from_zero(inputs: dict) -> list[int]:
-    """The slots of a request's first tokens, instead of its new ones."""
-    size = inputs["block_size"]
-    return [
-        table[position // size] * size + position % size
-        for table, query_len in zip(inputs["block_tables"], inputs["query_lens"])
-        for position in range(query_len)
-    ]
+def _positions(inputs: dict, shifts: np.ndarray) -> np.ndarray:
+    """Positions in their texts, of tokens so many places before the new ones."""
+    ends = inputs["seq_lens"] - shifts
+    ranges = [np.arange(end - n, end) for end, n in zip(ends, inputs["query_lens"])]
+    return np.concatenate(ranges)
+
+
+def _slots(inputs: dict, shifts: np.ndarray) -> np.ndarray:
+    """The slots of these."""
+    size, positions = inputs["block_size"], _positions(inputs, shifts)
+    requests = np.repeat(np.arange(len(shifts)), inputs["query_lens"])
+    block_ids = inputs["block_tables"][requests, positions // size]
+    return block_ids * size + positions % size
 
 
 def _script(name: str, num_blocks: int, block_size: int, *calls: tuple) -> Case:
@@ -119,9 +142,13 @@ def allocate_cases(seed: int) -> list[Case]:
         _script("one token", 4, 2, ("allocate", "a", 1)),
         _script("a prompt that fills its blocks", 4, 2, ("allocate", "a", 4)),
         _script("a prompt of three tokens", 4, 2, ("allocate", "a", 3)),
-        _script("no tokens yet", 4, 2, ("allocate", "a", 0)),
+        _script("no tokens yet", 4, 2, ("allocate", "a", 0), ("allocate", "a", 1)),
         _script("two requests", 4, 2, ("allocate", "a", 3), ("allocate", "b", 2)),
-        _script("the whole pool", 3, 4, ("allocate", "a", 12)),
+        _script(
+            "the whole pool, and what needs no block",
+            *(3, 4),
+            *(("allocate", "a", 12), ("allocate", "b", 0)),
+        ),
         _script(
             "more than is free",
             *(4, 2),
@@ -159,7 +186,8 @@ def append_cases(seed: int) -> list[Case]:
         _script(
             "more than is free",
             *(3, 2),
-            *(("allocate", "a", 3), ("append", "a", 4), ("append", "a", 3)),
+            *(("allocate", "a", 3), ("append", "a", 4), ("append", "a", 2)),
+            *(("append", "a", 1), ("append", "a", 0), ("append", "a", 1)),
         ),
         _script("an unknown request", 4, 2, ("append", "a", 1)),
         _script(
@@ -227,7 +255,11 @@ def fork_cases(seed: int) -> list[Case]:
     shared = ("allocate", "a", 3), ("fork", "a", "b")
     return [
         _script("two blocks", 6, 2, *shared),
-        _script("no blocks yet", 6, 2, ("allocate", "a", 0), ("fork", "a", "b")),
+        _script(
+            "no blocks yet",
+            *(6, 2),
+            *(("allocate", "a", 0), ("fork", "a", "b"), ("fork", "a", "b")),
+        ),
         _script("the child goes on", 6, 2, *shared, ("append", "b", 3)),
         _script("the parent goes on", 6, 2, *shared, ("append", "a", 3)),
         _script("three of them", 6, 2, *shared, ("fork", "b", "c"), ("append", "c", 1)),
@@ -236,11 +268,13 @@ def fork_cases(seed: int) -> list[Case]:
         ),
         _script("no free block is needed", 2, 2, *shared),
         _script("an unknown parent", 6, 2, ("allocate", "a", 3), ("fork", "c", "b")),
+        _script("a child that ended", 6, 2, *shared, ("free", "b"), ("fork", "a", "b")),
         _script(
             "a live child",
             *(6, 2),
             *(("allocate", "a", 3), ("allocate", "b", 2), ("fork", "a", "b")),
         ),
+        _script("itself", 6, 2, ("allocate", "a", 3), ("fork", "a", "a")),
         _random_script(seed),
     ]
 
@@ -269,37 +303,50 @@ def copy_on_write_cases(seed: int) -> list[Case]:
             *(("allocate", "a", 2), ("fork", "a", "b"), ("copy_on_write", "b")),
         ),
         _script("no block is free", 2, 2, *shared, ("copy_on_write", "b")),
+        _script(
+            "its only user, and no block is free",
+            *(2, 2),
+            *(("allocate", "a", 3), ("copy_on_write", "a")),
+        ),
+        _script("an unknown request", 4, 2, *shared, ("copy_on_write", "c")),
+        _script("one that ended", 4, 2, *shared, ("free", "b"), ("copy_on_write", "b")),
+        _script("no block yet", 4, 2, ("allocate", "a", 0), ("copy_on_write", "a")),
         _script("the other has ended", 2, 2, *shared, ("free", "a"), ("append", "b")),
         _random_script(seed),
     ]
 
 
-def _first_wrong(expected: dict, got: dict) -> tuple[str, dict, dict]:
-    return next((k, expected[k], got[k]) for k in expected if got[k] != expected[k])
+def _first_wrong(expected: dict, got: dict) -> tuple[str, dict, dict, dict]:
+    """The call, and what is expected before it, expected after it, and got."""
+    before = {"tables": "none"}
+    for call in expected:
+        if got[call] != expected[call]:
+            return call, before, expected[call], got[call]
+        before = expected[call]
+    raise LookupError("expected a difference, found none")
 
 
 def script_explain(inputs: dict, expected: dict, got: dict) -> str | None:
-    call, ours, theirs = _first_wrong(expected, got)
+    call, before, ours, theirs = _first_wrong(expected, got)
     method, caller = re.search(r"(\w+)\('(\w+)'", call).groups()
-    is_refused = "Error" in ours["gave"]
-    if is_refused and theirs["gave"] == ours["gave"]:
-        return "It was refused, but something had changed before: count first, then take"
-    if is_refused and ours["gave"] == "ValueError":
-        return "Raise ValueError, with check_live for an unknown request"
-    if is_refused:
-        return "Raise OutOfBlocksError(needed, free) before anything is taken"
+    if "Error" in ours["gave"]:
+        return _about_refusals(ours, theirs)
+    if theirs["gave"] == "ValueError":
+        return None
     if "Error" in theirs["gave"]:
         return "There were enough free blocks for that"
-    if method == "fork" and theirs["free_blocks"] != ours["free_blocks"]:
+    if method == "fork" and theirs["free_blocks"] < ours["free_blocks"]:
         return "A fork takes no block from the free list"
     if ours["gave"] == "None" and theirs["gave"].startswith("(its old"):
-        return "There is nothing to copy: nobody else uses it, or nothing is written"
+        return (
+            "There is nothing to copy: nobody else uses it, or nothing is written into it"
+        )
     if theirs["tables"] != ours["tables"]:
-        return _about_tables(method, caller, ours, theirs)
-    if theirs["tokens"] != ours["tokens"] and call.endswith(f"append('{caller}'):"):
-        return "Where no number is given it is one token"
+        return _about_tables(method, caller, before, ours, theirs, inputs["block_size"])
     if theirs["tokens"] != ours["tokens"]:
-        return "seq_lens has the tokens of each live request"
+        is_default = call.endswith(f"append('{caller}'):")
+        default = "Where no number is given it is one token"
+        return default if is_default else "seq_lens has the tokens of each live request"
     if theirs["ref_counts"] != ours["ref_counts"]:
         return "ref_count says in how many tables a block stands"
     if theirs["free_blocks"] < ours["free_blocks"]:
@@ -311,30 +358,63 @@ def script_explain(inputs: dict, expected: dict, got: dict) -> str | None:
     return None
 
 
-def _about_tables(method: str, caller: str, ours: dict, theirs: dict) -> str:
-    wanted, got = (_num_blocks(state["tables"]) for state in (ours, theirs))
+def _about_refusals(ours: dict, theirs: dict) -> str:
+    if theirs["gave"] == ours["gave"]:
+        return (
+            "It was refused, but something had changed before: check first, then change"
+        )
+    if ours["gave"] == "ValueError":
+        return "Raise ValueError here: the given lines do, keep them"
+    if theirs["gave"].startswith("OutOfBlocksError"):
+        needed = (re.search(r"needed=(\d+)", x["gave"])[1] for x in (ours, theirs))
+        if len({*needed}) > 1:
+            return "needed is the number of blocks that this call takes, all of them"
+        return "free is the number of blocks that are free before any is taken"
+    return "Fewer blocks are free than it needs: raise OutOfBlocksError(needed, free)"
+
+
+def _about_tables(
+    method: str, caller: str, before: dict, ours: dict, theirs: dict, block_size: int
+) -> str | None:
+    old, wanted, got = (_blocks(state["tables"]) for state in (before, ours, theirs))
     if method == "free":
-        return "A request that has ended has no table, and the others keep theirs"
-    differs = [
-        request_id for request_id in wanted if wanted[request_id] != got[request_id]
-    ]
-    if method == "copy_on_write" and differs == [caller]:
-        return "The new block takes the place of the table's last entry"
-    if any(request_id != caller for request_id in differs):
+        is_there = "A request that has ended has no table"
+        return is_there if caller in got else "The other requests keep their tables"
+    differs = [r for r in wanted if len(wanted[r]) != len(got.get(r, []))]
+    if method == "fork" or caller not in got:
+        return None
+    if any(r != caller and r in got and got[r] == got[caller] for r in differs):
         return "A table belongs to one request: the child's is a copy of the list"
-    if differs and got[caller] > wanted[caller] and ours["gave"].startswith("(its old"):
-        return "needed counts the copy too: grow until the table is long enough"
-    if differs and got[caller] > wanted[caller]:
+    surplus = len(got[caller]) - len(wanted[caller])
+    is_copied = ours["gave"].startswith("(its old")
+    if differs == [caller] and surplus > 0:
+        if method == "copy_on_write":
+            return "The new block takes the place of the table's last entry"
+        if is_copied and surplus == 1:
+            return "needed counts the copy too: grow until the table is long enough"
         return "A block is taken when the others are full, not before"
-    if differs:
-        return "Tokens without a place: the last block may be filled in part"
-    return "Others use the last block too: a free one takes its place in this table"
+    if differs == [caller] and surplus < 0:
+        tokens = dict(row.split(": ") for row in ours["tokens"].split(", "))
+        is_cut = len(got[caller]) == int(tokens[caller]) // block_size
+        words = "Tokens without a place: the table has too few blocks"
+        cut = "Tokens without a place: the last block may be filled in part"
+        return cut if is_cut else words
+    place = len(old.get(caller, [])) - 1
+    others = {block for r in got if r != caller for block in got[r]}
+    if is_copied and not differs and got[caller][place] in others:
+        if theirs["gave"] == "None":
+            return (
+                "Others use the last block too: a free one takes its place in this table"
+            )
+        if theirs["gave"] == ours["gave"]:
+            return "The others keep the old block: change this request's table alone"
+    return None
 
 
-def _num_blocks(tables: str) -> Counter:
-    """How many blocks each request has: "a: 0 1, b: 2" -> {"a": 2, "b": 1}."""
+def _blocks(tables: str) -> dict[str, list[str]]:
+    """Of each request: "a: 0 1, b: 2" -> {"a": ["0", "1"], "b": ["2"]}."""
     rows = (row.split(": ") for row in tables.split(", ") if row != "none")
-    return Counter({name: len(re.findall(r"\d+", blocks)) for name, blocks in rows})
+    return {name: re.findall(r"\d+", blocks) for name, blocks in rows}
 
 
 def gather_kv_cases(seed: int) -> list[Case]:
@@ -348,19 +428,26 @@ def gather_kv_cases(seed: int) -> list[Case]:
         ("one block that is larger than the text", 5, 256, 2, (2, 2)),
         ("no tokens", 0, 2, 3, (1, 2)),
         ("a request in a large pool", 90, 16, 100, (2, 8)),
+        ("a table much wider than the text", 20, 8, 12, (2, 4)),
+        ("single precision", 3, 2, 4, (1, 2)),
         ("a random length", int(rng.integers(20, 70)), 8, 12, (2, 4)),
     ):
         caches = [np.full((num_blocks, block_size, G, D), np.nan) for _ in "kv"]
         num_used = math.ceil(seq_len / block_size)
-        block_ids = rng.permutation(num_blocks)[:num_used]
+        block_ids = 1 + rng.permutation(num_blocks - 1)[:num_used]
+        block_ids[1:2] = 0  # so that the order of the pool is another one
         for i, block_id in enumerate(block_ids):
             filled = min(block_size, seq_len - i * block_size)
             for cache in caches:
                 cache[block_id, :filled] = rng.normal(size=(filled, G, D))
-        block_table = np.concatenate([block_ids, np.full(2, NOWHERE)]).astype(np.int64)
+        # Behind the last block: ids of no block, and of blocks that are others'.
+        behind = [NOWHERE, -1, *range(num_blocks)][: 2 if "wider" not in name else None]
+        behind *= 9 if "wider" in name else 1
+        block_table = np.concatenate([block_ids, behind]).astype(np.int64)
+        dtype = np.float32 if name == "single precision" else np.float64
         inputs = {
-            "k_cache": caches[0],
-            "v_cache": caches[1],
+            "k_cache": caches[0].astype(dtype),
+            "v_cache": caches[1].astype(dtype),
             "block_table": block_table,
             "seq_len": seq_len,
         }
@@ -372,20 +459,42 @@ def gather_kv_cases(seed: int) -> list[Case]:
 
 
 def gather_kv_explain(inputs: dict, expected: dict, got: dict) -> str | None:
-    k, ours = got["k"], expected["k"]
-    if not isinstance(k, np.ndarray):
+    k, v, ours = got["k"], got["v"], expected["k"]
+    if not isinstance(k, np.ndarray) or not isinstance(v, np.ndarray):
         return None
-    if k.ndim == ours.ndim and len(k) > len(ours):
+    k_cache, block_table = inputs["k_cache"], inputs["block_table"]
+    size, seq_len = k_cache.shape[1], inputs["seq_len"]
+    used = block_table[: math.ceil(seq_len / size)]
+    if len(used) and _is_same(k, k_cache[used]):
+        return "Blocks and places become one dimension of tokens: (S, G, D)"
+    whole = k_cache[used].reshape(-1, *ours.shape[1:])
+    if seq_len % size and _is_same(k, whole):
         return "The last block may be filled in part: keep seq_len tokens"
     if k.shape != ours.shape:
-        return "Blocks and places become one dimension of tokens: (S, G, D)"
+        return None
     if np.isnan(k).any():
         return "That reads a block, or a place, that is not this request's"
-    if np.array_equal(k, ours) and not np.array_equal(got["v"], expected["v"]):
-        return "Values come from v_cache, by the same table"
     if np.array_equal(k, ours):
-        return "Copy this request's blocks, not the pool"
-    return "Blocks in the order of the table: the text's, not the pool's"
+        if not np.array_equal(v, expected["v"]):
+            words = "Values come from v_cache, by the same table"
+            return words if np.array_equal(v, ours) else None
+        if got["shares_memory_with_the_pool"]:
+            return "That is a view, which changes with the pool: copy the blocks"
+        num_copied = got["peak_bytes"] // k_cache[0].nbytes  # blocks of one cache
+        if len(k_cache) < len(block_table) <= num_copied:
+            return "Read the table up to this request's last block, and no further"
+        if num_copied >= len(k_cache):
+            return "Copy this request's blocks, not the pool"
+        return None
+    tokens = [min(size, seq_len - i * size) for i in range(len(used))]
+    in_the_pools_order = [k_cache[used[i], : tokens[i]] for i in np.argsort(used)]
+    if np.array_equal(k, np.concatenate(in_the_pools_order)):
+        return "Blocks in the order of the table: the text's, not the pool's"
+    return None
+
+
+def _is_same(one: np.ndarray, other: np.ndarray) -> bool:
+    return one.shape == other.shape and np.array_equal(one, other, equal_nan=True)
 
 
 def paged_utilization_cases(seed: int) -> list[Case]:
@@ -395,6 +504,7 @@ def paged_utilization_cases(seed: int) -> list[Case]:
         ("one request, half a block", [2], 4),
         ("a full block", [4], 4),
         ("one token more than a block", [5], 4),
+        ("one request, a third of a block", [3], 9),
         ("two requests", [1, 5], 4),
         ("blocks of one token", [3, 7], 1),
         ("a request that has not begun", [0, 5], 4),
@@ -407,23 +517,46 @@ def paged_utilization_cases(seed: int) -> list[Case]:
 
 def paged_utilization_explain(inputs: dict, expected: dict, got: dict) -> str | None:
     seq_lens, size = np.array(inputs["seq_lens"]), inputs["block_size"]
-    theirs, used = got["utilization"], seq_lens.sum()
-    for blocks, words in (
-        ((seq_lens // size + 1).sum(), "A request that fills its blocks needs no other"),
-        ((seq_lens // size).sum(), "A block that is filled in part is taken in full"),
-        (math.ceil(used / size), "A block belongs to one request: round up for each"),
-    ):
-        if blocks and theirs == used / (blocks * size):
-            return words
-    if theirs == used / -(-seq_lens // size).sum():
-        return "A block has block_size places"
-    if theirs == 1 - expected["utilization"]:
-        return "That is the share that holds nothing"
-    if theirs == 100 * expected["utilization"]:
-        return "A share is between 0 and 1"
-    if theirs == np.mean(seq_lens / np.maximum(-(-seq_lens // size) * size, 1)):
-        return "All tokens over all places: long requests weigh more"
-    return None
+    ours, theirs, used = expected["utilization"], got["utilization"], seq_lens.sum()
+    if isinstance(theirs, str):
+        return None
+    if isinstance(theirs, int) and theirs == int(ours):
+        return "A share is a fraction: // and int() cut it off"
+    num_blocks = -(-seq_lens // size)
+    begun = num_blocks > 0
+    shares = seq_lens[begun] / (num_blocks[begun] * size)
+    wrong = {
+        "A request that fills its blocks needs no other": [
+            used / ((seq_lens // size + 1).sum() * size)
+        ]
+        * bool((seq_lens[begun] % size == 0).any()),
+        "A block that is filled in part is taken in full": [
+            used / (max((seq_lens // size).sum(), 1) * size)
+        ],
+        "A block belongs to one request: round up for each": [
+            used / (math.ceil(used / size) * size)
+        ],
+        "A request that has not begun has no block": [
+            used / (np.maximum(num_blocks, 1).sum() * size)
+        ],
+        "A block has block_size places": [used / num_blocks.sum()],
+        "That is the share that holds nothing": [1 - ours],
+        "A share is between 0 and 1": [100 * ours],
+        "All tokens over all places: long requests weigh more": [
+            shares.mean(),
+            shares.sum() / len(seq_lens),
+        ],
+        "Requests differ in length: not all have as many blocks as the longest": [
+            used / (num_blocks.max() * len(seq_lens) * size)
+        ],
+    }
+    return _reproduced(
+        {
+            words: any(math.isclose(theirs, other, rel_tol=1e-6) for other in others)
+            and not math.isclose(theirs, ours, rel_tol=1e-6)
+            for words, others in wrong.items()
+        }
+    )
 
 
 def _method(name: str, points: int, cases: Callable) -> Exercise:

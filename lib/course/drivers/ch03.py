@@ -1,16 +1,25 @@
 """Chapter 3: run an answer, give plain data."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from numbers import Integral, Real
 
 import numpy as np
 import torch
 
+from lib import sampling
 from lib.config import ModelConfig
-from lib.course.drivers.ch01 import as_array, as_list, random_model
+from lib.course.drivers.ch01 import (
+    DEFAULTS,
+    as_array,
+    as_list,
+    random_model,
+    write_chain,
+)
 from lib.generate import forward_cached
 from lib.kv_cache import CacheFullError, ContiguousKVCache
 from lib.measure.meter import measure
+from lib.model import Transformer
 
 
 def kv_cache_bytes(
@@ -65,40 +74,49 @@ def generate_cached(
     num_new_tokens: int,
     settings: dict,
     draw_seed: int,
+    has_generator: bool,
+    is_refused: bool,
+    chain: list[int],
 ) -> dict:
-    """cached: how many tokens each request has in the cache before. room: for each."""
+    """cached: how many tokens each request has in the cache before. room: for each.
+    chain: where it is not empty, the model writes these tokens one after the other.
+    is_refused: ValueError is expected."""
     model = random_model(model_seed)
-    cache = ContiguousKVCache(model.config, len(prompts), room, dtype=torch.float64)
-    for request_id in range(len(prompts)):
+    if chain:
+        write_chain(model, chain)
+    cache = ContiguousKVCache(model.config, len(cached), room, dtype=torch.float64)
+    for request_id in range(len(cached)):
         cache.begin(request_id)
     for tensor in (cache.k_cache, cache.v_cache):  # whoever reads further gets NaN
         tensor.fill_(torch.nan)
-    query_lens = torch.tensor(cached, dtype=torch.int64)
-    generator = torch.Generator().manual_seed(draw_seed)
-    token_ids = torch.randint(256, (sum(cached),), generator=generator)
-    if len(token_ids):
-        forward_cached(model, cache, token_ids, query_lens)
+    if sum(cached):
+        generator = torch.Generator().manual_seed(draw_seed)
+        token_ids = torch.randint(256, (sum(cached),), generator=generator)
+        forward_cached(model, cache, token_ids, torch.tensor(cached))
     num_projected = []
     model.blocks[0].attention.q_proj.register_forward_pre_hook(
         lambda _, args: num_projected.append(args[0].numel() // args[0].shape[-1])
     )
     given = [torch.tensor(prompt_ids, dtype=torch.int64) for prompt_ids in prompts]
+    generator = torch.Generator().manual_seed(draw_seed) if has_generator else None
     run = lambda: answer(  # noqa: E731
-        model,
-        given,
-        num_new_tokens,
-        cache,
-        generator=torch.Generator().manual_seed(draw_seed),
-        **settings,
+        model, given, num_new_tokens, cache, generator=generator, **settings
     )
+    refusals = (CacheFullError, ValueError) if is_refused else CacheFullError
+    torch.manual_seed(draw_seed + 1)
+    state = torch.get_rng_state()
     try:
-        cost = measure(run)
-    except CacheFullError:
+        with torch.enable_grad(), _choices_seen(model) as seen:
+            cost = measure(run)
+            are_gradients_on = torch.is_grad_enabled()
+    except refusals as error:
+        kind = ValueError if isinstance(error, ValueError) else CacheFullError
         return {
-            "texts": ["CacheFullError"],
+            "texts": [kind.__name__],
             "tokens_in_the_cache": cache.seq_lens.tolist(),
             "kept_for_a_backward_pass_bytes": 0,
         }
+    is_torch_as_before = torch.equal(state, torch.get_rng_state())
     texts = cost.value
     if not isinstance(texts, (list, tuple)):
         texts = [texts]
@@ -108,8 +126,60 @@ def generate_cached(
         "projected_tokens": sum(num_projected),
         "tokens_in_the_cache": cache.seq_lens.tolist(),
         "prompts_are_as_before": [ids.tolist() for ids in given] == prompts,
+        "random_state_of_torch_is_as_before": is_torch_as_before,
+        # Of whoever seeds anew, another one. Where one token is left none need be drawn.
+        "next_random_number": torch.rand(1, generator=generator).item()
+        if settings["temperature"] > 0 and {*settings} == {"temperature"}
+        else None,
+        "gradients_are_on_as_before": are_gradients_on,
+        "model_is_in_eval_mode_as_before": not model.training,
         "kept_for_a_backward_pass_bytes": cost.saved_bytes,
+        **_other_choices(seen, settings, [len(ids) for ids in prompts]),
     }
+
+
+@contextlib.contextmanager
+def _choices_seen(model: Transformer) -> Iterator[list]:
+    """While inside, what next_token_probs gets is kept: the logits, those that the model
+    gave before, and the settings."""
+    seen, given = [], []
+    original = sampling.next_token_probs
+
+    def next_token_probs(logits, temperature=1.0, top_k=None, top_p=1.0):
+        if given:
+            copy = logits.detach().clone()
+            seen.append((copy, given[-1], [temperature, top_k, top_p]))
+        return original(logits, temperature, top_k, top_p)
+
+    hook = model.register_forward_hook(
+        lambda _, args, logits: given.append(logits.detach().clone())
+    )
+    sampling.next_token_probs = next_token_probs
+    try:
+        yield seen
+    finally:
+        hook.remove()
+        sampling.next_token_probs = original
+
+
+def _other_choices(seen: list, settings: dict, prompt_lens: list[int]) -> dict:
+    """What was chosen wrongly: the settings, or rows of the logits. Empty where nothing
+    was, or nobody can tell."""
+    found = {}
+    asked = [settings.get(name, default) for name, default in DEFAULTS.items()]
+    if any(used != asked for *_, used in seen):
+        found["other_settings"] = True
+    last_rows = {  # by the number of new tokens: of the prompts, or one of each request
+        len(prompt_lens): np.arange(len(prompt_lens)),
+        sum(prompt_lens): np.cumsum(prompt_lens) - 1,
+    }
+    for rows, logits, _ in seen:
+        right = last_rows.get(len(logits))
+        if rows.dim() != 2 or right is None or torch.equal(rows, logits[right]):
+            continue
+        if all((row == logits).all(dim=-1).any() for row in rows):
+            found["other_rows"] = True
+    return found
 
 
 def kv_utilization(answer: Callable, seq_lens: np.ndarray, max_seq_len: int) -> dict:

@@ -56,17 +56,53 @@ def gather_kv(
     block_table: np.ndarray,
     seq_len: int,
 ) -> dict:
-    tensors = [torch.from_numpy(x) for x in (k_cache, v_cache, block_table)]
+    tensors = k_pool, v_pool, _ = [
+        torch.from_numpy(x) for x in (k_cache, v_cache, block_table)
+    ]
     cost = measure(lambda: answer(*tensors, seq_len))
     if not isinstance(cost.value, (tuple, list)) or len(cost.value) != 2:
         return {"k": f"a {type(cost.value).__name__}, not the two tensors k and v"}
     k, v = cost.value
-    return {"k": as_array(k), "v": as_array(v), "peak_bytes": cost.peak_bytes}
+    return {
+        "k": as_array(k),
+        "v": as_array(v),
+        "shares_memory_with_the_pool": any(
+            isinstance(x, torch.Tensor) and x.numel() > 0 and _is_of(x, pool)
+            for x in (k, v)
+            for pool in (k_pool, v_pool)
+        ),
+        "peak_bytes": cost.peak_bytes,
+    }
+
+
+def _is_of(tensor: torch.Tensor, pool: torch.Tensor) -> bool:
+    return tensor.untyped_storage().data_ptr() == pool.untyped_storage().data_ptr()
 
 
 def paged_utilization(answer: Callable, seq_lens: np.ndarray, block_size: int) -> dict:
     share = answer(torch.from_numpy(seq_lens), block_size)
     return {"utilization": as_number(share)}
+
+
+class Counted(list):
+    """A list whose entries are known by their index: what looks through it raises."""
+
+    advice = "ref_count is looked up by block id: never search it, copy it or sort it"
+
+    def _refuse(self, *args, **kwargs):
+        raise TypeError(self.advice)
+
+    append = extend = insert = pop = remove = index = count = sort = reverse = _refuse
+    copy = clear = __contains__ = __iter__ = __reversed__ = __delitem__ = _refuse
+    __add__ = __iadd__ = __mul__ = __imul__ = _refuse
+
+    def __getitem__(self, index):
+        return self._refuse() if isinstance(index, slice) else super().__getitem__(index)
+
+    def __setitem__(self, index, value):
+        if isinstance(index, slice):
+            self._refuse()
+        super().__setitem__(index, value)
 
 
 class Stack(list):
@@ -78,15 +114,32 @@ class Stack(list):
         )
 
     insert = remove = index = count = sort = reverse = __contains__ = _refuse
+    copy = clear = __iter__ = __add__ = __mul__ = __imul__ = _refuse
 
     def pop(self, *args):
         is_last = args in ((), (-1,), (len(self) - 1,))
         return super().pop() if is_last else self._refuse()
 
-    def __delitem__(self, index):
+    def _check_end(self, index):
+        """Refuse what is not the end, and what is all of it, whatever it holds."""
         places = range(len(self))[index]
-        places = [places] if isinstance(places, int) else places
-        if len(places) and places[-1] != len(self) - 1:
+        if isinstance(places, int):
+            return
+        is_all = index.start is None and index.stop is None
+        if is_all or len(places) and max(places) != len(self) - 1:
+            self._refuse()
+
+    def __getitem__(self, index):
+        self._check_end(index)
+        return super().__getitem__(index)
+
+    def __setitem__(self, index, value):
+        self._check_end(index)
+        super().__setitem__(index, value)
+
+    def __delitem__(self, index):
+        self._check_end(index)
+        if isinstance(index, int) and index not in (-1, len(self) - 1):
             self._refuse()
         super().__delitem__(index)
 
@@ -97,6 +150,7 @@ def _run_script(
     methods = {"copy_on_write": _copy_on_write, name: answer}
     manager = type("BlockManager", (BlockManager,), methods)(num_blocks, block_size)
     manager.free_block_ids = Stack(manager.free_block_ids)
+    manager.ref_count = Counted(manager.ref_count)
     out = {}
     for number, (method, *args) in enumerate(calls, start=1):
         request_id = args[-1] if method == "fork" else args[0]
@@ -123,7 +177,7 @@ def _copy_on_write(self: BlockManager, request_id: str) -> tuple[int, int] | Non
     try:
         return BlockManager.copy_on_write(self, request_id)
     except NotImplementedError:
-        if max(self.ref_count) > 1:
+        if max(_plain(self.ref_count)) > 1:
             raise
         return None
 
@@ -150,13 +204,18 @@ def _state(manager: BlockManager) -> dict:
                 ref_counts.append(manager.ref_count[block_id])
         blocks = " ".join(str(number[block_id]) for block_id in block_table)
         tables.append(f"{request_id}: {blocks or 'no blocks'}")
+    free_block_ids, ref_count = manager.free_block_ids, manager.ref_count
+    manager.free_block_ids, manager.ref_count = map(_plain, (free_block_ids, ref_count))
     try:
         CHECK_INTEGRITY(manager)
         integrity = "ok"
     except AssertionError as error:
         integrity = str(error)
-    if not isinstance(manager.free_block_ids, Stack):
+    manager.free_block_ids, manager.ref_count = free_block_ids, ref_count
+    if not isinstance(free_block_ids, Stack):
         integrity = "another free list in the place of the old one"
+    elif not isinstance(ref_count, Counted):
+        integrity = "another ref_count in the place of the old one"
     return {
         "tables": ", ".join(tables) or "none",
         "tokens": ", ".join(f"{r}: {n}" for r, n in manager.seq_lens.items()) or "none",
@@ -164,3 +223,8 @@ def _state(manager: BlockManager) -> dict:
         "free_blocks": len(manager.free_block_ids),
         "integrity": integrity,
     }
+
+
+def _plain(numbers: list) -> list:
+    """A list that can be looked through."""
+    return [list.__getitem__(numbers, i) for i in range(len(numbers))]
