@@ -112,9 +112,9 @@ def prefill_in_chunks(
     """Put prompts into the cache, at most `chunk_size` tokens of each in one step.
 
     prompts: one (T,) for each request of the cache. Attention of a step holds one score
-    for each new token and each key of its request: for a whole prompt T², for a chunk
-    chunk_size · T at most (https://arxiv.org/abs/2308.16369). Raises as
-    `generate_cached` does, before the first step.
+    for each new token and each key of its request: T² for a whole prompt in an empty
+    cache, chunk_size · T at most for a chunk of it. Raises as `generate_cached` does,
+    before the first step.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")

@@ -3,8 +3,8 @@
 #
 # To write one more byte, chapter 1 runs the whole text through the model. Most
 # of what it computes there it had computed one step earlier. In this chapter we
-# keep it instead: one key and one value per token and layer. In return, a
-# step's work stops growing with the text, except in attention. Then comes the
+# keep it instead: the keys and values of each token, in every layer. In return,
+# a step's work stops growing with the text, except in attention. Then comes the
 # bill: memory that is **reserved** for tokens that may never come.
 #
 # **You need:** chapter 1, whose model, letters and `attend` we use, and 140
@@ -48,8 +48,9 @@ torch.manual_seed(0);
 # ## Most of what a step computes, it had before
 #
 # Here is the model of chapter 1 again, with a prompt of 30 bytes, and 200 bytes
-# to write. A small hook counts the tokens that go through the query matrix of
-# the first layer, which are all the tokens that go through the model.
+# to write. A hook, a small function that torch calls before a module runs,
+# counts the tokens that go through the query matrix of the first layer: all the
+# tokens that go through the model.
 
 # %%
 lm = model.load_model()
@@ -94,8 +95,8 @@ all_rows[5], row_of_s
 # %% [markdown]
 # The last row needs *one* query, its own, but *all* keys and values. Nobody
 # will ask for the queries of `w h a l e` again, so they need not be kept. Keys
-# and values must be. Nothing else must: the rest of a layer, its norms and its
-# MLP, treats each token by itself.
+# and values must be kept, and nothing else: the rest of a layer, its norms and
+# its MLP, treats each token by itself.
 #
 # Keeping them is correct only if they never change, and they do not. A key is
 # its token's vector times a matrix. That vector was made by the layers below,
@@ -175,13 +176,14 @@ print(f"Llama 3 8B: {llama:,} bytes per token, which is {llama // 1024} KiB")
 print(f"8,192 tokens: {llama * 8192 / 2**30:.0f} GiB for a single text")
 
 # %% [markdown]
-# How many such texts fit on a GPU? Take one with 80 GB. Serving systems leave a
-# tenth of it for everything else. The weights of Llama 3 8B are 8.03 billion
-# numbers of two bytes. What is left is for keys and values:
+# How many such texts fit on a GPU? Take one with 80 GB, of which serving
+# systems use about nine tenths. The weights of Llama 3 8B are 8.03 billion
+# numbers of two bytes. A few GB go to activations. What is left, at most this
+# much, is for keys and values:
 
 # %%
 left_bytes = 0.9 * 80e9 - 2 * 8.03e9
-print(f"{left_bytes / llama:,.0f} tokens fit, that is ", end="")
+print(f"{left_bytes / llama:,.0f} tokens fit at most, that is ", end="")
 print(f"{left_bytes / llama / 8192:.0f} texts of 8,192 tokens")
 
 # %% [markdown]
@@ -257,17 +259,21 @@ torch.equal(k_row.view(6, 2), k)
 # %% [markdown]
 # ### Exercise 3.3 · `attend_cached` ★★ (35 minutes)
 #
-# Attention of the new queries over the cache. Each request has T new queries
-# and S keys, where T may be anything from 0 to S. The loop and its slices are
-# given. Your lines go where `...` and `raise` stand. Two things need care:
+# Attention of the new queries over the cache. Each request has T new queries,
+# and one key per token that it has by now; the given loop calls their number S.
+# T may be anything from 0 to S. Your lines go where `...` and `raise` stand.
+# Two things need care:
 #
 # - **The mask.** The T new tokens are the last ones of their text, so query t
 #   of them is at position S - T + t. It must not see keys behind that position.
 #   When T is 1, as in decode, the query sees all keys, and needs no mask.
 # - **No copies for query heads.** H / G query heads read the same KV head.
-#   Chapter 1 copied the keys for each of them. Here that would make a copy of
-#   the cache, H / G times as large, at every step. Instead, treat the queries
-#   of these heads as more rows of one matrix: (G, H/G · T, D) times (G, D, S).
+#   Chapter 1 copied the keys for each of them. Here that would make a copy H /
+#   G times as large as the cache, at every step. (So does `@` when it
+#   broadcasts keys over query heads.) Instead, treat the queries of these heads
+#   as more rows of one matrix: (G, H/G · T, D) times (G, D, S). With H = 4, G =
+#   2 and T = 2, each KV head is read by two query heads with two queries each,
+#   which makes four rows.
 #
 # Behind its S keys a row of the cache holds garbage: do not read it. Torch's
 # own attention is not allowed.
@@ -306,7 +312,9 @@ kv_cache.attend_cached(q[5].view(1, 1, 2), k_row, v_row, *lens), row_of_s
 #
 # A cache lives from step to step, so it is a class. `ContiguousKVCache` holds
 # the two tensors for all layers and `seq_lens`. Requests come with `begin` and
-# go with `free`, and `request_ids` says which of them is in which row:
+# go with `free`, and `request_ids` says which of them is in which row. (The
+# cache's own `seq_lens` count what is in it now. During a step, those that your
+# functions get are these plus `query_lens`.)
 
 # %%
 cache = ContiguousKVCache(lm.config, batch_size=2, max_seq_len=100)
@@ -317,9 +325,11 @@ cache.begin("sea")
 cache.request_ids, cache.seq_lens
 
 # %% [markdown]
-# The third method takes a step. `extend` makes room for the new tokens and
-# gives the `attend` that writes and reads them. Your two functions are in it.
-# The model itself does not change by a line.
+# Besides `begin` and `free` there is `extend`, which takes a step. It checks
+# that there is room, and gives the `attend` that writes and reads the new keys
+# and values. This is what it calls for that; your two functions are in it.
+# (`is_decode` is False unless one asks for it, and comes up further down.) The
+# model itself does not change by a line.
 
 # %%
 print(inspect.getsource(ContiguousKVCache._open_step))
@@ -424,8 +434,8 @@ expected = [
 # A token now goes through the matrices once, and meets each weight for 2 FLOPs.
 # So the projections of a text of N tokens grow like N; those of recompute grow
 # like N². In attention, the query at position S - 1 meets S keys, which takes
-# 4·S·D FLOPs per query head and layer. The sum over S = 1 … N is N(N + 1)/2,
-# where recompute has about N³/3.
+# 4·S·D FLOPs per query head and layer. Summed over the steps, S = 1 … N, that
+# is 4·D · N(N + 1)/2. Recompute meets S² keys in a step, in sum about N³/3.
 
 # %%
 def cached_attention_flops(config, N):
@@ -521,8 +531,8 @@ plotting.plot_measured(
 # ### An honest look: where nothing is gained
 #
 # Look at the left end. Our model is so small that running 16 tokens through it
-# takes hardly longer than running one. Most of the time goes into calling
-# hundreds of small operations, and a cache adds some of its own.
+# takes only a little longer than running one. Most of the time goes into
+# calling hundreds of small operations, and a cache adds some of its own.
 
 # %%
 for n, a, b in zip(lengths, recompute_ms, decode_ms):
@@ -555,9 +565,13 @@ at_once = [prefill_peak(N, chunk_size=N) for N in Ns]
 print(f"peak memory grows like N^{table.growth_exponent(at_once, 2):.2f}")
 
 # %% [markdown]
+# (As in the table of chapter 1, the exponent comes from differences, in which
+# whatever is constant cancels.)
+#
 # The cure needs nothing new. A step may bring any number of tokens, so a prompt
 # may come in several steps: this is **chunked prefill**. A chunk of 64 tokens
-# needs at most 64 · N scores per head.
+# needs at most 64 · N scores per head. Smaller chunks need less memory, but
+# more steps, and each step reads all weights again.
 
 # %%
 print(inspect.getsource(generate.prefill_in_chunks).split('"""')[2])
@@ -575,9 +589,10 @@ plotting.plot_measured(
 );
 
 # %% [markdown]
-# *All at once, twice the prompt takes up to four times the memory; in chunks,
-# twice.* And the text is the same. The last token of the prompt stays out of
-# the chunks: `generate_cached` brings it, and asks what follows.
+# *All at once, twice the prompt takes about three times the memory, on its way
+# to four times; in chunks, less than twice.* And the text is the same. The last
+# token of the prompt stays out of the chunks: `generate_cached` brings it, and
+# asks what follows.
 
 # %%
 cache = ContiguousKVCache(double_lm.config, 1, 100, dtype=torch.float64)
@@ -587,7 +602,7 @@ generate.prefill_in_chunks(double_lm, [long_ids[:-1]], cache, chunk_size=10)
 (got,) = generate.generate_cached(
     double_lm, [long_ids[-1:]], 40, cache, temperature=0
 )
-torch.equal(got[1:], expected[-1][len(long_ids):])
+torch.equal(got[1:], expected[-1][len(long_ids):])  # what follows the prompt
 
 # %% [markdown]
 # ## Prefill is bound by arithmetic, decode by bandwidth
@@ -648,17 +663,19 @@ def bytes_per_second():
     return vector.nbytes / meter.median_seconds(lambda: vector.sum())
 
 
-square = torch.randn(1024, 1024)
-peak_flops = 2 * 1024**3 / meter.median_seconds(lambda: square @ square)
+square = torch.randn(2048, 2048)
+peak_flops = 2 * 2048**3 / meter.median_seconds(lambda: square @ square)
 bandwidth = bytes_per_second()
 print(f"{peak_flops / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s: ", end="")
 print(f"{peak_flops / bandwidth:.1f} FLOPs in the time of a byte")
 
 # %% [markdown]
-# That quotient divides two regimes. A step with fewer FLOPs per byte waits for
-# memory while the arithmetic units sit idle; a step with more waits for
-# arithmetic. On an idle machine a step cannot be faster than the longer of the
-# two times. Now measure:
+# In the time in which a machine reads one byte it can do this many FLOPs. If a
+# step has fewer FLOPs per byte, reading takes longer than computing, and the
+# arithmetic units sit idle; if it has more, computing takes longer. T tokens
+# make T/2 FLOPs per byte, so the two times are equal where T is twice this
+# number. On an idle machine a step cannot be faster than the longer of the two.
+# Now measure:
 
 # %%
 step_ms = [
@@ -686,35 +703,37 @@ ax.text(crossing, ax.get_ylim()[0], f" T = {crossing:.0f}", va="bottom");
 
 # %% [markdown]
 # *The dashed lines are what reading and arithmetic take at the least, going by
-# the two small experiments. At the grey line they are equal: left of it the
-# weights decide, right of it the arithmetic. Compare 2 tokens with 8 on the
-# measured line: four times the tokens, for hardly more time. Then compare 32
-# with 256.*
+# the two small experiments (which ran at another moment: on a busy machine a
+# point may even lie below). They cross at the grey line. No step can beat
+# either of them, but with few tokens the matrix library stays well above both,
+# so the measured line bends later. What does show is the plateau: compare 2
+# tokens with 8, four times the tokens for far less than four times the time.
+# Then compare 32 with 256.*
 #
-# One point is a special case: T = 1. A matrix times a single vector is done by
-# another routine of the matrix library, which only streams through the weights.
-# From two tokens on, the library first copies the matrix into an order that
-# suits many columns, which is worth it for many. So the step from one token to
-# two is one from routine to routine:
+# One point is a special case: T = 1. For the product of a matrix with a single
+# vector the library has a routine of its own. From two columns on another one
+# runs, which is made for many columns and slow for few. How large that jump is
+# depends on the library and the machine:
 
 # %%
 for T, ms in zip(Ts[:4], step_ms):
-    print(f"{T} tokens: {ms:5.1f} ms, ", end="")
-    print(f"{ms / step_ms[0]:.1f} times as long as one")
+    print(f"T = {T}: {ms:5.1f} ms, ", end="")
+    print(f"{ms / step_ms[0]:.1f} times as long as T = 1")
 
 # %% [markdown]
 # At the right of the figure is prefill: many tokens share each weight that is
-# read. At the left is decode. It reads all weights for one token, while the
-# arithmetic units sit idle. The faster a machine computes compared with how
-# fast it reads, the more of them sit idle.
+# read, and the step comes close to the arithmetic's limit. At the left is
+# decode. It reads all weights for one token, while most arithmetic units sit
+# idle. The faster a machine computes compared with how fast it reads, the more
+# of them sit idle.
 #
 # ## A loop over requests is not a batch
 #
 # The cure for decode is to let *many requests* share a step. The projections do
 # that already: the N tokens of a step go through each matrix together, whoever
-# they belong to. But `attend_cached` loops over the requests, and calls a dozen
-# small operations for each of them. How many operations does a step have, with
-# 16 requests of our small model?
+# they belong to. But `attend_cached` loops over the requests, and calls a few
+# dozen # small operations for each of them, in every layer. How many operations
+# does a step have, with 16 requests of our small model?
 
 # %%
 num_requests, context = 16, 448
@@ -743,16 +762,20 @@ for name, cost in costs.items():
     print(f"{name}: {len(cost.timeline):,} operations in a step")
 
 # %% [markdown]
-# The second number is that of `attend_decode`. It takes the queries of all
-# requests in one call, pads every request to the longest, and masks what lies
-# behind a request's own keys:
+# The second number is that of a cache with `fused_decode=True`, which calls
+# `attend_decode` when every request brings one token. It takes the queries of
+# all requests in one call, reads every row up to the longest request, and masks
+# what lies behind a request's own keys. (Without it the loop is the default on
+# these pages, so that your function runs.)
 
 # %%
 print(inspect.getsource(attend_decode))
 
 # %% [markdown]
-# It gives the same logits as the loop, and takes less time. (Padding has a
-# price: each request costs what the longest one costs.)
+# It gives the same logits as the loop, up to rounding. And it takes less time
+# here, where calling operations is most of the work. (It has a price: each
+# request costs what the longest costs. Here all have 448 tokens. With requests
+# of very different lengths, or very long ones, the loop may win on a CPU.)
 
 # %%
 logits = [cost.value for cost in costs.values()]
@@ -766,8 +789,8 @@ for name, seconds in meter.medians_in_turns(steps, repeats=15).items():
 #
 # Back to the wide model. Its weights are read once per step, for all requests
 # together. Keys and values are not shared: each request reads its own. With 64
-# tokens per request they hardly matter. With 2,048, eight requests read nearly
-# as many bytes of keys and values as of weights:
+# tokens per request they hardly matter. With 2,048, the keys and values of
+# eight requests are three quarters as many bytes as the weights:
 
 # %%
 kv_bytes = kv_cache.kv_cache_bytes(wide, 2048)
@@ -816,8 +839,10 @@ plotting.plot_measured(
 );
 
 # %% [markdown]
-# *A batch pays for both, but less for long texts: their keys and values are the
-# part of a step that no batch shares.*
+# *A batch pays for both, but less for long texts. Attention is the part of a
+# step that no batch shares: each request has its own keys and values. (On a CPU
+# it takes several times as long as reading them would. And from one request to
+# two little is gained: that is the other routine again.)*
 #
 # So whoever serves a model wants as many requests in a step as possible. Each
 # of them brings a KV cache. How many fit?
@@ -827,7 +852,9 @@ plotting.plot_measured(
 # Eight requests are eight passages of the book, of different lengths, each to
 # be continued. Nobody knows how long a text will become, and a row of the cache
 # cannot grow, since the next row lies right behind it. So each row is as long
-# as the longest text that the model can write: 512 tokens.
+# as the longest text that the model can write: 512 tokens. (We let each request
+# write 64 tokens; a real one goes on until it writes a stop token, as in
+# chapter 1.)
 
 # %%
 passages = [p for p in text.load_book().split("\n\n") if 20 < len(p) < 440]
@@ -882,8 +909,9 @@ print(f"used {batch.used_bytes / 1e6:.2f} MB, a share of {share:.3f}")
 # This is generation with a contiguous cache that reserves room for twice as
 # many tokens as come. Two rows are new: the bytes that are reserved and used,
 # exactly. One token of this small random model takes 256 bytes per layer. The
-# prompt is one token, and the N tokens are all written; for a long prompt the
-# row of peak memory holds if it is read in chunks.
+# prompt is one token, and N tokens are written behind it, of which the last is
+# not in the cache. For a long prompt the row of peak memory holds if it is read
+# in chunks.
 
 # %%
 cells = table.fit(table.sweep("contiguous"))
@@ -918,8 +946,8 @@ print(f"{1 / share:.1f} times as many requests would fit")
 #    is stored.
 # 3. Prefill brings a whole prompt, decode one token per step; to the model both
 #    are new tokens at some positions, so a long prompt may come in chunks.
-# 4. Prefill uses each weight for many tokens and is bound by arithmetic; decode
-#    reads all weights for few tokens and is bound by memory bandwidth.
+# 4. Prefill uses each weight for many tokens, so arithmetic sets its limit;
+#    decode reads all weights for few tokens, so memory bandwidth does.
 # 5. Requests that decode in one step share the weights, but each reads its own
 #    keys and values.
 # 6. A contiguous cache reserves for the longest text that may come, and much of
@@ -946,8 +974,10 @@ print(f"{1 / share:.1f} times as many requests would fit")
 # 2. 2 · 24 · 4 · 64 · 2 = 24,576, which is 24 KiB.
 # 3. Positions 5 and 6 of the first request, 0 to 3 of the second; rows 1 and 5.
 # 4. The newest token may see all tokens that are there.
-# 5. Up to 200: each request makes half a FLOP per byte of weights. (In truth
-#    fewer, for each request also reads its own keys and values.)
+# 5. Up to 200, if only weights were read: T requests make T/2 FLOPs per byte of
+#    weights. (In truth each request reads its own keys and values as well, so
+#    the step grows from the second request on, and waits for memory even beyond
+#    200.)
 # 6. 500 · 10,000 = 5 million, against 100 million.
 #
 # </details>
@@ -967,7 +997,7 @@ print(f"{1 / share:.1f} times as many requests would fit")
 #   arithmetic intensity, and the longer of two times.
 # - Agrawal and others, *SARATHI*, 2023,
 #   [2308.16369](https://arxiv.org/abs/2308.16369): prefill in chunks, there so
-#   that other requests need not wait for a long prompt.
+#   that the decodes of other requests can ride along with a chunk.
 # - Llama team, *The Llama 3 Herd of Models*, 2024,
 #   [2407.21783](https://arxiv.org/abs/2407.21783): the shape of the 8B model.
 # - vLLM, *Engine arguments*,

@@ -48,17 +48,18 @@ torch.set_num_threads(1)  # steadier timings
 # ## Four fifths of the memory hold nothing
 #
 # In chapter 3 we looked at one batch at one moment. Now let us look at a
-# server. Requests wait in a queue, and begin as soon as there is room. Each
-# step writes one token for every request in flight, and whoever is done leaves.
-# The lengths are drawn at random (log-normal, σ = 1), with the means that the
-# PagedAttention paper gives for ShareGPT, a collection of chats: 161 tokens of
-# prompt and 338 of answer. Both are then cut at 1,024. So nobody needs more
-# than 2,048 tokens, and that is what is reserved for each request.
+# server. Requests wait in a queue, and begin as soon as there is room: a prompt
+# enters in one step. Each step writes one token for every request in flight,
+# and whoever is done leaves. The lengths are drawn at random (log-normal, σ =
+# 1), with the means that the PagedAttention paper gives for ShareGPT, a
+# collection of chats: 161 tokens of prompt and 338 of answer. A longer prompt
+# or answer than 1,024 tokens is shortened to that. So nobody needs more than
+# 2,048 tokens, and that is what is reserved for each request.
 #
 # How much memory does the server have? The paper serves a model of 13 billion
-# parameters on a GPU of 40 GB. Its weights leave 12 GiB for keys and values,
-# and a token takes 800 KiB: two vectors of 5,120 numbers in each of 40 layers,
-# two bytes per number. That is room for 15,728 tokens.
+# parameters on a GPU of 40 GB. Beside weights and activations, 12 GiB are left
+# for keys and values. A token takes 800 KiB: two vectors of 5,120 numbers in
+# each of 40 layers, two bytes per number.
 
 # %%
 POOL = 12 * 2**30 // (2 * 5120 * 40 * 2)
@@ -83,7 +84,7 @@ print(f"{maximum.in_flight:.0f} requests are in flight")
 
 # %% [markdown]
 # The paper measured 20.4% for such a system. (With so few requests in flight,
-# the number moves by a few percent from one draw of lengths to the next.)
+# the number moves by up to five points from one draw of lengths to the next.)
 #
 # ## Blocks, on six tokens by hand
 #
@@ -106,7 +107,7 @@ for position, letter in enumerate("whales"):
 
 # %% [markdown]
 # All that is wasted is the rest of the last block, two places here, and never
-# more than `block_size - 1`. Nothing is reserved for what may come.
+# more than `block_size - 1`. Beyond that nothing is reserved for what may come.
 #
 # ## The manager: who has which block
 #
@@ -192,7 +193,7 @@ drawing.draw_blocks(manager, title="Two requests, five blocks");
 # If fewer blocks are free than `needed`, raise the same error as in `allocate`.
 #
 # The step named *Others* is for a last block that two requests share: it takes
-# a block for a copy, which `blocks_needed` counts too. Nothing is shared yet;
+# a block for a copy, and `needed` counts that block too. Nothing is shared yet;
 # we come back to it below. (`blocks_needed` takes a dictionary, so that it can
 # count for a whole batch.)
 
@@ -487,10 +488,11 @@ plotting.plot_measured(
 # - **external fragmentation and others**: the rest. Nobody has it, but it is
 #   too little, or too scattered, for the next request.
 #
-# Blocks promise nothing. When the pool is full and a request needs one more
-# block, the request that began last is sent back to the queue: it is
-# **preempted**. Its blocks become free, and when it begins again, its keys and
-# values have to be computed again.
+# Paging reserves nothing ahead, so a request that has begun may later find the
+# pool full. Then the request that began last is sent back to the queue, so that
+# nobody who came earlier has to wait for it: it is **preempted**. Its blocks
+# become free, and when it begins again, its keys and values have to be computed
+# again.
 
 # %%
 reserves = {
@@ -521,12 +523,14 @@ plotting.plot_usage(
 #
 # ### Beside the paper's bars
 #
-# The paper's figure 2 has the same four bars. Ours come close at both ends, but
-# not in the middle. One difference is known. We put a piece into the first gap
-# that is wide enough. The paper assumes, for the systems that it compares with,
-# a **buddy allocator**: every piece has 2^k places and begins at a multiple of
-# its size, so 500 tokens take 512 places. The rounding counts under *external
-# and others*, as in the paper. We can do that too:
+# The paper's figure 2 has four such bars. Our first and last come close to it;
+# the two between them hold far more tokens than the paper's, as the list below
+# shows. One difference is known. We put a piece into the first gap that is wide
+# enough. The paper assumes, for the systems that it compares with, a **buddy
+# allocator**: every piece has 2^k places and begins at a multiple of its size,
+# so 500 tokens take 512 places. (We count the rounding under *external and
+# others*. So must the paper, whose oracle has no internal part.) Here are
+# buddies:
 
 # %%
 paper = {  # tokens, reservation, internal, external and others; in percent
@@ -546,21 +550,28 @@ for name, buddy in buddies.items():
     print(f"buddies {buddy.tokens:.1%}, paper {paper[name][0]}%")
 
 # %%
+of_buddies = {**buddies, "blocks of 16": usages["blocks of 16"]}
+parts = ("tokens", "reservation", "internal", "external")
+largest_gap = max(
+    abs(100 * getattr(of_buddies[name], part) - of_paper)
+    for name, of_all in paper.items()
+    for part, of_paper in zip(parts, of_all)
+)
 plotting.plot_usage(
-    {**buddies, "blocks of 16": usages["blocks of 16"]},
+    of_buddies,
     published=paper,
-    title="With buddies, our bars come close to the paper's, part by part",
+    title=f"Each part is within {math.ceil(largest_gap)} points of the paper's",
 );
 
 # %% [markdown]
 # *Each thin bar is the paper's.* The white end of the first one is what seven
 # rows of 2,048 leave of 15,728 places. Exact agreement would be luck: the paper
 # ran real chats, where we drew lengths from a curve. And there is a lesson in
-# the first comparison: part of what paging wins in that figure, a better
-# allocator wins too. But only part of it: with first gaps, too, the oracle
-# leaves nearly half of the pool without tokens.
+# the list: part of what paging wins in that figure, a better allocator wins
+# too. But only part of it: with the first gap, too, the oracle leaves nearly
+# half of the pool without tokens.
 #
-# ### What promising nothing costs
+# ### What preemption costs
 #
 # Sending a request back is not free. All its tokens, the prompt and what it had
 # written, go through the model once more. The simulation counts them:
@@ -569,14 +580,16 @@ plotting.plot_usage(
 blocks = usages["blocks of 16"]
 print(f"{blocks.preempted} times a request was sent back, and ", end="")
 print(f"{blocks.recomputed:,} tokens were computed again,")
-print(f"for {blocks.written:,} that were written for the first time: ", end="")
-print(f"{blocks.recomputed / blocks.written:.0%}")
+print(f"for {blocks.written:,} computed for the first time, ", end="")
+print(f"prompts included: {blocks.recomputed / blocks.written:.0%}")
+each_time = blocks.recomputed / blocks.preempted
+print(f"{each_time:.0f} tokens each time; a prompt has {mean_prompt:.0f}")
 
 # %% [markdown]
-# Most of the requests that are sent back had begun only a few tokens before,
-# into the last free block. So keep a few blocks free whenever a request
-# *begins*, for those in flight to grow into. Such a reserve is called a
-# **watermark**:
+# On average little more than the prompt is computed again. So these requests
+# had begun only a short time before, when few blocks were left. The cure is to
+# keep some blocks free whenever a request *begins*, for those in flight to grow
+# into. Such a reserve is called a **watermark**:
 
 # %%
 for watermark in (0, 0.02, 0.05):
@@ -623,19 +636,21 @@ for name, of_paper in (("maximum", 7.0), ("blocks of 16", 30.4)):
 print(f"  ratio        {min(ratios):.1f} to {max(ratios):.1f}, paper 4.3")
 
 # %% [markdown]
-# A request stays for as many steps as its answer has tokens. So with four to
-# five times as many requests in flight, four to five times as many answers are
+# A request stays for as many steps as its answer has tokens. So with about five
+# times as many requests in flight, about five times as many answers are
 # finished *per step*. Per second it is less, since a step with more requests
 # takes longer: in chapter 3, eight times the requests gave far less than eight
 # times the tokens per second. And what is computed again takes a part of it.
-# The paper measured both (section 6.2): 4.3 times as many requests in flight,
-# and 2.7 to 8 times as many requests per second, depending on the model.
+# (The paper also measured how many requests per second each system can take
+# before they queue up: 2.7 to 8 times as many as with the maximum, over several
+# models. That number has both in it, and waiting too.)
 #
 # ### Where blocks of 16 are large
 #
 # A request wastes about half a block. The shorter the request, the larger that
 # part. Here are the means of Alpaca, a collection of instructions: 19 tokens of
-# prompt and 58 of answer.
+# prompt and 58 of answer. (At any moment the pool holds longer requests than
+# these means say, since long ones stay longer.)
 
 # %%
 short = simulation.draw_requests(8000, 19.3, 58.5)
@@ -774,55 +789,81 @@ except AssertionError as error:
 # Now with the model. All tokens of a prompt of 200 but the last go through it
 # once. Then the request is forked seven times, and all eight requests bring the
 # last token, so that each can draw a first token of its own. (Their eight rows
-# of logits are the same at that moment. Computing them once would save seven
-# tokens out of 200.) From then on each goes its own way.
+# of logits are the same at that moment. Computing them once would save seven of
+# 207 tokens.) From then on each goes its own way. The 199 tokens fill 12 blocks
+# and 7 places of another. So in the first step, seven of the eight requests get
+# a copy of that block, by your `copy_on_write`.
 
 # %%
 prompt_ids, num_samples = book_ids[5000:5200], 8
 
 
-def shared_samples(num_new_tokens):
-    cache = PagedKVCache(lm.config, num_blocks=200, block_size=16)
-    cache.begin(0)
-    forward_cached(lm, cache, prompt_ids[:-1], torch.tensor([199]))
-    for child_id in range(1, num_samples):
-        cache.fork(0, child_id)
-    texts = generate.generate_cached(
-        lm, [prompt_ids[-1:]] * num_samples, num_new_tokens, cache,
+def samples(cache, model, prompts, num_new_tokens):
+    return generate.generate_cached(
+        model, prompts, num_new_tokens, cache,
         temperature=0.8, generator=torch.Generator().manual_seed(0),
     )
-    return cache, texts
 
 
-cache, texts = shared_samples(60)
+def shared_samples(model, num_new_tokens, dtype=torch.float32):
+    cache = paged_cache(model, 1, 200, 16, dtype)
+    forward_cached(model, cache, prompt_ids[:-1], torch.tensor([199]))
+    for child_id in range(1, num_samples):
+        cache.fork(0, child_id)
+    last_ids = [prompt_ids[-1:]] * num_samples
+    return cache, samples(cache, model, last_ids, num_new_tokens)
+
+
+cache, texts = shared_samples(lm, 60)
 for token_ids in texts[:3]:
     print(repr(text.decode(token_ids)))
 
 # %%
 alone = paged_cache(lm, num_samples, 200, 16, torch.float32)
-generate.generate_cached(lm, [prompt_ids] * num_samples, 60, alone)
+samples(alone, lm, [prompt_ids] * num_samples, 60)
 print(f"shared {cache.reserved_bytes / 1e6:.2f} MB, ", end="")
 print(f"each its own {alone.reserved_bytes / 1e6:.2f} MB: ", end="")
 print(f"{1 - cache.reserved_bytes / alone.reserved_bytes:.0%} saved")
 
+# %% [markdown]
+# And is it the same text, shared or not? In double precision, with the same
+# dice:
+
 # %%
+alone = paged_cache(double_lm, num_samples, 200, 16, torch.float64)
+own_texts = samples(alone, double_lm, [prompt_ids] * num_samples, 20)
+_, texts = shared_samples(double_lm, 20, torch.float64)
+all(torch.equal(a[-20:], b[-20:]) for a, b in zip(texts, own_texts))
+
+# %% [markdown]
+# How much is saved depends on the length of the answers. Of c blocks per
+# request, 12 are the prompt's and are there once instead of eight times.
+
+# %%
+def saved_percent(n):
+    c = math.ceil((199 + n) / 16)
+    return 100 * (1 - (12 + 8 * (c - 12)) / (8 * c))
+
+
 lengths = [1, 10, 20, 40, 80, 160]
 saved = []
 for n in lengths:
-    shared, _ = shared_samples(n)
-    blocks = num_samples * math.ceil((200 + n - 1) / 16)
-    own = kv_cache.kv_cache_bytes(lm.config, blocks * 16)
+    shared, _ = shared_samples(lm, n)
+    own_blocks = num_samples * math.ceil((199 + n) / 16)
+    own = kv_cache.kv_cache_bytes(lm.config, own_blocks * 16)
     saved.append(100 * (1 - shared.reserved_bytes / own))
+every = range(1, 161)
 plotting.plot_measured(
-    {"": (lengths, saved)},
+    {"measured": (lengths, saved)},
+    predicted={"predicted": (every, [saved_percent(n) for n in every])},
     xlabel="tokens of each answer (the prompt has 200)",
     ylabel="memory saved by sharing (%)",
     title=f"Eight answers of {lengths[-1]} tokens: {saved[-1]:.0f}% saved",
 );
 
 # %% [markdown]
-# *The longer the answers, the smaller the prompt's part of the memory. The line
-# falls in steps, since blocks are taken whole.*
+# *The longer the answers, the smaller the prompt's part of the memory. The
+# prediction falls in steps, since blocks are taken whole.*
 #
 # Two relatives: in **beam search** the forks come and go at every step, and the
 # paper saved 38 to 66% of the blocks by sharing them (section 6.3). With
@@ -840,14 +881,18 @@ plotting.plot_measured(
 # %%
 results = bench.bench(batch_size=8, context=448, num_steps=20)
 for result in results:
-    print(f"{result['name']:12} {result['tokens_per_s']:7.1f} tokens/s")
+    speed = f"{result['tokens_per_s']:7.1f} tokens per second"
+    print(f"{result['name']:12} {speed}")
 
 # %% [markdown]
-# On a CPU the copy costs little. In one layer it is 448 · 512 bytes per
-# request, keys and values, and attention reads it right after it was written.
-# On a GPU, where decoding waits for memory, it would triple the traffic of keys
-# and values: read the blocks, write the copy, read the copy. Chapter 5 measures
-# this, and does without the copy.
+# Here the copy costs little. In one layer of our model a token takes 512 bytes,
+# 2 · 2 · 32 numbers of four bytes; so a request's copy has 448 · 512 bytes,
+# 229 kB, and attention reads it right after it was written. (A part of the
+# difference is not the copy at all, but one call for each request instead of
+# one for all.) With longer texts and larger heads the copy costs much on a CPU,
+# too. On a GPU, where decoding waits for memory, it would triple the traffic of
+# keys and values: read the blocks, write the copy, read the copy. Chapter 5
+# measures this, and does without the copy.
 #
 # ## The next column of the table
 
@@ -896,9 +941,9 @@ print(f"{copied / 1e6:.1f} MB copied in each step to write 8 tokens")
 #    constant time per block, all or nothing.
 # 3. Token p lies in block `table[p // block_size]`, at place `p % block_size`;
 #    compared with chapter 3, only this index changes.
-# 4. With blocks of 16 nearly all of the pool holds tokens, and four to five
-#    times as many requests are in flight as with rows for the longest; what is
-#    sent back is computed again, and a small watermark saves most of that.
+# 4. With blocks of 16 nearly all of the pool holds tokens, and about five times
+#    as many requests are in flight as with rows for the longest; what is sent
+#    back is computed again, and a small watermark saves most of that.
 # 5. Requests share blocks of equal tokens, and copy one only when they write
 #    into it.
 #

@@ -76,7 +76,7 @@ def crash(exercise: Exercise, case: Case, how: str) -> str:
 def _in_brackets(inputs: dict) -> str:
     """A case's inputs where they are short enough to be read in a line."""
     words = ", ".join(f"{key}={show(value)}" for key, value in inputs.items())
-    return f" ({words})" if len(words) <= 80 else ""
+    return f" ({words})" if len(words) <= 120 else ""
 
 
 def difference(expected: Any, got: Any, where: str = "") -> str | None:

@@ -501,6 +501,38 @@ def heads_first(q_b, G):
     return q_b.unflatten(1, (G, -1)).permute(1, 2, 0, 3).flatten(1, 2)
 
 
+@wrong("attend_cached", says="are mixed up")
+def rows_as_they_lie(q, k_cache, v_cache, seq_lens, query_lens):
+    return attend_in_rows(
+        *(q, k_cache, v_cache, seq_lens, query_lens),
+        way_in=lambda x, G: x.reshape(G, -1, x.shape[-1]),
+        way_out=lambda x, T: x.reshape(T, -1, x.shape[-1]),
+    )
+
+
+@wrong("attend_cached", says="are mixed up")
+def rows_of_tokens_first(q, k_cache, v_cache, seq_lens, query_lens):
+    return attend_in_rows(
+        *(q, k_cache, v_cache, seq_lens, query_lens),
+        way_in=lambda x, G: x.unflatten(1, (G, -1)).transpose(0, 1).flatten(1, 2),
+        way_out=lambda x, T: x.unflatten(1, (T, -1)).transpose(0, 1).flatten(1, 2),
+    )
+
+
+def attend_in_rows(q, k_cache, v_cache, seq_lens, query_lens, way_in, way_out):
+    """With a mask that takes rows for (heads, tokens)."""
+    D, G = q.shape[-1], k_cache.shape[2]
+    outs = []
+    for b, (S, q_b) in enumerate(zip(seq_lens.tolist(), q.split(query_lens.tolist()))):
+        T = len(q_b)
+        k, v = (cache[b, :S].transpose(0, 1) for cache in (k_cache, v_cache))
+        scores = (way_in(q_b, G) / D**0.5) @ k.transpose(1, 2)
+        is_future = torch.arange(S) > torch.arange(S - T, S).unsqueeze(-1)
+        scores = scores.view(G, -1, T, S).masked_fill(is_future, float("-inf"))
+        outs.append(way_out(scores.softmax(dim=-1).flatten(1, 2) @ v, T))
+    return torch.cat(outs)
+
+
 @wrong("attend_cached", says="Tokens and heads are mixed up")
 def reshaped_on_the_way_out(q, k_cache, v_cache, seq_lens, query_lens):
     def way_out(out, T, H):

@@ -1445,10 +1445,27 @@ def copy_letting_all_go(self, request_id):
     return source, target
 
 
-@wrong("copy_on_write", says="not (its old last block")
+@wrong("copy_on_write", says="The source comes first")
 def copy_the_wrong_way(self, request_id):
     copied = copy_with_a_new_table(self, request_id)
     return copied and tuple(copied[::-1])
+
+
+@wrong("copy_on_write", says="last entry is still the source")
+def copy_into_a_new_list(self, request_id):
+    self.check_live(request_id)
+    block_table = self.block_tables[request_id]
+    if not block_table:
+        raise ValueError("no block")
+    source = block_table[-1]
+    if self.ref_count[source] == 1:
+        return None
+    if not self.free_block_ids:
+        raise OutOfBlocksError(needed=1, free=0)
+    target = self.take_block()
+    self.ref_count[source] -= 1
+    block_table = [*block_table[:-1], target]
+    return source, target
 
 
 @wrong("copy_on_write", says="takes the place of the table's last entry")

@@ -1,6 +1,8 @@
 """Chapter 3: what its exercises are tried on."""
 
+import itertools
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -285,9 +287,12 @@ def attend_cached_explain(inputs: dict, expected: dict, got: dict) -> str | None
         ("Each request reads its own row of the cache", {"row": 0}),
         (behind, {"reads_behind": True}),
         *((low, {"fill": -number}) for number in (0, 1, 10, 50, 100, 1e3)),
-        (mixed, {"is_mixed_on_the_way_in": True}),
     ]
-    found = {mixed: _are_rows_in_another_order(out, right)}
+    is_mixed = any(
+        _is_near(out, other) and not _is_near(other, right)
+        for other in _attend_mixed(inputs)
+    )
+    found = {mixed: is_mixed or _are_rows_in_another_order(out, right)}
     for words, variant in variants:
         with np.errstate(all="ignore"):
             other = _attend(inputs, **variant)
@@ -328,7 +333,6 @@ def _attend(
     row=None,
     reads_behind=False,
     fill=-np.inf,
-    is_mixed_on_the_way_in=False,
 ) -> np.ndarray:
     """Attention over a cache with one thing wrong, for naming what may be wrong.
 
@@ -340,8 +344,6 @@ def _attend(
     outs, start = [], 0
     for b, (S, T) in enumerate(zip(inputs["seq_lens"], inputs["query_lens"])):
         q_b = q[start : start + T]
-        if is_mixed_on_the_way_in:
-            q_b = np.swapaxes(q_b.reshape(H, T, D), 0, 1)
         num_keys = k_cache.shape[1] if reads_behind else S
         k, v = (
             cache[b if row is None else row, :num_keys] for cache in (k_cache, v_cache)
@@ -362,6 +364,36 @@ def _attend(
         outs.append(np.einsum("hts,shd->thd", weights, v))
         start += T
     return np.concatenate(outs)
+
+
+def _attend_mixed(inputs: dict) -> Iterator[np.ndarray]:
+    """Attention with the rows of a KV head in each wrong order, in and out."""
+    q, k_cache, v_cache = inputs["q"], inputs["k_cache"], inputs["v_cache"]
+    (H, D), G = q.shape[1:], k_cache.shape[2]
+    R = H // G
+    ways_in = {  # (T, H, D) -> (G, R·T, D), of which the mask thinks as (G, R, T, D)
+        "heads first": lambda x: x.reshape(-1, G, R, D).transpose(1, 2, 0, 3),
+        "tokens first": lambda x: x.reshape(-1, G, R, D).transpose(1, 0, 2, 3),
+        "as it lies": lambda x: x,
+    }
+    ways_out = {  # and back
+        "heads first": lambda x: x.reshape(G, R, -1, D).transpose(2, 0, 1, 3),
+        "tokens first": lambda x: x.reshape(G, -1, R, D).transpose(1, 0, 2, 3),
+        "as it lies": lambda x: x,
+    }
+    for way_in, way_out in itertools.product(ways_in, ways_out):
+        outs, start = [], 0
+        for b, (S, T) in enumerate(zip(inputs["seq_lens"], inputs["query_lens"])):
+            rows = ways_in[way_in](q[start : start + T]).reshape(G, R * T, D)
+            k, v = (np.swapaxes(cache[b, :S], 0, 1) for cache in (k_cache, v_cache))
+            scores = (rows @ np.swapaxes(k, 1, 2) * D**-0.5).reshape(G, R, T, S)
+            hidden = np.arange(S) > np.arange(S - T, S)[:, None]
+            weights = np.exp(np.where(hidden, -np.inf, scores))
+            weights = weights / weights.sum(axis=-1, keepdims=True)
+            out = weights.reshape(G, R * T, S) @ v
+            outs.append(ways_out[way_out](out).reshape(T, H, D))
+            start += T
+        yield np.concatenate(outs)
 
 
 def generate_cached_cases(seed: int) -> list[Case]:
@@ -559,7 +591,8 @@ EXERCISES = [
         errors={
             "the sum of query_lens": (
                 "token_ids is one row of sum(query_lens) ids: those of all prompts "
-                "first, then one new id of each request, with query_lens of 1"
+                "first, then one new id of each request (from one row of logits of "
+                "each), with query_lens of 1"
             ),
         },
     ),

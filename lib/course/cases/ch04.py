@@ -337,6 +337,10 @@ def script_explain(inputs: dict, expected: dict, got: dict) -> str | None:
         return "There were enough free blocks for that"
     if method == "fork" and theirs["free_blocks"] < ours["free_blocks"]:
         return "A fork takes no block from the free list"
+    if theirs["gave"].endswith("does not have in its place)"):
+        return "The table's last entry is still the source: put the target there"
+    if theirs["gave"].startswith("(the one in its place"):
+        return "The source comes first, then the target"
     if ours["gave"] == "None" and theirs["gave"].startswith("(its old"):
         return (
             "There is nothing to copy: nobody else uses it, or nothing is written into it"

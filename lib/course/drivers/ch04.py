@@ -191,6 +191,10 @@ def _describe(gave, before: list, block_table: list) -> str:
     last = len(before) - 1
     if last >= 0 and list(gave) == [before[last], block_table[last]]:
         return "(its old last block, the one in its place)"
+    if last >= 0 and list(gave) == [block_table[last], before[last]]:
+        return "(the one in its place, its old last block)"
+    if last >= 0 and gave[0] == before[last] == block_table[-1]:
+        return "(its old last block, one that its table does not have in its place)"
     return "two blocks that are not (its old last block, the one in its place)"
 
 
