@@ -39,8 +39,13 @@ errors = st.sampled_from([KeyboardInterrupt, RuntimeError, GeneratorExit])
 
 
 class CachesAgainstDictionary(RuleBasedStateMachine):
-    @initialize(kind=st.sampled_from(KINDS), fused=st.booleans(), seed=st.integers(0, 99))
-    def make(self, kind, fused, seed):
+    @initialize(
+        kind=st.sampled_from(KINDS),
+        fused=st.booleans(),
+        seed=st.integers(0, 99),
+        num_requests=st.integers(0, 3),
+    )
+    def make(self, kind, fused, seed, num_requests):
         settings = {"dtype": torch.float64, "fused_decode": fused}
         self.is_paged = kind != "contiguous"
         if self.is_paged:
@@ -52,6 +57,8 @@ class CachesAgainstDictionary(RuleBasedStateMachine):
         self.rows = [] if self.is_paged else [None] * BATCH_SIZE
         self.num_requests = 0
         self.stale = []  # an `attend` whose step is over
+        for _ in range(num_requests):
+            self.begin()
 
     # What is expected, without the cache.
 
@@ -183,9 +190,15 @@ class CachesAgainstDictionary(RuleBasedStateMachine):
         self.texts[child_id] = self.texts[parent_id]
 
     @precondition(lambda self: self.rows)
-    @rule(counts=counts | ones)
+    @rule(counts=counts)
     def extend(self, counts):
         self.take(counts)
+
+    @precondition(lambda self: self.texts)
+    @rule(num_steps=st.integers(1, 3))
+    def decode(self, num_steps):
+        for _ in range(num_steps):
+            self.take([1] * len(self.rows))
 
     def take(self, counts, after_layer=lambda layer: None):
         query_lens = self.query_lens(counts)
@@ -300,35 +313,34 @@ class CachesAgainstDictionary(RuleBasedStateMachine):
             self.stale[0](0, *args)
         assert torch.equal(self.cache.k_cache.nan_to_num(), pool.nan_to_num())
 
-    @rule(row=row_numbers)
-    def call_wrongly(self, row):
+    @rule(row=row_numbers, number=st.integers(0, 20))
+    def call_wrongly(self, row, number):
         cache, B = self.cache, len(self.rows)
-        self.refused(ValueError, lambda: cache.free("nobody"))
-        self.refused(ValueError, lambda: cache.free(None))
-        self.refused(ValueError, lambda: cache.begin(None))
-        if self.is_paged:
-            self.refused(ValueError, lambda: cache.fork("nobody", "new"))
+        calls = [
+            lambda: cache.begin(None),
+            lambda: cache.free("nobody"),
+            lambda: cache.free(None),
+        ]
         if self.texts:
             live = list(self.texts)[row % len(self.texts)]
-            self.refused(ValueError, lambda: cache.begin(live))
-            if self.is_paged:
-                self.refused(ValueError, lambda: cache.fork(live, live))
-                self.refused(ValueError, lambda: cache.fork(live, None))
+            calls.append(lambda: cache.begin(live))
+        if self.is_paged:
+            calls.append(lambda: cache.fork("nobody", "new"))
+        if self.is_paged and self.texts:
+            calls.append(lambda: cache.fork(live, live))
+            calls.append(lambda: cache.fork(live, None))
+
         zeros = torch.zeros(B, dtype=torch.int64)
         wrong = [torch.zeros(B), zeros.int(), zeros[None], torch.zeros(B + 1).long()]
         if B:
-            some = zeros.clone()
-            some[row % B] = -1
-            too_many = zeros.clone()
-            too_many[row % B] = 1000
-            errors = (OutOfBlocksError, CacheFullError, ValueError)
-            self.refused(errors, lambda: cache.extend(too_many).__enter__())
-            wrong.append(some)
+            wrong += [zeros.clone(), zeros.clone(), zeros.clone()]
+            for query_lens, count in zip(wrong[-3:], (-1, 1000, 2**63 - 1)):
+                query_lens[row % B] = count
         for query_lens in wrong:
-            self.refused(ValueError, lambda lens=query_lens: cache.check_room(lens))
-            self.refused(
-                ValueError, lambda lens=query_lens: cache.extend(lens).__enter__()
-            )
+            calls.append(lambda lens=query_lens: cache.check_room(lens))
+            calls.append(lambda lens=query_lens: cache.extend(lens).__enter__())
+        errors = (ValueError, OutOfBlocksError, CacheFullError)
+        self.refused(errors, calls[number % len(calls)])
 
     # At any time.
 
