@@ -15,6 +15,7 @@ Read lib/model.py, for the seam `attend`, and lib/generate.py before.
 import abc
 import contextlib
 from collections.abc import Hashable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +88,8 @@ class KVCache(abc.ABC):
         """
         self._check_no_step("extend")
         self.check_room(query_lens)
-        before, step, layers = self._seq_lens, object(), set()
+        before, marks = self._seq_lens, self._mark()
+        step, layers = object(), set()
 
         def attend(layer, q, k, v):
             if self._open is not step:
@@ -107,13 +109,12 @@ class KVCache(abc.ABC):
                     f"extend: expected attention in layers 0 to "
                     f"{self.config.num_layers - 1}, got {sorted(layers)}"
                 )
-            self._seq_lens = before + query_lens
+            # In one line: an interrupt comes before it or after it.
+            self._seq_lens, self._open = before + query_lens, None
         except BaseException:
-            self._seq_lens = before
-            self._take_back(query_lens)
+            self._take_back(marks)
             self._open = None
             raise
-        self._open = None
 
     def _check_no_step(self, method: str):
         if self._open is not None:
@@ -148,12 +149,16 @@ class KVCache(abc.ABC):
     def _free_row(self, row: int):
         """Take it back, with what it held."""
 
+    def _mark(self) -> Any:
+        """What `_take_back` has to know of the time before a step."""
+        return None
+
     @abc.abstractmethod
     def _open_step(self, query_lens: torch.Tensor) -> Attend:
         """Make room for the new tokens; attention that writes and reads them."""
 
     @abc.abstractmethod
-    def _take_back(self, query_lens: torch.Tensor):
+    def _take_back(self, marks: Any):
         """Undo `_open_step`, however far it came; seq_lens are those from before."""
 
 
@@ -392,7 +397,7 @@ class ContiguousKVCache(KVCache):
 
         return attend
 
-    def _take_back(self, query_lens: torch.Tensor):
+    def _take_back(self, marks: None):
         for row, seq_len in enumerate(self.seq_lens.tolist()):
             self._clear(row, seq_len)
 
