@@ -89,12 +89,21 @@ class KVCache(abc.ABC):
         self._check_no_step("extend")
         self.check_room(query_lens)
         before, marks = self._seq_lens, self._mark()
+        query_lens = query_lens.clone()  # whatever the caller does with it meanwhile
+        N, kv_shape = int(query_lens.sum()), self.k_cache.shape[-2:]
         step, layers = object(), set()
 
         def attend(layer, q, k, v):
             if self._open is not step:
                 raise RuntimeError(
                     "attend: expected inside of its own step, got after it"
+                )
+            expected = [(N, *q.shape[1:]), (N, *kv_shape), (N, *kv_shape)]  # q, k, v
+            got = [tuple(x.shape) for x in (q, k, v)]
+            if got != expected:
+                raise ValueError(
+                    f"attend: expected q, k, v {expected} in a step of {N} tokens, "
+                    f"got {got}"
                 )
             out = attend_rows(layer, q, k, v)
             layers.add(layer)

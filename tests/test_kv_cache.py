@@ -1,8 +1,11 @@
+import copy
+import sys
+
 import pytest
 import torch
 from helpers import assert_close, begun, random_model
 
-from lib import kv_cache
+from lib import block_manager, kv_cache, paged_kv_cache
 from lib.config import LLAMA3_8B, TINY
 from lib.generate import forward_cached, generate_cached, generate_recompute
 from lib.kv_cache import (
@@ -267,3 +270,132 @@ def test_positions_count_in_each_request():
     positions = new_positions(torch.tensor([4, 9, 7, 2]), torch.tensor([1, 3, 0, 2]))
     assert positions.tolist() == [3, 6, 7, 8, 0, 1]
     assert kv_cache.new_positions(torch.tensor([5]), torch.tensor([0])).tolist() == []
+
+
+def mid_text(kind, model, fused_decode=False):
+    """A cache in which requests of 3 and 1 tokens, or four with shared blocks, go on."""
+    settings = {"dtype": torch.float64, "fused_decode": fused_decode}
+    if kind == "contiguous":
+        cache = begun(ContiguousKVCache(model.config, 2, 12, **settings), 2)
+    else:
+        cache = begun(PagedKVCache(model.config, 16, 2, **settings), 2)
+    prompt_ids = torch.tensor([5, 6, 7, 8])
+    forward_cached(model, cache, prompt_ids, torch.tensor([3, 1]))
+    if kind == "shared":
+        cache.fork(0, "child")
+        cache.fork(0, "grandchild")
+    return cache
+
+
+def all_of(cache):
+    """What a step may change, but for what lies behind the tokens."""
+    facts = [list(cache.request_ids), cache.seq_lens.tolist()]
+    facts += [cache.reserved_bytes, cache.used_bytes]
+    if isinstance(cache, PagedKVCache):
+        facts += [cache.block_tables.tolist(), copy.deepcopy(vars(cache.manager))]
+    return facts
+
+
+KINDS = ["contiguous", "paged", "shared"]
+DECODE, PREFILL, RAGGED = [1, 1, 1, 1], [4, 5, 2, 3], [1, 0, 3, 1]
+
+
+def step(model, cache, counts):
+    query_lens = torch.tensor(counts[: len(cache.request_ids)])
+    return forward_cached(model, cache, torch.arange(query_lens.sum()), query_lens)
+
+
+class Interrupt:
+    """KeyboardInterrupt at line number `when` that the code of the caches runs."""
+
+    FILES = {module.__file__ for module in (kv_cache, paged_kv_cache, block_manager)}
+
+    def __init__(self, when):
+        self.lines_left = when
+
+    def __enter__(self):
+        self.before = sys.gettrace()
+        sys.settrace(self.enter_function)
+
+    def enter_function(self, frame, event, arg):
+        return self.at_line if frame.f_code.co_filename in self.FILES else None
+
+    def at_line(self, frame, event, arg):
+        if event == "line":
+            self.lines_left -= 1
+            if self.lines_left < 0:
+                self.where = f"{frame.f_code.co_name}, line {frame.f_lineno}"
+                raise KeyboardInterrupt
+        return self.at_line
+
+    def __exit__(self, *_):
+        sys.settrace(self.before)
+
+
+@pytest.mark.parametrize(
+    "kind, counts",
+    [
+        ("contiguous", DECODE),
+        ("shared", PREFILL),
+        *(
+            pytest.param(kind, counts, marks=pytest.mark.nightly)
+            for kind in KINDS
+            for counts in (DECODE, RAGGED)
+        ),
+    ],
+)
+def test_an_interrupt_at_any_line_leaves_the_cache_as_it_was(kind, counts):
+    model = random_model(dtype=torch.float64, num_layers=1, d_model=8, d_ff=8)
+    start = mid_text(kind, model)
+    expected = step(model, copy.deepcopy(start), counts)
+    num_lines, is_through = 0, False
+    while not is_through:
+        cache, interrupt = copy.deepcopy(start), Interrupt(num_lines)
+        try:
+            with interrupt:
+                step(model, cache, counts)
+            is_through = True
+        except KeyboardInterrupt:
+            assert all_of(cache) == all_of(start), interrupt.where
+            assert_close(step(model, cache, counts), expected)
+            num_lines += 1
+    assert num_lines > 90
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name, num_rows", [("q", 7), ("k", 1), ("v", 1), ("v", 3)])
+def test_a_step_takes_one_query_key_and_value_for_each_of_its_tokens(
+    kind, name, num_rows
+):
+    model = random_model(dtype=torch.float64)
+    cache = mid_text(kind, model)
+    before, query_lens = all_of(cache), torch.tensor([2] * len(cache.request_ids))
+    N = int(query_lens.sum())
+    rows = {"q": N, "k": N, "v": N, name: num_rows}
+    heads = {"q": 4, "k": 2, "v": 2}
+    qkv = [torch.randn(rows[x], heads[x], 8, dtype=torch.float64) for x in "qkv"]
+    with (
+        pytest.raises(ValueError, match=f"in a step of {N} tokens"),
+        cache.extend(query_lens) as attend,
+    ):
+        attend(0, *qkv)
+    qkv = [torch.randn(N, heads[x], 8, dtype=torch.float64) for x in "qkv"]
+    with (
+        pytest.raises(ValueError, match=f"in a step of {N} tokens"),
+        cache.extend(query_lens) as attend,
+    ):
+        attend(0, qkv[0], qkv[1][:, :1], qkv[2])  # one KV head would fill them all
+    assert all_of(cache) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_counts_the_tokens_it_began_with(kind):
+    model = random_model(dtype=torch.float64)
+    cache = mid_text(kind, model)
+    B = len(cache.request_ids)
+    query_lens, lens = torch.ones(B, dtype=torch.int64), cache.seq_lens.tolist()
+    ids = torch.arange(B)
+    with cache.extend(query_lens) as attend:
+        query_lens.fill_(3)
+        model(ids, cache.seq_lens, attend)
+    assert cache.seq_lens.tolist() == [n + 1 for n in lens]
