@@ -363,7 +363,10 @@ class ContiguousKVCache(KVCache):
         """
         check_query_lens(query_lens, self.seq_lens)
         reserved = self.k_cache.shape[2]
-        needed = (self.seq_lens + query_lens).tolist()
+        lens = zip(self.seq_lens.tolist(), query_lens.tolist())
+        needed = [
+            seq_len + count for seq_len, count in lens
+        ]  # where int64 would overflow
         for row, (request_id, count) in enumerate(zip(self.request_ids, needed)):
             if request_id is None and count > 0:
                 raise ValueError(

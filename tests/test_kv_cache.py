@@ -6,6 +6,7 @@ import torch
 from helpers import assert_close, begun, random_model
 
 from lib import block_manager, kv_cache, paged_kv_cache
+from lib.block_manager import OutOfBlocksError
 from lib.config import LLAMA3_8B, TINY
 from lib.generate import forward_cached, generate_cached, generate_recompute
 from lib.kv_cache import (
@@ -399,3 +400,13 @@ def test_a_step_counts_the_tokens_it_began_with(kind):
         query_lens.fill_(3)
         model(ids, cache.seq_lens, attend)
     assert cache.seq_lens.tolist() == [n + 1 for n in lens]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_counts_that_overflow_an_integer_are_refused(kind):
+    cache = mid_text(kind, random_model(dtype=torch.float64))
+    before = all_of(cache)
+    counts = [0, 2**63 - 1] + [0] * (len(cache.request_ids) - 2)
+    with pytest.raises((CacheFullError, OutOfBlocksError)):
+        cache.check_room(torch.tensor(counts))
+    assert all_of(cache) == before
