@@ -199,7 +199,7 @@ class BlockManager:
                 self.block_tables[request_id],
                 self.seq_lens[request_id],
             )
-            end = seq_len + num_tokens
+            end = int(seq_len) + int(num_tokens)  # numpy's would overflow
             needed += -(-end // self.block_size) - len(block_table)
             if num_tokens > 0 and seq_len % self.block_size > 0:
                 writers[block_table[-1]] += 1
