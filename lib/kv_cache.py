@@ -90,7 +90,7 @@ class KVCache(abc.ABC):
         self.check_room(query_lens)
         before, marks = self._seq_lens, self._mark()
         query_lens = query_lens.clone()  # whatever the caller does with it meanwhile
-        N, kv_shape = int(query_lens.sum()), self.k_cache.shape[-2:]
+        kv_shape = int(query_lens.sum()), *self.k_cache.shape[-2:]  # (N, G, D)
         step, layers = object(), set()
 
         def attend(layer, q, k, v):
@@ -98,13 +98,7 @@ class KVCache(abc.ABC):
                 raise RuntimeError(
                     "attend: expected inside of its own step, got after it"
                 )
-            expected = [(N, *q.shape[1:]), (N, *kv_shape), (N, *kv_shape)]  # q, k, v
-            got = [tuple(x.shape) for x in (q, k, v)]
-            if got != expected:
-                raise ValueError(
-                    f"attend: expected q, k, v {expected} in a step of {N} tokens, "
-                    f"got {got}"
-                )
+            check_new_kv(q, k, v, kv_shape)
             out = attend_rows(layer, q, k, v)
             layers.add(layer)
             return out
@@ -417,6 +411,18 @@ class ContiguousKVCache(KVCache):
         """Zeros from `start` on: what a mask hides must be a number all the same."""
         for cache in (self.k_cache, self.v_cache):
             cache[:, row, start:] = 0
+
+
+def check_new_kv(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_shape: tuple[int, int, int]
+):
+    """Raise ValueError unless there is a query, key and value for each new token."""
+    shapes = [tuple(x.shape) for x in (q, k, v)]
+    if shapes != [(kv_shape[0], *q.shape[1:]), kv_shape, kv_shape]:
+        raise ValueError(
+            f"attend: expected q of {kv_shape[0]} tokens, as many as the step has, and "
+            f"k, v {kv_shape}, got {shapes}"
+        )
 
 
 def check_query_lens(query_lens: torch.Tensor, seq_lens: torch.Tensor):

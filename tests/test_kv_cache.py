@@ -384,13 +384,13 @@ def test_a_step_takes_one_query_key_and_value_for_each_of_its_tokens(
     heads = {"q": 4, "k": 2, "v": 2}
     qkv = [torch.randn(rows[x], heads[x], 8, dtype=torch.float64) for x in "qkv"]
     with (
-        pytest.raises(ValueError, match=f"in a step of {N} tokens"),
+        pytest.raises(ValueError, match=f"expected q of {N} tokens"),
         cache.extend(query_lens) as attend,
     ):
         attend(0, *qkv)
     qkv = [torch.randn(N, heads[x], 8, dtype=torch.float64) for x in "qkv"]
     with (
-        pytest.raises(ValueError, match=f"in a step of {N} tokens"),
+        pytest.raises(ValueError, match=f"expected q of {N} tokens"),
         cache.extend(query_lens) as attend,
     ):
         attend(0, qkv[0], qkv[1][:, :1], qkv[2])  # one KV head would fill them all
