@@ -532,20 +532,26 @@ def test_nothing_but_attention_is_called_inside_of_a_step(kind):
     calls = [
         lambda: cache.begin("new"),
         lambda: cache.free(0),
-        lambda: forward_cached(model, cache, torch.tensor([1]), lens + 1),
+        lambda: step(model, cache, DECODE),
         lambda: cache.extend(lens).__enter__(),
     ]
     if kind != "contiguous":
         calls.append(lambda: cache.fork(0, "new"))
     for i, call in enumerate(calls):
         with (
-            pytest.raises((RuntimeError, ValueError), match="expected"),
+            pytest.raises(RuntimeError, match="expected between two steps"),
             cache.extend(lens) as attend,
         ):
             call()
         assert all_of(cache) == before, i
+    nothing = torch.zeros(3, 0, 2, 8, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="attend: expected inside of its own step"):
-        attend(0, *torch.zeros(3, 0, 2, 8, dtype=torch.float64))
+        attend(0, *nothing)
+    with (
+        pytest.raises(RuntimeError, match="attend: expected inside of its own step"),
+        cache.extend(lens),
+    ):
+        attend(0, *nothing)  # of a step before
 
 
 @pytest.mark.parametrize("layers", [[], [0], [1], [0, 0], [0, -1]])
@@ -567,10 +573,42 @@ def test_a_step_without_all_layers_does_not_count(kind, layers):
 def test_lengths_that_the_caller_holds_stay_as_they_were(kind):
     model = random_model(dtype=torch.float64)
     cache = mid_text(kind, model)
-    held, expected = cache.seq_lens, cache.seq_lens.tolist()
-    step(model, cache, DECODE)
+    calls = [
+        lambda: step(model, cache, DECODE),
+        lambda: cache.free(0),
+        lambda: cache.begin("new"),
+    ]
+    for call in calls:
+        held, expected = cache.seq_lens, cache.seq_lens.tolist()
+        call()
+        assert held.tolist() == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_requests_begin_once_and_end_once(kind):
+    cache = mid_text(kind, random_model(dtype=torch.float64))
+    before = all_of(cache)
+    for call, request_id in [(cache.begin, 0), (cache.begin, None), (cache.free, None)]:
+        with pytest.raises(ValueError, match=f"request {request_id}: expected one"):
+            call(request_id)
+        assert all_of(cache) == before
     cache.free(0)
-    assert held.tolist() == expected
+    with pytest.raises(ValueError, match="has not begun or was freed"):
+        cache.free(0)
+
+
+def test_rows_are_for_those_who_have_begun():
+    model = random_model(dtype=torch.float64)
+    cache = mid_text("contiguous", model)
+    with pytest.raises(CacheFullError):
+        cache.begin("third")
+    cache.free(0)
+    before = all_of(cache)
+    for counts in ([1, 1], [1, 0]):
+        with pytest.raises(ValueError, match="expected 0 in row 0, where no request"):
+            step(model, cache, counts)
+        assert all_of(cache) == before
+    step(model, cache, [0, 1])
 
 
 # Prefill in chunks.
