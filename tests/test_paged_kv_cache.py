@@ -258,7 +258,7 @@ def test_one_request_is_gathered_at_a_time():
 
 
 def family(model):
-    """Requests "a" of 3 tokens, its children "b" and "c", and "d" of 2; blocks of 2."""
+    """Requests "a" of 3 tokens, its children "b" and "c", and "d" of 3; blocks of 2."""
     cache = PagedKVCache(model.config, 16, 2, dtype=torch.float64)
     cache.begin("a")
     cache.k_cache.fill_(torch.nan)
@@ -267,7 +267,7 @@ def family(model):
     cache.fork("a", "b")
     cache.fork("a", "c")
     cache.begin("d")
-    forward_cached(model, cache, torch.tensor([8, 9]), torch.tensor([0, 0, 0, 2]))
+    forward_cached(model, cache, torch.tensor([8, 9, 1]), torch.tensor([0, 0, 0, 3]))
     return cache
 
 
@@ -295,7 +295,7 @@ FOUL = {  # calls of the manager that change a request of the cache, and which
     "append blocks": ("d", lambda m: m.append("d", 5)),
     "free": ("a", lambda m: m.free("a")),
     "free the last": ("d", lambda m: m.free("d")),
-    "free and allocate": ("d", lambda m: free_and_allocate(m, "d", 2)),
+    "free and allocate": ("d", lambda m: free_and_allocate(m, "d", 3)),
     "free and allocate less": ("a", lambda m: free_and_allocate(m, "a", 1)),
     "free and fork": ("b", lambda m: free_and_fork(m, "a", "b")),
     "free and fork from another": ("b", lambda m: free_and_fork(m, "d", "b")),
@@ -448,3 +448,16 @@ def test_the_manager_takes_what_counts_tokens_and_nothing_else():
     with pytest.raises(OutOfBlocksError, match="at most 6 blocks"):
         manager.append("a", np.int64(2**63 - 1))
     assert vars(manager) == before
+
+
+def test_a_request_that_rests_is_not_gathered(monkeypatch):
+    model, gathered = random_model(dtype=torch.float64), []
+    cache = family(model)
+
+    def counted(k_cache, v_cache, block_table, seq_len):
+        gathered.append(seq_len)
+        return gather_kv(k_cache, v_cache, block_table, seq_len)
+
+    monkeypatch.setattr("lib.paged_kv_cache.gather_kv", counted)
+    forward_cached(model, cache, torch.tensor([1, 2, 3]), torch.tensor([0, 2, 0, 1]))
+    assert gathered == [5, 4] * model.config.num_layers
