@@ -359,9 +359,14 @@ class CachesAgainstDictionary(RuleBasedStateMachine):
         if self.is_paged:
             manager = cache.manager
             num_free = len(manager.free_block_ids)
-            used = {b for table in manager.block_tables.values() for b in table}
+            places = {
+                (table[p // manager.block_size], p % manager.block_size)
+                for request_id, table in manager.block_tables.items()
+                for p in range(self.length(request_id))
+            }
+            used = {block_id for block_id, _ in places}
             assert num_free + len(used) == manager.num_blocks
-            reserved, filled = len(used) * manager.block_size, manager.num_filled_slots()
+            reserved, filled = len(used) * manager.block_size, len(places)
         else:
             reserved, filled = BATCH_SIZE * MAX_SEQ_LEN, sum(self.lengths())
         assert cache.reserved_bytes == kv_cache_bytes(CONFIG, reserved, 8)
