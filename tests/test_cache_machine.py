@@ -28,19 +28,21 @@ from lib.paged_kv_cache import PagedKVCache
 
 CONFIG = ModelConfig(8, 2, num_heads=2, num_kv_heads=1, d_model=8, d_ff=8, max_seq_len=64)
 LAYERS = range(CONFIG.num_layers)
-BATCH_SIZE, MAX_SEQ_LEN = 3, 9  # of the contiguous cache
-NUM_SLOTS = 24  # of the pool, in all
-KINDS = ["contiguous", 1, 3, 4]  # or the pool's block size
+BATCH_SIZE, MAX_SEQ_LEN = 2, 9  # of the contiguous cache
+NUM_SLOTS = 36  # of the pool, in all
 
 row_numbers = st.integers(0, 5)
 counts = st.lists(st.sampled_from([0, 1, 1, 1, 2, 5]), min_size=6, max_size=6)
 ones = st.just([1] * 6)  # a decode step
+last_layers = st.sampled_from([-1, *LAYERS])
 errors = st.sampled_from([KeyboardInterrupt, RuntimeError, GeneratorExit])
 
 
-class CachesAgainstDictionary(RuleBasedStateMachine):
+class CacheAgainstDictionary(RuleBasedStateMachine):
+    kinds: list  # "contiguous", or the pool's block size
+
     @initialize(
-        kind=st.sampled_from(KINDS),
+        kind=st.runner().flatmap(lambda self: st.sampled_from(self.kinds)),
         fused=st.booleans(),
         seed=st.integers(0, 99),
         num_requests=st.integers(0, 3),
@@ -182,12 +184,24 @@ class CachesAgainstDictionary(RuleBasedStateMachine):
     @precondition(lambda self: self.is_paged and self.texts and len(self.texts) < 6)
     @rule(row=row_numbers)
     def fork(self, row):
-        parent_id = list(self.texts)[row % len(self.texts)]
+        size = self.cache.manager.block_size
+        half_full = [r for r in self.texts if self.length(r) % size > 0]
+        parents = half_full or list(self.texts)  # of whom the next step copies a block
+        parent_id = parents[row % len(parents)]
         self.num_requests += 1
         child_id = f"r{self.num_requests}"
         self.cache.fork(parent_id, child_id)
         self.rows.append(child_id)
         self.texts[child_id] = self.texts[parent_id]
+
+    @precondition(lambda self: self.is_paged and self.texts and len(self.texts) < 6)
+    @rule(row=row_numbers, counts=counts, last=last_layers)
+    def fork_and_write(self, row, counts, last):
+        """All who share a block write into it, once in vain."""
+        self.fork(row)
+        ones = [1] * len(self.rows)
+        self.interrupt(ones, last, KeyboardInterrupt)
+        self.take([max(count, 1) for count in counts])
 
     @precondition(lambda self: self.rows)
     @rule(counts=counts)
@@ -236,7 +250,7 @@ class CachesAgainstDictionary(RuleBasedStateMachine):
         return news
 
     @precondition(lambda self: self.rows)
-    @rule(counts=counts | ones, last=st.sampled_from([-1, *LAYERS]), error=errors)
+    @rule(counts=counts | ones, last=last_layers, error=errors)
     def interrupt(self, counts, last, error):
         def stop(layer):
             if layer == last:
@@ -262,7 +276,7 @@ class CachesAgainstDictionary(RuleBasedStateMachine):
     @precondition(lambda self: self.rows)
     @rule(
         counts=counts | ones,
-        last=st.sampled_from([-1, *LAYERS]),
+        last=last_layers,
         is_caught=st.booleans(),
         number=row_numbers,
     )
@@ -386,17 +400,25 @@ class CachesAgainstDictionary(RuleBasedStateMachine):
         assert self.cache.block_tables.shape == (len(tables), M)
 
 
-class CachesAgainstDictionaryNightly(CachesAgainstDictionary):
-    """The same, for longer, and other calls each night."""
+class ContiguousAgainstDictionary(CacheAgainstDictionary):
+    kinds = ["contiguous"]
 
 
-CachesAgainstDictionary.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=30, deadline=None, derandomize=True
-)
-CachesAgainstDictionaryNightly.TestCase.settings = settings(
-    max_examples=250, stateful_step_count=40, deadline=None, print_blob=True
-)
-TestCachesAgainstDictionary = CachesAgainstDictionary.TestCase
-TestCachesAgainstDictionaryNightly = pytest.mark.nightly(
-    CachesAgainstDictionaryNightly.TestCase
-)
+class PagedAgainstDictionary(CacheAgainstDictionary):
+    kinds = [1, 3, 4]
+
+
+def case_of(machine, **changes):
+    """Its test, in a class of its own, with these settings."""
+    case = type(machine.__name__, (machine,), {}).TestCase
+    case.settings = settings(deadline=None, **changes)
+    return case
+
+
+SHORT = {"max_examples": 80, "stateful_step_count": 30, "derandomize": True}
+LONG = {"max_examples": 125, "stateful_step_count": 40, "print_blob": True}
+
+TestContiguous = case_of(ContiguousAgainstDictionary, **SHORT)
+TestPaged = case_of(PagedAgainstDictionary, **SHORT)
+TestContiguousNightly = pytest.mark.nightly(case_of(ContiguousAgainstDictionary, **LONG))
+TestPagedNightly = pytest.mark.nightly(case_of(PagedAgainstDictionary, **LONG))
