@@ -686,8 +686,6 @@ def test_a_prefill_that_cannot_end_does_not_begin(kind):
         ([ok, ok[:0]], 4),
         ([ok, ok[None]], 4),
         ([ok, torch.zeros(129).long()], 4),
-        ([ok, ok], 0),
-        ([ok, ok], -1),
         ([ok, ok], 2.5),
         ([ok, ok], None),
     ]
@@ -696,6 +694,9 @@ def test_a_prefill_that_cannot_end_does_not_begin(kind):
         with pytest.raises(errors):
             prefill_in_chunks(model, prompts, cache, chunk_size)
         assert all_of(cache) == before
+    for chunk_size in (0, -1):
+        with pytest.raises(ValueError, match="chunk_size: expected at least 1, got"):
+            prefill_in_chunks(model, [ok[:8], ok[:8]], cache, chunk_size)
     empty = PagedKVCache(model.config, 4) if kind == "paged" else None
     empty = empty or ContiguousKVCache(model.config, 1, 9, dtype=torch.float64)
     with pytest.raises(ValueError, match="expected"):
