@@ -199,7 +199,7 @@ class BlockManager:
                 self.block_tables[request_id],
                 self.seq_lens[request_id],
             )
-            end = seq_len + num_tokens
+            end = int(seq_len) + int(num_tokens)  # numpy's would overflow
             needed += -(-end // self.block_size) - len(block_table)
             if num_tokens > 0 and seq_len % self.block_size > 0:
                 writers[block_table[-1]] += 1
@@ -215,26 +215,28 @@ class BlockManager:
         return Mark(table, len(table), last, self.seq_lens[request_id])
 
     def take_back(self, marks: Mapping[Hashable, Mark]):
-        """Undo every `append` since these marks, however far the last of them came.
+        """Undo every `append` since these marks, at whatever line the last was stopped.
 
         marks: of all requests that have appended, in the order in which they did. The
-        free list, too, is as it was.
+        free list, too, is as it was. Looks at the whole pool.
         """
-        for request_id, mark in reversed(marks.items()):
+        taken = []  # blocks, in the order in which they left the free list
+        for request_id, mark in marks.items():
             block_table = self.block_tables[request_id]
-            while len(block_table) > mark.num_blocks:
-                self.give_block(block_table.pop())
-            if block_table and block_table[-1] != mark.last_block_id:
-                copy, block_table[-1] = block_table[-1], mark.last_block_id
-                self.ref_count[mark.last_block_id] += 1
-                self.give_block(copy)
+            last = mark.num_blocks - 1
+            if last >= 0 and block_table[last] != mark.last_block_id:  # a copy
+                taken.append(block_table[last])
+                block_table[last] = mark.last_block_id
+            taken += block_table[last + 1 :]
+            del block_table[last + 1 :]
             self.seq_lens[request_id] = mark.seq_len
 
-    def give_block(self, block_id: int):
-        """One table less has this block; it is free if that was the last."""
-        self.ref_count[block_id] -= 1
-        if self.ref_count[block_id] == 0:
-            self.free_block_ids.append(block_id)
+        # The last one taken may not have reached its table, and counts may lag behind.
+        users = Counter(b for table in self.block_tables.values() for b in table)
+        self.ref_count = [users[block_id] for block_id in range(self.num_blocks)]
+        known = {*users, *taken, *self.free_block_ids}
+        taken += [b for b in range(self.num_blocks) if b not in known]
+        self.free_block_ids += reversed(taken)
 
     def num_filled_slots(self) -> int:
         """Places for a token that hold one; a shared one counts once."""

@@ -15,6 +15,7 @@ Read lib/model.py, for the seam `attend`, and lib/generate.py before.
 import abc
 import contextlib
 from collections.abc import Hashable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,13 +88,17 @@ class KVCache(abc.ABC):
         """
         self._check_no_step("extend")
         self.check_room(query_lens)
-        before, step, layers = self._seq_lens, object(), set()
+        before, marks = self._seq_lens, self._mark()
+        query_lens = query_lens.clone()  # whatever the caller does with it meanwhile
+        kv_shape = int(query_lens.sum()), *self.k_cache.shape[-2:]  # (N, G, D)
+        step, layers = object(), set()
 
         def attend(layer, q, k, v):
             if self._open is not step:
                 raise RuntimeError(
                     "attend: expected inside of its own step, got after it"
                 )
+            check_new_kv(q, k, v, kv_shape)
             out = attend_rows(layer, q, k, v)
             layers.add(layer)
             return out
@@ -107,13 +112,12 @@ class KVCache(abc.ABC):
                     f"extend: expected attention in layers 0 to "
                     f"{self.config.num_layers - 1}, got {sorted(layers)}"
                 )
-            self._seq_lens = before + query_lens
+            # In one line: an interrupt comes before it or after it.
+            self._seq_lens, self._open = before + query_lens, None
         except BaseException:
-            self._seq_lens = before
-            self._take_back(query_lens)
+            self._take_back(marks)
             self._open = None
             raise
-        self._open = None
 
     def _check_no_step(self, method: str):
         if self._open is not None:
@@ -148,12 +152,16 @@ class KVCache(abc.ABC):
     def _free_row(self, row: int):
         """Take it back, with what it held."""
 
+    def _mark(self) -> Any:
+        """What `_take_back` has to know of the time before a step."""
+        return None
+
     @abc.abstractmethod
     def _open_step(self, query_lens: torch.Tensor) -> Attend:
         """Make room for the new tokens; attention that writes and reads them."""
 
     @abc.abstractmethod
-    def _take_back(self, query_lens: torch.Tensor):
+    def _take_back(self, marks: Any):
         """Undo `_open_step`, however far it came; seq_lens are those from before."""
 
 
@@ -349,7 +357,10 @@ class ContiguousKVCache(KVCache):
         """
         check_query_lens(query_lens, self.seq_lens)
         reserved = self.k_cache.shape[2]
-        needed = (self.seq_lens + query_lens).tolist()
+        lens = zip(self.seq_lens.tolist(), query_lens.tolist())
+        needed = [
+            seq_len + count for seq_len, count in lens
+        ]  # where int64 would overflow
         for row, (request_id, count) in enumerate(zip(self.request_ids, needed)):
             if request_id is None and count > 0:
                 raise ValueError(
@@ -392,7 +403,7 @@ class ContiguousKVCache(KVCache):
 
         return attend
 
-    def _take_back(self, query_lens: torch.Tensor):
+    def _take_back(self, marks: None):
         for row, seq_len in enumerate(self.seq_lens.tolist()):
             self._clear(row, seq_len)
 
@@ -400,6 +411,18 @@ class ContiguousKVCache(KVCache):
         """Zeros from `start` on: what a mask hides must be a number all the same."""
         for cache in (self.k_cache, self.v_cache):
             cache[:, row, start:] = 0
+
+
+def check_new_kv(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_shape: tuple[int, int, int]
+):
+    """Raise ValueError unless there is a query, key and value for each new token."""
+    shapes = [tuple(x.shape) for x in (q, k, v)]
+    if shapes != [(kv_shape[0], *q.shape[1:]), kv_shape, kv_shape]:
+        raise ValueError(
+            f"attend: expected q of {kv_shape[0]} tokens, as many as the step has, and "
+            f"k, v {kv_shape}, got {shapes}"
+        )
 
 
 def check_query_lens(query_lens: torch.Tensor, seq_lens: torch.Tensor):

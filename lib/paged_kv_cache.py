@@ -235,8 +235,10 @@ class PagedKVCache(KVCache):
         self._tables, self._seq_lens = self._tables[rest], self._seq_lens[rest]
         del self._marks[request_id]
 
+    def _mark(self) -> dict[Hashable, Mark]:
+        return dict(self._marks)
+
     def _open_step(self, query_lens: torch.Tensor) -> Attend:
-        self._marks_before = dict(self._marks)
         counts = query_lens.tolist()
         for row, num_tokens in enumerate(counts):
             if num_tokens > 0:
@@ -275,10 +277,10 @@ class PagedKVCache(KVCache):
             self.k_cache[:, target] = self.k_cache[:, source]
             self.v_cache[:, target] = self.v_cache[:, source]
 
-    def _take_back(self, query_lens: torch.Tensor):
-        self.manager.take_back(self._marks_before)
-        for row, request_id in enumerate(self.request_ids):
-            self._marks[request_id] = self.manager.mark(request_id)
+    def _take_back(self, marks: dict[Hashable, Mark]):
+        self.manager.take_back(marks)
+        self._marks = marks  # if the manager's are others, the next step finds it
+        for row in range(len(self.request_ids)):
             self._tables[row] = -1
             self._write_row(row, 0)
 

@@ -1,14 +1,26 @@
+import contextlib
+import copy
+import math
+import sys
+
 import pytest
 import torch
 from helpers import assert_close, begun, random_model
 
-from lib import kv_cache
+from lib import block_manager, kv_cache, paged_kv_cache
+from lib.block_manager import OutOfBlocksError
 from lib.config import LLAMA3_8B, TINY
-from lib.generate import forward_cached, generate_cached, generate_recompute
+from lib.generate import (
+    forward_cached,
+    generate_cached,
+    generate_recompute,
+    prefill_in_chunks,
+)
 from lib.kv_cache import (
     CacheFullError,
     ContiguousKVCache,
     attend_cached,
+    attend_decode,
     kv_cache_bytes,
     kv_utilization,
     new_positions,
@@ -267,3 +279,486 @@ def test_positions_count_in_each_request():
     positions = new_positions(torch.tensor([4, 9, 7, 2]), torch.tensor([1, 3, 0, 2]))
     assert positions.tolist() == [3, 6, 7, 8, 0, 1]
     assert kv_cache.new_positions(torch.tensor([5]), torch.tensor([0])).tolist() == []
+
+
+def mid_text(kind, model, fused_decode=False):
+    """A cache in which requests of 3 and 1 tokens, or four with shared blocks, go on."""
+    settings = {"dtype": torch.float64, "fused_decode": fused_decode}
+    if kind == "contiguous":
+        cache = begun(ContiguousKVCache(model.config, 2, 12, **settings), 2)
+    else:
+        cache = begun(PagedKVCache(model.config, 16, 2, **settings), 2)
+    prompt_ids = torch.tensor([5, 6, 7, 8])
+    forward_cached(model, cache, prompt_ids, torch.tensor([3, 1]))
+    if kind == "shared":
+        cache.fork(0, "child")
+        cache.fork(0, "grandchild")
+    return cache
+
+
+def all_of(cache):
+    """What a step may change, but for what lies behind the tokens."""
+    facts = [list(cache.request_ids), cache.seq_lens.tolist()]
+    facts += [cache.reserved_bytes, cache.used_bytes]
+    if isinstance(cache, PagedKVCache):
+        facts += [cache.block_tables.tolist(), copy.deepcopy(vars(cache.manager))]
+    return facts
+
+
+KINDS = ["contiguous", "paged", "shared"]
+DECODE, PREFILL, RAGGED = [1, 1, 1, 1], [4, 5, 2, 3], [1, 0, 3, 1]
+
+
+def step(model, cache, counts):
+    query_lens = torch.tensor(counts[: len(cache.request_ids)])
+    return forward_cached(model, cache, torch.arange(query_lens.sum()), query_lens)
+
+
+class Interrupt:
+    """KeyboardInterrupt at line number `when` that the code of the caches runs."""
+
+    FILES = {module.__file__ for module in (kv_cache, paged_kv_cache, block_manager)}
+
+    def __init__(self, when):
+        self.lines_left = when
+
+    def __enter__(self):
+        self.before = sys.gettrace()
+        sys.settrace(self.enter_function)
+
+    def enter_function(self, frame, event, arg):
+        return self.at_line if frame.f_code.co_filename in self.FILES else None
+
+    def at_line(self, frame, event, arg):
+        if event == "line":
+            self.lines_left -= 1
+            if self.lines_left < 0:
+                self.where = f"{frame.f_code.co_name}, line {frame.f_lineno}"
+                raise KeyboardInterrupt
+        return self.at_line
+
+    def __exit__(self, *_):
+        sys.settrace(self.before)
+
+
+@pytest.mark.parametrize(
+    "kind, counts",
+    [
+        ("contiguous", DECODE),
+        ("shared", PREFILL),
+        *(
+            pytest.param(kind, counts, marks=pytest.mark.nightly)
+            for kind in KINDS
+            for counts in (DECODE, RAGGED)
+        ),
+    ],
+)
+def test_an_interrupt_at_any_line_leaves_the_cache_as_it_was(kind, counts):
+    model = random_model(dtype=torch.float64, num_layers=1, d_model=8, d_ff=8)
+    start = mid_text(kind, model)
+    expected = step(model, copy.deepcopy(start), counts)
+    num_lines, is_through = 0, False
+    while not is_through:
+        cache, interrupt = copy.deepcopy(start), Interrupt(num_lines)
+        try:
+            with interrupt:
+                step(model, cache, counts)
+            is_through = True
+        except KeyboardInterrupt:
+            assert all_of(cache) == all_of(start), interrupt.where
+            assert_close(step(model, cache, counts), expected)
+            num_lines += 1
+    assert num_lines > 90
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name, num_rows", [("q", 7), ("k", 1), ("v", 1), ("v", 3)])
+def test_a_step_takes_one_query_key_and_value_for_each_of_its_tokens(
+    kind, name, num_rows
+):
+    model = random_model(dtype=torch.float64)
+    cache = mid_text(kind, model)
+    before, query_lens = all_of(cache), torch.tensor([2] * len(cache.request_ids))
+    N = int(query_lens.sum())
+    rows = {"q": N, "k": N, "v": N, name: num_rows}
+    heads = {"q": 4, "k": 2, "v": 2}
+    qkv = [torch.randn(rows[x], heads[x], 8, dtype=torch.float64) for x in "qkv"]
+    with (
+        pytest.raises(ValueError, match=f"expected q of {N} tokens"),
+        cache.extend(query_lens) as attend,
+    ):
+        attend(0, *qkv)
+    qkv = [torch.randn(N, heads[x], 8, dtype=torch.float64) for x in "qkv"]
+    with (
+        pytest.raises(ValueError, match=f"expected q of {N} tokens"),
+        cache.extend(query_lens) as attend,
+    ):
+        attend(0, qkv[0], qkv[1][:, :1], qkv[2])  # one KV head would fill them all
+    assert all_of(cache) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_counts_the_tokens_it_began_with(kind):
+    model = random_model(dtype=torch.float64)
+    cache = mid_text(kind, model)
+    B = len(cache.request_ids)
+    query_lens, lens = torch.ones(B, dtype=torch.int64), cache.seq_lens.tolist()
+    ids = torch.arange(B)
+    with cache.extend(query_lens) as attend:
+        query_lens.fill_(3)
+        model(ids, cache.seq_lens, attend)
+    assert cache.seq_lens.tolist() == [n + 1 for n in lens]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_counts_that_overflow_an_integer_are_refused(kind):
+    cache = mid_text(kind, random_model(dtype=torch.float64))
+    before = all_of(cache)
+    counts = [0, 2**63 - 1] + [0] * (len(cache.request_ids) - 2)
+    with pytest.raises((CacheFullError, OutOfBlocksError)):
+        cache.check_room(torch.tensor(counts))
+    assert all_of(cache) == before
+
+
+PLACES = [
+    "embed",
+    "blocks.1.attention_norm",
+    "blocks.0.attention.v_proj",
+    "blocks.1.attention.o_proj",
+    "blocks.0.mlp.gate_proj",
+    "blocks.1.mlp.down_proj",
+    "unembed.0",
+    "unembed.1",
+]
+FUNCTIONS = {  # of attention: before it writes, and between writing and reading
+    "contiguous": ["append_kv", "attend_cached", "attend_decode"],
+    "paged": ["write_kv", "attend_paged", "gather_kv"],
+}
+
+
+@contextlib.contextmanager
+def broken(model, kind, place, error):
+    """While it lasts, a call of this module or function raises, in its first layer."""
+
+    def fail(*_, **__):
+        raise error("broken")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if place in PLACES:
+            with model.get_submodule(place).register_forward_pre_hook(fail):
+                yield
+        else:
+            module = kv_cache if kind == "contiguous" else paged_kv_cache
+            patch.setattr(module, place, fail)
+            yield
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("counts", [DECODE, PREFILL, RAGGED])
+@pytest.mark.parametrize("fused_decode", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_that_broke_anywhere_is_taken_again_as_if_nothing_had_been(
+    kind, fused_decode, counts, error
+):
+    model = random_model(dtype=torch.float64)
+    cache = mid_text(kind, model, fused_decode)
+    expected = step(model, copy.deepcopy(cache), counts)
+    before, num_broken = all_of(cache), 0
+    functions = FUNCTIONS["contiguous" if kind == "contiguous" else "paged"]
+    for place in PLACES + functions:
+        again = copy.deepcopy(cache)
+        try:
+            with broken(model, kind, place, error):
+                step(model, again, counts)
+        except error:
+            num_broken += 1
+            assert all_of(again) == before
+            assert torch.equal(step(model, again, counts), expected)
+    assert num_broken >= len(PLACES) + 2
+
+
+def row_of(cache, k):
+    """A step of one token a row, by hand: keys k, values 1."""
+    with cache.extend(torch.ones_like(cache.seq_lens)) as attend:
+        for layer in range(cache.config.num_layers):
+            q = k.new_zeros(len(k), cache.config.num_heads, k.shape[-1])
+            out = attend(layer, q, k, torch.ones_like(k))
+    return out
+
+
+def nan_prefill(cache, counts):
+    N, config = sum(counts), cache.config
+    k = torch.full((N, config.num_kv_heads, config.head_dim), torch.nan)
+    q = torch.zeros(N, config.num_heads, config.head_dim)
+    with cache.extend(torch.tensor(counts)) as attend:
+        for layer in range(config.num_layers):
+            attend(layer, q, k, k)
+
+
+def test_the_fused_call_never_meets_what_a_step_left_that_was_taken_back():
+    cache = begun(ContiguousKVCache(TINY, 2, 9, fused_decode=True), 2)
+    k = torch.ones(2, TINY.num_kv_heads, TINY.head_dim)
+    row_of(cache, k)
+    with pytest.raises(ZeroDivisionError), cache.extend(torch.tensor([5, 6])) as attend:
+        nan = k.new_full((11, *k.shape[1:]), torch.nan)
+        for layer in range(2):
+            attend(layer, nan.repeat(1, 2, 1), nan, nan)
+        _ = 1 / 0
+    with cache.extend(
+        torch.tensor([3, 0])
+    ) as attend:  # one is longer, and its mask hides
+        for layer in range(2):
+            ones = k.new_ones(3, *k.shape[1:])
+            attend(layer, ones.repeat(1, 2, 1), ones, ones)
+    assert_close(row_of(cache, k), torch.ones(2, TINY.num_heads, TINY.head_dim))
+
+
+def test_the_fused_call_never_meets_what_an_earlier_request_left_in_the_row():
+    cache = begun(ContiguousKVCache(TINY, 2, 9, fused_decode=True), 2)
+    nan_prefill(cache, [0, 9])
+    cache.free(1)
+    cache.begin("newcomer")
+    k = torch.ones(2, TINY.num_kv_heads, TINY.head_dim)
+    for _ in range(4):
+        out = row_of(cache, k)
+        assert_close(out, torch.ones_like(out))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_but_attention_is_called_inside_of_a_step(kind):
+    model = random_model(dtype=torch.float64)
+    cache = mid_text(kind, model)
+    before, lens = all_of(cache), torch.zeros_like(cache.seq_lens)
+    calls = [
+        lambda: cache.begin("new"),
+        lambda: cache.free(0),
+        lambda: step(model, cache, DECODE),
+        lambda: cache.extend(lens).__enter__(),
+    ]
+    if kind != "contiguous":
+        calls.append(lambda: cache.fork(0, "new"))
+    for i, call in enumerate(calls):
+        with (
+            pytest.raises(RuntimeError, match="expected between two steps"),
+            cache.extend(lens) as attend,
+        ):
+            call()
+        assert all_of(cache) == before, i
+    nothing = torch.zeros(3, 0, 2, 8, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="attend: expected inside of its own step"):
+        attend(0, *nothing)
+    with (
+        pytest.raises(RuntimeError, match="attend: expected inside of its own step"),
+        cache.extend(lens),
+    ):
+        attend(0, *nothing)  # of a step before
+
+
+@pytest.mark.parametrize("layers", [[], [0], [1], [0, 0], [0, -1]])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_without_all_layers_does_not_count(kind, layers):
+    cache = mid_text(kind, random_model(dtype=torch.float64))
+    before, B = all_of(cache), len(cache.request_ids)
+    q = torch.zeros(B, 4, 8, dtype=torch.float64)
+    with (
+        pytest.raises(RuntimeError, match=r"attention in layers 0 to 1, got \["),
+        cache.extend(torch.ones(B, dtype=torch.int64)) as attend,
+    ):
+        for layer in layers:
+            attend(layer, q, q[:, :2], q[:, :2])
+    assert all_of(cache) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lengths_that_the_caller_holds_stay_as_they_were(kind):
+    model = random_model(dtype=torch.float64)
+    cache = mid_text(kind, model)
+    calls = [
+        lambda: step(model, cache, DECODE),
+        lambda: cache.free(0),
+        lambda: cache.begin("new"),
+    ]
+    for call in calls:
+        held, expected = cache.seq_lens, cache.seq_lens.tolist()
+        call()
+        assert held.tolist() == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_requests_begin_once_and_end_once(kind):
+    cache = mid_text(kind, random_model(dtype=torch.float64))
+    before = all_of(cache)
+    for call, request_id in [(cache.begin, 0), (cache.begin, None), (cache.free, None)]:
+        with pytest.raises(ValueError, match=f"request {request_id}: expected one"):
+            call(request_id)
+        assert all_of(cache) == before
+    cache.free(0)
+    with pytest.raises(ValueError, match="has not begun or was freed"):
+        cache.free(0)
+
+
+def test_rows_are_for_those_who_have_begun():
+    model = random_model(dtype=torch.float64)
+    cache = mid_text("contiguous", model)
+    with pytest.raises(CacheFullError):
+        cache.begin("third")
+    cache.free(0)
+    before = all_of(cache)
+    for counts in ([1, 1], [1, 0]):
+        with pytest.raises(ValueError, match="expected 0 in row 0, where no request"):
+            step(model, cache, counts)
+        assert all_of(cache) == before
+    step(model, cache, [0, 1])
+
+
+# Prefill in chunks.
+
+
+def empty_cache(kind, config, lens, dtype=torch.float64):
+    if kind == "contiguous":
+        cache = ContiguousKVCache(config, len(lens), max(lens) + 8, dtype=dtype)
+    else:
+        num_blocks = sum(n // 4 + 3 for n in lens)
+        cache = PagedKVCache(config, num_blocks, 4, dtype=dtype)
+    return begun(cache, len(lens))
+
+
+@pytest.mark.parametrize("chunk_size", range(1, 11))
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+def test_prompts_in_chunks_of_any_size_are_the_same_to_what_follows(kind, chunk_size):
+    model = random_model(dtype=torch.float64)
+    lens = [9, 1, 4]
+    prompts = [torch.randint(256, (n,)) for n in lens]
+    caches = [empty_cache(kind, model.config, lens) for _ in range(2)]
+    forward_cached(model, caches[0], torch.cat(prompts), torch.tensor(lens))
+    prefill_in_chunks(model, prompts, caches[1], chunk_size)
+    assert caches[1].seq_lens.tolist() == lens
+    assert all_of(caches[1])[:4] == all_of(caches[0])[:4]
+    nexts = [torch.tensor([token_id]) for token_id in (3, 50, 200)]
+    logits = [
+        forward_cached(
+            model, copy.deepcopy(cache), torch.cat(nexts), torch.ones(3).long()
+        )
+        for cache in caches
+    ]
+    assert_close(*logits)
+    texts = [generate_cached(model, nexts, 8, cache, temperature=0) for cache in caches]
+    assert all(torch.equal(a, b) for a, b in zip(*texts))
+
+
+def peak_exponent(kind, chunk_size, lens=(256, 512, 1024)):
+    """How the peak grows with the prompt: from these lengths, T to which power."""
+    model = random_model(
+        num_layers=1, num_heads=4, num_kv_heads=1, d_model=8, d_ff=8, max_seq_len=2048
+    )
+    peaks = []
+    for T in lens:
+        cache = empty_cache(kind, model.config, [T], torch.float32)
+        prompts = [torch.zeros(T, dtype=torch.int64)]
+        cost = measure(
+            lambda c=cache, p=prompts: prefill_in_chunks(
+                model, p, c, chunk_size or len(p[0])
+            )
+        )
+        peaks.append(cost.peak_bytes)
+    steps = [math.log2(b / a) for a, b in zip(peaks, peaks[1:])]
+    return sum(steps) / len(steps)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+def test_the_peak_of_a_prefill_grows_with_the_prompt_and_not_with_its_square(kind):
+    assert peak_exponent(kind, 64) == pytest.approx(1, abs=0.1)
+    assert peak_exponent(kind, None) > 1.6, "the control: in one step"
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+def test_a_prefill_that_cannot_end_does_not_begin(kind):
+    model = random_model(dtype=torch.float64)
+    cache = empty_cache(kind, model.config, [8, 8])
+    before = all_of(cache)
+    ok = torch.arange(9)
+    refused = [
+        ([ok, torch.zeros(100).long()], 4),  # no room
+        ([ok, torch.tensor([1, 2, 3, 4, 300])], 4),  # no such token, in the second chunk
+        ([ok], 4),
+        ([ok, ok, ok], 4),
+        ([], 4),
+        ([ok, ok[:0]], 4),
+        ([ok, ok[None]], 4),
+        ([ok, torch.zeros(129).long()], 4),
+        ([ok, ok], 2.5),
+        ([ok, ok], None),
+    ]
+    errors = (ValueError, TypeError, CacheFullError, OutOfBlocksError)
+    for prompts, chunk_size in refused:
+        with pytest.raises(errors):
+            prefill_in_chunks(model, prompts, cache, chunk_size)
+        assert all_of(cache) == before
+    for chunk_size in (0, -1):
+        with pytest.raises(ValueError, match="chunk_size: expected at least 1, got"):
+            prefill_in_chunks(model, [ok[:8], ok[:8]], cache, chunk_size)
+    empty = PagedKVCache(model.config, 4) if kind == "paged" else None
+    empty = empty or ContiguousKVCache(model.config, 1, 9, dtype=torch.float64)
+    with pytest.raises(ValueError, match="expected"):
+        prefill_in_chunks(model, [ok], empty, 4)  # nobody has begun
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+def test_a_prefill_that_was_stopped_goes_on_behind_its_last_whole_chunk(kind):
+    model = random_model(dtype=torch.float64)
+    lens = [9, 5]
+    prompts = [torch.randint(256, (n,)) for n in lens]
+    cache, calls = empty_cache(kind, model.config, lens), []
+
+    def fail(*_):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    with model.unembed.register_forward_pre_hook(fail), pytest.raises(KeyboardInterrupt):
+        prefill_in_chunks(model, prompts, cache, 4)
+    assert cache.seq_lens.tolist() == [4, 4]
+    rest = [prompt_ids[4:] for prompt_ids in prompts]
+    texts = generate_cached(model, rest, 6, cache, temperature=0)
+    for prompt_ids, text in zip(prompts, texts):
+        expected = generate_recompute(model, prompt_ids, 6, temperature=0)
+        assert torch.equal(text, expected[4:])
+
+
+# One call for all.
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("lens", [[1], [17], [1, 1], [5, 1, 33, 16]])
+def test_the_fused_decode_is_the_loop_of_the_plain_one(lens, num_kv_heads, dtype):
+    B, S, D = len(lens), max(lens), 8
+    q = torch.randn(B, 4, D, dtype=torch.float64)
+    k, v = torch.randn(2, B, S, num_kv_heads, D, dtype=torch.float64)
+    for row, seq_len in enumerate(lens):  # hidden, but numbers
+        k[row, seq_len:], v[row, seq_len:] = 1e3, 1e3
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    lens = torch.tensor(lens)
+    got = attend_decode(q, k, v, lens)
+    assert got.dtype == dtype
+    args = (x.double() for x in (q, k, v))
+    expected = attend_cached(*args, lens, torch.ones_like(lens))
+    assert_close(got, expected)
+
+
+@pytest.mark.parametrize("num_kv_heads", [8, 2])
+def test_the_fused_decode_stores_neither_scores_nor_copies_of_keys(num_kv_heads):
+    B, H, S, D = 4, 8, 512, 16
+    q, lens = torch.randn(B, H, D), torch.tensor([S, 1, 77, 300])
+    k, v = torch.randn(2, B, S, num_kv_heads, D)
+    scores_bytes = B * H * S * 4
+    cost = measure(lambda: attend_decode(q, k, v, lens))
+    assert cost.peak_bytes < scores_bytes / 2
+    plain = measure(lambda: attend_cached(q, k, v, lens, torch.ones_like(lens)))
+    assert plain.peak_bytes > scores_bytes / B, "the control: one row's would be seen"
+
+
+def test_more_queries_than_keys_are_refused():
+    q, k = torch.zeros(3, 1, 1), torch.zeros(1, 4, 1, 1)
+    with pytest.raises(AssertionError, match=r"at most \[2\] queries.* got \[3\]"):
+        attend_cached(q, k, k, torch.tensor([2]), torch.tensor([3]))

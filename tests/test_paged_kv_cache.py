@@ -1,10 +1,12 @@
+import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers import assert_close, begun, filled, random_model
 
-from lib.block_manager import OutOfBlocksError
+from lib.block_manager import BlockManager, OutOfBlocksError
 from lib.config import TINY
 from lib.generate import forward_cached, generate_cached, generate_recompute
 from lib.kv_cache import ContiguousKVCache, attend_cached, kv_cache_bytes
@@ -253,3 +255,209 @@ def test_one_request_is_gathered_at_a_time():
     assert one_request < cost.peak_bytes < 3 * one_request  # half of all six
     dense = [x[block_tables].flatten(1, 2) for x in pool]
     assert_close(cost.value, attend_cached(q, *dense, *lens))
+
+
+def family(model):
+    """Requests "a" of 3 tokens, its children "b" and "c", and "d" of 3; blocks of 2."""
+    cache = PagedKVCache(model.config, 16, 2, dtype=torch.float64)
+    cache.begin("a")
+    cache.k_cache.fill_(torch.nan)
+    cache.v_cache.fill_(torch.nan)
+    forward_cached(model, cache, torch.tensor([5, 6, 7]), torch.tensor([3]))
+    cache.fork("a", "b")
+    cache.fork("a", "c")
+    cache.begin("d")
+    forward_cached(model, cache, torch.tensor([8, 9, 1]), torch.tensor([0, 0, 0, 3]))
+    return cache
+
+
+def decoded(model, cache):
+    """The logits of a step by one token each, by request."""
+    ids = torch.tensor([ord(request_id) for request_id in cache.request_ids])
+    poison_free_blocks(cache)
+    logits = forward_cached(model, cache, ids, torch.ones_like(ids))
+    return dict(zip(cache.request_ids, logits))
+
+
+def free_and_allocate(manager, request_id, num_tokens):
+    manager.free(request_id)
+    manager.allocate(request_id, num_tokens)
+
+
+def free_and_fork(manager, parent_id, child_id):
+    manager.free(child_id)
+    manager.fork(parent_id, child_id)
+
+
+FOUL = {  # calls of the manager that change a request of the cache, and which
+    "append in a block": ("d", lambda m: m.append("d")),
+    "append with a copy": ("a", lambda m: m.append("a")),
+    "append blocks": ("d", lambda m: m.append("d", 5)),
+    "free": ("a", lambda m: m.free("a")),
+    "free the last": ("d", lambda m: m.free("d")),
+    "free and allocate": ("d", lambda m: free_and_allocate(m, "d", 3)),
+    "free and allocate less": ("a", lambda m: free_and_allocate(m, "a", 1)),
+    "free and fork": ("b", lambda m: free_and_fork(m, "a", "b")),
+    "free and fork from another": ("b", lambda m: free_and_fork(m, "d", "b")),
+    "copy on write": ("b", lambda m: m.copy_on_write("b")),
+}
+FAIR = {  # that change none
+    "allocate": lambda m: m.allocate("x", 5),
+    "fork": lambda m: m.fork("a", "x"),
+    "fork and copy": lambda m: (m.fork("a", "x"), m.append("x")),
+    "fork the only user": lambda m: m.fork("d", "x"),
+    "append nothing": lambda m: m.append("a", 0),
+    "copy what is not shared": lambda m: m.copy_on_write("d"),
+    "allocate and free": lambda m: (m.allocate("x", 7), m.free("x")),
+    "fork and free": lambda m: (m.fork("a", "x"), m.free("x")),
+}
+
+
+@pytest.mark.parametrize("changed, call", FOUL.values(), ids=FOUL)
+def test_a_step_refuses_requests_that_the_manager_has_changed(changed, call):
+    model = random_model(dtype=torch.float64)
+    cache = family(model)
+    expected = decoded(model, copy.deepcopy(cache))
+    call(cache.manager)
+    poison_free_blocks(cache)
+    before, keys, zeros = state(cache), cache.k_cache.clone(), torch.zeros(4).long()
+    lens, tables = cache.seq_lens.tolist(), cache.block_tables.tolist()
+    for refused in (
+        lambda: forward_cached(
+            model, cache, torch.tensor([1]), torch.tensor([0, 1, 0, 0])
+        ),
+        lambda: forward_cached(model, cache, torch.arange(4), torch.ones(4).long()),
+        lambda: cache.extend(zeros).__enter__(),
+        lambda: cache.check_room(zeros),
+        lambda: cache.fork("d", "e"),
+    ):
+        with pytest.raises(RuntimeError, match="begin, fork and free requests by the"):
+            refused()
+    assert state(cache) == before and cache.request_ids == ["a", "b", "c", "d"]
+    assert torch.equal(cache.k_cache.nan_to_num(7.5), keys.nan_to_num(7.5))
+    assert (cache.seq_lens.tolist(), cache.block_tables.tolist()) == (lens, tables)
+
+    cache.free(changed)  # the others go on
+    cache.manager.check_integrity()
+    got = decoded(model, cache)
+    assert list(got) == cache.request_ids == [r for r in "abcd" if r != changed]
+    for request_id, logits in got.items():
+        assert_close(logits, expected[request_id])
+
+
+@pytest.mark.parametrize("call", FAIR.values(), ids=FAIR)
+def test_what_the_manager_does_for_others_changes_nothing(call):
+    model = random_model(dtype=torch.float64)
+    cache = family(model)
+    expected = decoded(model, copy.deepcopy(cache))
+    call(cache.manager)
+    others = cache.manager.block_tables.get("x", [])
+    got = decoded(model, cache)
+    for request_id in "abcd":
+        assert torch.equal(got[request_id], expected[request_id])
+    assert cache.manager.block_tables.get("x", []) == others
+    cache.manager.check_integrity()
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+@pytest.mark.parametrize("name", [name for name in FOUL if name != "copy on write"])
+def test_what_the_manager_changes_inside_of_a_step_is_found_by_the_next(name, is_whole):
+    model = random_model(dtype=torch.float64)
+    cache = family(model)
+    ones = torch.ones(4, dtype=torch.int64)
+    try:
+        with cache.extend(ones) as attend:
+            FOUL[name][1](cache.manager)
+            if is_whole:
+                model(torch.arange(4), cache.seq_lens, attend)
+    except (RuntimeError, KeyError, IndexError):
+        pass
+    if name.startswith("append") and not is_whole:  # that is taken back with the step
+        cache.manager.check_integrity()
+        assert_close(decoded(model, cache)["d"], decoded(model, family(model))["d"])
+        return
+    with pytest.raises(RuntimeError, match="by the cache's own methods|make a new cache"):
+        decoded(model, cache)
+
+
+@pytest.mark.parametrize("error", [OutOfBlocksError(1, 0), KeyboardInterrupt()])
+@pytest.mark.parametrize("is_before", [True, False])
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("counts", [[1, 1, 1, 1], [3, 2, 1, 4], [1, 0, 2, 5]])
+def test_an_error_in_the_middle_of_a_steps_appends_leaves_none_of_them(
+    counts, number, is_before, error
+):
+    model = random_model(dtype=torch.float64)
+    cache = family(model)
+    ids, query_lens = torch.arange(sum(counts)), torch.tensor(counts)
+    expected = forward_cached(model, copy.deepcopy(cache), ids, query_lens)
+    before, tables = state(cache), cache.block_tables.tolist()
+    calls, append = [], cache.manager.append
+
+    def failing(*args):
+        calls.append(args)
+        if is_before and len(calls) == number + 1:
+            raise error
+        copied = append(*args)
+        if len(calls) == number + 1:
+            raise error
+        return copied
+
+    if number >= sum(n > 0 for n in counts):
+        return
+    cache.manager.append = failing
+    with pytest.raises(type(error)):
+        forward_cached(model, cache, ids, query_lens)
+    cache.manager.append = append
+    assert state(cache) == before and cache.block_tables.tolist() == tables
+    poison_free_blocks(cache)
+    assert torch.equal(forward_cached(model, cache, ids, query_lens), expected)
+
+
+@pytest.mark.parametrize("slots", [[0, -1], [3, 8], [10**6], [-8, 0]])
+def test_slots_that_do_not_exist_are_refused_before_anything_is_written(slots):
+    pool = torch.zeros(2, 4, 2, 1, 3)
+    kv = torch.ones(len(slots), 1, 3)
+    with pytest.raises(IndexError, match="slots: expected 0 to 7, got"):
+        write_kv(*pool, kv, kv, torch.tensor(slots))
+    assert not pool.any()
+    write_kv(*pool, kv, kv, torch.arange(8)[-len(slots) :])
+    write_kv(*pool, kv[:0], kv[:0], torch.zeros(0, dtype=torch.int64))
+    assert pool.count_nonzero() == 2 * len(slots) * 3
+
+
+def test_the_manager_takes_what_counts_tokens_and_nothing_else():
+    manager = BlockManager(8, 4)
+    manager.allocate("a", np.int64(3))
+    manager.append("a", np.int64(2))
+    assert manager.seq_lens == {"a": 5} and manager.block_tables == {"a": [0, 1]}
+    before = copy.deepcopy(vars(manager))
+    for count in (True, np.True_, 1.0, -1, np.int64(-1), "1", None, torch.tensor(1)):
+        with pytest.raises(
+            ValueError, match="num_tokens: expected an integer of at least"
+        ):
+            manager.allocate("b", count)
+        with pytest.raises(
+            ValueError, match="num_tokens: expected an integer of at least"
+        ):
+            manager.append("a", count)
+    for call in (manager.append, manager.allocate):
+        with pytest.raises(OutOfBlocksError, match="at most 6 blocks") as caught:
+            call("a" if call == manager.append else "b", 10**400)
+        assert caught.value.needed > 10**399
+    with pytest.raises(OutOfBlocksError, match="at most 6 blocks"):
+        manager.append("a", np.int64(2**63 - 1))
+    assert vars(manager) == before
+
+
+def test_a_request_that_rests_is_not_gathered(monkeypatch):
+    model, gathered = random_model(dtype=torch.float64), []
+    cache = family(model)
+
+    def counted(k_cache, v_cache, block_table, seq_len):
+        gathered.append(seq_len)
+        return gather_kv(k_cache, v_cache, block_table, seq_len)
+
+    monkeypatch.setattr("lib.paged_kv_cache.gather_kv", counted)
+    forward_cached(model, cache, torch.tensor([1, 2, 3]), torch.tensor([0, 2, 0, 1]))
+    assert gathered == [5, 4] * model.config.num_layers
