@@ -73,7 +73,7 @@ class BlockManager:
             raise ValueError(
                 f"request {request_id!r}: expected a new one, got a live one"
             )
-        check_num_tokens(num_tokens)
+        num_tokens = check_num_tokens(num_tokens)
 
         needed = -(-num_tokens // self.block_size)  # rounded up
         if needed > len(self.free_block_ids):
@@ -103,7 +103,7 @@ class BlockManager:
         (None, [0, 1])
         """
         self.check_live(request_id)
-        check_num_tokens(num_tokens)
+        num_tokens = check_num_tokens(num_tokens)
         needed = self.blocks_needed({request_id: num_tokens})
 
         # Count before anything is taken.
@@ -199,7 +199,7 @@ class BlockManager:
                 self.block_tables[request_id],
                 self.seq_lens[request_id],
             )
-            end = int(seq_len) + int(num_tokens)  # numpy's would overflow
+            end = seq_len + check_num_tokens(num_tokens)
             needed += -(-end // self.block_size) - len(block_table)
             if num_tokens > 0 and seq_len % self.block_size > 0:
                 writers[block_table[-1]] += 1
@@ -229,6 +229,9 @@ class BlockManager:
                 block_table[last] = mark.last_block_id
             taken += block_table[last + 1 :]
             del block_table[last + 1 :]
+            if block_table == mark.block_table[: last + 1]:  # in another list
+                mark.block_table[:] = block_table
+                self.block_tables[request_id] = mark.block_table
             self.seq_lens[request_id] = mark.seq_len
 
         # The last one taken may not have reached its table, and counts may lag behind.
@@ -293,10 +296,11 @@ class BlockManager:
                 )
 
 
-def check_num_tokens(num_tokens: int):
-    """Raise ValueError unless it is a number of tokens."""
+def check_num_tokens(num_tokens: int) -> int:
+    """The same as an int of Python; ValueError unless it is a number of tokens."""
     is_integer = isinstance(num_tokens, Integral) and not isinstance(num_tokens, bool)
     if not is_integer or num_tokens < 0:
         raise ValueError(
             f"num_tokens: expected an integer of at least 0, got {num_tokens!r}"
         )
+    return int(num_tokens)

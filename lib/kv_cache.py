@@ -7,7 +7,7 @@ replaces `generate_recompute`'s pass over the whole text by one over the new tok
 A step may bring any number of new tokens for each request of a batch: all of a prompt
 (prefill), one (decode), or none. They come flat, request after request, N in all, so that
 nothing is padded. Invariant: after a step, request b has its `seq_lens[b]` keys at
-`k_cache[:, b, :seq_lens[b]]`, and what lies behind them never enters a result.
+`k_cache[:, b, :seq_lens[b]]`, and what lies behind them never changes a result.
 
 Read lib/model.py, for the seam `attend`, and lib/generate.py before.
 """
@@ -38,8 +38,8 @@ class KVCache(abc.ABC):
 
     Row b of `seq_lens`, `query_lens` and a step's tokens is that of `request_ids[b]`.
 
-    Two promises. Attention never reads a place that no step has written: calls that would
-    lead there raise. And a step counts when its `with` block ends, or not at all: an
+    Two promises. What no step has written never changes a result: calls that would lead
+    attention there raise. And a step counts when its `with` block ends, or not at all: an
     error inside it, or the interrupt of a notebook, leaves the cache as it was.
 
     A kind of cache says how by `_begin_row`, `_free_row`, `_open_step` and `_take_back`.
@@ -90,7 +90,7 @@ class KVCache(abc.ABC):
         self.check_room(query_lens)
         before, marks = self._seq_lens, self._mark()
         query_lens = query_lens.clone()  # whatever the caller does with it meanwhile
-        kv_shape = int(query_lens.sum()), *self.k_cache.shape[-2:]  # (N, G, D)
+        kv_shape = int(query_lens.sum()), *self.k_cache.shape[-2:]  # that of k and v
         step, layers = object(), set()
 
         def attend(layer, q, k, v):

@@ -461,3 +461,37 @@ def test_a_request_that_rests_is_not_gathered(monkeypatch):
     monkeypatch.setattr("lib.paged_kv_cache.gather_kv", counted)
     forward_cached(model, cache, torch.tensor([1, 2, 3]), torch.tensor([0, 2, 0, 1]))
     assert gathered == [5, 4] * model.config.num_layers
+
+
+def test_a_step_is_taken_back_where_append_makes_new_lists(monkeypatch):
+    append = BlockManager.append
+
+    def with_a_new_list(self, request_id, num_tokens=1):
+        self.block_tables[request_id] = list(self.block_tables[request_id])
+        return append(self, request_id, num_tokens)
+
+    monkeypatch.setattr(BlockManager, "append", with_a_new_list)
+    cache = filled(PagedKVCache(TINY, 9, 4), {"a": 6})
+    cache.fork("a", "b")
+    before = state(cache)
+    with pytest.raises(KeyboardInterrupt), cache.extend(torch.tensor([1, 5])):
+        raise KeyboardInterrupt
+    assert state(cache) == before
+    cache.begin("c")
+    cache.check_room(torch.tensor([1, 1, 1]))
+    cache.manager.check_integrity()
+
+
+def test_a_decode_step_makes_as_many_bytes_after_many_tokens_as_after_few():
+    peaks = []
+    for seq_len in (64, 1024):
+        lens = dict.fromkeys(range(8), seq_len)
+        cache = filled(PagedKVCache(TINY, 8 * (seq_len // 4 + 1), 4), lens)
+
+        with cache.extend(torch.ones(8).long()) as attend:  # the tables grow here
+            q, k = torch.zeros(8, 4, 8), torch.zeros(8, 2, 8)
+            for layer in range(2):
+                attend(layer, q, k, k)
+        step = cache.extend(torch.ones(8).long())
+        peaks.append(measure(step.__enter__).peak_bytes)
+    assert peaks[0] == peaks[1]
