@@ -116,17 +116,18 @@ def attend_paged(
     is left to `kv_cache.attend_decode`. Holds the dense piece of one request at a time.
     Returns (N, H, D).
     """
+    lens, counts = seq_lens.tolist(), query_lens.tolist()
     outs = [q[:0]]
-    for b, (q_b, S) in enumerate(zip(q.split(query_lens.tolist()), seq_lens.tolist())):
-        if len(q_b) == 0:  # it rests
+    for b, (q_b, block_table) in enumerate(zip(q.split(counts), block_tables)):
+        if counts[b] == 0:  # it rests
             continue
-        k, v = gather_kv(k_cache, v_cache, block_tables[b], S)  # (S, G, D) each
-        keys, values, lens = k[None], v[None], seq_lens[b : b + 1]
-        if fused and len(q_b) == 1:
-            outs.append(kv_cache.attend_decode(q_b, keys, values, lens))
+        k, v = gather_kv(k_cache, v_cache, block_table, lens[b])  # (S, G, D) each
+        keys, values, S = k[None], v[None], seq_lens[b : b + 1]
+        if fused and counts[b] == 1:
+            outs.append(kv_cache.attend_decode(q_b, keys, values, S))
         else:
-            new = query_lens[b : b + 1]
-            outs.append(kv_cache.attend_cached(q_b, keys, values, lens, new))
+            T = query_lens[b : b + 1]
+            outs.append(kv_cache.attend_cached(q_b, keys, values, S, T))
     return torch.cat(outs)  # (N, H, D)
 
 
