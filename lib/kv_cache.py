@@ -171,7 +171,7 @@ def kv_cache_bytes(
     """Bytes of the keys and values of `num_tokens` tokens, in all layers.
 
     >>> from lib.config import TINY  # 2 layers, 2 KV heads of head_dim 8
-    >>> kv_cache_bytes(TINY, num_tokens=3)  # 2 · 2 · 2 of 8 numbers per token
+    >>> kv_cache_bytes(TINY, num_tokens=3)  # per token 2 · 2 · 2 vectors of 8
     768
     """
     numbers_per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim

@@ -704,11 +704,11 @@ ax.text(crossing, ax.get_ylim()[0], f" T = {crossing:.0f}", va="bottom");
 # %% [markdown]
 # *The dashed lines are what reading and arithmetic take at the least, going by
 # the two small experiments (which ran at another moment: on a busy machine a
-# point may even lie below). They cross at the grey line. No step can beat
-# either of them, but with few tokens the matrix library stays well above both,
-# so the measured line bends later. What does show is the plateau: compare 2
-# tokens with 8, four times the tokens for far less than four times the time.
-# Then compare 32 with 256.*
+# point may even lie below). They cross at the grey line. An idle machine can
+# beat neither, but with few tokens the matrix library stays well above both, so
+# the measured line bends later. What does show is the plateau: compare 2 tokens
+# with 8, four times the tokens for far less than four times the time. Then
+# compare 32 with 256.*
 #
 # One point is a special case: T = 1. For the product of a matrix with a single
 # vector the library has a routine of its own. From two columns on another one
@@ -732,7 +732,7 @@ for T, ms in zip(Ts[:4], step_ms):
 # The cure for decode is to let *many requests* share a step. The projections do
 # that already: the N tokens of a step go through each matrix together, whoever
 # they belong to. But `attend_cached` loops over the requests, and calls a few
-# dozen # small operations for each of them, in every layer. How many operations
+# dozen small operations for each of them, in every layer. How many operations
 # does a step have, with 16 requests of our small model?
 
 # %%
