@@ -16,7 +16,8 @@ Allocating, appending and freeing take constant time per block, whatever the poo
 from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from numbers import Integral
+
+from lib.config import check_count
 
 
 class OutOfBlocksError(Exception):
@@ -46,12 +47,8 @@ class BlockManager:
     """
 
     def __init__(self, num_blocks: int, block_size: int):
-        for name, value in (("num_blocks", num_blocks), ("block_size", block_size)):
-            if type(value) is not int or value < 1:  # True is an int too
-                raise ValueError(
-                    f"{name}: expected an integer of at least 1, got {value!r}"
-                )
-        self.num_blocks, self.block_size = num_blocks, block_size
+        self.num_blocks = num_blocks = check_count("num_blocks", num_blocks)
+        self.block_size = check_count("block_size", block_size)
         # A stack: the last one is the next to go, and block 0 the first.
         self.free_block_ids = list(reversed(range(num_blocks)))
         self.ref_count = [0] * num_blocks  # by block id: how many tables it stands in
@@ -298,9 +295,4 @@ class BlockManager:
 
 def check_num_tokens(num_tokens: int) -> int:
     """The same as an int of Python; ValueError unless it is a number of tokens."""
-    is_integer = isinstance(num_tokens, Integral) and not isinstance(num_tokens, bool)
-    if not is_integer or num_tokens < 0:
-        raise ValueError(
-            f"num_tokens: expected an integer of at least 0, got {num_tokens!r}"
-        )
-    return int(num_tokens)
+    return check_count("num_tokens", num_tokens, at_least=0)

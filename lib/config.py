@@ -8,6 +8,17 @@ in silence.
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
+
+
+def check_count(name: str, value: int, at_least: int = 1) -> int:
+    """The value as an int of Python; ValueError unless it is an integer (of numpy, too,
+    but not True) of at least `at_least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < at_least:
+        raise ValueError(
+            f"{name}: expected an integer of at least {at_least}, got {value!r}"
+        )
+    return int(value)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from lib import kv_cache, sampling
-from lib.config import ModelConfig
+from lib.config import ModelConfig, check_count
 from lib.kv_cache import KVCache
 from lib.model import Attend, Transformer, attend_fused, check_token_ids
 
@@ -90,7 +90,8 @@ def forward_cached(
     (on a GPU ids are not looked at).
     """
     check_cache(model, cache)
-    kv_cache.check_query_lens(query_lens, cache.seq_lens)
+    check_no_dropout(model)
+    cache.check_room(query_lens)
     N = int(query_lens.sum())
     if token_ids.shape != (N,):
         raise ValueError(
@@ -116,8 +117,7 @@ def prefill_in_chunks(
     cache, chunk_size · T at most for a chunk of it. Raises as `generate_cached` does,
     before the first step.
     """
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
+    chunk_size = check_count("chunk_size", chunk_size)
     check_cached_generation(model, prompts, 0, cache)
     lens = [len(prompt_ids) for prompt_ids in prompts]
     cache.check_room(torch.tensor(lens, device=cache.seq_lens.device))
@@ -145,7 +145,8 @@ def generate_cached(
     prompts: one (T,) for each of `cache.request_ids`, of any lengths; a request that has
     tokens in the cache goes on behind them. Returns each with num_new_tokens more. The
     last of them is not in the cache: nobody has asked what follows it. Raises ValueError,
-    or what the cache raises if it has not enough room, and then the cache is as it was.
+    or what the cache raises if it has not enough room, before the first step. What comes
+    later, an interrupt say, leaves the tokens of finished steps in the cache.
     """
     check_cached_generation(model, prompts, num_new_tokens, cache)
     sampling.check_sampling(temperature, top_k, top_p)
@@ -173,18 +174,22 @@ def check_generation(
     prompt_len = prompt_ids.shape[-1] if prompt_ids.dim() else 0
     if prompt_ids.numel() == 0:
         raise ValueError("prompt_ids: expected at least one token, got none")
-    if num_new_tokens < 0:
-        raise ValueError(f"num_new_tokens: expected at least 0, got {num_new_tokens}")
+    check_count("num_new_tokens", num_new_tokens, at_least=0)
     if seq_len + prompt_len + num_new_tokens > model.config.max_seq_len:
         cached = f"{seq_len} in the cache + " if seq_len else ""
         raise ValueError(
             f"expected at most max_seq_len = {model.config.max_seq_len} tokens, "
             f"got {cached}{prompt_len} in the prompt + {num_new_tokens} new"
         )
-    if model.training and model.config.dropout > 0:
-        raise ValueError("model: expected eval mode, got training mode, with dropout")
+    check_no_dropout(model)
     positions = torch.arange(prompt_len, device=prompt_ids.device)
     check_token_ids(prompt_ids, positions, model.config)
+
+
+def check_no_dropout(model: Transformer):
+    """Raise ValueError where dropout would change what is computed."""
+    if model.training and model.config.dropout > 0:
+        raise ValueError("model: expected eval mode, got training mode, with dropout")
 
 
 def check_cached_generation(
@@ -198,16 +203,15 @@ def check_cached_generation(
         raise ValueError(
             f"cache: expected a request in each row, got {cache.request_ids}: begin them"
         )
-    if len(prompts) != len(cache.request_ids) or not prompts:
+    if len(prompts) != len(cache.request_ids) or len(prompts) == 0:
         raise ValueError(
             f"prompts: expected {len(cache.request_ids)}, one per request of the cache, "
             f"and at least one, got {len(prompts)}"
         )
     for prompt_ids, seq_len in zip(prompts, cache.seq_lens.tolist()):
-        if prompt_ids.dim() != 1:
-            raise ValueError(
-                f"prompts: expected each (T,), got {tuple(prompt_ids.shape)}"
-            )
+        if not isinstance(prompt_ids, torch.Tensor) or prompt_ids.dim() != 1:
+            got = getattr(prompt_ids, "shape", type(prompt_ids).__name__)
+            raise ValueError(f"prompts: expected each an int64 tensor (T,), got {got}")
         check_generation(model, prompt_ids, num_new_tokens, seq_len)
     if num_new_tokens > 0:
         lens = torch.tensor([len(p) for p in prompts], device=cache.seq_lens.device)

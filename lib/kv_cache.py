@@ -14,13 +14,14 @@ Read lib/model.py, for the seam `attend`, and lib/generate.py before.
 
 import abc
 import contextlib
+import copy
 from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from lib.config import ModelConfig
+from lib.config import ModelConfig, check_count
 from lib.model import Attend
 
 
@@ -55,15 +56,19 @@ class KVCache(abc.ABC):
 
     @property
     def seq_lens(self) -> torch.Tensor:
-        """int64 (B,), the tokens that each request has in the cache."""
-        return self._seq_lens
+        """int64 (B,), the tokens that each request has in the cache: a copy."""
+        return self._seq_lens.clone()
+
+    def __copy__(self) -> "KVCache":
+        """As `copy.deepcopy`: two caches that share their tensors would write to both."""
+        return copy.deepcopy(self)
 
     def begin(self, request_id: Hashable):
         """A new request, without tokens, in a row of its own.
 
         Raises ValueError if it has begun already, or what says that there is no row.
         """
-        self._check_no_step("begin")
+        self._check_ready("begin")
         self._check_new(request_id)
         self._begin_row(request_id)
 
@@ -72,7 +77,7 @@ class KVCache(abc.ABC):
 
         Raises ValueError for one that never began, or was freed before.
         """
-        self._check_no_step("free")
+        self._check_ready("free")
         self._free_row(self._row(request_id))
 
     @abc.abstractmethod
@@ -84,9 +89,10 @@ class KVCache(abc.ABC):
         """A step over the next tokens: query_lens[b] of request b, int64 (B,).
 
         Gives the `attend` that writes and reads them: q (N, H, D) and k, v (N, G, D),
-        N = query_lens.sum(). Raises as check_room does, before anything changes.
+        N = query_lens.sum(). No gradient goes through it. Raises as check_room does,
+        before anything changes.
         """
-        self._check_no_step("extend")
+        self._check_ready("extend")
         self.check_room(query_lens)
         before, marks = self._seq_lens, self._mark()
         query_lens = query_lens.clone()  # whatever the caller does with it meanwhile
@@ -99,7 +105,8 @@ class KVCache(abc.ABC):
                     "attend: expected inside of its own step, got after it"
                 )
             check_new_kv(q, k, v, kv_shape)
-            out = attend_rows(layer, q, k, v)
+            with torch.no_grad():  # what is kept would keep its graph
+                out = attend_rows(layer, q, k, v)
             layers.add(layer)
             return out
 
@@ -119,11 +126,16 @@ class KVCache(abc.ABC):
             self._open = None
             raise
 
-    def _check_no_step(self, method: str):
+    def _check_ready(self, method: str):
         if self._open is not None:
             raise RuntimeError(
                 f"{method}: expected between two steps, got inside of one (or after one "
                 f"that could not be taken back: then make a new cache)"
+            )
+        if self.k_cache.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"{method}: expected under torch.inference_mode(), in which this cache "
+                f"was made, got outside of it"
             )
 
     def _check_new(self, request_id: Hashable):
@@ -324,13 +336,11 @@ class ContiguousKVCache(KVCache):
         device: torch.device | str = "cpu",
         fused_decode: bool = False,
     ):
-        for name, value in (("batch_size", batch_size), ("max_seq_len", max_seq_len)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        batch_size = check_count("batch_size", batch_size)
         shape = (
             config.num_layers,
             batch_size,
-            max_seq_len,
+            check_count("max_seq_len", max_seq_len),
             config.num_kv_heads,
             config.head_dim,
         )
@@ -427,6 +437,11 @@ def check_new_kv(
 
 def check_query_lens(query_lens: torch.Tensor, seq_lens: torch.Tensor):
     """Raise ValueError unless there is one count of new tokens for each request."""
+    if not isinstance(query_lens, torch.Tensor):
+        raise ValueError(
+            f"query_lens: expected an int64 tensor ({len(seq_lens)},), "
+            f"got a {type(query_lens).__name__}"
+        )
     if query_lens.dtype != torch.int64 or query_lens.shape != seq_lens.shape:
         raise ValueError(
             f"query_lens: expected int64 ({len(seq_lens)},), one entry per request, "

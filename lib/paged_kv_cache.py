@@ -186,9 +186,9 @@ class PagedKVCache(KVCache):
 
     @property
     def block_tables(self) -> torch.Tensor:
-        """Block ids of each live request, int64 (B, M); -1 behind a request's last."""
-        M = max((mark.num_blocks for mark in self._marks.values()), default=0)
-        return self._tables[:, :M]
+        """Block ids of each live request, int64 (B, M), -1 behind a request's last: a
+        copy."""
+        return self._used_tables().clone()
 
     @property
     def reserved_bytes(self) -> int:
@@ -207,7 +207,7 @@ class PagedKVCache(KVCache):
 
         Raises ValueError if the parent is not live, or the child is.
         """
-        self._check_no_step("fork")
+        self._check_ready("fork")
         row = self._row(parent_id)
         self._check_new(child_id)
         self._check_manager()
@@ -248,7 +248,7 @@ class PagedKVCache(KVCache):
         # Once per step, not per layer: on a GPU each look at a number is a wait.
         seq_lens = self._seq_lens + query_lens
         lens_on_cpu = seq_lens.cpu(), query_lens.cpu()
-        block_tables = self.block_tables
+        block_tables = self._used_tables()
         slots = slot_mapping(block_tables, seq_lens, query_lens, self.manager.block_size)
         is_decode = set(counts) == {1}
         if is_decode and self.decode is not None:
@@ -301,6 +301,11 @@ class PagedKVCache(KVCache):
             self._tables = F.pad(self._tables, (0, more), value=-1)
         new_ids = torch.tensor(block_table[start:], dtype=torch.int64)
         self._tables[row, start : len(block_table)] = new_ids.to(self._tables.device)
+
+    def _used_tables(self) -> torch.Tensor:
+        """Of the tables that are kept, as many columns as the longest request needs."""
+        M = max((mark.num_blocks for mark in self._marks.values()), default=0)
+        return self._tables[:, :M]
 
     def _check_manager(self):
         """Raise RuntimeError where the manager was called behind the cache's back."""

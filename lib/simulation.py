@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from lib.block_manager import BlockManager, OutOfBlocksError
+from lib.config import check_count
 
 MAX_LEN = 1024  # tokens of a prompt, and of an answer
 
@@ -26,8 +27,8 @@ class Request:
     output_len: int  # which nobody knows before it ends
 
     def __post_init__(self):
-        if min(self.prompt_len, self.output_len) < 1:
-            raise ValueError(f"expected lengths of at least 1 token, got {self}")
+        check_count("prompt_len", self.prompt_len)
+        check_count("output_len", self.output_len)
 
     @property
     def num_tokens(self) -> int:
@@ -55,6 +56,10 @@ def draw_requests(
 ) -> list[Request]:
     """Requests with log-normal lengths, σ = 1, of these means before they are cut at
     MAX_LEN tokens."""
+    if min(mean_prompt_len, mean_output_len) <= 0:
+        raise ValueError(
+            f"expected means above 0, got {mean_prompt_len} and {mean_output_len}"
+        )
     generator = torch.Generator().manual_seed(seed)
     lens = []
     for mean in (mean_prompt_len, mean_output_len):
@@ -89,7 +94,14 @@ class Reserving:
 
     def begin(self, request_id: int, request: Request, num_tokens: int) -> bool:
         """Whether there is room for a request, which then has it."""
+        if request_id in self.pieces:
+            raise ValueError(
+                f"request {request_id!r}: expected a new one, got one that has a piece: "
+                f"each simulation needs a manager of its own"
+            )
         size = self.reserve(request)
+        if size < request.num_tokens:
+            raise ValueError(f"reserve: expected room for {request}, got {size} slots")
         piece = self.find_piece(size)
         if piece is None:
             return False
@@ -153,6 +165,10 @@ class Paging:
                 f"watermark: expected a share of the blocks, at least 0 and below 1, got "
                 f"{watermark}"
             )
+        if check_count("num_slots", num_slots) < check_count("block_size", block_size):
+            raise ValueError(
+                f"num_slots: expected room for a block of {block_size}, got {num_slots}"
+            )
         self.manager = BlockManager(num_slots // block_size, block_size)
         self.num_slots = self.manager.num_blocks * block_size
         self.watermark_blocks = int(watermark * self.manager.num_blocks)
@@ -199,7 +215,7 @@ def simulate(
         raise ValueError(
             f"expected at least 1 step after at least 0, got {num_steps} after {warm_up}"
         )
-    longest = max(request.num_tokens for request in requests)
+    longest = max((request.num_tokens for request in requests), default=0)
     if longest > manager.num_slots:
         raise ValueError(
             f"expected requests of at most {manager.num_slots} tokens, as the pool has "
@@ -221,7 +237,7 @@ def simulate(
             is_new = request_id not in sent_back
             events["written" if is_new else "recomputed"] += num_tokens
         if not waiting or not running:
-            why = "every request began" if running else "a request finds no room"
+            why = "a request finds no room" if waiting else "every request began"
             raise ValueError(f"expected a full pool at each step, got {why} at {step}")
 
         if step >= warm_up:

@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -305,4 +306,25 @@ def test_integrity_sees_what_is_broken(spoil):
     manager.check_integrity()
     spoil(manager)
     with pytest.raises(AssertionError):
+        manager.check_integrity()
+
+
+@pytest.mark.parametrize("sizes", [(True, 4), (4, True), (4, 2.0), (0, 4)])
+def test_sizes_of_a_pool_are_integers(sizes):
+    with pytest.raises(ValueError, match="expected an integer of at least 1"):
+        BlockManager(*sizes)
+
+
+def test_integers_of_numpy_are_integers():
+    manager = BlockManager(np.int64(90), np.uint8(4))
+    manager.allocate("a", np.uint8(250))
+    manager.append("a", np.uint8(10))
+    assert manager.seq_lens == {"a": 260} and len(manager.block_tables["a"]) == 65
+    manager.check_integrity()
+
+
+def test_a_length_without_a_request_is_found():
+    manager = BlockManager(4, 2)
+    manager.seq_lens["gone"] = 3
+    with pytest.raises(AssertionError, match="seq_lens: expected .* got .'gone'."):
         manager.check_integrity()

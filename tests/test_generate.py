@@ -94,7 +94,11 @@ def test_no_new_tokens_is_the_prompt():
             3,
             "prompt_ids: expected at least one token",
         ),
-        (torch.tensor([1]), -1, "num_new_tokens: expected at least 0, got -1"),
+        (
+            torch.tensor([1]),
+            -1,
+            "num_new_tokens: expected an integer of at least 0, got -1",
+        ),
         (
             torch.zeros(100, dtype=torch.int64),
             29,

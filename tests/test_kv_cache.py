@@ -2,10 +2,11 @@ import contextlib
 import copy
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from helpers import assert_close, begun, random_model
+from helpers import assert_close, begun, filled, random_model
 
 from lib import block_manager, kv_cache, paged_kv_cache
 from lib.block_manager import OutOfBlocksError
@@ -215,7 +216,7 @@ def test_prompts_that_do_not_fit_the_batch_are_refused():
         generate_cached(model, [one], 1, cache)
     with pytest.raises(ValueError, match="at least one token"):
         generate_cached(model, [one, one[:0]], 1, cache)
-    with pytest.raises(ValueError, match=r"expected each \(T,\)"):
+    with pytest.raises(ValueError, match=r"expected each an int64 tensor \(T,\)"):
         generate_cached(model, [one, one[None]], 1, cache)
     with pytest.raises(ValueError, match="expected at most max_seq_len = 128"):
         generate_cached(model, [one, one], 128, cache)
@@ -271,7 +272,7 @@ def test_keys_that_are_not_one_a_token_are_refused():
 
 @pytest.mark.parametrize("sizes", [(0, 4), (4, 0)])
 def test_a_cache_of_nothing_is_refused(sizes):
-    with pytest.raises(ValueError, match="expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="expected an integer of at least 1, got 0"):
         ContiguousKVCache(TINY, *sizes)
 
 
@@ -689,13 +690,15 @@ def test_a_prefill_that_cannot_end_does_not_begin(kind):
         ([ok, ok], 2.5),
         ([ok, ok], None),
     ]
-    errors = (ValueError, TypeError, CacheFullError, OutOfBlocksError)
+    errors = (ValueError, CacheFullError, OutOfBlocksError)
     for prompts, chunk_size in refused:
         with pytest.raises(errors):
             prefill_in_chunks(model, prompts, cache, chunk_size)
         assert all_of(cache) == before
     for chunk_size in (0, -1):
-        with pytest.raises(ValueError, match="chunk_size: expected at least 1, got"):
+        with pytest.raises(
+            ValueError, match="chunk_size: expected an integer of at least 1, got"
+        ):
             prefill_in_chunks(model, [ok[:8], ok[:8]], cache, chunk_size)
     empty = PagedKVCache(model.config, 4) if kind == "paged" else None
     empty = empty or ContiguousKVCache(model.config, 1, 9, dtype=torch.float64)
@@ -762,3 +765,125 @@ def test_more_queries_than_keys_are_refused():
     q, k = torch.zeros(3, 1, 1), torch.zeros(1, 4, 1, 1)
     with pytest.raises(AssertionError, match=r"at most \[2\] queries.* got \[3\]"):
         attend_cached(q, k, k, torch.tensor([2]), torch.tensor([3]))
+
+
+def both_kinds(**changes):
+    config = replace(TINY, **changes)
+    return ContiguousKVCache(config, 2, 9), PagedKVCache(config, 9, 4)
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+@pytest.mark.parametrize("huge", [[2**63 - 1, 2**63 - 1], [2**62, 2**62]])
+def test_lengths_whose_sum_overflows_are_refused_before_the_model_runs(kind, huge):
+    model, cache = Transformer(TINY).eval(), begun(both_kinds()[kind], 2)
+    with pytest.raises((CacheFullError, OutOfBlocksError)):
+        forward_cached(model, cache, torch.tensor([1, 2]), torch.tensor(huge))
+    assert cache.seq_lens.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_dropout_never_goes_into_a_cache(kind):
+    cache = begun(both_kinds(dropout=0.5)[kind], 1)
+    model = Transformer(replace(TINY, dropout=0.5)).train()
+    lens = torch.tensor([2, 0][: len(cache.request_ids)])
+    with pytest.raises(ValueError, match="expected eval mode"):
+        forward_cached(model, cache, torch.tensor([1, 2]), lens)
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_what_is_handed_out_is_a_copy(kind):
+    cache = filled(both_kinds()[kind], {"a": 5, "b": 2})
+    lens = cache.seq_lens
+    lens += 1
+    assert cache.seq_lens.tolist() == [5, 2]
+    if kind == 1:
+        cache.block_tables.zero_()
+        assert cache.block_tables.tolist() == [[0, 1], [2, -1]]
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_a_step_with_gradients_on_keeps_no_graph(kind):
+    cache, model = begun(both_kinds()[kind], 2), Transformer(TINY).eval()
+    with cache.extend(torch.tensor([2, 1])) as attend:
+        model(torch.tensor([1, 2, 3]), torch.tensor([0, 1, 0]), attend)
+    assert not cache.k_cache.requires_grad and not cache.v_cache.requires_grad
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_a_copied_cache_goes_its_own_way(kind):
+    cache = filled(both_kinds()[kind], {"a": 3})
+    other = copy.copy(cache)
+    filled(other, {"b": 4})
+    assert [r for r in cache.request_ids if r] == ["a"]
+    assert cache.k_cache.data_ptr() != other.k_cache.data_ptr()
+
+
+def test_a_cache_of_inference_mode_is_used_there():
+    with torch.inference_mode():
+        caches = [begun(cache, 1) for cache in both_kinds()]
+    for cache in caches:
+        lens = torch.tensor([2, 0][: len(cache.request_ids)])
+        with pytest.raises(RuntimeError, match=r"expected under torch.inference_mode"):
+            filled(cache, {"b": 2})
+        with torch.inference_mode(), pytest.raises(KeyboardInterrupt):
+            lens = torch.zeros_like(cache.seq_lens)
+            with cache.extend(lens):
+                raise KeyboardInterrupt
+            cache.free(0)
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_attention_that_failed_does_not_count_as_done(kind):
+    cache = begun(both_kinds()[kind], 2)
+    good, bad = torch.zeros(2, 2, 8), torch.zeros(2, 2, 8, dtype=torch.int32)
+    q, lens = torch.zeros(2, 4, 8), torch.tensor([1, 1])
+    with pytest.raises(RuntimeError, match="layers 0 to 1"), cache.extend(lens) as attend:
+        attend(0, q, good, good)
+        with contextlib.suppress(Exception):
+            attend(1, q.int(), bad, None)
+    assert cache.seq_lens.tolist() == [0, 0]
+
+
+def test_a_cache_that_could_not_take_a_step_back_refuses_the_next(monkeypatch):
+    cache = begun(ContiguousKVCache(TINY, 1, 9), 1)
+
+    def fail(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(cache, "_take_back", fail)
+    with pytest.raises(MemoryError), cache.extend(torch.tensor([1])):
+        raise KeyboardInterrupt
+    with pytest.raises(RuntimeError, match="make a new cache"):
+        cache.begin("b")
+
+
+@pytest.mark.parametrize("query_lens", [[1, 1], None, "11"])
+def test_new_tokens_are_counted_by_a_tensor(query_lens):
+    with pytest.raises(ValueError, match="expected an int64 tensor"):
+        begun(ContiguousKVCache(TINY, 2, 9), 2).check_room(query_lens)
+
+
+def test_new_tokens_are_counted_where_the_cache_is():
+    query_lens = torch.ones(2, dtype=torch.int64, device="meta")
+    with pytest.raises(ValueError, match="expected on cpu, as the cache, got on meta"):
+        begun(ContiguousKVCache(TINY, 2, 9), 2).check_room(query_lens)
+
+
+def test_prompts_are_tensors_or_rows_of_one():
+    model, cache = random_model(), begun(ContiguousKVCache(TINY, 2, 9), 2)
+    prompts = torch.arange(6).view(2, 3)
+    assert len(generate_cached(random_model(), prompts, 1, cache)) == 2
+    with pytest.raises(
+        ValueError, match=r"expected each an int64 tensor \(T,\), got list"
+    ):
+        generate_cached(model, [[1], [2]], 1, cache)
+    half = ContiguousKVCache(TINY, 2, 9)
+    half.begin("a")
+    with pytest.raises(ValueError, match="a request in each row, got .'a', None."):
+        generate_cached(model, list(prompts), 0, half)
+
+
+@pytest.mark.parametrize("sizes", [(2.0, 4), ("3", 4), (True, 4), (2, True)])
+def test_sizes_of_a_cache_are_integers(sizes):
+    with pytest.raises(ValueError, match="expected an integer of at least 1"):
+        ContiguousKVCache(TINY, *sizes)

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from lib.block_manager import OutOfBlocksError
@@ -292,9 +294,50 @@ def test_an_idle_pool_and_a_request_that_is_too_large_are_refused():
         simulate(Paging(64, 16), [Request(1, 1)], num_steps=1, warm_up=0)
     with pytest.raises(ValueError, match="at most 64 tokens.*got one of 66"):
         simulate(Paging(64, 16), [Request(65, 1)] * 2, num_steps=1, warm_up=0)
-    with pytest.raises(ValueError, match="at least 1 token"):
+    with pytest.raises(
+        ValueError, match="output_len: expected an integer of at least 1, got 0"
+    ):
         Request(1, 0)
+    with pytest.raises(ValueError, match="at most 64 tokens.*got one of 65"):
+        simulate(Paging(64, 16), [Request(64, 1)] * 2, num_steps=1, warm_up=0)
+    with pytest.raises(ValueError, match="at least 1 step after at least 0, got 1 after"):
+        simulate(Paging(64, 16), [Request(1, 1)] * 2, num_steps=1, warm_up=-1)
+    with pytest.raises(ValueError, match="every request began"):
+        simulate(Paging(64, 16), [], num_steps=1, warm_up=0)
     with pytest.raises(ValueError, match="expected at least 1 step"):
         simulate(Paging(64, 16), [Request(1, 1)] * 2, num_steps=0, warm_up=0)
     with pytest.raises(ValueError, match="a request finds no room at 0"):
         simulate(Reserving(64, reserve_maximum), [Request(1, 1)] * 2, 1, warm_up=0)
+
+
+@pytest.mark.parametrize("lens", [(20, 9.5), (math.nan, 3), (True, 2), (3, 0)])
+def test_a_request_has_whole_tokens(lens):
+    with pytest.raises(ValueError, match="expected an integer of at least 1"):
+        Request(*lens)
+
+
+@pytest.mark.parametrize("make", [Reserving, BuddyReserving])
+def test_each_simulation_needs_a_manager_of_its_own(make):
+    manager, requests = make(4096, reserve_oracle), draw_requests(400, 100, 100)
+    simulate(manager, requests, 20, warm_up=0)
+    with pytest.raises(ValueError, match="expected a new one"):
+        simulate(manager, requests, 20, warm_up=0)
+
+
+def test_less_than_a_request_will_need_is_no_reserve():
+    with pytest.raises(ValueError, match="reserve: expected room for .*got 10 slots"):
+        simulate(Reserving(64, lambda request: 10), [Request(9, 2)] * 9, 1, warm_up=0)
+
+
+def test_sizes_that_make_no_pool_are_refused():
+    with pytest.raises(ValueError, match="num_slots: expected room for a block of 16"):
+        Paging(8, 16)
+    with pytest.raises(ValueError, match="block_size: expected an integer"):
+        Paging(8, 0)
+    with pytest.raises(ValueError, match="expected means above 0, got 0 and 1"):
+        draw_requests(3, 0, 1)
+
+
+@pytest.mark.parametrize("output_len, slots", [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8)])
+def test_a_power_of_two_is_its_own(output_len, slots):
+    assert reserve_power_of_two(Request(7, output_len)) == 7 + slots

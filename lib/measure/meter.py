@@ -193,10 +193,11 @@ def measure_traffic(function: Callable[[], Any]) -> Traffic:
 
 def last_level_cache_bytes() -> int | None:
     """Of the processor's largest cache; None where the system is silent (not Linux)."""
-    sizes = []
+    units, sizes = {"K": 2**10, "M": 2**20}, []
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        with contextlib.suppress(OSError, ValueError):
-            sizes.append(int(path.read_text().strip().removesuffix("K")) * 1024)
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            size = path.read_text().strip()  # 32768K
+            sizes.append(int(size[:-1]) * units[size[-1]])
     return max(sizes, default=None)
 
 
