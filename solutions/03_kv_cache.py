@@ -609,27 +609,29 @@ torch.equal(got[1:], expected[-1][len(long_ids):])  # what follows the prompt
 #
 # How long does a step take if it brings T tokens instead of one? The answer
 # decides how language models are served. Our model is too small to give it, for
-# its time goes into calling operations. So here is a larger one: seven layers,
-# 1,024 wide, with random weights.
+# its time goes into calling operations. So here is a larger one: 1,024 wide,
+# with random weights, and with so many layers that the weights do not fit into
+# the processor's largest cache.
 
 # %%
+cache_bytes = meter.last_level_cache_bytes() or 0
+num_layers = min(max(7, cache_bytes // 20_000_000), 20)
 wide = ModelConfig(
-    vocab_size=256, num_layers=7, num_heads=8, num_kv_heads=2,
+    vocab_size=256, num_layers=num_layers, num_heads=8, num_kv_heads=2,
     d_model=1024, d_ff=2816, max_seq_len=2048,
 )
 wide_lm = Transformer(wide).eval()
 weight_bytes = sum(p.nbytes for p in wide_lm.parameters())
 weight_bytes -= wide_lm.embed.weight.nbytes
-print(f"{weight_bytes / 1e6:.0f} MB of weights")
-cache_bytes = meter.last_level_cache_bytes()
-known = f"{cache_bytes / 1e6:.0f} MB" if cache_bytes else "not known"
+print(f"{num_layers} layers, {weight_bytes / 1e6:.0f} MB of weights")
+known = f"{cache_bytes / 1e6:.0f} MB" if cache_bytes else "not known here"
 print(f"the processor's largest cache: {known}")
 
 # %% [markdown]
-# Weights that do not fit into the processor's cache have to be read from memory
-# at every step, whatever the number of tokens. (We leave out `embed`, a table
-# of which a step reads T rows.) The meter counts the FLOPs of a step. FLOPs
-# divided by the bytes read are the **arithmetic intensity** of the step.
+# So the weights have to be read from memory at every step, whatever the number
+# of tokens. (We leave out `embed`, a table of which a step reads T rows.) The
+# meter counts the FLOPs of a step. FLOPs divided by the bytes read are the
+# **arithmetic intensity** of the step.
 
 # %%
 Ts = [1, 2, 4, 8, 16, 32, 64, 128, 256]
@@ -659,7 +661,7 @@ print({T: round(flops_of_step[T] / weight_bytes, 1) for T in Ts})
 
 # %%
 def bytes_per_second():
-    vector = torch.randn(80_000_000)  # 320 MB
+    vector = torch.randn(max(80_000_000, cache_bytes // 2))  # 320 MB or more
     return vector.nbytes / meter.median_seconds(lambda: vector.sum())
 
 
@@ -790,7 +792,7 @@ for name, seconds in meter.medians_in_turns(steps, repeats=15).items():
 # Back to the wide model. Its weights are read once per step, for all requests
 # together. Keys and values are not shared: each request reads its own. With 64
 # tokens per request they hardly matter. With 2,048, the keys and values of
-# eight requests are three quarters as many bytes as the weights:
+# eight requests are about three quarters as many bytes as the weights:
 
 # %%
 kv_bytes = kv_cache.kv_cache_bytes(wide, 2048)
