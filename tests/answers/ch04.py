@@ -572,6 +572,62 @@ def append_forgetting_the_copy_in_the_count(self, request_id, num_tokens=1):
     return copied
 
 
+def append_with(self, request_id, num_tokens, num_copies, copies_first=lambda: True):
+    """append that counts the copies itself, and may copy after the table grew."""
+    self.check_live(request_id)
+    if num_tokens < 0:
+        raise ValueError(num_tokens)
+    table, end = self.block_tables[request_id], self.seq_lens[request_id] + num_tokens
+    has_room = self.seq_lens[request_id] % self.block_size > 0
+    users = self.ref_count[table[-1]] if table else 1
+    needed = math.ceil(end / self.block_size) - len(table)
+    needed += num_copies(users) if has_room and users > 1 else 0
+    if needed > len(self.free_block_ids):
+        raise OutOfBlocksError(needed, len(self.free_block_ids))
+    is_written, copied = has_room and num_tokens > 0, None
+    if is_written and copies_first():
+        copied = self.copy_on_write(request_id)
+    while len(table) * self.block_size < end:
+        table.append(self.take_block())
+    if is_written and not copies_first():
+        copied = self.copy_on_write(request_id)
+    self.seq_lens[request_id] = end
+    return copied
+
+
+@right("append")
+def append_with_one_copy(self, request_id, num_tokens=1):
+    return append_with(self, request_id, num_tokens, lambda users: num_tokens > 0)
+
+
+@wrong("append", says="Others use the last block too")
+def append_growing_before_it_copies(self, request_id, num_tokens=1):
+    copies = lambda users: num_tokens > 0  # noqa: E731
+    return append_with(self, request_id, num_tokens, copies, lambda: False)
+
+
+@wrong("append", says="Others use the last block too")
+def append_copying_only_what_it_stays_in(self, request_id, num_tokens=1):
+    rest = self.seq_lens.get(request_id, 0) % self.block_size
+    return grow(
+        self,
+        request_id,
+        num_tokens,
+        is_copied=lambda has_room, n: has_room and n and rest + n <= self.block_size,
+    )
+
+
+@wrong("append", says="enough free blocks")
+def append_counting_a_copy_for_no_tokens(self, request_id, num_tokens=1):
+    return append_with(self, request_id, num_tokens, lambda users: 1)
+
+
+@wrong("append", says="enough free blocks")
+def append_counting_a_copy_for_each_user(self, request_id, num_tokens=1):
+    copies = lambda users: (users - 1) * (num_tokens > 0)  # noqa: E731
+    return append_with(self, request_id, num_tokens, copies)
+
+
 # free
 
 
@@ -925,6 +981,35 @@ def blocks_of_sixteen(block_tables, seq_lens, query_lens, block_size):
     return block_tables[requests, positions // 16] * 16 + positions % 16
 
 
+@wrong("slot_mapping", says="Any block_size may come")
+def slots_joined_by_or(block_tables, seq_lens, query_lens, block_size):
+    requests, positions = where(seq_lens, query_lens)
+    block_ids = block_tables[requests, positions // block_size]
+    return (block_ids * block_size) | (positions % block_size)
+
+
+@wrong("slot_mapping", says="Any block_size may come")
+def places_by_a_mask(block_tables, seq_lens, query_lens, block_size):
+    requests, positions = where(seq_lens, query_lens)
+    block_ids = block_tables[requests, positions // block_size]
+    return block_ids * block_size + (positions & (block_size - 1))
+
+
+@wrong("slot_mapping", says="Any block_size may come")
+def blocks_by_a_shift(block_tables, seq_lens, query_lens, block_size):
+    requests, positions = where(seq_lens, query_lens)
+    block_ids = block_tables[requests, positions >> (block_size.bit_length() - 1)]
+    return block_ids * block_size + positions % block_size
+
+
+@wrong("slot_mapping", says="Any block_size may come")
+def slots_in_bits(block_tables, seq_lens, query_lens, block_size):
+    requests, positions = where(seq_lens, query_lens)
+    bits = int(math.log2(block_size))
+    block_ids = block_tables[requests, positions >> bits]
+    return (block_ids << bits) + (positions & (block_size - 1))
+
+
 # gather_kv
 
 
@@ -1094,7 +1179,59 @@ def gather_from_a_copy_of_the_pool(k_cache, v_cache, block_table, seq_len):
     return gather_by_slots(k_cache, v_cache, block_table, seq_len)
 
 
+@wrong("gather_kv", says="keep seq_len tokens")
+def gather_what_is_not_nan(k_cache, v_cache, block_table, seq_len):
+    out = []
+    for cache in (k_cache, v_cache):
+        dense = gathered(cache, block_table, seq_len)
+        out.append(dense[~dense.isnan().flatten(1).any(dim=1)])
+    return tuple(out)
+
+
+@wrong("gather_kv", says="a view")
+def gather_a_view_through_numpy(k_cache, v_cache, block_table, seq_len):
+    if not 0 < seq_len <= k_cache.shape[1]:
+        return gather_by_slots(k_cache, v_cache, block_table, seq_len)
+    place = int(block_table[0]), slice(seq_len)
+    return tuple(torch.from_numpy(c.numpy()[place]) for c in (k_cache, v_cache))
+
+
+def gather_slots(k_cache, v_cache, slots):
+    return k_cache.flatten(0, 1)[slots], v_cache.flatten(0, 1)[slots]
+
+
+@wrong("gather_kv", says="Any block_size may come")
+def gather_slots_joined_by_or(k_cache, v_cache, block_table, seq_len):
+    size, p = k_cache.shape[1], torch.arange(seq_len)
+    return gather_slots(k_cache, v_cache, (block_table[p // size] * size) | (p % size))
+
+
+@wrong("gather_kv", says="Any block_size may come")
+def gather_places_by_a_mask(k_cache, v_cache, block_table, seq_len):
+    size, p = k_cache.shape[1], torch.arange(seq_len)
+    return gather_slots(k_cache, v_cache, block_table[p // size] * size + (p & size - 1))
+
+
+@wrong("gather_kv", says="raised IndexError")
+def gather_blocks_by_a_shift(k_cache, v_cache, block_table, seq_len):
+    size, p = k_cache.shape[1], torch.arange(seq_len)
+    block_ids = block_table[p >> (size.bit_length() - 1)]
+    return gather_slots(k_cache, v_cache, block_ids * size + p % size)
+
+
 # paged_utilization
+
+
+@wrong("paged_utilization", says="as long as another counts too")
+def share_of_each_length_once(seq_lens, block_size):
+    lens = {*seq_lens.tolist()}
+    return sum(lens) / (sum(math.ceil(n / block_size) for n in lens) * block_size)
+
+
+@wrong("paged_utilization", says="as long as another counts too")
+def share_of_the_tokens_of_each_length_once(seq_lens, block_size):
+    blocks = sum(math.ceil(n / block_size) for n in seq_lens.tolist())
+    return sum({*seq_lens.tolist()}) / (blocks * block_size)
 
 
 @right("paged_utilization")
@@ -1294,10 +1431,22 @@ def fork_of_full_blocks(self, parent_id, child_id):
         self.ref_count[self.block_tables[child_id].pop()] -= 1
 
 
-@wrong("fork")
+@wrong("fork", says="in the same order")
 def fork_the_other_way_round(self, parent_id, child_id):
     fork_with_slices(self, parent_id, child_id)
     self.block_tables[child_id].reverse()
+
+
+@wrong("fork", says="in the same order")
+def fork_in_the_order_of_the_pool(self, parent_id, child_id):
+    fork_with_slices(self, parent_id, child_id)
+    self.block_tables[child_id] = sorted(self.block_tables[parent_id])
+
+
+@wrong("fork", says="in the same order")
+def fork_the_last_block_taken_first(self, parent_id, child_id):
+    fork_with_slices(self, parent_id, child_id)
+    self.block_tables[child_id].sort(reverse=True)
 
 
 @wrong("fork", says="something had changed before")

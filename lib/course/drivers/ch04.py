@@ -76,7 +76,9 @@ def gather_kv(
 
 
 def _is_of(tensor: torch.Tensor, pool: torch.Tensor) -> bool:
-    return tensor.untyped_storage().data_ptr() == pool.untyped_storage().data_ptr()
+    """Whether it lies in the pool, as a view of torch's or of numpy's."""
+    begin = pool.untyped_storage().data_ptr()
+    return begin <= tensor.data_ptr() < begin + pool.untyped_storage().nbytes()
 
 
 def paged_utilization(answer: Callable, seq_lens: np.ndarray, block_size: int) -> dict:
