@@ -628,6 +628,20 @@ def append_counting_a_copy_for_each_user(self, request_id, num_tokens=1):
     return append_with(self, request_id, num_tokens, copies)
 
 
+@wrong("append", says="never go through all requests")
+def append_looking_for_other_users(self, request_id, num_tokens=1):
+    self.check_live(request_id)
+    last = self.block_tables[request_id][-1:]
+    others = [r for r in self.block_tables if r != request_id]
+    is_shared = any(self.block_tables[r][-1:] == last for r in others)
+    return grow(
+        self,
+        request_id,
+        num_tokens,
+        is_copied=lambda has_room, n: has_room and n and is_shared,
+    )
+
+
 # free
 
 
@@ -730,7 +744,7 @@ def free_with_a_count_of_zero(self, request_id):
 def free_all_who_share(self, request_id):
     self.check_live(request_id)
     shared = {b for b in self.block_tables[request_id] if self.ref_count[b] > 1}
-    for other in [r for r, t in self.block_tables.items() if shared & {*t}]:
+    for other in [r for r in self.seq_lens if shared & {*self.block_tables[r]}]:
         free_backwards(self, other)
     if request_id in self.block_tables:
         free_backwards(self, request_id)
@@ -818,6 +832,28 @@ def free_the_last_block_only(self, request_id):
         if self.ref_count[block_id] == 0:
             self.free_block_ids.append(block_id)
     del self.seq_lens[request_id]
+
+
+@wrong("free", says="never go through all requests")
+def free_what_no_table_has(self, request_id):
+    self.check_live(request_id)
+    for block_id in self.block_tables.pop(request_id):
+        self.ref_count[block_id] -= 1
+        if not any(block_id in table for table in self.block_tables.values()):
+            self.free_block_ids.append(block_id)
+    del self.seq_lens[request_id]
+
+
+@right("free")
+def free_with_own_lines(self, request_id):
+    if request_id not in self.block_tables.keys():  # noqa: SIM118
+        raise ValueError(f"expected one of {self.block_tables!r}, got {request_id!r}")
+    for block_id in self.block_tables.get(request_id):
+        self.ref_count[block_id] -= 1
+        if self.ref_count[block_id] == 0:
+            self.free_block_ids.append(block_id)
+    for of_each in (self.block_tables, self.seq_lens):
+        of_each.pop(request_id, None)
 
 
 # slot_mapping
@@ -1511,6 +1547,48 @@ def fork_without_a_length(self, parent_id, child_id):
     self.seq_lens[child_id] = 0
 
 
+@wrong("fork", says="never go through all requests")
+def fork_counting_users_again(self, parent_id, child_id):
+    self.check_live(parent_id)
+    if child_id in self.block_tables:
+        raise ValueError(child_id)
+    self.block_tables[child_id] = list(self.block_tables[parent_id])
+    self.seq_lens[child_id] = self.seq_lens[parent_id]
+    for block_id in self.block_tables[child_id]:
+        users = [r for r, table in self.block_tables.items() if block_id in table]
+        self.ref_count[block_id] = len(users)
+
+
+@wrong("fork", says="another block_tables")
+def fork_into_a_new_dict(self, parent_id, child_id):
+    fork_with_slices(self, parent_id, child_id)
+    tables = {r: self.block_tables[r] for r in self.seq_lens}
+    self.block_tables = tables
+
+
+@wrong("fork", says="never go through all requests")
+def fork_into_a_dict_of_both(self, parent_id, child_id):
+    self.check_live(parent_id)
+    if child_id in self.block_tables:
+        raise ValueError(child_id)
+    table = list(self.block_tables[parent_id])
+    self.block_tables = {**self.block_tables, child_id: table}
+    self.seq_lens[child_id] = self.seq_lens[parent_id]
+    for block_id in table:
+        self.ref_count[block_id] += 1
+
+
+@right("fork")
+def fork_by_updates(self, parent_id, child_id):
+    self.check_live(parent_id)
+    if self.block_tables.get(child_id) is not None:
+        raise ValueError(child_id)
+    self.block_tables |= {child_id: self.block_tables[parent_id].copy()}
+    self.seq_lens.update({child_id: self.seq_lens[parent_id]})
+    for block_id in self.block_tables[child_id]:
+        self.ref_count[block_id] += 1
+
+
 # copy_on_write
 
 
@@ -1665,7 +1743,7 @@ def copy_in_every_table(self, request_id):
     if not self.free_block_ids:
         raise OutOfBlocksError(1, 0)
     target = self.take_block()
-    for table in self.block_tables.values():
+    for table in (self.block_tables[other] for other in self.seq_lens):
         if table and table[-1] == source:
             table[-1] = target
     self.ref_count[target], self.ref_count[source] = self.ref_count[source], 0
@@ -1764,5 +1842,16 @@ def copy_giving_the_old_one_back(self, request_id):
 def copy_only_if_there_is_room(self, request_id):
     self.check_live(request_id)
     if self.block_tables[request_id] and not self.free_block_ids:
+        return None
+    return copy_with_a_new_table(self, request_id)
+
+
+@wrong("copy_on_write", says="never go through all requests")
+def copy_what_stands_in_two_tables(self, request_id):
+    self.check_live(request_id)
+    if not self.block_tables[request_id]:
+        raise ValueError("no block")
+    last = self.block_tables[request_id][-1]
+    if sum(last in table for table in self.block_tables.values()) == 1:
         return None
     return copy_with_a_new_table(self, request_id)
