@@ -1241,6 +1241,97 @@ def new_ids_in_columns(model, prompts, num_new_tokens, cache, **settings):
     return texts
 
 
+@wrong("generate_cached", says="in the mode in which it came")
+def eval_mode_first(model, prompts, num_new_tokens, cache, **settings):
+    model.eval()
+    return stopping(model, prompts, num_new_tokens, cache, settings, [])
+
+
+def lines_of_its_own(model, prompts, num_new_tokens, cache, settings, is_off=""):
+    """What check_cached_generation does, but for one thing."""
+    lens, longest = [len(p) for p in prompts], model.config.max_seq_len
+    rows = zip(lens, cache.seq_lens.tolist(), cache.request_ids)
+    begun = [(n, seq_len) for n, seq_len, request_id in rows if request_id is not None]
+    if len(lens) != len(cache.request_ids) or not all(lens) or num_new_tokens < 0:
+        raise ValueError(lens, num_new_tokens)
+    if is_off != "rows" and len(begun) < len(lens):
+        raise ValueError(cache.request_ids)
+    if max(n + seq_len for n, seq_len in begun) + num_new_tokens > longest:
+        raise ValueError(longest)
+    if is_off != "dropout" and model.training and model.config.dropout > 0:
+        raise ValueError("dropout")
+    kinds = {"temperature": 1.0, "top_k": None, "top_p": 1.0}
+    sampling.check_sampling(*(settings.get(k, default) for k, default in kinds.items()))
+    room = [n + num_new_tokens - 1 if num_new_tokens else 0 for n in lens]
+    if is_off == "rows":
+        reserved = cache.k_cache.shape[2]
+        if any(n + s > reserved for n, s in zip(room, cache.seq_lens.tolist())):
+            raise kv_cache.CacheFullError(reserved)
+    else:
+        cache.check_room(torch.tensor(room))
+
+
+@right("generate_cached")
+def all_lines_of_its_own(model, prompts, num_new_tokens, cache, **settings):
+    lines_of_its_own(model, prompts, num_new_tokens, cache, settings)
+    return loop(model, prompts, num_new_tokens, cache, settings)
+
+
+@wrong("generate_cached", says="Keep the given lines")
+def dropout_not_looked_at(model, prompts, num_new_tokens, cache, **settings):
+    lines_of_its_own(model, prompts, num_new_tokens, cache, settings, "dropout")
+    return loop(model, prompts, num_new_tokens, cache, settings)
+
+
+@wrong("generate_cached", says="Keep the given lines")
+def rows_not_looked_at(model, prompts, num_new_tokens, cache, **settings):
+    lines_of_its_own(model, prompts, num_new_tokens, cache, settings, "rows")
+    if None in cache.request_ids:
+        return list(prompts)
+    return loop(model, prompts, num_new_tokens, cache, settings)
+
+
+@wrong("generate_cached")
+def equal_prompts_drawn_once(model, prompts, num_new_tokens, cache, **settings):
+    texts = stopping(model, prompts, num_new_tokens, cache, settings, [])
+    first = {}
+    return [first.setdefault(tuple(p.tolist()), t) for p, t in zip(prompts, texts)]
+
+
+@wrong("generate_cached", says="In one call")
+def all_but_the_last_token_first(model, prompts, num_new_tokens, cache, **settings):
+    given_lines(model, prompts, num_new_tokens, cache, settings)
+    texts, lens = list(prompts), torch.tensor([len(p) - 1 for p in prompts])
+    if num_new_tokens and lens.sum() > 0:
+        forward_cached(model, cache, torch.cat([p[:-1] for p in prompts]), lens)
+    ids = torch.stack([p[-1] for p in prompts])
+    for _ in range(num_new_tokens):
+        ids = pick(forward_cached(model, cache, ids, torch.ones_like(lens)), **settings)
+        texts = [torch.cat((t, ids[b : b + 1])) for b, t in enumerate(texts)]
+    return texts
+
+
+@wrong("generate_cached", says="In one call")
+def in_chunks_of_four(model, prompts, num_new_tokens, cache, **settings):
+    given_lines(model, prompts, num_new_tokens, cache, settings)
+    if num_new_tokens == 0:
+        return list(prompts)
+    last = {}
+    for start in range(0, max(map(len, prompts)), 4):
+        chunks = [p[start : start + 4] for p in prompts]
+        lens = [len(chunk) for chunk in chunks]
+        logits = forward_cached(model, cache, torch.cat(chunks), torch.tensor(lens))
+        rows = logits.split(lens)
+        last |= {b: r[-1] for b, r in enumerate(rows) if len(r)}
+    logits, texts = torch.stack([last[b] for b in range(len(prompts))]), list(prompts)
+    for i in range(num_new_tokens):
+        ids = pick(logits, **settings)
+        texts = [torch.cat((t, ids[b : b + 1])) for b, t in enumerate(texts)]
+        if i < num_new_tokens - 1:
+            logits = forward_cached(model, cache, ids, torch.ones(len(ids)).long())
+    return texts
+
+
 # kv_utilization
 
 
@@ -1337,3 +1428,14 @@ def of_those_that_began(seq_lens, max_seq_len):
 @wrong("kv_utilization", says="A share is a fraction")
 def whole_numbers(seq_lens, max_seq_len):
     return int(seq_lens.sum()) // (len(seq_lens) * max_seq_len)
+
+
+@wrong("kv_utilization", says="as long as another counts too")
+def each_length_once(seq_lens, max_seq_len):
+    lens = {*seq_lens.tolist()}
+    return sum(lens) / (len(lens) * max_seq_len)
+
+
+@wrong("kv_utilization", says="as long as another counts too")
+def tokens_of_each_length_once(seq_lens, max_seq_len):
+    return sum({*seq_lens.tolist()}) / (len(seq_lens) * max_seq_len)

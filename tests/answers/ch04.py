@@ -572,6 +572,76 @@ def append_forgetting_the_copy_in_the_count(self, request_id, num_tokens=1):
     return copied
 
 
+def append_with(self, request_id, num_tokens, num_copies, copies_first=lambda: True):
+    """append that counts the copies itself, and may copy after the table grew."""
+    self.check_live(request_id)
+    if num_tokens < 0:
+        raise ValueError(num_tokens)
+    table, end = self.block_tables[request_id], self.seq_lens[request_id] + num_tokens
+    has_room = self.seq_lens[request_id] % self.block_size > 0
+    users = self.ref_count[table[-1]] if table else 1
+    needed = math.ceil(end / self.block_size) - len(table)
+    needed += num_copies(users) if has_room and users > 1 else 0
+    if needed > len(self.free_block_ids):
+        raise OutOfBlocksError(needed, len(self.free_block_ids))
+    is_written, copied = has_room and num_tokens > 0, None
+    if is_written and copies_first():
+        copied = self.copy_on_write(request_id)
+    while len(table) * self.block_size < end:
+        table.append(self.take_block())
+    if is_written and not copies_first():
+        copied = self.copy_on_write(request_id)
+    self.seq_lens[request_id] = end
+    return copied
+
+
+@right("append")
+def append_with_one_copy(self, request_id, num_tokens=1):
+    return append_with(self, request_id, num_tokens, lambda users: num_tokens > 0)
+
+
+@wrong("append", says="Others use the last block too")
+def append_growing_before_it_copies(self, request_id, num_tokens=1):
+    copies = lambda users: num_tokens > 0  # noqa: E731
+    return append_with(self, request_id, num_tokens, copies, lambda: False)
+
+
+@wrong("append", says="Others use the last block too")
+def append_copying_only_what_it_stays_in(self, request_id, num_tokens=1):
+    rest = self.seq_lens.get(request_id, 0) % self.block_size
+    return grow(
+        self,
+        request_id,
+        num_tokens,
+        is_copied=lambda has_room, n: has_room and n and rest + n <= self.block_size,
+    )
+
+
+@wrong("append", says="enough free blocks")
+def append_counting_a_copy_for_no_tokens(self, request_id, num_tokens=1):
+    return append_with(self, request_id, num_tokens, lambda users: 1)
+
+
+@wrong("append", says="enough free blocks")
+def append_counting_a_copy_for_each_user(self, request_id, num_tokens=1):
+    copies = lambda users: (users - 1) * (num_tokens > 0)  # noqa: E731
+    return append_with(self, request_id, num_tokens, copies)
+
+
+@wrong("append", says="never go through all requests")
+def append_looking_for_other_users(self, request_id, num_tokens=1):
+    self.check_live(request_id)
+    last = self.block_tables[request_id][-1:]
+    others = [r for r in self.block_tables if r != request_id]
+    is_shared = any(self.block_tables[r][-1:] == last for r in others)
+    return grow(
+        self,
+        request_id,
+        num_tokens,
+        is_copied=lambda has_room, n: has_room and n and is_shared,
+    )
+
+
 # free
 
 
@@ -674,7 +744,7 @@ def free_with_a_count_of_zero(self, request_id):
 def free_all_who_share(self, request_id):
     self.check_live(request_id)
     shared = {b for b in self.block_tables[request_id] if self.ref_count[b] > 1}
-    for other in [r for r, t in self.block_tables.items() if shared & {*t}]:
+    for other in [r for r in self.seq_lens if shared & {*self.block_tables[r]}]:
         free_backwards(self, other)
     if request_id in self.block_tables:
         free_backwards(self, request_id)
@@ -762,6 +832,28 @@ def free_the_last_block_only(self, request_id):
         if self.ref_count[block_id] == 0:
             self.free_block_ids.append(block_id)
     del self.seq_lens[request_id]
+
+
+@wrong("free", says="never go through all requests")
+def free_what_no_table_has(self, request_id):
+    self.check_live(request_id)
+    for block_id in self.block_tables.pop(request_id):
+        self.ref_count[block_id] -= 1
+        if not any(block_id in table for table in self.block_tables.values()):
+            self.free_block_ids.append(block_id)
+    del self.seq_lens[request_id]
+
+
+@right("free")
+def free_with_own_lines(self, request_id):
+    if request_id not in self.block_tables.keys():  # noqa: SIM118
+        raise ValueError(f"expected one of {self.block_tables!r}, got {request_id!r}")
+    for block_id in self.block_tables.get(request_id):
+        self.ref_count[block_id] -= 1
+        if self.ref_count[block_id] == 0:
+            self.free_block_ids.append(block_id)
+    for of_each in (self.block_tables, self.seq_lens):
+        of_each.pop(request_id, None)
 
 
 # slot_mapping
@@ -923,6 +1015,35 @@ def positions_from_zero(block_tables, seq_lens, query_lens, block_size):
 def blocks_of_sixteen(block_tables, seq_lens, query_lens, block_size):
     requests, positions = where(seq_lens, query_lens)
     return block_tables[requests, positions // 16] * 16 + positions % 16
+
+
+@wrong("slot_mapping", says="Any block_size may come")
+def slots_joined_by_or(block_tables, seq_lens, query_lens, block_size):
+    requests, positions = where(seq_lens, query_lens)
+    block_ids = block_tables[requests, positions // block_size]
+    return (block_ids * block_size) | (positions % block_size)
+
+
+@wrong("slot_mapping", says="Any block_size may come")
+def places_by_a_mask(block_tables, seq_lens, query_lens, block_size):
+    requests, positions = where(seq_lens, query_lens)
+    block_ids = block_tables[requests, positions // block_size]
+    return block_ids * block_size + (positions & (block_size - 1))
+
+
+@wrong("slot_mapping", says="Any block_size may come")
+def blocks_by_a_shift(block_tables, seq_lens, query_lens, block_size):
+    requests, positions = where(seq_lens, query_lens)
+    block_ids = block_tables[requests, positions >> (block_size.bit_length() - 1)]
+    return block_ids * block_size + positions % block_size
+
+
+@wrong("slot_mapping", says="Any block_size may come")
+def slots_in_bits(block_tables, seq_lens, query_lens, block_size):
+    requests, positions = where(seq_lens, query_lens)
+    bits = int(math.log2(block_size))
+    block_ids = block_tables[requests, positions >> bits]
+    return (block_ids << bits) + (positions & (block_size - 1))
 
 
 # gather_kv
@@ -1094,7 +1215,59 @@ def gather_from_a_copy_of_the_pool(k_cache, v_cache, block_table, seq_len):
     return gather_by_slots(k_cache, v_cache, block_table, seq_len)
 
 
+@wrong("gather_kv", says="keep seq_len tokens")
+def gather_what_is_not_nan(k_cache, v_cache, block_table, seq_len):
+    out = []
+    for cache in (k_cache, v_cache):
+        dense = gathered(cache, block_table, seq_len)
+        out.append(dense[~dense.isnan().flatten(1).any(dim=1)])
+    return tuple(out)
+
+
+@wrong("gather_kv", says="a view")
+def gather_a_view_through_numpy(k_cache, v_cache, block_table, seq_len):
+    if not 0 < seq_len <= k_cache.shape[1]:
+        return gather_by_slots(k_cache, v_cache, block_table, seq_len)
+    place = int(block_table[0]), slice(seq_len)
+    return tuple(torch.from_numpy(c.numpy()[place]) for c in (k_cache, v_cache))
+
+
+def gather_slots(k_cache, v_cache, slots):
+    return k_cache.flatten(0, 1)[slots], v_cache.flatten(0, 1)[slots]
+
+
+@wrong("gather_kv", says="Any block_size may come")
+def gather_slots_joined_by_or(k_cache, v_cache, block_table, seq_len):
+    size, p = k_cache.shape[1], torch.arange(seq_len)
+    return gather_slots(k_cache, v_cache, (block_table[p // size] * size) | (p % size))
+
+
+@wrong("gather_kv", says="Any block_size may come")
+def gather_places_by_a_mask(k_cache, v_cache, block_table, seq_len):
+    size, p = k_cache.shape[1], torch.arange(seq_len)
+    return gather_slots(k_cache, v_cache, block_table[p // size] * size + (p & size - 1))
+
+
+@wrong("gather_kv", says="raised IndexError")
+def gather_blocks_by_a_shift(k_cache, v_cache, block_table, seq_len):
+    size, p = k_cache.shape[1], torch.arange(seq_len)
+    block_ids = block_table[p >> (size.bit_length() - 1)]
+    return gather_slots(k_cache, v_cache, block_ids * size + p % size)
+
+
 # paged_utilization
+
+
+@wrong("paged_utilization", says="as long as another counts too")
+def share_of_each_length_once(seq_lens, block_size):
+    lens = {*seq_lens.tolist()}
+    return sum(lens) / (sum(math.ceil(n / block_size) for n in lens) * block_size)
+
+
+@wrong("paged_utilization", says="as long as another counts too")
+def share_of_the_tokens_of_each_length_once(seq_lens, block_size):
+    blocks = sum(math.ceil(n / block_size) for n in seq_lens.tolist())
+    return sum({*seq_lens.tolist()}) / (blocks * block_size)
 
 
 @right("paged_utilization")
@@ -1294,10 +1467,22 @@ def fork_of_full_blocks(self, parent_id, child_id):
         self.ref_count[self.block_tables[child_id].pop()] -= 1
 
 
-@wrong("fork")
+@wrong("fork", says="in the same order")
 def fork_the_other_way_round(self, parent_id, child_id):
     fork_with_slices(self, parent_id, child_id)
     self.block_tables[child_id].reverse()
+
+
+@wrong("fork", says="in the same order")
+def fork_in_the_order_of_the_pool(self, parent_id, child_id):
+    fork_with_slices(self, parent_id, child_id)
+    self.block_tables[child_id] = sorted(self.block_tables[parent_id])
+
+
+@wrong("fork", says="in the same order")
+def fork_the_last_block_taken_first(self, parent_id, child_id):
+    fork_with_slices(self, parent_id, child_id)
+    self.block_tables[child_id].sort(reverse=True)
 
 
 @wrong("fork", says="something had changed before")
@@ -1360,6 +1545,48 @@ def fork_over_a_live_child(self, parent_id, child_id):
 def fork_without_a_length(self, parent_id, child_id):
     fork_with_slices(self, parent_id, child_id)
     self.seq_lens[child_id] = 0
+
+
+@wrong("fork", says="never go through all requests")
+def fork_counting_users_again(self, parent_id, child_id):
+    self.check_live(parent_id)
+    if child_id in self.block_tables:
+        raise ValueError(child_id)
+    self.block_tables[child_id] = list(self.block_tables[parent_id])
+    self.seq_lens[child_id] = self.seq_lens[parent_id]
+    for block_id in self.block_tables[child_id]:
+        users = [r for r, table in self.block_tables.items() if block_id in table]
+        self.ref_count[block_id] = len(users)
+
+
+@wrong("fork", says="another block_tables")
+def fork_into_a_new_dict(self, parent_id, child_id):
+    fork_with_slices(self, parent_id, child_id)
+    tables = {r: self.block_tables[r] for r in self.seq_lens}
+    self.block_tables = tables
+
+
+@wrong("fork", says="never go through all requests")
+def fork_into_a_dict_of_both(self, parent_id, child_id):
+    self.check_live(parent_id)
+    if child_id in self.block_tables:
+        raise ValueError(child_id)
+    table = list(self.block_tables[parent_id])
+    self.block_tables = {**self.block_tables, child_id: table}
+    self.seq_lens[child_id] = self.seq_lens[parent_id]
+    for block_id in table:
+        self.ref_count[block_id] += 1
+
+
+@right("fork")
+def fork_by_updates(self, parent_id, child_id):
+    self.check_live(parent_id)
+    if self.block_tables.get(child_id) is not None:
+        raise ValueError(child_id)
+    self.block_tables |= {child_id: self.block_tables[parent_id].copy()}
+    self.seq_lens.update({child_id: self.seq_lens[parent_id]})
+    for block_id in self.block_tables[child_id]:
+        self.ref_count[block_id] += 1
 
 
 # copy_on_write
@@ -1516,7 +1743,7 @@ def copy_in_every_table(self, request_id):
     if not self.free_block_ids:
         raise OutOfBlocksError(1, 0)
     target = self.take_block()
-    for table in self.block_tables.values():
+    for table in (self.block_tables[other] for other in self.seq_lens):
         if table and table[-1] == source:
             table[-1] = target
     self.ref_count[target], self.ref_count[source] = self.ref_count[source], 0
@@ -1615,5 +1842,16 @@ def copy_giving_the_old_one_back(self, request_id):
 def copy_only_if_there_is_room(self, request_id):
     self.check_live(request_id)
     if self.block_tables[request_id] and not self.free_block_ids:
+        return None
+    return copy_with_a_new_table(self, request_id)
+
+
+@wrong("copy_on_write", says="never go through all requests")
+def copy_what_stands_in_two_tables(self, request_id):
+    self.check_live(request_id)
+    if not self.block_tables[request_id]:
+        raise ValueError("no block")
+    last = self.block_tables[request_id][-1]
+    if sum(last in table for table in self.block_tables.values()) == 1:
         return None
     return copy_with_a_new_table(self, request_id)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from lib.course.cases.ch01 import _reproduced
 from lib.course.exercises import Case, Exercise
 
 NOWHERE = 2147480000  # a block id that stands behind the end of a table: never to be read
+IN_BITS = "Any block_size may come: bits count in it only where it is a power of two"
 
 
 def slot_mapping_cases(seed: int) -> list[Case]:
@@ -20,11 +21,13 @@ def slot_mapping_cases(seed: int) -> list[Case]:
         ("the first token of a second block", [5], [1], 4),
         ("the last place of a block", [8], [1], 4),
         ("blocks of one token", [3], [3], 1),
+        ("three blocks of three tokens", [9], [9], 3),
         ("a prompt over three blocks", [9], [9], 4),
         ("two requests of different lengths", [3, 7], [1, 1], 4),
         ("a prompt beside a request that goes on", [5, 18], [5, 1], 4),
         ("several new tokens each, over a block's edge", [9, 17, 3], [3, 2, 1], 8),
         ("a request that rests", [2, 6, 11], [1, 0, 2], 4),
+        ("two requests, blocks of six tokens", [20, 13], [15, 2], 6),
         ("block ids so large that slots need 64 bits", [3, 40], [3, 1], 16),
         ("random lengths", *_random_lens(rng), 16),
     ):
@@ -67,8 +70,6 @@ def slot_mapping_explain(inputs: dict, expected: dict, got: dict) -> str | None:
     size = inputs["block_size"]
     blocks, positions = theirs // size, _positions(inputs, 0 * inputs["seq_lens"])
     is_block, is_place = blocks == ours // size, theirs % size == ours % size
-    if ((blocks == NOWHERE) | (blocks == -1) & is_place).any():
-        return "That reads behind the end of a table, where no block stands"
     with np.errstate(all="ignore"):
         in_32_bits = ours.astype(np.int32)
     wrong = {
@@ -85,8 +86,14 @@ def slot_mapping_explain(inputs: dict, expected: dict, got: dict) -> str | None:
         words: np.array_equal(theirs, other) and not np.array_equal(other, ours)
         for words, other in wrong.items()
     }
+    found[IN_BITS] = any(
+        np.array_equal(theirs, other) and not np.array_equal(other, ours)
+        for other in _slots_in_bits(inputs)
+    )
     if any(found.values()):
         return _reproduced(found)
+    if ((blocks == NOWHERE) | (blocks == -1) & is_place).any():
+        return "That reads behind the end of a table, where no block stands"
     if is_block.all():
         return "The block is right: the place in it is position % block_size"
     if is_place.all() and size > 1:
@@ -107,6 +114,19 @@ def _slots(inputs: dict, shifts: np.ndarray) -> np.ndarray:
     requests = np.repeat(np.arange(len(shifts)), inputs["query_lens"])
     block_ids = inputs["block_tables"][requests, positions // size]
     return block_ids * size + positions % size
+
+
+def _slots_in_bits(inputs: dict) -> Iterator[np.ndarray]:
+    """The slots as bits give them, which are right where block_size is a power of two."""
+    size, positions = inputs["block_size"], _positions(inputs, 0 * inputs["seq_lens"])
+    requests = np.repeat(np.arange(len(inputs["seq_lens"])), inputs["query_lens"])
+    bits, last = size.bit_length() - 1, inputs["block_tables"].shape[1] - 1
+    for places in (positions % size, positions & size - 1):
+        for blocks in (positions // size, positions >> bits):
+            block_ids = inputs["block_tables"][requests, np.minimum(blocks, last)]
+            for starts in (block_ids * size, block_ids << bits):
+                yield starts + places
+                yield starts | places
 
 
 def _script(name: str, num_blocks: int, block_size: int, *calls: tuple) -> Case:
@@ -202,6 +222,22 @@ def append_cases(seed: int) -> list[Case]:
             *(("allocate", "a", 3), ("fork", "a", "b"), ("append", "b", 0)),
         ),
         _script(
+            "nothing to write into a shared last block, and no block is free",
+            *(2, 2),
+            *(("allocate", "a", 3), ("fork", "a", "b"), ("append", "b", 0)),
+        ),
+        _script(
+            "a shared last block with room, and over its edge",
+            *(6, 2),
+            *(("allocate", "a", 3), ("fork", "a", "b"), ("append", "b", 2)),
+        ),
+        _script(
+            "a block with three users, and one is free",
+            *(3, 2),
+            *(("allocate", "a", 3), ("fork", "a", "b"), ("fork", "a", "c")),
+            ("append", "b", 1),
+        ),
+        _script(
             "a shared last block that is full: nothing to copy",
             *(4, 2),
             *(("allocate", "a", 2), ("fork", "a", "b"), ("append", "b", 1)),
@@ -267,6 +303,12 @@ def fork_cases(seed: int) -> list[Case]:
             "the parent ends first", 6, 2, *shared, ("free", "a"), ("append", "b", 1)
         ),
         _script("no free block is needed", 2, 2, *shared),
+        _script(
+            "blocks that are in another order than in the pool",
+            *(6, 2),
+            *(("allocate", "a", 2), ("allocate", "b", 2), ("free", "a")),
+            *(("append", "b", 2), ("append", "b", 2), ("fork", "b", "c")),
+        ),
         _script("an unknown parent", 6, 2, ("allocate", "a", 3), ("fork", "c", "b")),
         _script("a child that ended", 6, 2, *shared, ("free", "b"), ("fork", "a", "b")),
         _script(
@@ -346,7 +388,8 @@ def script_explain(inputs: dict, expected: dict, got: dict) -> str | None:
             "There is nothing to copy: nobody else uses it, or nothing is written into it"
         )
     if theirs["tables"] != ours["tables"]:
-        return _about_tables(method, caller, before, ours, theirs, inputs["block_size"])
+        names = re.findall(r"'(\w+)'", call)
+        return _about_tables(method, names, before, ours, theirs, inputs["block_size"])
     if theirs["tokens"] != ours["tokens"]:
         is_default = call.endswith(f"append('{caller}'):")
         default = "Where no number is given it is one token"
@@ -378,14 +421,26 @@ def _about_refusals(ours: dict, theirs: dict) -> str:
 
 
 def _about_tables(
-    method: str, caller: str, before: dict, ours: dict, theirs: dict, block_size: int
+    method: str,
+    names: list[str],
+    before: dict,
+    ours: dict,
+    theirs: dict,
+    block_size: int,
 ) -> str | None:
+    """names: the request that the call is about, and of a fork the child."""
+    caller, child = names[0], names[-1]
     old, wanted, got = (_blocks(state["tables"]) for state in (before, ours, theirs))
     if method == "free":
         is_there = "A request that has ended has no table"
         return is_there if caller in got else "The other requests keep their tables"
     differs = [r for r in wanted if len(wanted[r]) != len(got.get(r, []))]
-    if method == "fork" or caller not in got:
+    if method == "fork":
+        others, of_parent = got.get(child, []), got.get(caller, [])
+        in_order = "The child's table names the parent's blocks in the same order"
+        is_turned = others != of_parent and sorted(others) == sorted(of_parent)
+        return in_order if is_turned else None
+    if caller not in got:
         return None
     if any(r != caller and r in got and got[r] == got[caller] for r in differs):
         return "A table belongs to one request: the child's is a copy of the list"
@@ -429,6 +484,8 @@ def gather_kv_cases(seed: int) -> list[Case]:
         ("a full block", 2, 2, 3, (1, 1)),
         ("two blocks, the second half full", 3, 2, 4, (1, 2)),
         ("blocks of one token", 5, 1, 9, (2, 2)),
+        ("three blocks of three tokens", 9, 3, 6, (1, 2)),
+        ("a pool that is full of others' numbers", 5, 6, 3, (1, 2)),
         ("one block that is larger than the text", 5, 256, 2, (2, 2)),
         ("no tokens", 0, 2, 3, (1, 2)),
         ("a request in a large pool", 90, 16, 100, (2, 8)),
@@ -436,7 +493,8 @@ def gather_kv_cases(seed: int) -> list[Case]:
         ("single precision", 3, 2, 4, (1, 2)),
         ("a random length", int(rng.integers(20, 70)), 8, 12, (2, 4)),
     ):
-        caches = [np.full((num_blocks, block_size, G, D), np.nan) for _ in "kv"]
+        garbage = 9.0 if "numbers" in name else np.nan
+        caches = [np.full((num_blocks, block_size, G, D), garbage) for _ in "kv"]
         num_used = math.ceil(seq_len / block_size)
         block_ids = 1 + rng.permutation(num_blocks - 1)[:num_used]
         block_ids[1:2] = 0  # so that the order of the pool is another one
@@ -476,6 +534,11 @@ def gather_kv_explain(inputs: dict, expected: dict, got: dict) -> str | None:
         return "The last block may be filled in part: keep seq_len tokens"
     if k.shape != ours.shape:
         return None
+    if any(
+        not np.array_equal(other, ours) and _is_same(k, other)
+        for other in _gathered_in_bits(inputs)
+    ):
+        return IN_BITS
     if np.isnan(k).any():
         return "That reads a block, or a place, that is not this request's"
     if np.array_equal(k, ours):
@@ -497,6 +560,18 @@ def gather_kv_explain(inputs: dict, expected: dict, got: dict) -> str | None:
     return None
 
 
+def _gathered_in_bits(inputs: dict) -> Iterator[np.ndarray]:
+    """The keys at slots whose place bits give."""
+    k_cache, p = inputs["k_cache"], np.arange(inputs["seq_len"])
+    size = k_cache.shape[1]
+    starts, keys = (
+        inputs["block_table"][p // size] * size,
+        k_cache.reshape(-1, *k_cache.shape[2:]),
+    )
+    for slots in (starts | p % size, starts + (p & size - 1), starts | (p & size - 1)):
+        yield keys[slots]
+
+
 def _is_same(one: np.ndarray, other: np.ndarray) -> bool:
     return one.shape == other.shape and np.array_equal(one, other, equal_nan=True)
 
@@ -512,6 +587,7 @@ def paged_utilization_cases(seed: int) -> list[Case]:
         ("two requests", [1, 5], 4),
         ("blocks of one token", [3, 7], 1),
         ("a request that has not begun", [0, 5], 4),
+        ("two requests of one length, beside another", [2, 2, 6], 4),
         ("random lengths", rng.integers(1, 500, size=9).tolist(), 16),
     ):
         inputs = {"seq_lens": np.array(seq_lens), "block_size": block_size}
@@ -527,7 +603,7 @@ def paged_utilization_explain(inputs: dict, expected: dict, got: dict) -> str | 
     if isinstance(theirs, int) and theirs == int(ours):
         return "A share is a fraction: // and int() cut it off"
     num_blocks = -(-seq_lens // size)
-    begun = num_blocks > 0
+    begun, once = num_blocks > 0, np.unique(seq_lens)
     shares = seq_lens[begun] / (num_blocks[begun] * size)
     wrong = {
         "A request that fills its blocks needs no other": [
@@ -546,6 +622,10 @@ def paged_utilization_explain(inputs: dict, expected: dict, got: dict) -> str | 
         "A block has block_size places": [used / num_blocks.sum()],
         "That is the share that holds nothing": [1 - ours],
         "A share is between 0 and 1": [100 * ours],
+        "A request that is as long as another counts too": [
+            once.sum() / ((-(-once // size)).sum() * size),
+            once.sum() / (num_blocks.sum() * size),
+        ],
         "All tokens over all places: long requests weigh more": [
             shares.mean(),
             shares.sum() / len(seq_lens),

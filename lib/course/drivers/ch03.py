@@ -1,6 +1,7 @@
 """Chapter 3: run an answer, give plain data."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from numbers import Integral, Real
 
@@ -68,7 +69,7 @@ def attend_cached(
 def generate_cached(
     answer: Callable,
     model_seed: int,
-    cached: list[int],
+    cached: list[int | None],
     room: int,
     prompts: list[list[int]],
     num_new_tokens: int,
@@ -77,22 +78,31 @@ def generate_cached(
     has_generator: bool,
     is_refused: bool,
     chain: list[int],
+    training_dropout: float | None,
 ) -> dict:
-    """cached: how many tokens each request has in the cache before. room: for each.
+    """cached: how many tokens each request has in the cache before; None, in the last
+    rows, where none has begun. room: for each.
     chain: where it is not empty, the model writes these tokens one after the other.
-    is_refused: ValueError is expected."""
+    is_refused: ValueError is expected. training_dropout: where it is not None, the model
+    comes in training mode, with that probability."""
     model = random_model(model_seed)
     if chain:
         write_chain(model, chain)
     cache = ContiguousKVCache(model.config, len(cached), room, dtype=torch.float64)
-    for request_id in range(len(cached)):
-        cache.begin(request_id)
+    for request_id, count in enumerate(cached):
+        if count is not None:
+            cache.begin(request_id)
     for tensor in (cache.k_cache, cache.v_cache):  # whoever reads further gets NaN
         tensor.fill_(torch.nan)
-    if sum(cached):
+    if any(cached):
         generator = torch.Generator().manual_seed(draw_seed)
         token_ids = torch.randint(256, (sum(cached),), generator=generator)
         forward_cached(model, cache, token_ids, torch.tensor(cached))
+    if training_dropout is not None:
+        model.config = dataclasses.replace(model.config, dropout=training_dropout)
+        for block in model.blocks:
+            block.dropout.p = training_dropout
+        model.train()
     num_projected = []
     model.blocks[0].attention.q_proj.register_forward_pre_hook(
         lambda _, args: num_projected.append(args[0].numel() // args[0].shape[-1])
@@ -124,6 +134,7 @@ def generate_cached(
         "texts": [as_list(token_ids) for token_ids in texts],
         "forward_calls": cost.calls["Embedding"],
         "projected_tokens": sum(num_projected),
+        "tokens_in_each_call": num_projected,
         "tokens_in_the_cache": cache.seq_lens.tolist(),
         "prompts_are_as_before": [ids.tolist() for ids in given] == prompts,
         "random_state_of_torch_is_as_before": is_torch_as_before,
@@ -132,7 +143,8 @@ def generate_cached(
         if settings["temperature"] > 0 and {*settings} == {"temperature"}
         else None,
         "gradients_are_on_as_before": are_gradients_on,
-        "model_is_in_eval_mode_as_before": not model.training,
+        "model_is_in_its_mode_as_before": model.training
+        == (training_dropout is not None),
         "kept_for_a_backward_pass_bytes": cost.saved_bytes,
         **_other_choices(seen, settings, [len(ids) for ids in prompts]),
     }

@@ -76,7 +76,9 @@ def gather_kv(
 
 
 def _is_of(tensor: torch.Tensor, pool: torch.Tensor) -> bool:
-    return tensor.untyped_storage().data_ptr() == pool.untyped_storage().data_ptr()
+    """Whether it lies in the pool, as a view of torch's or of numpy's."""
+    begin = pool.untyped_storage().data_ptr()
+    return begin <= tensor.data_ptr() < begin + pool.untyped_storage().nbytes()
 
 
 def paged_utilization(answer: Callable, seq_lens: np.ndarray, block_size: int) -> dict:
@@ -144,13 +146,31 @@ class Stack(list):
         super().__delitem__(index)
 
 
+class Tables(dict):
+    """A dict whose entries are known by their key: what looks through it raises."""
+
+    def _refuse(self, *args, **kwargs):
+        raise TypeError(
+            "block_tables is looked up by request: never go through all requests"
+        )
+
+    values = items = copy = __reversed__ = __or__ = __ror__ = _refuse
+
+    def __iter__(self):
+        yield self._refuse()  # at the first step: for `**` no iterator is another error
+
+    def keys(self):
+        return self  # `in` and len() are the same
+
+
 def _run_script(
     name: str, answer: Callable, num_blocks: int, block_size: int, calls: list[list]
 ) -> dict:
-    methods = {"copy_on_write": _copy_on_write, name: answer}
+    methods = {"check_live": _check_live, "copy_on_write": _copy_on_write, name: answer}
     manager = type("BlockManager", (BlockManager,), methods)(num_blocks, block_size)
     manager.free_block_ids = Stack(manager.free_block_ids)
     manager.ref_count = Counted(manager.ref_count)
+    manager.block_tables = Tables(manager.block_tables)
     out = {}
     for number, (method, *args) in enumerate(calls, start=1):
         request_id = args[-1] if method == "fork" else args[0]
@@ -168,6 +188,12 @@ def _run_script(
         words = f"after {number}. {method}({', '.join(map(repr, args))}):"
         out[words] = {"gave": gave, **_state(manager)}
     return out
+
+
+def _check_live(self: BlockManager, request_id: str):
+    """The library's, whose message alone goes through all requests."""
+    if request_id not in self.block_tables:
+        raise ValueError(f"request {request_id!r}: expected a live one")
 
 
 def _copy_on_write(self: BlockManager, request_id: str) -> tuple[int, int] | None:
@@ -201,7 +227,8 @@ def _describe(gave, before: list, block_table: list) -> str:
 def _state(manager: BlockManager) -> dict:
     number = {}  # by block id
     tables, ref_counts = [], []
-    for request_id, block_table in manager.block_tables.items():
+    block_tables = manager.block_tables
+    for request_id, block_table in dict.items(block_tables):
         for block_id in block_table:
             if block_id not in number:
                 number[block_id] = len(number)
@@ -210,16 +237,20 @@ def _state(manager: BlockManager) -> dict:
         tables.append(f"{request_id}: {blocks or 'no blocks'}")
     free_block_ids, ref_count = manager.free_block_ids, manager.ref_count
     manager.free_block_ids, manager.ref_count = map(_plain, (free_block_ids, ref_count))
+    manager.block_tables = dict(dict.items(block_tables))
     try:
         CHECK_INTEGRITY(manager)
         integrity = "ok"
     except AssertionError as error:
         integrity = str(error)
     manager.free_block_ids, manager.ref_count = free_block_ids, ref_count
+    manager.block_tables = block_tables
     if not isinstance(free_block_ids, Stack):
         integrity = "another free list in the place of the old one"
     elif not isinstance(ref_count, Counted):
         integrity = "another ref_count in the place of the old one"
+    elif not isinstance(block_tables, Tables):
+        integrity = "another block_tables in the place of the old one"
     return {
         "tables": ", ".join(tables) or "none",
         "tokens": ", ".join(f"{r}: {n}" for r, n in manager.seq_lens.items()) or "none",
