@@ -17,8 +17,9 @@
 # - write a cache for requests of different lengths, and attention over it,
 # - write the loop: prefill, then decode, each token through the model once,
 # - read a long prompt in chunks, so that memory grows like N and not like N²,
-# - say why prefill is bound by arithmetic and decoding by memory bandwidth, see
-#   it on your own machine, and say what a batch shares and what it does not,
+# - say why arithmetic limits prefill and memory bandwidth limits decoding,
+#   measure how close your machine comes to each limit, and say what a batch
+#   shares and what it does not,
 # - measure what part of a cache holds tokens.
 
 # %%
@@ -178,8 +179,8 @@ print(f"8,192 tokens: {llama * 8192 / 2**30:.0f} GiB for a single text")
 # %% [markdown]
 # How many such texts fit on a GPU? Take one with 80 GB, of which serving
 # systems use about nine tenths. The weights of Llama 3 8B are 8.03 billion
-# numbers of two bytes. A few GB go to activations. What is left, at most this
-# much, is for keys and values:
+# numbers of two bytes. The rest is for keys and values. (Activations need some
+# of it, too, which we do not subtract. So this is an upper bound.)
 
 # %%
 left_bytes = 0.9 * 80e9 - 2 * 8.03e9
@@ -198,7 +199,7 @@ print(f"{left_bytes / llama / 8192:.0f} texts of 8,192 tokens")
 # A server writes many texts at the same time. Each of them is a **request**.
 # One request has just arrived and brings a prompt of 40 tokens; another is at
 # its 300th token and brings only that. We put the new tokens of a step one
-# behind the other, N in all, and keep two small tensors beside them:
+# after the other, N in all, and keep two small tensors beside them:
 #
 # - `query_lens`: how many new tokens each request brings (these have queries),
 # - `seq_lens`: how many tokens each request has after the step, with the new
@@ -265,7 +266,7 @@ torch.equal(k_row.view(6, 2), k)
 # Two things need care:
 #
 # - **The mask.** The T new tokens are the last ones of their text, so query t
-#   of them is at position S - T + t. It must not see keys behind that position.
+#   of them is at position S - T + t. It must not see keys at later positions.
 #   When T is 1, as in decode, the query sees all keys, and needs no mask.
 # - **No copies for query heads.** H / G query heads read the same KV head.
 #   Chapter 1 copied the keys for each of them. Here that would make a copy H /
@@ -275,8 +276,8 @@ torch.equal(k_row.view(6, 2), k)
 #   2 and T = 2, each KV head is read by two query heads with two queries each,
 #   which makes four rows.
 #
-# Behind its S keys a row of the cache holds garbage: do not read it. Torch's
-# own attention is not allowed.
+# After its S keys a row of the cache holds garbage: do not read it. Torch's own
+# attention is not allowed.
 
 # %% exercise="attend_cached" given="1 2 4"
 from lib.kv_cache import attend_cached
@@ -313,8 +314,8 @@ kv_cache.attend_cached(q[5].view(1, 1, 2), k_row, v_row, *lens), row_of_s
 # A cache lives from step to step, so it is a class. `ContiguousKVCache` holds
 # the two tensors for all layers and `seq_lens`. Requests come with `begin` and
 # go with `free`, and `request_ids` says which of them is in which row. (The
-# cache's own `seq_lens` count what is in it now. During a step, those that your
-# functions get are these plus `query_lens`.)
+# new tokens of a step are in `cache.seq_lens` only when the step has ended.
+# Your functions get `cache.seq_lens + query_lens`.)
 
 # %%
 cache = ContiguousKVCache(lm.config, batch_size=2, max_seq_len=100)
@@ -356,13 +357,13 @@ except KeyboardInterrupt:
 # %% [markdown]
 # ### Exercise 3.4 · `generate_cached` ★★★ (25 minutes)
 #
-# Write `num_new_tokens` tokens behind each prompt. The prompts come as a list
-# of B tensors of any lengths, one for each request of the cache. Return a list
-# of B texts. In the first step all tokens of all prompts are new; in the steps
+# Write `num_new_tokens` tokens after each prompt. The prompts come as a list of
+# B tensors of any lengths, one for each request of the cache. Return a list of
+# B texts. In the first step all tokens of all prompts are new; in the steps
 # after it, each request brings one. Of the N rows of logits you need one per
 # request: the row of its last token, which speaks about the next one. Where are
-# these rows? Every token goes through the model once, and the very last one not
-# at all.
+# these rows? Every token goes through the model exactly once, except the very
+# last one, which never does.
 #
 # The given lines check everything beforehand, the room for all steps too. Use
 # `forward_cached`, and what chapter 1 made of logits:
@@ -530,14 +531,14 @@ plotting.plot_measured(
 #
 # ### An honest look: where nothing is gained
 #
-# Look at the left end. Our model is so small that running 16 tokens through it
-# takes only a little longer than running one. Most of the time goes into
-# calling hundreds of small operations, and a cache adds some of its own.
+# Look at the left end. Our model is so small that most of the time goes into
+# calling hundreds of small operations, for one token as for sixteen. A cache
+# adds some operations of its own, which use up what it saves.
 
 # %%
 for n, a, b in zip(lengths, recompute_ms, decode_ms):
-    gain = f"{a / b:4.1f} times as fast" if a > 1.25 * b else "next to nothing"
-    print(f"{n:3} tokens: {a:5.1f} ms and {b:5.1f} ms: {gain}")
+    print(f"{n:3} tokens: {a:5.1f} ms and {b:5.1f} ms: ", end="")
+    print(f"the cache is {a / b:4.1f} times as fast")
 
 # %% [markdown]
 # ## A long prompt, and memory that grows like N²
@@ -715,7 +716,8 @@ ax.text(crossing, ax.get_ylim()[0], f" T = {crossing:.0f}", va="bottom");
 # One point is a special case: T = 1. For the product of a matrix with a single
 # vector the library has a routine of its own. From two columns on another one
 # runs, which is made for many columns and slow for few. How large that jump is
-# depends on the library and the machine:
+# depends on the library and the machine. Where T = 1 lies well above the line
+# for reading, too, this routine sets the pace, and not the memory.
 
 # %%
 for T, ms in zip(Ts[:4], step_ms):
@@ -766,18 +768,20 @@ for name, cost in costs.items():
 # %% [markdown]
 # The second number is that of a cache with `fused_decode=True`, which calls
 # `attend_decode` when every request brings one token. It takes the queries of
-# all requests in one call, reads every row up to the longest request, and masks
-# what lies behind a request's own keys. (Without it the loop is the default on
-# these pages, so that your function runs.)
+# all requests in one call of torch's fused attention, reads every row up to the
+# longest request, and masks what comes after a request's own keys. (In these
+# notebooks `fused_decode` is False by default, so that your own `attend_cached`
+# runs.)
 
 # %%
 print(inspect.getsource(attend_decode))
 
 # %% [markdown]
 # It gives the same logits as the loop, up to rounding. And it takes less time
-# here, where calling operations is most of the work. (It has a price: each
-# request costs what the longest costs. Here all have 448 tokens. With requests
-# of very different lengths, or very long ones, the loop may win on a CPU.)
+# here, since two thousand calls fewer save some milliseconds; what is left is
+# mostly arithmetic and reading. (It has a price: each request costs what the
+# longest costs. Here all have 448 tokens. With requests of very different
+# lengths, or very long ones, the loop may win on a CPU.)
 
 # %%
 logits = [cost.value for cost in costs.values()]
@@ -841,10 +845,10 @@ plotting.plot_measured(
 );
 
 # %% [markdown]
-# *A batch pays for both, but less for long texts. Attention is the part of a
-# step that no batch shares: each request has its own keys and values. (On a CPU
-# it takes several times as long as reading them would. And from one request to
-# two little is gained: that is the other routine again.)*
+# *Batching helps in both cases, but less with long texts. Attention is the part
+# that it cannot share: each request has its own keys and values. (On a CPU,
+# attention takes several times as long as just reading them. And from one
+# request to two little is gained: that is the other routine again.)*
 #
 # So whoever serves a model wants as many requests in a step as possible. Each
 # of them brings a KV cache. How many fit?
@@ -853,7 +857,7 @@ plotting.plot_measured(
 #
 # Eight requests are eight passages of the book, of different lengths, each to
 # be continued. Nobody knows how long a text will become, and a row of the cache
-# cannot grow, since the next row lies right behind it. So each row is as long
+# cannot grow, since the next row begins right after it. So each row is as long
 # as the longest text that the model can write: 512 tokens. (We let each request
 # write 64 tokens; a real one goes on until it writes a stop token, as in
 # chapter 1.)
@@ -870,7 +874,7 @@ print(text.decode(texts[0]))
 # %% [markdown]
 # ### Exercise 3.5 · `kv_utilization` ★ (5 minutes)
 #
-# Which share of what is reserved holds a token, at this moment?
+# What fraction of the reserved places holds a token right now?
 
 # %% exercise="kv_utilization"
 from lib.kv_cache import kv_utilization
@@ -911,7 +915,7 @@ print(f"used {batch.used_bytes / 1e6:.2f} MB, a share of {share:.3f}")
 # This is generation with a contiguous cache that reserves room for twice as
 # many tokens as come. Two rows are new: the bytes that are reserved and used,
 # exactly. One token of this small random model takes 256 bytes per layer. The
-# prompt is one token, and N tokens are written behind it, of which the last is
+# prompt is one token, and N tokens are written after it, of which the last is
 # not in the cache. For a long prompt the row of peak memory holds if it is read
 # in chunks.
 
@@ -922,8 +926,9 @@ Markdown(table.render(cells))
 # %% [markdown]
 # Compare this with recompute, in chapter 1. There, memory grew like N,
 # attention like N³·L and projections like N²·L. So the price of a cache is
-# memory: every layer keeps its own keys and values. What we get for it is one
-# power of N in both kinds of work.
+# memory: every layer keeps its own keys and values. In return, both kinds of
+# work grow with one power of N less. (*Block calls* are calls of the model's
+# blocks, its layers.)
 
 # %%
 check.summary()
@@ -965,8 +970,8 @@ print(f"{1 / share:.1f} times as many requests would fit")
 #    tokens?
 # 4. Why does a query need no mask when T is 1?
 # 5. A machine can do 100 FLOPs in the time of a byte, and weights have four
-#    bytes each. With how many requests does a step wait for memory as long as
-#    with one?
+#    bytes each. Counting only the weights, up to how many requests does a step
+#    take no longer than with one?
 # 6. A prompt of 10,000 tokens is read in chunks of 500. How many scores does a
 #    query head hold at most, and how many if the prompt is read at once?
 #

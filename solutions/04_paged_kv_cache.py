@@ -16,8 +16,9 @@
 # - write a block manager: allocate, append, free, in constant time per block,
 # - find a token's slot through a block table, and gather a request's keys,
 # - predict how much of a paged cache holds tokens, and choose a block size,
-# - replay the paper's figure of how memory is used, name its parts, and say
-#   what it leaves out: what is computed again,
+# - reproduce the PagedAttention paper's figure of how memory is used, name its
+#   parts, and explain a cost that it does not show: recomputing requests that
+#   were sent back,
 # - share a prompt between requests, and copy a block only when it is written.
 
 # %%
@@ -192,10 +193,11 @@ drawing.draw_blocks(manager, title="Two requests, five blocks");
 # filled first; a new block is taken when the last one is full, and not before.
 # If fewer blocks are free than `needed`, raise the same error as in `allocate`.
 #
-# The step named *Others* is for a last block that two requests share: it takes
-# a block for a copy, and `needed` counts that block too. Nothing is shared yet;
-# we come back to it below. (`blocks_needed` takes a dictionary, so that it can
-# count for a whole batch.)
+# The given lines under the comment *Others may use the last block too* are for
+# a last block that two requests share: they take a block for a copy, and
+# `needed` counts that block too. Nothing is shared yet; exercise 4.8 comes back
+# to it. (`blocks_needed` takes a dictionary, so that it can count for a whole
+# batch.)
 
 # %% exercise="append" given="1 Others"
 append = BlockManager.append
@@ -268,7 +270,7 @@ manager.block_tables
 # ### Exercise 4.4 · `slot_mapping` ★★ (15 minutes)
 #
 # Return the slots of a step's new tokens, N in all, request after request. The
-# block tables come as one tensor (B, M), as wide as the longest table. Behind
+# block tables come as one tensor (B, M), as wide as the longest table. After
 # the end of a shorter table its row holds garbage.
 
 # %% exercise="slot_mapping"
@@ -309,7 +311,7 @@ paged_kv_cache.slot_mapping(tables, torch.tensor([6]), torch.tensor([6]), 4)
 #
 # Return the keys and the values of one request, (S, G, D) each; S may be 0.
 # Copy its blocks, not the pool. The last block may be filled only in part, and
-# behind the table's end stands garbage: ids that do not exist.
+# after the table's end comes garbage: ids that do not exist.
 
 # %% exercise="gather_kv"
 from lib.paged_kv_cache import gather_kv
@@ -327,7 +329,7 @@ check(gather_kv)
 # <details><summary>Hint 2</summary>
 #
 # `.flatten(0, 1)` makes one dimension of blocks and places, and `[:seq_len]`
-# drops what is behind the last token.
+# drops what comes after the last token.
 #
 # </details>
 
@@ -415,8 +417,8 @@ except OutOfBlocksError as error:
 #
 # ### Exercise 4.6 · `paged_utilization` ★ (5 minutes)
 #
-# Of all places in the blocks that are in use, which share holds a token? (No
-# block is shared here.)
+# What fraction of the places in the blocks that are in use holds a token?
+# (Assume that no block is shared.)
 
 # %% exercise="paged_utilization"
 from lib.paged_kv_cache import paged_utilization
@@ -439,7 +441,8 @@ check(paged_utilization)
 
 # %% [markdown]
 # Here are the eight passages of chapter 3, with 64 more tokens for each, in
-# blocks of 16:
+# blocks of 16. For a paged cache we count as reserved the blocks that are in
+# use; the rest of the pool is anybody's.
 
 # %%
 passages = [p for p in text.load_book().split("\n\n") if 20 < len(p) < 440]
@@ -488,11 +491,12 @@ plotting.plot_measured(
 # - **external fragmentation and others**: the rest. Nobody has it, but it is
 #   too little, or too scattered, for the next request.
 #
-# Paging reserves nothing ahead, so a request that has begun may later find the
-# pool full. Then the request that began last is sent back to the queue, so that
-# nobody who came earlier has to wait for it: it is **preempted**. Its blocks
-# become free, and when it begins again, its keys and values have to be computed
-# again.
+# Paging sets aside at most the rest of a request's last block (reservation if
+# the request will still fill it, internal fragmentation if not). So a request
+# that has begun may later find the pool full. Then the request that began last
+# is sent back to the queue, so that nobody who came earlier has to wait for it:
+# it is **preempted**. Its blocks become free, and when it begins again, its
+# keys and values have to be computed again.
 
 # %%
 reserves = {
@@ -523,14 +527,14 @@ plotting.plot_usage(
 #
 # ### Beside the paper's bars
 #
-# The paper's figure 2 has four such bars. Our first and last come close to it;
-# the two between them hold far more tokens than the paper's, as the list below
-# shows. One difference is known. We put a piece into the first gap that is wide
-# enough. The paper assumes, for the systems that it compares with, a **buddy
-# allocator**: every piece has 2^k places and begins at a multiple of its size,
-# so 500 tokens take 512 places. (We count the rounding under *external and
-# others*. So must the paper, whose oracle has no internal part.) Here are
-# buddies:
+# The paper's figure 2 has bars like our first four. Our *maximum* and *blocks
+# of 16* come close to it; *power of two* and *oracle* hold far more tokens than
+# the paper's, as the list below shows. One difference is known. We put a piece
+# into the first gap that is wide enough. The paper assumes, for the systems
+# that it compares with, a **buddy allocator**: every piece has 2^k places and
+# begins at a multiple of its size, so 500 tokens take 512 places. (We count the
+# rounding under *external and others*. So must the paper, whose oracle has no
+# internal part.) Here are buddies:
 
 # %%
 paper = {  # tokens, reservation, internal, external and others; in percent
@@ -786,7 +790,7 @@ except AssertionError as error:
 # %% [markdown]
 # ## Eight answers to one prompt
 #
-# Now with the model. All tokens of a prompt of 200 but the last go through it
+# Now with the model. The first 199 tokens of a prompt of 200 go through it
 # once. Then the request is forked seven times, and all eight requests bring the
 # last token, so that each can draw a first token of its own. (Their eight rows
 # of logits are the same at that moment. Computing them once would save seven of
@@ -873,10 +877,10 @@ plotting.plot_measured(
 # ## What it costs: time
 #
 # Gathering copies every key and value of every request, in every layer, at
-# every step. What does that cost? Here are the ways to decode in turns, eight
-# requests with 448 tokens each. Both caches leave attention to torch's fused
-# kernel, as the batch in chapter 3 did: the contiguous one in one masked call,
-# the paged one request by request.
+# every step. What does that cost? We time three ways to decode, taking turns,
+# with eight requests of 448 tokens each. Both caches leave attention to torch's
+# fused attention, as the batch in chapter 3 did: the contiguous one in one
+# masked call, the paged one request by request.
 
 # %%
 results = bench.bench(batch_size=8, context=448, num_steps=20)
@@ -903,9 +907,9 @@ Markdown(table.render(cells))
 # %% [markdown]
 # All orders are those of chapter 3. What differs is the constant of what is
 # reserved: 256 instead of 512, the bytes of the tokens that came (here they
-# fill their blocks exactly) instead of twice as many. For a paged cache we
-# count as reserved the blocks that are in use; the rest of the pool is
-# anybody's.
+# fill their blocks exactly) instead of twice as many. (*Block calls* are calls
+# of the model's blocks, its layers. They have nothing to do with blocks of
+# memory.)
 
 # %%
 check.summary()

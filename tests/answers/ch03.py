@@ -1258,7 +1258,7 @@ def lines_of_its_own(model, prompts, num_new_tokens, cache, settings, is_off="")
         raise ValueError(cache.request_ids)
     if max(n + seq_len for n, seq_len in begun) + num_new_tokens > longest:
         raise ValueError(longest)
-    if is_off != "dropout" and model.training and model.config.dropout > 0:
+    if model.training and model.config.dropout > 0:
         raise ValueError("dropout")
     kinds = {"temperature": 1.0, "top_k": None, "top_p": 1.0}
     sampling.check_sampling(*(settings.get(k, default) for k, default in kinds.items()))
@@ -1274,12 +1274,6 @@ def lines_of_its_own(model, prompts, num_new_tokens, cache, settings, is_off="")
 @right("generate_cached")
 def all_lines_of_its_own(model, prompts, num_new_tokens, cache, **settings):
     lines_of_its_own(model, prompts, num_new_tokens, cache, settings)
-    return loop(model, prompts, num_new_tokens, cache, settings)
-
-
-@wrong("generate_cached", says="Keep the given lines")
-def dropout_not_looked_at(model, prompts, num_new_tokens, cache, **settings):
-    lines_of_its_own(model, prompts, num_new_tokens, cache, settings, "dropout")
     return loop(model, prompts, num_new_tokens, cache, settings)
 
 
