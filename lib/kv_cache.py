@@ -283,18 +283,17 @@ def attend_cached(
 
 
 def attend_decode(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seq_lens: torch.Tensor
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`attend_cached` for one new token of each request: one masked call, no loop.
 
-    q (B, H, D); k, v (B, S, G, D), S the longest of seq_lens, int64 (B,). What lies
-    behind a request's keys is hidden, but must be numbers: 0 · NaN is NaN. Each request
-    costs what the longest costs. Returns (B, H, D).
+    q (B, H, D); k, v (B, S, G, D); mask bool (B, 1, 1, S), as `decode_mask` makes it, or
+    None where every place holds a key. What the mask hides must be numbers all the same:
+    0 · NaN is NaN. Each request costs what S costs. Returns (B, H, D).
     """
-    mask = None
-    if len(q) > 1:
-        places = torch.arange(k.shape[1], device=k.device)  # (S,)
-        mask = (places < seq_lens.unsqueeze(-1))[:, None, None]  # (B, 1, 1, S)
     out = F.scaled_dot_product_attention(
         q.unsqueeze(2),  # (B, H, 1, D)
         k.transpose(1, 2),  # (B, G, S, D)
@@ -303,6 +302,17 @@ def attend_decode(
         enable_gqa=True,
     )
     return out.squeeze(2)  # (B, H, D)
+
+
+def decode_mask(seq_lens: torch.Tensor, S: int) -> torch.Tensor:
+    """Which of S places hold a key of each request, for `attend_decode`: (B, 1, 1, S).
+
+    >>> decode_mask(torch.tensor([1, 3]), 4).view(2, 4).int()
+    tensor([[1, 0, 0, 0],
+            [1, 1, 1, 0]], dtype=torch.int32)
+    """
+    places = torch.arange(S, device=seq_lens.device)  # (S,)
+    return (places < seq_lens.unsqueeze(-1))[:, None, None]  # (B, 1, 1, S)
 
 
 def kv_utilization(seq_lens: torch.Tensor, max_seq_len: int) -> float:
@@ -402,13 +412,15 @@ class ContiguousKVCache(KVCache):
         # The places are there already, and behind the tokens that count.
         seq_lens = self.seq_lens + query_lens
         is_decode = self.fused_decode and set(query_lens.tolist()) == {1}
-        longest = int(seq_lens.max())
+        if is_decode:
+            longest = int(seq_lens.max())
+            mask = decode_mask(seq_lens, longest)
 
         def attend(layer, q, k, v):
             layer_kv = self.k_cache[layer], self.v_cache[layer]
             append_kv(*layer_kv, k, v, seq_lens, query_lens)
             if is_decode:
-                return attend_decode(q, *(x[:, :longest] for x in layer_kv), seq_lens)
+                return attend_decode(q, *(x[:, :longest] for x in layer_kv), mask)
             return attend_cached(q, *layer_kv, seq_lens, query_lens)
 
         return attend

@@ -27,6 +27,8 @@ from lib.config import ModelConfig
 from lib.kv_cache import KVCache, check_query_lens, new_positions
 from lib.model import Attend
 
+GATHER_BYTES = 2**21  # that `attend_decode_paged` copies at one time
+
 
 def slot_mapping(
     block_tables: torch.Tensor,
@@ -105,15 +107,12 @@ def attend_paged(
     block_tables: torch.Tensor,
     seq_lens: torch.Tensor,
     query_lens: torch.Tensor,
-    *,
-    fused: bool = False,
 ) -> torch.Tensor:
     """`kv_cache.attend_cached` over a pool: gather each request, then attend.
 
     q (N, H, D); k_cache, v_cache (num_blocks, block_size, G, D), the new tokens written
     already; block_tables int64 (B, M); seq_lens, query_lens int64 (B,), best on the CPU,
-    where looking at them costs no wait. fused: whether a request that brings one token
-    is left to `kv_cache.attend_decode`. Holds the dense piece of one request at a time.
+    where looking at them costs no wait. Holds the dense piece of one request at a time.
     Returns (N, H, D).
     """
     lens, counts = seq_lens.tolist(), query_lens.tolist()
@@ -122,13 +121,40 @@ def attend_paged(
         if counts[b] == 0:  # it rests
             continue
         k, v = gather_kv(k_cache, v_cache, block_table, lens[b])  # (S, G, D) each
-        keys, values, S = k[None], v[None], seq_lens[b : b + 1]
-        if fused and counts[b] == 1:
-            outs.append(kv_cache.attend_decode(q_b, keys, values, S))
-        else:
-            T = query_lens[b : b + 1]
-            outs.append(kv_cache.attend_cached(q_b, keys, values, S, T))
+        S, T = seq_lens[b : b + 1], query_lens[b : b + 1]  # (1,) each
+        outs.append(kv_cache.attend_cached(q_b, k[None], v[None], S, T))
     return torch.cat(outs)  # (N, H, D)
+
+
+def attend_decode_paged(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    mask: torch.Tensor,
+) -> torch.Tensor:
+    """`kv_cache.attend_decode` over a pool: gather some requests, attend, and go on.
+
+    q (B, H, D), one new token of each request; k_cache, v_cache (num_blocks, block_size,
+    G, D); block_tables int64 (B, M) of blocks that exist, after a request's last any of
+    its own; mask bool (B, 1, 1, M · block_size), as of `decode_mask`. As many requests
+    are gathered together as GATHER_BYTES hold, so that attention finds the copies in the
+    processor's cache. Returns (B, H, D).
+    """
+    bytes_per_request = 2 * block_tables.shape[1] * k_cache[0].nbytes
+    at_once = max(GATHER_BYTES // bytes_per_request, 1)
+
+    def dense(cache, ids):
+        blocks = cache.index_select(0, ids.flatten())
+        return blocks.view(len(ids), -1, *cache.shape[2:])  # (B, S, G, D)
+
+    outs = []
+    for some in zip(*(x.split(at_once) for x in (q, block_tables, mask))):
+        q_some, ids, mask_some = some
+        kv = dense(k_cache, ids), dense(v_cache, ids)
+        outs.append(kv_cache.attend_decode(q_some, *kv, mask_some))
+        del kv  # before the next are copied
+    return torch.cat(outs)  # (B, H, D)
 
 
 def paged_utilization(seq_lens: torch.Tensor, block_size: int) -> float:
@@ -149,8 +175,8 @@ class PagedKVCache(KVCache):
     k_cache, v_cache (L, num_blocks, block_size, G, D). Rows are the live requests, in the
     order of their arrival; when one is freed, those behind it move up.
 
-    fused_decode: whether requests that bring one token are gathered for torch's fused
-    attention, `kv_cache.attend_decode`, instead of `kv_cache.attend_cached`.
+    fused_decode: whether steps in which every request brings one token gather for torch's
+    fused attention, `attend_decode_paged`, instead of request by request.
     decode: for steps in which every request brings one token, attention that reads the
     blocks where they lie, with arguments and results of chapter 5's `paged_decode`.
     """
@@ -253,14 +279,20 @@ class PagedKVCache(KVCache):
         is_decode = set(counts) == {1}
         if is_decode and self.decode is not None:
             index = block_tables.int(), seq_lens.int()
+        elif is_decode and self.fused_decode:
+            own = block_tables[:, :1]  # takes the place of -1; the mask hides it
+            tables = torch.where(block_tables < 0, own, block_tables)
+            num_places = tables.shape[1] * self.manager.block_size
+            mask = kv_cache.decode_mask(seq_lens, num_places)
 
         def attend(layer, q, k, v):
             layer_kv = self.k_cache[layer], self.v_cache[layer]
             write_kv(*layer_kv, k, v, slots)
             if is_decode and self.decode is not None:
                 return self.decode(q, *layer_kv, *index)[0]  # (N, H, D), N = B
-            lens = block_tables, *lens_on_cpu
-            return attend_paged(q, *layer_kv, *lens, fused=self.fused_decode)
+            if is_decode and self.fused_decode:
+                return attend_decode_paged(q, *layer_kv, tables, mask)
+            return attend_paged(q, *layer_kv, block_tables, *lens_on_cpu)
 
         return attend
 
@@ -273,10 +305,12 @@ class PagedKVCache(KVCache):
         if mark.last_block_id == before.last_block_id:
             return
         self._write_row(row, max(before.num_blocks - 1, 0))
+        self._clear(mark.last_block_id, 0)
         if copied:
             source, target = copied
-            self.k_cache[:, target] = self.k_cache[:, source]
-            self.v_cache[:, target] = self.v_cache[:, source]
+            num_filled = before.seq_len % self.manager.block_size
+            for cache in (self.k_cache, self.v_cache):
+                cache[:, target, :num_filled] = cache[:, source, :num_filled]
 
     def _take_back(self, marks: dict[Hashable, Mark]):
         self.manager.take_back(marks)
@@ -284,6 +318,15 @@ class PagedKVCache(KVCache):
         for row in range(len(self.request_ids)):
             self._tables[row] = -1
             self._write_row(row, 0)
+        for mark in marks.values():
+            num_filled = mark.seq_len % self.manager.block_size
+            if num_filled:
+                self._clear(mark.last_block_id, num_filled)
+
+    def _clear(self, block_id: int, start: int):
+        """Zeros from place `start` on: what a mask hides must be a number too."""
+        for cache in (self.k_cache, self.v_cache):
+            cache[:, block_id, start:] = 0
 
     def _add_row(self, request_id: Hashable, seq_len: torch.Tensor):
         self._tables = F.pad(self._tables, (0, 0, 0, 1), value=-1)

@@ -816,7 +816,7 @@ def wide_step(batch_size, context):
     lens = torch.full((batch_size,), context)
 
     def attend(layer, q, k, v):
-        return attend_decode(q, k_cache[layer], v_cache[layer], lens)
+        return attend_decode(q, k_cache[layer], v_cache[layer])
 
     @torch.no_grad()
     def step():

@@ -879,8 +879,8 @@ plotting.plot_measured(
 # Gathering copies every key and value of every request, in every layer, at
 # every step. What does that cost? We time three ways to decode, taking turns,
 # with eight requests of 448 tokens each. Both caches leave attention to torch's
-# fused attention, as the batch in chapter 3 did: the contiguous one in one
-# masked call, the paged one request by request.
+# fused attention, as the batch in chapter 3 did. The paged one gathers a few
+# requests before each call.
 
 # %%
 results = bench.bench(batch_size=8, context=448, num_steps=20)
@@ -890,13 +890,12 @@ for result in results:
 
 # %% [markdown]
 # Here the copy costs little. In one layer of our model a token takes 512 bytes,
-# 2 · 2 · 32 numbers of four bytes; so a request's copy has 448 · 512 bytes,
-# 229 kB, and attention reads it right after it was written. (A part of the
-# difference is not the copy at all, but one call for each request instead of
-# one for all.) With longer texts and larger heads the copy costs much on a CPU,
-# too. On a GPU, where decoding waits for memory, it would triple the traffic of
-# keys and values: read the blocks, write the copy, read the copy. Chapter 5
-# measures this, and does without the copy.
+# 2 · 2 · 32 numbers of four bytes; so a request's copy has 448 · 512 bytes, 229
+# kB, and attention reads it right after it was written. With longer texts and
+# larger heads the copy costs much on a CPU, too. On a GPU, where decoding waits
+# for memory, it would triple the traffic of keys and values: read the blocks,
+# write the copy, read the copy. Chapter 5 measures this, and does without the
+# copy.
 #
 # ## The next column of the table
 

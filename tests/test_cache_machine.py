@@ -120,7 +120,8 @@ class CacheAgainstDictionary(RuleBasedStateMachine):
             for pool in pools:
                 pool[:, manager.free_block_ids] = torch.nan
                 for request_id, table in manager.block_tables.items():
-                    if table:
+                    # The fused call masks the rest of a block: numbers, the cache says.
+                    if table and not cache.fused_decode:
                         filled = self.length(request_id) - (len(table) - 1) * size
                         pool[:, table[-1], filled:] = torch.nan
             return

@@ -22,6 +22,7 @@ from lib.kv_cache import (
     ContiguousKVCache,
     attend_cached,
     attend_decode,
+    decode_mask,
     kv_cache_bytes,
     kv_utilization,
     new_positions,
@@ -433,7 +434,7 @@ PLACES = [
 ]
 FUNCTIONS = {  # of attention: before it writes, and between writing and reading
     "contiguous": ["append_kv", "attend_cached", "attend_decode"],
-    "paged": ["write_kv", "attend_paged", "gather_kv"],
+    "paged": ["write_kv", "attend_paged", "gather_kv", "attend_decode_paged"],
 }
 
 
@@ -742,7 +743,7 @@ def test_the_fused_decode_is_the_loop_of_the_plain_one(lens, num_kv_heads, dtype
         k[row, seq_len:], v[row, seq_len:] = 1e3, 1e3
     q, k, v = (x.to(dtype) for x in (q, k, v))
     lens = torch.tensor(lens)
-    got = attend_decode(q, k, v, lens)
+    got = attend_decode(q, k, v, decode_mask(lens, S))
     assert got.dtype == dtype
     args = (x.double() for x in (q, k, v))
     expected = attend_cached(*args, lens, torch.ones_like(lens))
@@ -755,7 +756,8 @@ def test_the_fused_decode_stores_neither_scores_nor_copies_of_keys(num_kv_heads)
     q, lens = torch.randn(B, H, D), torch.tensor([S, 1, 77, 300])
     k, v = torch.randn(2, B, S, num_kv_heads, D)
     scores_bytes = B * H * S * 4
-    cost = measure(lambda: attend_decode(q, k, v, lens))
+    mask = decode_mask(lens, S)
+    cost = measure(lambda: attend_decode(q, k, v, mask))
     assert cost.peak_bytes < scores_bytes / 2
     plain = measure(lambda: attend_cached(q, k, v, lens, torch.ones_like(lens)))
     assert plain.peak_bytes > scores_bytes / B, "the control: one row's would be seen"

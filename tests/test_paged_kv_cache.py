@@ -6,14 +6,21 @@ import pytest
 import torch
 from helpers import assert_close, begun, filled, random_model
 
+from lib import paged_kv_cache
 from lib.block_manager import BlockManager, OutOfBlocksError
 from lib.config import TINY
 from lib.generate import forward_cached, generate_cached, generate_recompute
-from lib.kv_cache import ContiguousKVCache, attend_cached, kv_cache_bytes
+from lib.kv_cache import (
+    ContiguousKVCache,
+    attend_cached,
+    decode_mask,
+    kv_cache_bytes,
+)
 from lib.measure.meter import measure
 from lib.model import attend_fused
 from lib.paged_kv_cache import (
     PagedKVCache,
+    attend_decode_paged,
     attend_paged,
     gather_kv,
     paged_utilization,
@@ -495,3 +502,36 @@ def test_a_decode_step_makes_as_many_bytes_after_many_tokens_as_after_few():
         step = cache.extend(torch.ones(8).long())
         peaks.append(measure(step.__enter__).peak_bytes)
     assert peaks[0] == peaks[1]
+
+
+@pytest.mark.parametrize("gather_bytes", [1, 3000, 2**21])
+def test_the_fused_decode_gathers_some_requests_at_a_time(monkeypatch, gather_bytes):
+    monkeypatch.setattr(paged_kv_cache, "GATHER_BYTES", gather_bytes)
+    model = random_model(dtype=torch.float64)
+    prompts = [torch.randint(256, (n,)) for n in (1, 9, 4, 17, 8)]
+    texts = []
+    for fused_decode in (False, True):
+        cache = PagedKVCache(
+            model.config, 40, 4, dtype=torch.float64, fused_decode=fused_decode
+        )
+        cache.k_cache.fill_(torch.nan)
+        cache.v_cache.fill_(torch.nan)
+        begun(cache, 5)
+        texts.append(generate_cached(model, prompts, 12, cache, temperature=0))
+    assert all(torch.equal(one, other) for one, other in zip(*texts))
+
+
+def test_the_fused_decode_holds_no_more_than_it_may(monkeypatch):
+    pool = torch.randn(2, 60, 16, TINY.num_kv_heads, TINY.head_dim)
+    q, tables = (
+        torch.randn(6, TINY.num_heads, TINY.head_dim),
+        torch.arange(60).view(6, 10),
+    )
+    mask = decode_mask(torch.full((6,), 150), 160)
+    one_request = 2 * 160 * TINY.num_kv_heads * TINY.head_dim * 4
+    peaks = []
+    for at_once in (1, 2, 6):
+        monkeypatch.setattr(paged_kv_cache, "GATHER_BYTES", at_once * one_request)
+        run = lambda: attend_decode_paged(q, *pool, tables, mask)  # noqa: E731
+        peaks.append(measure(run).peak_bytes / one_request)
+    assert peaks == pytest.approx([1, 2, 6], rel=0.2)

@@ -143,6 +143,7 @@ def watcher():
             ContiguousKVCache(CONFIG, 3, 16),
             ContiguousKVCache(CONFIG, 3, 16, fused_decode=True),
             PagedKVCache(CONFIG, 19, 4),
+            PagedKVCache(CONFIG, 19, 4, fused_decode=True),
         ):
             begun(cache, 3)
             generate.prefill_in_chunks(model, prompts, cache, 2)
