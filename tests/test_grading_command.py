@@ -96,7 +96,7 @@ runpy.run_module("lib.course.grading", run_name="__main__", alter_sys=True)
 
 def start(folder, out, last: str):
     return subprocess.Popen(
-        [sys.executable, "-c", WAITING, folder, "--out", out, *SEED, last],
+        [sys.executable, "-u", "-c", WAITING, folder, "--out", out, *SEED, last],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
