@@ -27,7 +27,7 @@ from lib.config import ModelConfig
 from lib.kv_cache import KVCache, check_query_lens, new_positions
 from lib.model import Attend
 
-GATHER_BYTES = 2**21  # that `attend_decode_paged` copies at one time
+GATHER_BYTES = 2**22  # that `attend_decode_paged` copies at one time
 
 
 def slot_mapping(
