@@ -377,10 +377,9 @@ class ContiguousKVCache(KVCache):
         """
         check_query_lens(query_lens, self.seq_lens)
         reserved = self.k_cache.shape[2]
-        lens = zip(self.seq_lens.tolist(), query_lens.tolist())
-        needed = [
-            seq_len + count for seq_len, count in lens
-        ]  # where int64 would overflow
+        # As ints of Python: a sum of int64 may overflow.
+        lens = zip(self._seq_lens.tolist(), query_lens.tolist())
+        needed = [seq_len + count for seq_len, count in lens]
         for row, (request_id, count) in enumerate(zip(self.request_ids, needed)):
             if request_id is None and count > 0:
                 raise ValueError(

@@ -1,7 +1,7 @@
 """Chapter 4: many requests, one pool of memory, and how much of it holds tokens.
 
 No model runs here. Requests wait in a queue, begin in that order as soon as the manager
-has room, grow by one token a step, and end. What differs is the manager: `Reserving`
+has room, grow by one token per step, and end. What differs is the manager: `Reserving`
 takes all that a request may need at once and in one piece, as chapter 3's cache does;
 `Paging` takes a block at a time, through lib/block_manager.py. This replays figure 2 of
 the PagedAttention paper (https://arxiv.org/abs/2309.06180), and divides the pool into the

@@ -778,8 +778,8 @@ print(inspect.getsource(attend_decode))
 
 # %% [markdown]
 # It gives the same logits as the loop, up to rounding. And it takes less time
-# here, since two thousand calls fewer save some milliseconds; what is left is
-# mostly arithmetic and reading. (It has a price: each request costs what the
+# here, since fewer calls save some milliseconds; what is left is mostly
+# arithmetic and reading. (It has a price: each request costs what the
 # longest costs. Here all have 448 tokens. With requests of very different
 # lengths, or very long ones, the loop may win on a CPU.)
 
@@ -846,9 +846,18 @@ plotting.plot_measured(
 
 # %% [markdown]
 # *Batching helps in both cases, but less with long texts. Attention is the part
-# that it cannot share: each request has its own keys and values. (On a CPU,
-# attention takes several times as long as just reading them. And from one
-# request to two little is gained: that is the other routine again.)*
+# that it cannot share: each request has its own keys and values. (Where little
+# is gained from one request to two, that is the other routine again.)* Is it
+# the reading that takes so long?
+
+# %%
+more_ms = 1000 * (8 / long[-1] - 8 / short[-1])
+print(f"eight long texts take {more_ms:.0f} ms more per step; ", end="")
+print(f"reading keys and values takes {1000 * 8 * kv_bytes / bandwidth:.0f} ms")
+
+# %% [markdown]
+# Reading is the least that it can take; the rest is how the processor's routine
+# for attention goes about it.
 #
 # So whoever serves a model wants as many requests in a step as possible. Each
 # of them brings a KV cache. How many fit?

@@ -122,7 +122,7 @@ def bench_decoding(args: argparse.Namespace, facts: dict) -> list[dict]:
     )
     for result in results:
         print(
-            f"{result['name']:12} {1000 * result['median_seconds']:9.1f} ms a step "
+            f"{result['name']:12} {1000 * result['median_seconds']:9.1f} ms per step "
             f"{result['tokens_per_s']:9.1f} tokens/s"
         )
     speed = {result["name"]: result["tokens_per_s"] for result in results}
