@@ -17,8 +17,10 @@ package runs: without a GPU they are interpreted.
 """
 
 import os
+import sys
 
 import torch
 
-if not torch.cuda.is_available():
+# Once Triton is there it has decided: check_interpreter says so.
+if not torch.cuda.is_available() and "triton" not in sys.modules:
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -51,6 +51,37 @@ def paged_decode_gather(
     return out, logsumexp
 
 
+def paged_prefill_gather(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_lens: torch.Tensor,
+    *,
+    scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for any number of new tokens, each of which sees what comes before it.
+
+    q (N, H, D), request after request, query_lens (B,) of each; seq_lens (B,) with the
+    new tokens among them, whose keys and values are in the pool already. Returns out
+    (N, H, D) and logsumexp (N, H).
+    """
+    outs, logsumexps = [q[:0]], [q.new_empty(0, q.shape[1])]
+    counts, lens = query_lens.tolist(), seq_lens.tolist()
+    for q_b, block_table, S in zip(q.split(counts), block_tables, lens):
+        k, v = paged_kv_cache.gather_kv(k_cache, v_cache, block_table, S)
+        group_size = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(group_size, dim=1).transpose(0, 1) for x in (k, v))
+        queries = (q_b * _scale(scale, q)).transpose(0, 1)
+        scores = queries @ k.transpose(1, 2)  # (H, T, S)
+        is_future = torch.ones_like(scores[0], dtype=torch.bool).triu(S - len(q_b) + 1)
+        scores = scores.masked_fill(is_future, -math.inf)
+        outs.append((scores.softmax(dim=-1) @ v).transpose(0, 1))  # (T, H, D)
+        logsumexps.append(scores.logsumexp(dim=-1).T)  # (T, H)
+    return torch.cat(outs), torch.cat(logsumexps)  # (N, H, D), (N, H)
+
+
 def attend_online(
     q: torch.Tensor, tiles: Iterable[tuple[torch.Tensor, torch.Tensor]]
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,30 +16,67 @@ https://crfm.stanford.edu/2023/10/12/flashdecoding.html.
 Read lib/paged_attention.py before.
 """
 
+import contextlib
 import functools
 import math
-import os
 import warnings
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import torch
 
 from lib import paged_attention
+from lib.config import check_count
 
 try:
     import triton
     import triton.language as tl
+    from triton.runtime.errors import OutOfResources
 except ModuleNotFoundError:  # what it takes to read kernels without it
-    triton = SimpleNamespace(jit=lambda kernel: kernel)
+
+    def read_only(kernel: Callable | None = None, **options: Any) -> Callable:
+        return kernel or read_only
+
+    triton = SimpleNamespace(jit=read_only)
     tl = SimpleNamespace(constexpr=lambda value: value)
+    OutOfResources = ()
 
 HAS_TRITON = hasattr(triton, "compile")
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LOG2_E = tl.constexpr(math.log2(math.e))
-# Tokens that a program reads at a time (block_size is another matter): with more of fp32
-# the registers of some GPUs do not suffice.
-TILES = {"float32": 16, "float16": 64, "bfloat16": 64}
-MIN_DOT = 16  # rows that tensor cores multiply at a time
+
+
+@triton.jit
+def _canary_kernel(numbers_ptr, out_ptr, TILE: tl.constexpr):
+    """Everything that the kernels below use of Triton and is not an operator."""
+    i, total = tl.arange(0, TILE), 0.0
+    numbers = tl.load(numbers_ptr + i, mask=i < 3, other=0)
+    ones = tl.full([TILE, TILE], 1.0, tl.float32)
+    acc = tl.zeros([TILE], tl.float32)
+    for start in range(0, tl.load(numbers_ptr), tl.load(numbers_ptr + 1)):
+        total += tl.max(numbers, axis=0) - tl.minimum(start, 1)
+        total += tl.cumsum(numbers).to(tl.float32).max(axis=0) - 6
+        product = tl.dot(ones, tl.trans(ones), input_precision="ieee")
+        acc = tl.maximum(acc, tl.sum(product, axis=1))
+    total += tl.exp2(tl.log2(1.0)) - tl.exp(tl.log(1.0)) - tl.cdiv(1, TILE)
+    tl.store(out_ptr + i, tl.where(i == 0, total, acc), mask=i < 2)
+
+
+# Triton decides when it decorates, not when it is asked.
+IS_INTERPRETED = HAS_TRITON and not isinstance(_canary_kernel, triton.JITFunction)
+MIN_DOT = 16  # rows and columns that tensor cores multiply at least
+# What a program can hold: found by compiling (tests/test_gpu_code.py), without spills.
+MAX_COLS = 512  # of q, k and v, that is D rounded up
+MAX_NUMBERS = {  # of its queries, ROWS · COLS
+    torch.float32: 2**13,
+    torch.float16: 2**14,
+    torch.bfloat16: 2**14,
+}
+TILE_NUMBERS = {torch.float32: 2**11, torch.float16: 2**13, torch.bfloat16: 2**13}
+PREFILL_ROWS = {torch.float32: 32, torch.float16: 128, torch.bfloat16: 128}
+MERGED_SPLITS = 16  # at a time
+PLATFORM = "hip" if torch.version.hip else "cuda"
 
 
 @triton.jit
@@ -50,12 +87,11 @@ def load_row_kernel(
     num_cols,
     TILE: tl.constexpr,  # a power of two of at least num_cols
 ):
-    # locate: one program a row
-    row, col = tl.program_id(0), tl.arange(0, TILE)
+    # locate: one program per row; int64, for row times stride may pass 2^31
+    row, col = tl.program_id(0).to(tl.int64), tl.arange(0, TILE)
 
     # load what is there, zeros behind it
-    x_at = x_ptr + row * x_stride + col
-    x = tl.load(x_at, mask=col < num_cols, other=0.0)
+    x = tl.load(x_ptr + row * x_stride + col, mask=col < num_cols, other=0.0)
 
     # store all of it
     tl.store(out_ptr + row * TILE + col, x)
@@ -69,8 +105,8 @@ def write_kv_kernel(
     num_numbers,  # G · D
     TILE: tl.constexpr,  # numbers, a power of two of at least G · D
 ):
-    # One program a token: all heads of a token lie together.
-    n, i = tl.program_id(0), tl.arange(0, TILE)
+    # One program per token: all heads of a token lie together.
+    n, i = tl.program_id(0).to(tl.int64), tl.arange(0, TILE)
     slot = tl.load(slots_ptr + n)
     row = tl.load(new_ptr + n * num_numbers + i, mask=i < num_numbers)
     tl.store(cache_ptr + slot * num_numbers + i, row, mask=i < num_numbers)
@@ -101,8 +137,8 @@ def gather_kernel(
     num_numbers,  # G · D
     TILE: tl.constexpr,  # numbers, a power of two of at least G · D
 ):
-    # locate: one program a token
-    position, i = tl.program_id(0), tl.arange(0, TILE)
+    # locate: one program per token
+    position, i = tl.program_id(0).to(tl.int64), tl.arange(0, TILE)
 
     # look up its block; int64, for id times size may pass 2^31
     block_id = tl.load(block_table_ptr + position // block_size).to(tl.int64)
@@ -113,17 +149,17 @@ def gather_kernel(
     tl.store(out_ptr + position * num_numbers + i, row, mask=i < num_numbers)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["split_tokens", "table_stride_b"])
 def paged_decode_kernel(
     q_ptr,  # (B, H, D)
     k_cache_ptr,  # (num_blocks, block_size, G, D)
     v_cache_ptr,  # (num_blocks, block_size, G, D)
     block_tables_ptr,  # (B, M)
     seq_lens_ptr,  # (B,)
-    out_ptr,  # (B, H, NUM_SPLITS, D)
-    logsumexp_ptr,  # (B, H, NUM_SPLITS)
+    out_ptr,  # (B, H, num_splits, D)
+    logsumexp_ptr,  # (B, H, num_splits)
     scale_log2_e,  # what scores are multiplied by, so that exp2 can take the place of exp
-    block_size,  # tokens
+    split_tokens,  # keys of a program
     q_stride_b,
     q_stride_h,
     k_stride_block,
@@ -135,25 +171,27 @@ def paged_decode_kernel(
     table_stride_b,
     GROUP_SIZE: tl.constexpr,  # query heads that read one KV head
     HEAD_DIM: tl.constexpr,  # D
+    BLOCK_SIZE: tl.constexpr,  # tokens
     ROWS: tl.constexpr,  # GROUP_SIZE, rounded up to what tensor cores take
     COLS: tl.constexpr,  # D, rounded up to a power of two
     TILE: tl.constexpr,  # tokens
-    NUM_SPLITS: tl.constexpr,
     UPCAST: tl.constexpr,  # to fp32 right after a load
 ):
-    # locate: which request, which heads, and which share of the keys
-    b, g, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    # locate: which request, which heads, and which split of the keys
+    b, g = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    split, num_splits = tl.program_id(2), tl.num_programs(2)
     row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
     is_head, is_col = row < GROUP_SIZE, col < HEAD_DIM
     h = g * GROUP_SIZE + row
     seq_len = tl.load(seq_lens_ptr + b)
-    tiles_per_split = tl.cdiv(tl.cdiv(seq_len, TILE), NUM_SPLITS)
-    start = split * tiles_per_split * TILE
-    end = tl.minimum(start + tiles_per_split * TILE, seq_len)
+    start = split * split_tokens
+    end = tl.minimum(start + split_tokens, seq_len)
+    if (split > 0) & (start >= seq_len):  # no keys are left: nobody asks for the result
+        return
 
     # load the queries of all heads of the group, once
-    q_at = q_ptr + b * q_stride_b + h[:, None] * q_stride_h + col[None, :]
-    q = tl.load(q_at, mask=is_head[:, None] & is_col[None, :], other=0.0)
+    q_at = b * q_stride_b + h[:, None] * q_stride_h + col[None, :]
+    q = tl.load(q_ptr + q_at, mask=is_head[:, None] & is_col[None, :], other=0.0)
     q = q.to(tl.float32) if UPCAST else q
 
     # begin with nothing
@@ -168,9 +206,10 @@ def paged_decode_kernel(
         is_there = is_token[:, None] & is_col[None, :]
 
         # look up the block of each token; int64, for id times stride may pass 2^31
-        table_at = block_tables_ptr + b * table_stride_b + position // block_size
-        block_id = tl.load(table_at, mask=is_token, other=0).to(tl.int64)
-        place = position % block_size
+        table_at = b * table_stride_b + position // BLOCK_SIZE
+        block_id = tl.load(block_tables_ptr + table_at, mask=is_token, other=0)
+        block_id = block_id.to(tl.int64)
+        place = (position % BLOCK_SIZE).to(tl.int64)
 
         # address: where the keys and values of these tokens begin
         k_at = block_id * k_stride_block + place * k_stride_place + g * k_stride_g
@@ -200,40 +239,159 @@ def paged_decode_kernel(
     divisor = tl.where(row_sum > 0, row_sum, 1.0)
     logsumexp = (row_max + tl.log2(divisor)) / LOG2_E
     out = (acc / divisor[:, None]).to(out_ptr.dtype.element_ty)
-    at = (b * tl.num_programs(1) * GROUP_SIZE + h) * NUM_SPLITS + split
+    at = (b * tl.num_programs(1) * GROUP_SIZE + h) * num_splits + split
     tl.store(logsumexp_ptr + at, logsumexp, mask=is_head)
-    out_at = out_ptr + at[:, None] * HEAD_DIM + col[None, :]
-    tl.store(out_at, out, mask=is_head[:, None] & is_col[None, :])
+    out_at = at[:, None] * HEAD_DIM + col[None, :]
+    tl.store(out_ptr + out_at, out, mask=is_head[:, None] & is_col[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits", "split_tokens"])
 def merge_splits_kernel(
-    outs_ptr,  # (B, H, NUM_SPLITS, D)
-    logsumexps_ptr,  # (B, H, NUM_SPLITS)
+    outs_ptr,  # (B, H, num_splits, D)
+    logsumexps_ptr,  # (B, H, num_splits)
+    seq_lens_ptr,  # (B,)
     out_ptr,  # (B, H, D)
     logsumexp_ptr,  # (B, H)
+    num_splits,
+    split_tokens,  # keys of a split
+    num_heads,  # H
     HEAD_DIM: tl.constexpr,
     COLS: tl.constexpr,  # D, rounded up to a power of two
-    NUM_SPLITS: tl.constexpr,  # a power of two
+    TILE: tl.constexpr,  # splits
 ):
-    # load the parts of one head of one request
-    at = tl.program_id(0)
-    split, col = tl.arange(0, NUM_SPLITS), tl.arange(0, COLS)
+    # locate: which head of which request, and the splits that have keys
+    at = tl.program_id(0).to(tl.int64)
+    seq_len = tl.load(seq_lens_ptr + at // num_heads)
+    num_used = tl.cdiv(seq_len, split_tokens)
+    col = tl.arange(0, COLS)
     is_col = col < HEAD_DIM
-    logsumexps = tl.load(logsumexps_ptr + at * NUM_SPLITS + split)
-    outs_at = outs_ptr + (at * NUM_SPLITS + split)[:, None] * HEAD_DIM + col[None, :]
-    outs = tl.load(outs_at, mask=is_col[None, :], other=0.0)
 
-    # weigh each part by its share of the sum; of a request without keys all is -inf
-    largest = tl.max(logsumexps, axis=0)
-    weights = tl.exp(logsumexps - tl.where(largest > float("-inf"), largest, 0.0))
-    total = tl.sum(weights, axis=0)
+    # begin with nothing
+    largest, total = float("-inf"), 0.0
+    acc = tl.zeros([COLS], tl.float32)
+
+    # tile by tile: a softmax over logsumexps, online as that over scores
+    for first in range(0, num_used, TILE):
+        split = first + tl.arange(0, TILE)
+        is_used = split < num_used
+        split_at = at * num_splits + split
+        outs_at = split_at[:, None] * HEAD_DIM + col[None, :]
+        is_there = is_used[:, None] & is_col[None, :]
+        logsumexps = tl.load(logsumexps_ptr + split_at, mask=is_used, other=float("-inf"))
+        outs = tl.load(outs_ptr + outs_at, mask=is_there, other=0.0)
+        new_largest = tl.maximum(largest, tl.max(logsumexps, axis=0))
+        rescale = tl.exp(largest - new_largest)
+        weights = tl.exp(logsumexps - new_largest)
+        total = total * rescale + tl.sum(weights, axis=0)
+        acc = acc * rescale + tl.sum(outs * weights[:, None], axis=0)
+        largest = new_largest
+
+    # store; of a request without keys 0 and -inf
     divisor = tl.where(total > 0, total, 1.0)
-
-    # store
-    out = tl.sum(outs * weights[:, None], axis=0) / divisor
-    tl.store(out_ptr + at * HEAD_DIM + col, out.to(out_ptr.dtype.element_ty), mask=is_col)
+    out = (acc / divisor).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at * HEAD_DIM + col, out, mask=is_col)
     tl.store(logsumexp_ptr + at, largest + tl.log(divisor))
+
+
+@triton.jit(do_not_specialize=["num_requests", "table_stride_b"])
+def paged_prefill_kernel(
+    q_ptr,  # (N, H, D), request after request
+    k_cache_ptr,  # (num_blocks, block_size, G, D)
+    v_cache_ptr,  # (num_blocks, block_size, G, D)
+    block_tables_ptr,  # (B, M)
+    seq_lens_ptr,  # (B,)
+    query_lens_ptr,  # (B,)
+    out_ptr,  # (N, H, D)
+    logsumexp_ptr,  # (N, H)
+    scale_log2_e,
+    num_requests,  # B
+    q_stride_n,
+    q_stride_h,
+    k_stride_block,
+    k_stride_place,
+    k_stride_g,
+    v_stride_block,
+    v_stride_place,
+    v_stride_g,
+    table_stride_b,
+    GROUP_SIZE: tl.constexpr,  # query heads that read one KV head
+    HEAD_DIM: tl.constexpr,  # D
+    BLOCK_SIZE: tl.constexpr,  # tokens
+    REQUESTS: tl.constexpr,  # a power of two of at least B
+    QUERIES: tl.constexpr,  # query tokens of a program, GROUP_SIZE heads of each
+    ROWS: tl.constexpr,  # QUERIES · GROUP_SIZE, rounded up to a power of two
+    COLS: tl.constexpr,  # D, rounded up to a power of two
+    TILE: tl.constexpr,  # key tokens
+    UPCAST: tl.constexpr,  # to fp32 right after a load
+):
+    # locate: programs count the tiles of queries through, request after request
+    program, g = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    request = tl.arange(0, REQUESTS)
+    counts = tl.load(query_lens_ptr + request, mask=request < num_requests, other=0)
+    tiles = tl.cdiv(counts, QUERIES)
+    b = tl.sum((tl.cumsum(tiles) <= program).to(tl.int32))
+    if b >= num_requests:  # more programs than tiles
+        return
+    first = (program - tl.sum(tl.where(request < b, tiles, 0))) * QUERIES
+    query_start = tl.sum(tl.where(request < b, counts, 0))
+    query_len, seq_len = tl.load(query_lens_ptr + b), tl.load(seq_lens_ptr + b)
+
+    # row: a query token and a head; the positions of both in the text
+    row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
+    t, h = first + row // GROUP_SIZE, g * GROUP_SIZE + row % GROUP_SIZE
+    is_row = (row < QUERIES * GROUP_SIZE) & (t < query_len)
+    is_col = col < HEAD_DIM
+    query_position = seq_len - query_len + t
+    end = seq_len - query_len + tl.minimum(first + QUERIES, query_len)
+
+    # load the queries, once
+    n = (query_start + t).to(tl.int64)
+    q_at = n[:, None] * q_stride_n + h[:, None] * q_stride_h + col[None, :]
+    q = tl.load(q_ptr + q_at, mask=is_row[:, None] & is_col[None, :], other=0.0)
+    q = q.to(tl.float32) if UPCAST else q
+
+    # begin with nothing
+    row_max = tl.full([ROWS], float("-inf"), tl.float32)
+    row_sum = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, COLS], tl.float32)
+
+    # tile by tile: keys behind the last query of the tile are not even loaded
+    for tile_start in range(0, end, TILE):
+        position = tile_start + tl.arange(0, TILE)
+        is_token = position < end
+        is_there = is_token[:, None] & is_col[None, :]
+
+        # look up, address, gather, upcast: as for decoding
+        table_at = b.to(tl.int64) * table_stride_b + position // BLOCK_SIZE
+        block_id = tl.load(block_tables_ptr + table_at, mask=is_token, other=0)
+        block_id = block_id.to(tl.int64)
+        place = (position % BLOCK_SIZE).to(tl.int64)
+        k_at = block_id * k_stride_block + place * k_stride_place + g * k_stride_g
+        v_at = block_id * v_stride_block + place * v_stride_place + g * v_stride_g
+        k = tl.load(k_cache_ptr + k_at[:, None] + col[None, :], mask=is_there, other=0.0)
+        v = tl.load(v_cache_ptr + v_at[:, None] + col[None, :], mask=is_there, other=0.0)
+        k, v = (k.to(tl.float32), v.to(tl.float32)) if UPCAST else (k, v)
+
+        # score: each query sees the keys up to its own position, and no others
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2_e
+        is_seen = position[None, :] <= query_position[:, None]
+        scores = tl.where(is_seen, scores, float("-inf"))
+
+        # rescale what was summed up under another maximum, and add
+        new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+        rescale = tl.exp2(row_max - new_max)
+        weights = tl.exp2(scores - new_max[:, None])
+        row_sum = row_sum * rescale + tl.sum(weights, axis=1)
+        weighted = tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        acc = acc * rescale[:, None] + weighted
+        row_max = new_max
+
+    # store: key 0 is seen by every query, so no sum is 0
+    at = n * tl.num_programs(1) * GROUP_SIZE + h
+    tl.store(logsumexp_ptr + at, (row_max + tl.log2(row_sum)) / LOG2_E, mask=is_row)
+    out = (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty)
+    out_at = at[:, None] * HEAD_DIM + col[None, :]
+    tl.store(out_ptr + out_at, out, mask=is_row[:, None] & is_col[None, :])
 
 
 def pad_rows(x: torch.Tensor) -> torch.Tensor:
@@ -366,21 +524,25 @@ def paged_decode(
     seq_lens: torch.Tensor,
     *,
     scale: float | None = None,
-    num_splits: int | None = None,
+    split_tokens: int | None = None,
     check_ids: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`paged_attention.paged_decode_gather` by the kernels.
 
-    block_tables int32 (B, M), seq_lens int32 (B,). num_splits: programs that share the
-    keys of a request and KV head, a power of two; None chooses. check_ids: whether to
-    look if tables and lengths fit the pool, for which a GPU has to be waited for; None
-    looks on a CPU only. Raises ValueError for tensors that do not fit each other.
+    block_tables int32 (B, M), seq_lens int32 (B,). split_tokens: how many keys of a
+    request one program takes, before the next one takes over; None chooses. check_ids:
+    whether to look if tables and lengths fit the pool, for which a GPU has to be waited
+    for; None looks on a CPU only. Raises ValueError for tensors that do not fit each
+    other, and for more numbers per head, or heads per group, than a program holds.
+
+    Nothing here waits for a GPU, and what is launched depends on shapes alone, so a call
+    can be captured in a CUDA graph, and replayed when the lengths are others.
     """
-    check_decode_inputs(q, k_cache, v_cache, block_tables, seq_lens)
+    check_inputs(q, k_cache, v_cache, block_tables, seq_lens)
     if check_ids or (check_ids is None and not q.is_cuda):
         check_block_ids(k_cache, block_tables, seq_lens)
-    if num_splits is not None and (num_splits < 1 or num_splits & (num_splits - 1)):
-        raise ValueError(f"num_splits: expected a power of two, got {num_splits}")
+    if split_tokens is not None:
+        split_tokens = check_count("split_tokens", split_tokens)
     if not HAS_TRITON:
         warn_of_twin()
         out, logsumexp = paged_attention.paged_decode_online(
@@ -388,43 +550,100 @@ def paged_decode(
         )
         return out, logsumexp.float()
     check_interpreter()
-    B, H, D = q.shape
-    block_size, G = k_cache.shape[1:3]
+    (B, H, D), (block_size, G) = q.shape, k_cache.shape[1:3]
+    q, k_cache, v_cache, block_tables, seq_lens = (
+        x if x.stride(-1) == 1 else x.contiguous()
+        for x in (q, k_cache, v_cache, block_tables, seq_lens)
+    )
+    constants = decode_constants(H // G, D, block_size, q.dtype)
     out = torch.empty(B, H, D, dtype=q.dtype, device=q.device)
     logsumexp = torch.empty(B, H, dtype=torch.float32, device=q.device)
     if B == 0:
         return out, logsumexp
-    if num_splits is None:
-        num_splits = choose_num_splits(
-            B * G, block_tables.shape[1] * block_size, q.device
-        )
-    q, k_cache, v_cache, block_tables = (
-        x if x.stride(-1) == 1 else x.contiguous()
-        for x in (q, k_cache, v_cache, block_tables)
-    )
-    constants = decode_constants(H // G, D, num_splits, str(q.dtype).split(".")[1])
+    max_seq_len = block_tables.shape[1] * block_size
+    if split_tokens is None:
+        split_tokens = choose_split_tokens(B * G, max_seq_len, q.device)
+    num_splits = max(1, -(-max_seq_len // split_tokens))
 
     if num_splits == 1:  # a part is the whole
         outs, logsumexps = out, logsumexp
     else:
         outs = torch.empty(B, H, num_splits, D, dtype=torch.float32, device=q.device)
         logsumexps = torch.empty(B, H, num_splits, device=q.device)
-    paged_decode_kernel[(B, G, num_splits)](
-        *(q, k_cache, v_cache, block_tables, seq_lens.contiguous(), outs, logsumexps),
-        (D**-0.5 if scale is None else scale) * LOG2_E.value,
-        block_size,
-        *q.stride()[:2],
-        *k_cache.stride()[:3],
-        *v_cache.stride()[:3],
-        block_tables.stride(0),
-        **constants,
+    with on_its_device(q):
+        paged_decode_kernel[(B, G, num_splits)](
+            *(q, k_cache, v_cache, block_tables, seq_lens, outs, logsumexps),
+            (D**-0.5 if scale is None else scale) * LOG2_E.value,
+            split_tokens,
+            *q.stride()[:2],
+            *k_cache.stride()[:3],
+            *v_cache.stride()[:3],
+            block_tables.stride(0),
+            **constants,
+            **launch_options(constants["ROWS"]),
+        )
+        if num_splits > 1:
+            merge_splits_kernel[(B * H,)](
+                *(outs, logsumexps, seq_lens, out, logsumexp),
+                *(num_splits, split_tokens, H),
+                HEAD_DIM=D,
+                COLS=constants["COLS"],
+                TILE=MERGED_SPLITS,
+            )
+    return out, logsumexp
+
+
+def paged_prefill(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_lens: torch.Tensor,
+    *,
+    scale: float | None = None,
+    check_ids: bool | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`paged_attention.paged_prefill_gather` by a kernel: any number of new tokens.
+
+    q (N, H, D), request after request; block_tables int32 (B, M), seq_lens int32 (B,),
+    the new tokens among them, query_lens int32 (B,), which add up to N. check_ids, and
+    what is raised: as `paged_decode`; with check_ids lengths are looked at too.
+    """
+    check_inputs(q, k_cache, v_cache, block_tables, seq_lens, query_lens)
+    if check_ids or (check_ids is None and not q.is_cuda):
+        check_block_ids(k_cache, block_tables, seq_lens)
+        check_new_tokens(query_lens, seq_lens, len(q))
+    if not HAS_TRITON:
+        warn_of_twin()
+        out, logsumexp = paged_attention.paged_prefill_gather(
+            q, k_cache, v_cache, block_tables, seq_lens, query_lens, scale=scale
+        )
+        return out, logsumexp.float()
+    check_interpreter()
+    (N, H, D), (block_size, G), B = q.shape, k_cache.shape[1:3], len(seq_lens)
+    q, k_cache, v_cache, block_tables, seq_lens, query_lens = (
+        x if x.stride(-1) == 1 else x.contiguous()
+        for x in (q, k_cache, v_cache, block_tables, seq_lens, query_lens)
     )
-    if num_splits > 1:
-        merge_splits_kernel[(B * H,)](
-            *(outs, logsumexps, out, logsumexp),
-            HEAD_DIM=D,
-            COLS=constants["COLS"],
-            NUM_SPLITS=num_splits,
+    constants = prefill_constants(H // G, D, block_size, B, q.dtype)
+    out = torch.empty(N, H, D, dtype=q.dtype, device=q.device)
+    logsumexp = torch.empty(N, H, dtype=torch.float32, device=q.device)
+    if N == 0:
+        return out, logsumexp
+    # As many tiles of queries as there can be, however the N are shared out.
+    num_tiles = N // constants["QUERIES"] + min(B, N)
+    with on_its_device(q):
+        paged_prefill_kernel[(num_tiles, G)](
+            *(q, k_cache, v_cache, block_tables, seq_lens, query_lens, out, logsumexp),
+            (D**-0.5 if scale is None else scale) * LOG2_E.value,
+            B,
+            *q.stride()[:2],
+            *k_cache.stride()[:3],
+            *v_cache.stride()[:3],
+            block_tables.stride(0),
+            **constants,
+            **launch_options(constants["ROWS"]),
         )
     return out, logsumexp
 
@@ -432,66 +651,127 @@ def paged_decode(
 def decode_constants(
     group_size: int,
     head_dim: int,
-    num_splits: int,
-    dtype: str,
+    block_size: int,
+    dtype: torch.dtype,
     is_interpreted: bool = IS_INTERPRETED,
 ) -> dict[str, int | bool]:
-    """The constants that `paged_decode_kernel` is compiled with. dtype: "bfloat16"."""
+    """The constants that `paged_decode_kernel` is compiled with.
+
+    Raises ValueError where a program could not hold its queries, or a tile of keys.
+    """
+    rows = max(MIN_DOT, triton.next_power_of_2(group_size))
     return {
         "GROUP_SIZE": group_size,
-        "HEAD_DIM": head_dim,
-        "ROWS": max(MIN_DOT, triton.next_power_of_2(group_size)),
-        "COLS": max(MIN_DOT, triton.next_power_of_2(head_dim)),
-        "TILE": 64 if is_interpreted else TILES[dtype],  # interpreted, fewer are faster
-        "NUM_SPLITS": num_splits,
-        # The interpreter computes bf16 wrongly.
-        "UPCAST": is_interpreted or dtype == "float32",
+        "ROWS": rows,
+        **_tile_constants(rows, head_dim, block_size, dtype, is_interpreted),
     }
 
 
-def choose_num_splits(num_programs: int, max_seq_len: int, device: torch.device) -> int:
-    """Enough programs to fill a GPU twice, of some 256 to 8,192 tokens each, at most 64.
+def prefill_constants(
+    group_size: int,
+    head_dim: int,
+    block_size: int,
+    batch_size: int,
+    dtype: torch.dtype,
+    is_interpreted: bool = IS_INTERPRETED,
+) -> dict[str, int | bool]:
+    """The constants that `paged_prefill_kernel` is compiled with. Raises as
+    `decode_constants`."""
+    cols = max(MIN_DOT, triton.next_power_of_2(head_dim))
+    most = 128 if is_interpreted else PREFILL_ROWS[dtype]
+    rows = max(MIN_DOT, min(most, MAX_NUMBERS[dtype] // cols))
+    rows = max(rows, triton.next_power_of_2(group_size))
+    return {
+        "GROUP_SIZE": group_size,
+        "ROWS": rows,
+        "QUERIES": rows // group_size,
+        "REQUESTS": max(256, triton.next_power_of_2(batch_size)),
+        **_tile_constants(rows, head_dim, block_size, dtype, is_interpreted),
+    }
 
-    A long text is split even in a large batch, which would wait for it in the end.
-    max_seq_len: what the tables have room for. Reading the longest length instead would
-    make the GPU wait.
+
+def _tile_constants(
+    rows: int, head_dim: int, block_size: int, dtype: torch.dtype, is_interpreted: bool
+) -> dict[str, int | bool]:
+    """What both kernels have: sizes of a tile of keys, and whether to upcast it."""
+    cols = max(MIN_DOT, triton.next_power_of_2(head_dim))
+    if not is_interpreted and (cols > MAX_COLS or rows * cols > MAX_NUMBERS[dtype]):
+        raise ValueError(
+            f"q, k_cache: expected at most {MAX_COLS} numbers per head, and at most "
+            f"{MAX_NUMBERS[dtype]} in the heads of a group, both rounded up to powers of "
+            f"two, got {head_dim} and {rows} · {cols}"
+        )
+    tile = TILE_NUMBERS[dtype] // cols
+    return {
+        "HEAD_DIM": head_dim,
+        "BLOCK_SIZE": block_size,
+        "COLS": cols,
+        # Interpreted, fewer tiles are faster.
+        "TILE": 64 if is_interpreted else max(MIN_DOT, min(64, tile)),
+        # The interpreter computes bf16 wrongly.
+        "UPCAST": is_interpreted or dtype == torch.float32,
+    }
+
+
+def launch_options(rows: int, platform: str = PLATFORM) -> dict[str, int]:
+    """Warps of a program with so many rows, and how far ahead it loads.
+
+    platform: "cuda" or "hip". Of five stages K and V get two buffers each, since the
+    look-up of a block and the load behind it share them. AMD's compiler counts otherwise,
+    and its GPUs have less shared memory.
+    """
+    num_warps = 8 if rows >= 128 else 4
+    return {"num_warps": num_warps, "num_stages": 5 if platform == "cuda" else 2}
+
+
+def choose_split_tokens(num_programs: int, max_seq_len: int, device: torch.device) -> int:
+    """Keys of a program: so many that a GPU has about two programs per processor, at
+    least 128, and at most 2,048, so that a long text is shared out in a large batch too.
+
+    num_programs: B · G. max_seq_len: what the tables have room for. Reading the longest
+    length instead would make the GPU wait. A number at run time: no text, however long,
+    compiles the kernels anew.
     """
     if device.type != "cuda":
-        return 1
+        return max(1, max_seq_len)
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    wanted = triton.next_power_of_2(triton.cdiv(2 * num_sms, num_programs))
-    fewest, most = (triton.next_power_of_2(max(1, max_seq_len // n)) for n in (8192, 256))
-    return min(max(wanted, fewest), most, 64)
+    wanted = triton.cdiv(2 * num_sms, num_programs)
+    return min(max(triton.next_power_of_2(triton.cdiv(max_seq_len, wanted)), 128), 2048)
 
 
-def check_decode_inputs(
+def check_inputs(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     block_tables: torch.Tensor,
     seq_lens: torch.Tensor,
+    query_lens: torch.Tensor | None = None,
 ):
     """Raise ValueError, with expected and got, unless shapes, dtypes and devices fit."""
-    for name, tensor, num_dims in (
-        ("q", q, 3),
-        ("k_cache", k_cache, 4),
-        ("v_cache", v_cache, 4),
-        ("block_tables", block_tables, 2),
-        ("seq_lens", seq_lens, 1),
-    ):
+    tensors = {
+        "q": (q, 3),
+        "k_cache": (k_cache, 4),
+        "v_cache": (v_cache, 4),
+        "block_tables": (block_tables, 2),
+        "seq_lens": (seq_lens, 1),
+    }
+    if query_lens is not None:
+        tensors["query_lens"] = (query_lens, 1)
+    for name, (tensor, num_dims) in tensors.items():
         if tensor.dim() != num_dims:
             raise ValueError(
                 f"{name}: expected {num_dims} dimensions, got {tuple(tensor.shape)}"
             )
         if tensor.device != q.device:
             raise ValueError(f"{name}: expected on {q.device}, as q, got {tensor.device}")
-        is_index = name in ("block_tables", "seq_lens")
+        is_index = name in ("block_tables", "seq_lens", "query_lens")
         dtype = torch.int32 if is_index else q.dtype
         if tensor.dtype != dtype:
             raise ValueError(f"{name}: expected {dtype}, got {tensor.dtype}")
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"q: expected float32, float16 or bfloat16, got {q.dtype}")
-    (B, H, D), G = q.shape, k_cache.shape[2]
+    (N, H, D), G = q.shape, k_cache.shape[2]
+    B = N if query_lens is None else len(query_lens)
     if v_cache.shape != k_cache.shape:
         raise ValueError(
             f"v_cache: expected {tuple(k_cache.shape)} as k_cache, "
@@ -528,11 +808,33 @@ def check_block_ids(
                 )
 
 
-@triton.jit
-def _double_kernel(x_ptr, out_ptr, n, TILE: tl.constexpr):
-    i = tl.arange(0, TILE)
-    x = tl.load(x_ptr + i, mask=i < n, other=0.0)
-    tl.store(out_ptr + i, 2 * x, mask=i < n)
+def check_new_tokens(query_lens: torch.Tensor, seq_lens: torch.Tensor, N: int):
+    """Raise ValueError unless the new tokens are N in all, and of each request at most
+    all of its tokens."""
+    counts = query_lens.tolist()
+    if sum(counts) != N:
+        raise ValueError(f"query_lens: expected {N} in all, as q has rows, got {counts}")
+    for b, (query_len, seq_len) in enumerate(zip(counts, seq_lens.tolist())):
+        if not 0 <= query_len <= seq_len:
+            raise ValueError(
+                f"request {b}: expected 0 to {seq_len} new tokens of its {seq_len}, "
+                f"got {query_len}"
+            )
+
+
+@contextlib.contextmanager
+def on_its_device(q: torch.Tensor) -> Iterator[None]:
+    """While inside, kernels are launched where the tensor is; ValueError where that GPU
+    has less than they need."""
+    try:
+        with torch.cuda.device_of(q):
+            yield
+    except OutOfResources as error:
+        raise ValueError(
+            f"q: expected fewer numbers per head than {q.shape[2]} of {q.dtype}, or "
+            f"fewer heads per KV head: this GPU has {error.limit} of {error.name}, it "
+            f"takes {error.required}"
+        ) from None
 
 
 @functools.cache
@@ -549,21 +851,24 @@ def check_interpreter():
     """Raise RuntimeError that says plainly what is wrong, if kernels do not run here."""
     if not HAS_TRITON:
         raise RuntimeError("Triton: expected it installed, which it can be on Linux")
-    if not torch.cuda.is_available() and not IS_INTERPRETED:
-        raise RuntimeError(
-            "Triton: expected a GPU, or TRITON_INTERPRET=1 before Triton is imported for "
-            "the first time; import lib before anything that imports Triton"
-        )
     if not IS_INTERPRETED:
+        if not torch.cuda.is_available():
+            raise RuntimeError(
+                "Triton: expected a GPU, or TRITON_INTERPRET=1 before Triton is imported "
+                "for the first time: import lib before anything that imports Triton, and "
+                "leave TRITON_INTERPRET unset"
+            )
         return
-    x, out = torch.arange(3.0), torch.zeros(4)
+    numbers, out = torch.tensor([3, 1, 2], dtype=torch.int32), torch.zeros(2)
     try:
-        _double_kernel[(1,)](x, out, 3, TILE=4)
+        _canary_kernel[(1,)](numbers, out, TILE=16)
         got = out.tolist()
     except Exception as error:
         got = f"{type(error).__name__}: {error}"
-    if got != [0.0, 2.0, 4.0, 0.0]:
+    if got != [6.0, 256.0]:
         raise RuntimeError(
-            f"the Triton interpreter is broken here (triton {triton.__version__}), or "
-            f"Triton was imported before lib: expected [0, 2, 4, 0], got {got}"
+            f"the Triton interpreter does not work here: expected [6, 256], got {got}. "
+            f"Either Triton was imported before lib (import lib first, and leave "
+            f"TRITON_INTERPRET unset), or triton {triton.__version__} and numpy "
+            f"{np.__version__} do not fit: numpy 2.4 needs triton 3.7 or later"
         )

@@ -178,8 +178,9 @@ class PagedKVCache(KVCache):
 
     fused_decode: whether steps in which every request brings one token gather for torch's
     fused attention, `attend_decode_paged`, instead of request by request.
-    decode: for steps in which every request brings one token, attention that reads the
-    blocks where they lie, with arguments and results of chapter 5's `paged_decode`.
+    decode, prefill: attention that reads the blocks where they lie, with arguments and
+    results of chapter 5's `paged_decode`, for steps in which every request brings one
+    token, and `paged_prefill`, for all others. Where one is missing its steps gather.
     """
 
     def __init__(
@@ -192,6 +193,7 @@ class PagedKVCache(KVCache):
         device: torch.device | str = "cpu",
         fused_decode: bool = False,
         decode: Callable | None = None,
+        prefill: Callable | None = None,
     ):
         self.manager = BlockManager(num_blocks, block_size)
         shape = (
@@ -202,7 +204,7 @@ class PagedKVCache(KVCache):
             config.head_dim,
         )
         self.config = config
-        self.fused_decode, self.decode = fused_decode, decode
+        self.fused_decode, self.decode, self.prefill = fused_decode, decode, prefill
         self.k_cache = torch.zeros(shape, dtype=dtype, device=device)
         self.v_cache = torch.zeros(shape, dtype=dtype, device=device)
         self.request_ids = []
@@ -272,25 +274,28 @@ class PagedKVCache(KVCache):
             if num_tokens > 0:
                 self._append(row, num_tokens)
 
-        # Once per step, not per layer: on a GPU each look at a number is a wait.
         seq_lens = self._seq_lens + query_lens
-        lens_on_cpu = seq_lens.cpu(), query_lens.cpu()
         block_tables = self._used_tables()
         slots = slot_mapping(block_tables, seq_lens, query_lens, self.manager.block_size)
         is_decode = set(counts) == {1}
+        in_place, index = self.prefill, [block_tables, seq_lens, query_lens]
         if is_decode and self.decode is not None:
-            index = block_tables.int(), seq_lens.int()
+            in_place, index = self.decode, index[:2]
+        if in_place is not None:
+            index = [x.int() for x in index]
         elif is_decode and self.fused_decode:
             own = block_tables[:, :1]  # takes the place of -1; the mask hides it
             tables = torch.where(block_tables < 0, own, block_tables)
             num_places = tables.shape[1] * self.manager.block_size
             mask = kv_cache.decode_mask(seq_lens, num_places)
+        else:  # once per step, not per layer: on a GPU each look at a number is a wait
+            lens_on_cpu = seq_lens.cpu(), query_lens.cpu()
 
         def attend(layer, q, k, v):
             layer_kv = self.k_cache[layer], self.v_cache[layer]
             write_kv(*layer_kv, k, v, slots)
-            if is_decode and self.decode is not None:
-                return self.decode(q, *layer_kv, *index)[0]  # (N, H, D), N = B
+            if in_place is not None:
+                return in_place(q, *layer_kv, *index)[0]  # (N, H, D)
             if is_decode and self.fused_decode:
                 return attend_decode_paged(q, *layer_kv, tables, mask)
             return attend_paged(q, *layer_kv, block_tables, *lens_on_cpu)

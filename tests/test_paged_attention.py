@@ -2,8 +2,11 @@
 
 import itertools
 import math
+import mmap
+import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +15,7 @@ from helpers import begun
 
 from lib import generate, paged_kv_cache
 from lib.config import TINY, ModelConfig
+from lib.course.drivers.ch05 import PROMISED
 from lib.model import Transformer
 from lib.paged_attention import (
     attend_online,
@@ -19,6 +23,7 @@ from lib.paged_attention import (
     merge_splits,
     paged_decode_gather,
     paged_decode_online,
+    paged_prefill_gather,
 )
 from lib.paged_kv_cache import PagedKVCache
 
@@ -75,8 +80,13 @@ def in_float64(inputs):
 
 
 def assert_near(got, inputs):
+    assert_near_of(got, inputs, paged_decode_gather)
+
+
+def assert_near_of(got, inputs, oracle):
     """At most 3 times as far from the result in float64 as torch is in the same dtype."""
-    for one, torchs, exact in zip(got, paged_decode_gather(*inputs), in_float64(inputs)):
+    exacts = oracle(*(x.double() for x in inputs[:3]), *inputs[3:])
+    for one, torchs, exact in zip(got, oracle(*inputs), exacts):
         assert one.shape == exact.shape
         is_finite = exact.isfinite()
         assert torch.equal(one.isfinite(), is_finite), "NaN, or an infinity, came through"
@@ -240,7 +250,7 @@ def test_without_triton_the_twin_serves_and_says_so():
 pytest.importorskip("triton", reason="the kernels need Triton")
 from lib import paged_attention_triton  # noqa: E402
 from lib.measure.meter import measure_traffic  # noqa: E402
-from lib.paged_attention_triton import paged_decode  # noqa: E402
+from lib.paged_attention_triton import paged_decode, paged_prefill  # noqa: E402
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -267,14 +277,26 @@ SHAPES = itertools.product(
 def test_the_kernel_is_the_oracle_in_every_shape(case, dtype):
     inputs = paged(case, dtype)
     assert_near(paged_decode(*inputs), inputs)
-    assert_near(paged_decode(*inputs, num_splits=4), inputs)
+    assert_near(paged_decode(*inputs, split_tokens=128), inputs)
 
 
-@pytest.mark.parametrize("num_splits", [2, 4, 8, 16])
+@pytest.mark.parametrize("split_tokens", [32, 64, 100, 448])
 @pytest.mark.parametrize("case", [CASES[2], CASES[3], CASES[5]], ids=str)
-def test_any_number_of_splits_gives_the_same(case, num_splits):
+def test_splits_of_any_length_give_the_same(case, split_tokens):
     inputs = paged(case, torch.float32)
-    assert_near(paged_decode(*inputs, num_splits=num_splits), inputs)
+    assert_near(paged_decode(*inputs, split_tokens=split_tokens), inputs)
+
+
+def test_a_long_text_beside_short_ones_is_shared_out_and_they_are_not():
+    (H, G), D = (2, 1), 16
+    inputs = paged(([1024, 1, 64, 65], (H, G), D, 16), torch.float32)
+    whole = measure_traffic(lambda: paged_decode(*inputs, split_tokens=2048))
+    shared = measure_traffic(lambda: paged_decode(*inputs, split_tokens=64))
+    num_programs = 16 + 1 + 1 + 2  # with keys; the others load a length and end
+    parts = num_programs * H * (D + 1) * 4
+    queries = (num_programs - 4) * H * D * 4  # loaded again by each
+    assert shared.read_bytes - whole.read_bytes == queries + parts
+    assert shared.written_bytes - whole.written_bytes == parts
 
 
 @pytest.mark.parametrize("block_size", [1, 16])
@@ -353,10 +375,11 @@ def test_what_does_not_fit_is_refused_with_what_was_expected(spoil, words):
         paged_decode(*inputs)
 
 
-def test_a_number_of_splits_that_cannot_be_merged_is_refused():
+@pytest.mark.parametrize("split_tokens", [0, -64, True, 1.5])
+def test_a_split_without_keys_is_refused(split_tokens):
     inputs = paged(CASES[0], torch.float32)
-    with pytest.raises(ValueError, match="expected a power of two, got 3"):
-        paged_decode(*inputs, num_splits=3)
+    with pytest.raises(ValueError, match="split_tokens: expected an integer of at least"):
+        paged_decode(*inputs, split_tokens=split_tokens)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -418,45 +441,83 @@ def test_no_requests_give_no_rows(decode):
     assert out.shape == (0, 4, 64) and logsumexp.shape == (0, 4)
 
 
-@pytest.mark.parametrize("num_splits", [1, 2])
-def test_the_kernel_uses_another_scale(num_splits):
+@pytest.mark.parametrize("split_tokens", [None, 16])
+def test_the_kernel_uses_another_scale(split_tokens):
     inputs = paged(CASES[1], torch.float32)
-    got = paged_decode(*inputs, scale=0.5 * 64**-0.5, num_splits=num_splits)
+    got = paged_decode(*inputs, scale=0.5 * 64**-0.5, split_tokens=split_tokens)
     assert_near(got, (inputs[0] * 0.5, *inputs[1:]))
 
 
 @pytest.mark.parametrize(
-    "num_programs, max_seq_len, num_splits",
+    "num_programs, max_seq_len, split_tokens",
     [
-        (1, 100, 1),  # too short to be shared
-        (8, 2048, 8),  # 256 tokens each
-        (8, 131072, 64),  # 264 programs wanted, for twice 132 processors
-        (512, 2048, 1),  # enough programs without
-        (512, 131072, 16),  # but one of the texts may be long
+        (1, 100, 128),  # too short to be shared
+        (8, 2048, 128),
+        (8, 16384, 512),  # 256 programs for 132 processors
+        (8, 131072, 2048),
+        (512, 2048, 2048),  # enough programs without
+        (512, 131072, 2048),  # but one of the texts may be long
     ],
 )
 def test_texts_are_split_for_many_processors(
-    monkeypatch, num_programs, max_seq_len, num_splits
+    monkeypatch, num_programs, max_seq_len, split_tokens
 ):
     monkeypatch.setattr(
         torch.cuda,
         "get_device_properties",
         lambda device: SimpleNamespace(multi_processor_count=132),
     )
-    choose, gpu = paged_attention_triton.choose_num_splits, torch.device("cuda")
-    assert choose(num_programs, max_seq_len, gpu) == num_splits
-    assert choose(num_programs, max_seq_len, torch.device("cpu")) == 1
+    choose, gpu = paged_attention_triton.choose_split_tokens, torch.device("cuda")
+    assert choose(num_programs, max_seq_len, gpu) == split_tokens
+    assert choose(num_programs, max_seq_len, torch.device("cpu")) == max_seq_len
 
 
 def test_a_broken_interpreter_is_named(monkeypatch):
     paged_attention_triton.check_interpreter.cache_clear()
-    monkeypatch.setattr(paged_attention_triton, "_double_kernel", {(1,): print})
+    monkeypatch.setattr(paged_attention_triton, "_canary_kernel", {(1,): print})
     with pytest.raises(
-        RuntimeError, match="interpreter is broken here .triton 3.*imported before lib"
+        RuntimeError, match=r"interpreter does not work here: expected \[6, 256\], got"
     ):
         paged_attention_triton.check_interpreter()
     monkeypatch.undo()
     paged_attention_triton.check_interpreter()
+
+
+def run_python(code, **env):
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **env}
+    env = {name: value for name, value in env.items() if value is not None}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env
+    )
+
+
+DECODE = """
+import torch
+from lib import paged_attention_triton as kernels
+q, pool = torch.ones(1, 4, 8), torch.ones(2, 1, 4, 2, 8)
+index = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+try:
+    print(kernels.paged_decode(q, *pool, *index)[0].sum().item())
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("first", ["", "import triton\n", "import torch._dynamo\n"])
+@pytest.mark.parametrize("value", [None, "0", "1", "true", "True", "on", ""])
+def test_wherever_triton_is_imported_first_kernels_run_or_one_sentence_says_why(
+    first, value
+):
+    result = run_python(
+        first + DECODE,
+        TRITON_INTERPRET=value,
+        CUDA_VISIBLE_DEVICES="",
+        ROCR_VISIBLE_DEVICES="",
+    )
+    assert result.returncode == 0, result.stderr
+    interprets = value in ("1", "true", "True", "on") or not first and value is None
+    words = "32.0" if interprets else "Triton: expected a GPU, or TRITON_INTERPRET=1"
+    assert result.stdout.startswith(words), result.stdout
 
 
 def test_rows_are_padded_with_zeros():
@@ -468,18 +529,26 @@ def test_rows_are_padded_with_zeros():
         assert torch.equal(out[:, :num_cols], rows) and (out[:, num_cols:] == 0).all()
 
 
-@pytest.mark.parametrize("num_splits", [2, 8])
+@pytest.mark.parametrize("num_splits", [1, 2, 21, 40])
 def test_the_kernel_that_merges_is_its_twin(num_splits):
-    torch.manual_seed(0)
-    outs, logsumexps = torch.randn(2, 3, num_splits, 20), torch.randn(2, 3, num_splits)
-    logsumexps[0, 0, 1], logsumexps[1] = -math.inf, -math.inf
-    outs[0, 0, 1], outs[1] = 0, 0
-    out, logsumexp = torch.empty(2, 3, 20), torch.empty(2, 3)
-    paged_attention_triton.merge_splits_kernel[(6,)](
-        *(outs, logsumexps, out, logsumexp), HEAD_DIM=20, COLS=32, NUM_SPLITS=num_splits
-    )
-    for got, expected in zip((out, logsumexp), merge_splits(outs, logsumexps)):
-        torch.testing.assert_close(got, expected)
+    """Splits of 8 keys; the second request has three keys less, the third has none."""
+    H, seq_lens = 3, torch.tensor([8 * num_splits, 8 * num_splits - 11, 0])
+    seq_lens = seq_lens.clamp(min=0).int()
+    outs = torch.full((3, H, num_splits, 20), math.nan)
+    logsumexps = torch.full((3, H, num_splits), math.nan)
+    expected_outs, expected = outs.nan_to_num(0), logsumexps.nan_to_num(-math.inf)
+    expected.fill_(-math.inf)
+    for b, seq_len in enumerate(seq_lens.tolist()):
+        used = math.ceil(seq_len / 8)
+        outs[b, :, :used] = expected_outs[b, :, :used] = torch.randn(H, used, 20)
+        logsumexps[b, :, :used] = expected[b, :, :used] = 9 * torch.randn(H, used)
+    out, logsumexp = torch.empty(3, H, 20), torch.empty(3, H)
+    paged_attention_triton.merge_splits_kernel[(3 * H,)](
+        *(outs, logsumexps, seq_lens, out, logsumexp, num_splits, 8, H),
+        HEAD_DIM=20, COLS=32, TILE=16,
+    )  # fmt: skip
+    for got, wanted in zip((out, logsumexp), merge_splits(expected_outs, expected)):
+        torch.testing.assert_close(got, wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -525,3 +594,151 @@ def test_the_oracle_does_not_overflow_on_large_queries_and_keys():
         q, k_cache, v_cache, torch.zeros(1, 1).int(), torch.tensor([2]).int()
     )
     assert (out == 1.5).all() and logsumexp.item() == pytest.approx(12_800, rel=1e-3)
+
+
+# (lengths, new tokens of each, heads, D, block_size): whole prompts, prompts behind what
+# is cached, pieces, one token, nothing.
+PREFILLS = [
+    ([37, 21, 80, 33, 70, 9], [37, 5, 48, 1, 30, 0], (4, 2), 32, 16),
+    ([300, 64, 65], [300, 64, 1], (8, 2), 80, 8),
+    ([1, 2, 0], [1, 2, 0], (5, 1), 64, 32),
+    ([45, 129], [44, 128], (40, 1), 16, 1),
+    ([130, 7], [129, 7], (6, 3), 128, 256),
+]
+
+
+def prefilled(case, dtype=torch.float64):
+    """Inputs of paged_prefill, with what is dead as in `paged`."""
+    lens, query_lens, (H, G), D, block_size = case
+    q, *rest = paged((lens, (H, G), D, block_size), dtype)
+    q = torch.randn(sum(query_lens), H, D).to(dtype)
+    return q, *rest, torch.tensor(query_lens, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("case", PREFILLS, ids=str)
+def test_the_oracle_of_prefill_is_chapter_4s_attention_and_decode_row_by_row(case):
+    q, k_cache, v_cache, block_tables, seq_lens, query_lens = prefilled(case)
+    out, logsumexp = paged_prefill_gather(
+        q, k_cache, v_cache, block_tables, seq_lens, query_lens
+    )
+    torch.testing.assert_close(
+        out,
+        paged_kv_cache.attend_paged(
+            *(q, k_cache, v_cache, block_tables.long()),
+            seq_lens.long(),
+            query_lens.long(),
+        ),
+    )
+    # Each new token, as a request of its own that ends with it.
+    rows = torch.arange(len(seq_lens)).repeat_interleave(query_lens)
+    positions = paged_kv_cache.new_positions(seq_lens.long(), query_lens.long())
+    expected = paged_decode_gather(
+        *(q, k_cache, v_cache, block_tables[rows], (positions + 1).int())
+    )
+    torch.testing.assert_close(out, expected[0])
+    torch.testing.assert_close(logsumexp, expected[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", PREFILLS, ids=str)
+def test_prefill_in_place_is_the_oracle(case, dtype):
+    inputs = prefilled(case, dtype)
+    assert_near_of(paged_prefill(*inputs), inputs, paged_prefill_gather)
+
+
+def test_prefill_reads_each_key_once_per_tile_of_queries_and_none_of_the_future():
+    """129 new tokens of two heads: tiles of 64 queries, which end at 65, 129 and 130."""
+    inputs = prefilled(([130], [129], (2, 1), 16, 16), torch.float32)
+    cost = measure_traffic(lambda: paged_prefill(*inputs))
+    keys = 2 * (65 + 129 + 130) * 16 * 4
+    assert cost.read_bytes == keys + inputs[0].nbytes
+    assert cost.written_bytes == inputs[0].nbytes + 129 * 2 * 4
+
+
+def test_prompts_may_share_a_prefix():
+    lens, query_lens = [40, 37, 33], [24, 5, 17]
+    inputs = list(prefilled((lens, query_lens, (4, 2), 32, 16), torch.float32))
+    inputs[3][1:, :1] = inputs[3][0, :1]  # the first 16 tokens of all three
+    assert_near_of(paged_prefill(*inputs), inputs, paged_prefill_gather)
+
+
+def test_prefill_of_one_token_each_is_decode():
+    inputs = paged(CASES[3], torch.float32)
+    ones = torch.ones(3, dtype=torch.int32)
+    for got, expected in zip(paged_prefill(*inputs, ones), paged_decode(*inputs)):
+        torch.testing.assert_close(got, expected)
+
+
+def test_prefill_of_many_requests_finds_each_ones_tiles():
+    lens = [1 + (7 * b) % 5 for b in range(300)]  # more than 256, some without new tokens
+    query_lens = [n if n % 2 else 0 for n in lens]
+    inputs = prefilled((lens, query_lens, (2, 1), 16, 4), torch.float32)
+    assert_near_of(paged_prefill(*inputs), inputs, paged_prefill_gather)
+
+
+@pytest.mark.parametrize(
+    "query_lens, words",
+    [
+        ([5, 6], "query_lens: expected 40 in all, as q has rows, got"),
+        ([41, -1], "request 0: expected 0 to 17 new tokens of its 17, got 41"),
+        ([3, 37], "request 1: expected 0 to 31 new tokens of its 31, got 37"),
+        ([40], "one row for each of 1 requests, got 2 and 2"),
+    ],
+)
+def test_new_tokens_that_do_not_fit_are_refused(query_lens, words):
+    inputs = list(prefilled(([17, 31], [16, 24], (4, 2), 16, 16), torch.float32))
+    inputs[5] = torch.tensor(query_lens, dtype=torch.int32)
+    with pytest.raises(ValueError, match=words):
+        paged_prefill(*inputs)
+
+
+def test_sizes_that_no_program_could_hold_are_refused_with_what_fits():
+    for constants, sizes in (
+        (paged_attention_triton.decode_constants, (1, 576, 16)),
+        (paged_attention_triton.decode_constants, (256, 128, 16)),
+        (paged_attention_triton.prefill_constants, (1, 576, 16, 1)),
+    ):
+        with pytest.raises(ValueError, match="expected at most 512 numbers per head"):
+            constants(*sizes, torch.bfloat16, is_interpreted=False)
+
+
+@pytest.mark.parametrize("kernel", ["decode", "prefill"])
+def test_strides_beyond_2_31_numbers_are_no_trouble(kernel):
+    """Places 2^30 numbers apart, and then heads, and queries, in memory that is promised
+    and mostly not touched."""
+    for order in ((0, 1, 2), (0, 2, 1)):
+        G, block_size, D = 2, 4, 16
+        H = 2 * G
+        sizes, far = (3, block_size, G), 2**30
+        strides = [0, 0, 0]
+        strides[order[2]], strides[order[1]] = far, far * sizes[order[2]]
+        strides[order[0]] = D
+        size = sum((n - 1) * s for n, s in zip(sizes, strides)) + D
+        memory = mmap.mmap(-1, 4 * size, flags=PROMISED)
+        flat = torch.frombuffer(memory, dtype=torch.float32)
+        pool = flat.as_strided((*sizes, D), (*strides, 1))
+        pool.copy_(torch.randn(*sizes, D))
+        q = flat.as_strided((2, H, D), (far + 64, far // 4, 1), 128)
+        q.copy_(torch.randn(2, H, D))
+        tables = torch.tensor([[2, 0], [1, 2]], dtype=torch.int32)
+        lens = torch.tensor([7, 5], dtype=torch.int32)
+        inputs = (q, pool, pool, tables, lens)
+        if kernel == "decode":
+            assert_near(paged_decode(*inputs), inputs)
+        else:
+            inputs = (*inputs, torch.ones(2, dtype=torch.int32))
+            assert_near_of(paged_prefill(*inputs), inputs, paged_prefill_gather)
+
+
+def test_generation_in_place_from_the_prompt_on_is_generation_by_recompute(monkeypatch):
+    def never(*args):
+        raise AssertionError("expected no gather, got one")
+
+    monkeypatch.setattr(paged_kv_cache, "attend_paged", never)
+    model = Transformer(TINY).eval()
+    prompts = [torch.randint(TINY.vocab_size, (n,)) for n in (5, 12)]
+    cache = begun(PagedKVCache(TINY, 8, 4, decode=paged_decode, prefill=paged_prefill), 2)
+    texts = generate.generate_cached(model, prompts, 5, cache, temperature=0)
+    for token_ids, prompt_ids in zip(texts, prompts):
+        expected = generate.generate_recompute(model, prompt_ids, 5, temperature=0)
+        assert torch.equal(token_ids, expected)

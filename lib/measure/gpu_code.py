@@ -19,14 +19,18 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lib import paged_attention_triton
 
 GPUS = ("sm_80", "sm_90", "sm_100", "gfx942")  # A100, H100, B200, MI300
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+BLOCK_SIZE = 16  # tokens
 
 
 # Of the file that is compiled: what a notebook's first cell has for all.
@@ -48,6 +52,8 @@ class GpuCode:
     spilled_bytes: int  # of a thread: what found no register and goes through memory
     shared_bytes: int  # of a program
     tensor_core_instructions: list[str]  # their names, each once
+    num_buffers: int  # tiles of one kind, as of keys, that shared memory holds at a time
+    loop_waits: list[int]  # copies that may be under way still where a loop waits for one
     assembly: str
 
 
@@ -56,14 +62,22 @@ class CompileError(Exception):
 
 
 def compile_kernel(
-    kernel: Any, types: list[str], constants: dict[str, int | bool], gpu: str
+    kernel: Any,
+    types: list[str],
+    constants: dict[str, int | bool],
+    gpu: str,
+    options: dict[str, int] | None = None,
 ) -> GpuCode:
     """`kernel`, compiled for `gpu` in a child process.
 
     kernel: a function under @triton.jit, which may call others. types: of the arguments
     that are no constants, in their order, as Triton writes them: "*bf16" a pointer,
     "fp32", "i32"; ":16" behind it promises a multiple of 16, as a launch would find.
-    gpu: one of GPUS. Raises CompileError, or ValueError for another GPU.
+    gpu: one of GPUS. options: num_warps and num_stages, where they are not Triton's own.
+    Raises CompileError, or ValueError for another GPU.
+
+    num_buffers and loop_waits are read from the compiler's words for NVIDIA: 0 and none
+    where no loop copies ahead, and for AMD.
     """
     _check_known("gpu", gpu, GPUS)
     _check_triton()
@@ -73,6 +87,7 @@ def compile_kernel(
         "types": types,
         "constants": constants,
         "gpu": gpu,
+        "options": options or {},
     }
     try:
         child = _compile_in_child(json.dumps(job))
@@ -90,23 +105,78 @@ def compile_decode(
     head_dim: int = 128,
     group_size: int = 4,
     num_splits: int = 8,
+    num_stages: int | None = None,
     kernel: Any = None,
 ) -> GpuCode:
     """`paged_decode_kernel`, or another in its place, compiled as it would be launched.
 
-    dtype: of q and the caches. Raises as `compile_kernel`.
+    dtype: of q and the caches. num_stages: another number of them. Raises as
+    `compile_kernel`, and ValueError where the launcher would.
     """
+    out = "*fp32:16" if num_splits > 1 else None
+    return _compile_attention(
+        kernel or paged_attention_triton.paged_decode_kernel,
+        paged_attention_triton.decode_constants,
+        (group_size, head_dim, BLOCK_SIZE),
+        *(gpu, dtype, out, num_stages),
+    )
+
+
+def compile_prefill(
+    gpu: str,
+    dtype: str = "bfloat16",
+    *,
+    head_dim: int = 128,
+    group_size: int = 4,
+    num_stages: int | None = None,
+    kernel: Any = None,
+) -> GpuCode:
+    """`paged_prefill_kernel`, or another in its place, as `compile_decode`."""
+    return _compile_attention(
+        kernel or paged_attention_triton.paged_prefill_kernel,
+        paged_attention_triton.prefill_constants,
+        (group_size, head_dim, BLOCK_SIZE, 1),
+        *(gpu, dtype, None, num_stages),
+    )
+
+
+def _compile_attention(
+    kernel: Any,
+    constants_of: Callable,
+    sizes: tuple[int, ...],
+    gpu: str,
+    dtype: str,
+    out: str | None,
+    num_stages: int | None,
+) -> GpuCode:
+    _check_known("gpu", gpu, GPUS)
     _check_known("dtype", dtype, DTYPES)
     _check_triton()
-    kernel = kernel or paged_attention_triton.paged_decode_kernel
-    constants = paged_attention_triton.decode_constants(
-        group_size, head_dim, num_splits, dtype, is_interpreted=False
-    )
-    number = f"*{DTYPES[dtype]}:16"
-    out = "*fp32:16" if num_splits > 1 else number
-    types = [number, number, number, "*i32:16", "*i32:16", out, "*fp32:16", "fp32", "i32"]
-    types += ["i32:16"] * 8 + ["i32"]  # strides: of numbers, and of block_tables
-    return compile_kernel(kernel, types, constants, gpu)
+    constants = constants_of(*sizes, getattr(torch, dtype), is_interpreted=False)
+    platform = "cuda" if gpu.startswith("sm_") else "hip"
+    options = paged_attention_triton.launch_options(constants["ROWS"], platform)
+    if num_stages is not None:
+        options["num_stages"] = num_stages
+    types, number = {}, f"*{DTYPES[dtype]}:16"
+    stride = "i32:16" if constants["HEAD_DIM"] % 16 == 0 else "i32"
+    for name in kernel.arg_names:
+        if name in constants:
+            continue
+        if name in ("q_ptr", "k_cache_ptr", "v_cache_ptr"):
+            types[name] = number
+        elif name == "out_ptr":
+            types[name] = out or number
+        elif name == "logsumexp_ptr":
+            types[name] = "*fp32:16"
+        elif name.endswith("_ptr"):  # tables and lengths
+            types[name] = "*i32:16"
+        elif name == "scale_log2_e":
+            types[name] = "fp32"
+        elif name in ("table_stride_b", "split_tokens", "num_requests"):
+            types[name] = "i32"  # not specialized
+        else:
+            types[name] = stride
+    return compile_kernel(kernel, list(types.values()), constants, gpu, options)
 
 
 def _check_known(name: str, value: str, known: Any):
@@ -180,6 +250,7 @@ def _compile_here(
     types: list[str],
     constants: dict[str, int | bool],
     gpu: str,
+    options: dict[str, int],
 ) -> GpuCode:
     import triton
     from triton.backends.compiler import GPUTarget
@@ -207,11 +278,33 @@ def _compile_here(
             target = GPUTarget("cuda", int(gpu.removeprefix("sm_")), 32)
         else:
             target = GPUTarget("hip", gpu, 64)
-        compiled = triton.compile(source, target=target)
-    facts = {"gpu": gpu, "shared_bytes": compiled.metadata.shared}
+        compiled = triton.compile(source, target=target, options=options)
+    facts = {
+        "gpu": gpu,
+        "shared_bytes": compiled.metadata.shared,
+        **_read_loops(compiled.asm["ttgir"]),
+    }
     if is_nvidia:
         return _read_cubin(compiled.asm["cubin"], Path(triton.__file__).parent, facts)
     return _read_amdgcn(compiled.asm["amdgcn"], facts)
+
+
+def _read_loops(ttgir: str) -> dict[str, Any]:
+    """From the last of the compiler's texts that has loops still. Where a loop copies
+    ahead, its tiles lie in shared memory behind one another, (buffers, rows, cols)."""
+    buffers = re.findall(r"local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x", ttgir)
+    waits, depth = [], 0
+    for line in ttgir.split("\n"):
+        is_loop = "scf.for" in line or "scf.while" in line
+        depth = depth + 1 if is_loop or depth and line.rstrip().endswith("{") else depth
+        if depth and "async_wait" in line:
+            waits.append(int(re.search(r"num = (\d+)", line)[1]))
+        if depth and line.strip().startswith("}"):
+            depth -= 1
+    return {
+        "num_buffers": min(map(int, buffers), default=0),
+        "loop_waits": waits,
+    }
 
 
 def _read_cubin(cubin: bytes, triton_folder: Path, facts: dict) -> GpuCode:
@@ -232,7 +325,7 @@ def _read_cubin(cubin: bytes, triton_folder: Path, facts: dict) -> GpuCode:
         **facts,
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         spilled_bytes=int(re.search(r"STACK:(\d+)", usage)[1]),
-        tensor_core_instructions=_names(r"\b([A-Z]+MMA\.[.\w]+)", assembly),
+        tensor_core_instructions=_names(r"\b([A-Z]+MMA[.\w]*)", assembly),
         assembly=assembly,
     )
 
