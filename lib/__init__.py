@@ -21,6 +21,8 @@ import sys
 
 import torch
 
-# Once Triton is there it has decided: check_interpreter says so.
+if os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y"):
+    os.environ["TRITON_INTERPRET"] = "1"  # of what Triton takes for yes, one from here on
+# Once Triton is there it has decided, and `check_interpreter` says so.
 if not torch.cuda.is_available() and "triton" not in sys.modules:
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -66,7 +66,8 @@ def _canary_kernel(numbers_ptr, out_ptr, TILE: tl.constexpr):
 # Triton decides when it decorates, not when it is asked.
 IS_INTERPRETED = HAS_TRITON and not isinstance(_canary_kernel, triton.JITFunction)
 MIN_DOT = 16  # rows and columns that tensor cores multiply at least
-# What a program can hold: found by compiling (tests/test_gpu_code.py), without spills.
+# What a program can hold, found by compiling (tests/test_gpu_code.py): with more of it an
+# A100 has too little shared memory, or many numbers find no register.
 MAX_COLS = 512  # of q, k and v, that is D rounded up
 MAX_NUMBERS = {  # of its queries, ROWS · COLS
     torch.float32: 2**13,
@@ -538,7 +539,13 @@ def paged_decode(
     Nothing here waits for a GPU, and what is launched depends on shapes alone, so a call
     can be captured in a CUDA graph, and replayed when the lengths are others.
     """
-    check_inputs(q, k_cache, v_cache, block_tables, seq_lens)
+    check_inputs(
+        q=q,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        block_tables=block_tables,
+        seq_lens=seq_lens,
+    )
     if check_ids or (check_ids is None and not q.is_cuda):
         check_block_ids(k_cache, block_tables, seq_lens)
     if split_tokens is not None:
@@ -610,7 +617,14 @@ def paged_prefill(
     the new tokens among them, query_lens int32 (B,), which add up to N. check_ids, and
     what is raised: as `paged_decode`; with check_ids lengths are looked at too.
     """
-    check_inputs(q, k_cache, v_cache, block_tables, seq_lens, query_lens)
+    check_inputs(
+        q=q,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        block_tables=block_tables,
+        seq_lens=seq_lens,
+        query_lens=query_lens,
+    )
     if check_ids or (check_ids is None and not q.is_cuda):
         check_block_ids(k_cache, block_tables, seq_lens)
         check_new_tokens(query_lens, seq_lens, len(q))
@@ -648,6 +662,7 @@ def paged_prefill(
     return out, logsumexp
 
 
+@functools.cache
 def decode_constants(
     group_size: int,
     head_dim: int,
@@ -655,7 +670,7 @@ def decode_constants(
     dtype: torch.dtype,
     is_interpreted: bool = IS_INTERPRETED,
 ) -> dict[str, int | bool]:
-    """The constants that `paged_decode_kernel` is compiled with.
+    """The constants that `paged_decode_kernel` is compiled with, not to be changed.
 
     Raises ValueError where a program could not hold its queries, or a tile of keys.
     """
@@ -667,6 +682,7 @@ def decode_constants(
     }
 
 
+@functools.cache
 def prefill_constants(
     group_size: int,
     head_dim: int,
@@ -718,10 +734,11 @@ def launch_options(rows: int, platform: str = PLATFORM) -> dict[str, int]:
 
     platform: "cuda" or "hip". Of five stages K and V get two buffers each, since the
     look-up of a block and the load behind it share them. AMD's compiler counts otherwise,
-    and its GPUs have less shared memory.
+    and with more it spills.
     """
-    num_warps = 8 if rows >= 128 else 4
-    return {"num_warps": num_warps, "num_stages": 5 if platform == "cuda" else 2}
+    is_large = rows >= 128
+    num_stages = 5 if platform == "cuda" else 1 if is_large else 2
+    return {"num_warps": 8 if is_large else 4, "num_stages": num_stages}
 
 
 def choose_split_tokens(num_programs: int, max_seq_len: int, device: torch.device) -> int:
@@ -739,52 +756,49 @@ def choose_split_tokens(num_programs: int, max_seq_len: int, device: torch.devic
     return min(max(triton.next_power_of_2(triton.cdiv(max_seq_len, wanted)), 128), 2048)
 
 
-def check_inputs(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_lens: torch.Tensor | None = None,
-):
-    """Raise ValueError, with expected and got, unless shapes, dtypes and devices fit."""
-    tensors = {
-        "q": (q, 3),
-        "k_cache": (k_cache, 4),
-        "v_cache": (v_cache, 4),
-        "block_tables": (block_tables, 2),
-        "seq_lens": (seq_lens, 1),
-    }
-    if query_lens is not None:
-        tensors["query_lens"] = (query_lens, 1)
-    for name, (tensor, num_dims) in tensors.items():
-        if tensor.dim() != num_dims:
+def check_inputs(**tensors: torch.Tensor):
+    """Raise ValueError, with expected and got, unless shapes, dtypes and devices fit.
+
+    tensors: q, k_cache, v_cache, block_tables, seq_lens, and for prefill query_lens.
+    """
+    _check_kinds(tuple((n, x.shape, x.dtype, x.device) for n, x in tensors.items()))
+
+
+# Layer after layer asks for the same: a model launches a kernel every few microseconds.
+@functools.lru_cache(maxsize=256)
+def _check_kinds(kinds: tuple[tuple[str, torch.Size, torch.dtype, torch.device], ...]):
+    shapes = {name: shape for name, shape, _, _ in kinds}
+    (_, _, q_dtype, q_device), *_ = kinds
+    num_dims = {"q": 3, "k_cache": 4, "v_cache": 4, "block_tables": 2}  # others 1
+    for name, shape, dtype, device in kinds:
+        if len(shape) != num_dims.get(name, 1):
             raise ValueError(
-                f"{name}: expected {num_dims} dimensions, got {tuple(tensor.shape)}"
+                f"{name}: expected {num_dims.get(name, 1)} dimensions, got {tuple(shape)}"
             )
-        if tensor.device != q.device:
-            raise ValueError(f"{name}: expected on {q.device}, as q, got {tensor.device}")
+        if device != q_device:
+            raise ValueError(f"{name}: expected on {q_device}, as q, got {device}")
         is_index = name in ("block_tables", "seq_lens", "query_lens")
-        dtype = torch.int32 if is_index else q.dtype
-        if tensor.dtype != dtype:
-            raise ValueError(f"{name}: expected {dtype}, got {tensor.dtype}")
-    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"q: expected float32, float16 or bfloat16, got {q.dtype}")
-    (N, H, D), G = q.shape, k_cache.shape[2]
-    B = N if query_lens is None else len(query_lens)
-    if v_cache.shape != k_cache.shape:
+        expected = torch.int32 if is_index else q_dtype
+        if dtype != expected:
+            raise ValueError(f"{name}: expected {expected}, got {dtype}")
+    if q_dtype not in TILE_NUMBERS:
+        raise ValueError(f"q: expected float32, float16 or bfloat16, got {q_dtype}")
+    (N, H, D), G = shapes["q"], shapes["k_cache"][2]
+    if shapes["v_cache"] != shapes["k_cache"]:
         raise ValueError(
-            f"v_cache: expected {tuple(k_cache.shape)} as k_cache, "
-            f"got {tuple(v_cache.shape)}"
+            f"v_cache: expected {tuple(shapes['k_cache'])} as k_cache, "
+            f"got {tuple(shapes['v_cache'])}"
         )
-    if k_cache.shape[3] != D:
-        raise ValueError(f"k_cache: expected D = {D} as in q, got {k_cache.shape[3]}")
+    if shapes["k_cache"][3] != D:
+        raise ValueError(f"k_cache: expected D = {D} as in q, got {shapes['k_cache'][3]}")
     if G == 0 or H % G:
         raise ValueError(f"k_cache: expected a divisor of {H} query heads, got G = {G}")
-    if len(block_tables) != B or len(seq_lens) != B:
+    B = shapes["query_lens"][0] if "query_lens" in shapes else N
+    num_rows = shapes["block_tables"][0], shapes["seq_lens"][0]
+    if num_rows != (B, B):
         raise ValueError(
             f"block_tables, seq_lens: expected one row for each of {B} requests, "
-            f"got {len(block_tables)} and {len(seq_lens)}"
+            f"got {num_rows[0]} and {num_rows[1]}"
         )
 
 

@@ -1,4 +1,10 @@
+import functools
+import json
+import os
+import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,7 +12,7 @@ import torch
 pytest.importorskip("triton", reason="compiling needs Triton")
 from lib import paged_attention_triton  # noqa: E402
 from lib.measure import gpu_code  # noqa: E402
-from lib.measure.gpu_code import compile_decode  # noqa: E402
+from lib.measure.gpu_code import compile_decode, compile_prefill  # noqa: E402
 from lib.paged_attention_triton import tl, triton  # noqa: E402
 
 in_a_process_of_its_own = gpu_code._compile_in_child
@@ -38,6 +44,27 @@ def test_the_kernel_compiles_without_spills_and_uses_tensor_cores(
     code = compile_decode(gpu, dtype, num_splits=num_splits)
     assert code.spilled_bytes == 0
     assert 16 <= code.registers <= 255 and 0 < code.shared_bytes <= 99 * 1024
+    check_tensor_cores(code, gpu, instruction)
+
+
+@pytest.mark.parametrize(
+    "gpu, dtype, instruction",
+    [
+        ("sm_80", "bfloat16", "HMMA"),
+        ("sm_90", "bfloat16", "HGMMA"),
+        ("gfx942", "bfloat16", "v_mfma"),
+        pytest.param("sm_80", "float32", None, marks=pytest.mark.nightly),
+        pytest.param("sm_90", "float16", "HGMMA", marks=pytest.mark.nightly),
+        pytest.param("sm_100", "bfloat16", "MMA", marks=pytest.mark.nightly),
+    ],
+)
+def test_the_kernel_for_prompts_compiles_without_spills_too(gpu, dtype, instruction):
+    code = compile_prefill(gpu, dtype)
+    assert code.spilled_bytes == 0 and code.shared_bytes <= 163 * 1024  # an A100's
+    check_tensor_cores(code, gpu, instruction)
+
+
+def check_tensor_cores(code, gpu, instruction):
     names = code.tensor_core_instructions
     # fp32 is multiplied in full precision, which NVIDIA's tensor cores do not have.
     if instruction:
@@ -46,10 +73,65 @@ def test_the_kernel_compiles_without_spills_and_uses_tensor_cores(
         assert names == []
 
 
-@pytest.mark.parametrize("head_dim, group_size", [(80, 1), (64, 8), (256, 4)])
+@pytest.mark.parametrize("compile_one", [compile_decode, compile_prefill])
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_90"])
+def test_the_next_tiles_are_on_their_way_while_one_is_multiplied(gpu, compile_one):
+    """Two buffers for keys and two for values, and no wait for all that was asked for."""
+    code = compile_one(gpu, "bfloat16")
+    assert code.num_buffers >= 2
+    assert code.loop_waits and min(code.loop_waits) > 0
+    # The machine code has the same: a loop may not wait with a count of 0 at its top.
+    counts = [int(n, 16) for n in re.findall(r"DEPBAR\.LE SB0, (0x\w+)", code.assembly)]
+    assert len(counts) > 1 and all(count > 0 for count in counts[:-1])  # 0 at the end
+
+
+def test_with_fewer_stages_each_load_is_waited_for():
+    """What chapter 5 lets the reader find."""
+    for num_stages, num_buffers, waits in ((1, 0, []), (3, 1, [0]), (7, 3, [6])):
+        code = compile_decode("sm_90", num_stages=num_stages)
+        assert (code.num_buffers, code.loop_waits) == (num_buffers, waits)
+
+
+@pytest.mark.parametrize(
+    "head_dim, group_size", [(80, 1), (64, 8), (256, 4), (512, 16), (128, 128)]
+)
 def test_other_shapes_compile_too(head_dim, group_size):
     code = compile_decode("sm_90", head_dim=head_dim, group_size=group_size)
-    assert code.spilled_bytes == 0
+    assert code.spilled_bytes == 0 and code.num_buffers >= 2
+
+
+def test_keys_that_are_not_aligned_cost_a_great_deal():
+    """The lesson of chapter 5: 72 numbers in bf16 are no multiple of 32 bytes."""
+    assert compile_decode("sm_80", head_dim=72).spilled_bytes > 1000
+    assert compile_decode("sm_80", head_dim=80).spilled_bytes == 0
+
+
+def test_a_text_may_grow_and_no_kernel_is_compiled_again():
+    said = fake_gpu()
+    # For decoding once with results of the queries' dtype, once with parts in fp32.
+    assert sorted(said["compiled"]) == [
+        *("merge_splits_kernel", "paged_decode_kernel"),
+        *("paged_decode_kernel", "paged_prefill_kernel"),
+    ]
+    grids = [tuple(grid) for grid in said["launches"]]
+    assert grids[0] == (1, 8, 1) and (1, 8, 32) in grids  # 65,536 tokens, 2,048 each
+
+
+def test_a_gpu_with_less_shared_memory_says_what_it_has():
+    words = "expected fewer numbers per head than 512 .* has 49152 of shared memory"
+    assert re.search(words, fake_gpu()["refused"])
+
+
+@functools.cache
+def fake_gpu():
+    result = subprocess.run(
+        [sys.executable, Path(__file__).with_name("fake_gpu.py")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
 
 
 def test_the_command_says_what_came_out(monkeypatch, capfd):
@@ -82,15 +164,13 @@ def kernel_with_a_python_list(x_ptr, TILE: tl.constexpr):
     tl.store(x_ptr + [0, 1], 0.0)
 
 
-def test_what_finds_no_register_is_counted():
-    constants = paged_attention_triton.decode_constants(4, 128, 1, "float32", False)
-    assert gpu_code.compile_decode("sm_80", "float32", num_splits=1).spilled_bytes == 0
-    number, index = ["*fp32:16"], ["*i32:16"]
-    types = number * 3 + index * 2 + number * 2 + ["fp32", "i32"] + ["i32:16"] * 8
-    kernel = paged_attention_triton.paged_decode_kernel
-    large = gpu_code.compile_kernel(
-        kernel, [*types, "i32"], {**constants, "TILE": 128}, "sm_80"
-    )
+def test_what_finds_no_register_is_counted(monkeypatch):
+    assert compile_decode("sm_80", "float32", num_splits=1).spilled_bytes == 0
+    monkeypatch.setitem(paged_attention_triton.TILE_NUMBERS, torch.float32, 2**16)
+    monkeypatch.setitem(paged_attention_triton.MAX_NUMBERS, torch.float32, 2**16)
+    paged_attention_triton.decode_constants.cache_clear()
+    large = compile_decode("sm_80", "float32", group_size=128)
+    paged_attention_triton.decode_constants.cache_clear()
     assert large.spilled_bytes > 0
 
 
@@ -128,5 +208,11 @@ def test_another_gpu_or_dtype_is_refused():
 
 
 def test_what_does_not_compile_is_told():
-    with pytest.raises(gpu_code.CompileError, match="tiles_per_split = tl.cdiv"):
-        compile_decode("sm_90", num_splits=3.5)
+    with pytest.raises(gpu_code.CompileError, match="tl.arange\\(0, ROWS\\)"):
+        constants = {
+            **paged_attention_triton.decode_constants(4, 128, 16, torch.bfloat16),
+            "ROWS": 3.5,
+        }
+        kernel = paged_attention_triton.paged_decode_kernel
+        types = ["*bf16"] * 3 + ["*i32"] * 2 + ["*bf16", "*fp32", "fp32"] + ["i32"] * 10
+        gpu_code.compile_kernel(kernel, types, constants, "sm_90")
