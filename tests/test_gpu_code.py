@@ -104,6 +104,8 @@ def test_keys_that_are_not_aligned_cost_a_great_deal():
     """The lesson of chapter 5: 72 numbers in bf16 are no multiple of 32 bytes."""
     assert compile_decode("sm_80", head_dim=72).spilled_bytes > 1000
     assert compile_decode("sm_80", head_dim=80).spilled_bytes == 0
+    # Rows of 72 that lie 80 apart are aligned.
+    assert compile_decode("sm_80", head_dim=72, is_aligned=True).spilled_bytes == 0
 
 
 def test_a_text_may_grow_and_no_kernel_is_compiled_again():
@@ -216,3 +218,38 @@ def test_what_does_not_compile_is_told():
         kernel = paged_attention_triton.paged_decode_kernel
         types = ["*bf16"] * 3 + ["*i32"] * 2 + ["*bf16", "*fp32", "fp32"] + ["i32"] * 10
         gpu_code.compile_kernel(kernel, types, constants, "sm_90")
+
+
+AHEAD = {
+    "tile": """
+    # tile by tile; of the first one the blocks are looked up here
+    first = start + tl.arange(0, TILE)
+    next_at = b * table_stride_b + first // BLOCK_SIZE
+    next_id = tl.load(block_tables_ptr + next_at, mask=first < end, other=0)
+    for tile_start in range(start, end, TILE):
+        position = tile_start + tl.arange(0, TILE)
+        is_token = position < end
+        is_there = is_token[:, None] & is_col[None, :]
+""",
+    "look": """
+        # use what was looked up a tile ago, and look up the next
+        block_id, place = next_id.to(tl.int64), (position % BLOCK_SIZE).to(tl.int64)
+        next_at = b * table_stride_b + (position + TILE) // BLOCK_SIZE
+        next_id = tl.load(block_tables_ptr + next_at, mask=position + TILE < end, other=0)
+""",
+}
+
+
+def test_a_look_up_moved_a_tile_ahead_gives_a_buffer_more_for_the_same_stages():
+    kernel = gpu_code.edited(paged_attention_triton.paged_decode_kernel, AHEAD)
+    plain, ahead = (
+        compile_decode("sm_90", num_stages=3, kernel=k) for k in (None, kernel)
+    )
+    assert (plain.num_buffers, plain.loop_waits) == (1, [0])
+    assert (ahead.num_buffers, ahead.loop_waits) == (2, [2])
+
+
+def test_a_paragraph_that_is_not_there_cannot_be_replaced():
+    kernel = paged_attention_triton.paged_decode_kernel
+    with pytest.raises(ValueError, match="under a comment `# sing`, found 0"):
+        gpu_code.edited(kernel, {"sing": ""})

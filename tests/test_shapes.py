@@ -154,8 +154,16 @@ def watcher():
             paged_attention.paged_decode_online,
         ):
             paged_decode(q, *pool, torch.arange(9).view(3, 3), torch.tensor([9, 1, 12]))
+        tables, lens = torch.arange(9).view(3, 3), torch.tensor([9, 1, 12])
+        paged_attention.paged_prefill_gather(
+            *(torch.randn(7, 6, 10), *pool, tables, lens, torch.tensor([4, 1, 2]))
+        )
         paged_attention.merge_splits(torch.randn(3, 6, 4, 10), torch.randn(3, 6, 4))
-        cache = PagedKVCache(CONFIG, 9, 4, decode=paged_attention.paged_decode_online)
+        in_place = {
+            "decode": paged_attention.paged_decode_online,
+            "prefill": paged_attention.paged_prefill_gather,
+        }
+        cache = PagedKVCache(CONFIG, 9, 4, **in_place)
         begun(cache, 3)
         generate.generate_cached(model, prompts, 2, cache)
         sampling.next_token_probs(torch.randn(3, 29), temperature=0)

@@ -4,7 +4,6 @@ As in plotting.py, solid is written now, and hatched grey is wasted or computed 
 A light tint was written before, white is free. Each function returns what it drew on.
 """
 
-import math
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 
@@ -180,7 +179,7 @@ def draw_reads(
     manager: BlockManager,
     request_id: Hashable,
     tile: int,
-    num_splits: int,
+    split_tokens: int,
     *,
     title: str,
     ax: Axes | None = None,
@@ -188,26 +187,25 @@ def draw_reads(
     """What the programs of one KV head read of a request, and by which way.
 
     Above, the request's blocks in the order of its text, under its tiles of `tile`
-    tokens, in the colour of the program that reads them: whole tiles, as even as can be.
-    Below, the pool, where the blocks lie.
+    tokens, in the colour of the program that reads them, `split_tokens` each. Below, the
+    pool, where the blocks lie.
     """
     size, block_table = manager.block_size, manager.block_tables[request_id]
     seq_len, num_blocks = manager.seq_lens[request_id], manager.num_blocks
     left = (num_blocks - len(block_table)) / 2  # the text in the middle
     ax = ax or plt.subplots(figsize=(min(9.0, 1.2 + 0.62 * num_blocks), 3.2))[1]
-    tiles_per_split = math.ceil(math.ceil(seq_len / tile) / num_splits)
     for block_id in range(num_blocks):
         _draw_block(ax, block_id, 2.4, size, 0, FREE, str(block_id))
     for i, block_id in enumerate(block_table):
         filled = manager.num_tokens_in(request_id, i)
-        colour = REQUESTS[i * size // tile // tiles_per_split % len(REQUESTS)]
+        colour = REQUESTS[i * size // split_tokens % len(REQUESTS)]
         look = {"facecolor": colour, "edgecolor": "#8C8C8C"}
         _draw_block(ax, left + i, 0.8, size, filled, look, str(block_id))
         _draw_block(ax, block_id, 2.4, size, filled, look, str(block_id))
         ax.plot([left + i, block_id], [1.15, 2.05], color="#8C8C8C", linewidth=1)
     for width, y, word in (
         (tile, 0.3, "tile"),
-        (tiles_per_split * tile, -0.2, "program"),
+        (split_tokens, -0.2, "program"),
     ):
         for i, at in enumerate(range(0, seq_len, width)):
             start, end = (

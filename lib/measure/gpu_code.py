@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import inspect
 import json
+import linecache
 import os
 import re
 import subprocess
@@ -106,19 +107,21 @@ def compile_decode(
     group_size: int = 4,
     num_splits: int = 8,
     num_stages: int | None = None,
+    is_aligned: bool | None = None,
     kernel: Any = None,
 ) -> GpuCode:
     """`paged_decode_kernel`, or another in its place, compiled as it would be launched.
 
-    dtype: of q and the caches. num_stages: another number of them. Raises as
-    `compile_kernel`, and ValueError where the launcher would.
+    dtype: of q and the caches. num_stages: another number of them. is_aligned: whether
+    rows begin at multiples of 16 numbers; None: as where they follow one another. Raises
+    as `compile_kernel`, and ValueError where the launcher would.
     """
     out = "*fp32:16" if num_splits > 1 else None
     return _compile_attention(
         kernel or paged_attention_triton.paged_decode_kernel,
         paged_attention_triton.decode_constants,
         (group_size, head_dim, BLOCK_SIZE),
-        *(gpu, dtype, out, num_stages),
+        *(gpu, dtype, out, num_stages, is_aligned),
     )
 
 
@@ -129,6 +132,7 @@ def compile_prefill(
     head_dim: int = 128,
     group_size: int = 4,
     num_stages: int | None = None,
+    is_aligned: bool | None = None,
     kernel: Any = None,
 ) -> GpuCode:
     """`paged_prefill_kernel`, or another in its place, as `compile_decode`."""
@@ -136,7 +140,7 @@ def compile_prefill(
         kernel or paged_attention_triton.paged_prefill_kernel,
         paged_attention_triton.prefill_constants,
         (group_size, head_dim, BLOCK_SIZE, 1),
-        *(gpu, dtype, None, num_stages),
+        *(gpu, dtype, None, num_stages, is_aligned),
     )
 
 
@@ -148,6 +152,7 @@ def _compile_attention(
     dtype: str,
     out: str | None,
     num_stages: int | None,
+    is_aligned: bool | None,
 ) -> GpuCode:
     _check_known("gpu", gpu, GPUS)
     _check_known("dtype", dtype, DTYPES)
@@ -158,7 +163,9 @@ def _compile_attention(
     if num_stages is not None:
         options["num_stages"] = num_stages
     types, number = {}, f"*{DTYPES[dtype]}:16"
-    stride = "i32:16" if constants["HEAD_DIM"] % 16 == 0 else "i32"
+    if is_aligned is None:
+        is_aligned = constants["HEAD_DIM"] % 16 == 0
+    stride = "i32:16" if is_aligned else "i32"
     for name in kernel.arg_names:
         if name in constants:
             continue
@@ -177,6 +184,32 @@ def _compile_attention(
         else:
             types[name] = stride
     return compile_kernel(kernel, list(types.values()), constants, gpu, options)
+
+
+def edited(kernel: Any, paragraphs: dict[str, str]) -> Any:
+    """A kernel with paragraphs of its body replaced: a new one, to be compiled.
+
+    paragraphs: text by the first word of the comment that a paragraph begins with, such
+    as "look" for "# look up the block ...". Raises ValueError where there is none.
+    """
+    source = textwrap.dedent(inspect.getsource(kernel.fn))
+    parts = source.split("\n\n")
+    for word, text in paragraphs.items():
+        found = [
+            i for i, part in enumerate(parts) if part.lstrip().startswith(f"# {word}")
+        ]
+        if len(found) != 1:
+            raise ValueError(
+                f"{kernel.fn.__name__}: expected one paragraph under a comment "
+                f"`# {word}`, found {len(found)}"
+            )
+        parts[found[0]] = text.strip("\n")
+    source = "\n\n".join(parts)
+    name = f"<{kernel.fn.__name__}, edited {hash(source)}>"
+    linecache.cache[name] = len(source), None, source.splitlines(True), name
+    names = dict(kernel.fn.__globals__)
+    exec(compile(source, name, "exec"), names)
+    return names[kernel.fn.__name__]
 
 
 def _check_known(name: str, value: str, known: Any):
