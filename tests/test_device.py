@@ -55,3 +55,38 @@ def test_the_environment_before_the_tests_is_found_again(monkeypatch):
     environ = environment_before_tests()
     assert environ["CUDA_VISIBLE_DEVICES"] == "3" and "TRITON_INTERPRET" not in environ
     assert environ["BEFORE_TESTS"] and environ["PATH"] == os.environ["PATH"]
+
+
+# As on a machine with a GPU, as far as what decides about kernels can tell.
+WITH_GPU = """
+import importlib, sys, torch
+torch.cuda.is_available = lambda: True
+torch.cuda.get_device_capability = lambda *device: (9, 0)
+importlib.import_module(sys.argv[1])
+from lib import paged_attention_triton
+print(paged_attention_triton.IS_INTERPRETED)
+"""
+
+
+@pytest.mark.parametrize(
+    "module, is_interpreted",
+    [
+        ("lib.course.check", False),  # in a notebook, whose kernels are compiled
+        ("lib.course.grading.__main__", True),
+        ("lib.course.release", True),
+    ],
+)
+def test_kernels_are_interpreted_with_a_gpu_too_where_answers_are_tried(
+    module, is_interpreted
+):
+    pytest.importorskip("triton")
+    environ = environment_before_tests()
+    environ.pop("TRITON_INTERPRET", None)
+    result = subprocess.run(
+        [sys.executable, "-c", WITH_GPU, module],
+        env=environ,
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout == f"{is_interpreted}\n", result.stderr
