@@ -274,15 +274,31 @@ def test_devices_that_time_nothing_are_refused(monkeypatch):
         bench_attention.bench_attention([5], [1], **{**SMALL, "device": "cuda"})
 
 
-def test_kernels_are_compiled_with_a_gpu_and_triton_only(monkeypatch):
-    for on_gpu, has_triton, is_interpreted in (
-        (True, True, False),
-        (False, True, False),
-        (True, False, False),
-        (True, True, True),
-    ):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda on_gpu=on_gpu: on_gpu)
-        monkeypatch.setattr(paged_attention_triton, "HAS_TRITON", has_triton)
-        monkeypatch.setattr(paged_attention_triton, "IS_INTERPRETED", is_interpreted)
-        is_all = on_gpu and has_triton and not is_interpreted
-        assert bench_attention.can_compile_kernels() == is_all
+@pytest.mark.parametrize(
+    "changes, can_compile",
+    [
+        ({}, True),
+        ({"is_available": False}, False),
+        ({"HAS_TRITON": False}, False),
+        ({"IS_INTERPRETED": True}, False),
+        ({"capability": (7, 5)}, False),  # a T4
+        ({"capability": (8, 0)}, True),
+        ({"capability": (7, 5), "hip": "6.4"}, True),  # of AMD it says something else
+    ],
+)
+def test_kernels_are_compiled_with_triton_and_a_gpu_that_is_new_enough_only(
+    monkeypatch, changes, can_compile
+):
+    machine = {"is_available": True, "capability": (9, 0), "hip": None}
+    machine |= {"HAS_TRITON": True, "IS_INTERPRETED": False, **changes}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: machine["is_available"])
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda: machine["capability"]
+    )
+    monkeypatch.setattr(torch.version, "hip", machine["hip"])
+    for name in ("HAS_TRITON", "IS_INTERPRETED"):
+        monkeypatch.setattr(paged_attention_triton, name, machine[name])
+    assert bench_attention.can_compile_kernels() == can_compile
+    if not can_compile:
+        with pytest.raises(ValueError, match="before compute capability 8.0.* got cuda"):
+            bench_attention.check_device("cuda")
