@@ -61,7 +61,7 @@ def test_the_environment_before_the_tests_is_found_again(monkeypatch):
 WITH_GPU = """
 import importlib, sys, torch
 torch.cuda.is_available = lambda: True
-torch.cuda.get_device_capability = lambda *device: (9, 0)
+torch.cuda.get_device_capability = lambda *device: eval(sys.argv[2])
 importlib.import_module(sys.argv[1])
 from lib import paged_attention_triton
 print(paged_attention_triton.IS_INTERPRETED)
@@ -69,21 +69,22 @@ print(paged_attention_triton.IS_INTERPRETED)
 
 
 @pytest.mark.parametrize(
-    "module, is_interpreted",
+    "module, capability, is_interpreted",
     [
-        ("lib.course.check", False),  # in a notebook, whose kernels are compiled
-        ("lib.course.grading.__main__", True),
-        ("lib.course.release", True),
+        ("lib.course.check", (9, 0), False),  # in a notebook, whose kernels are compiled
+        ("lib.course.check", (7, 5), True),
+        ("lib.course.grading.__main__", (9, 0), True),
+        ("lib.course.release", (9, 0), True),
     ],
 )
-def test_kernels_are_interpreted_with_a_gpu_too_where_answers_are_tried(
-    module, is_interpreted
+def test_kernels_are_interpreted_where_answers_are_tried_and_for_an_old_gpu(
+    module, capability, is_interpreted
 ):
     pytest.importorskip("triton")
     environ = environment_before_tests()
     environ.pop("TRITON_INTERPRET", None)
     result = subprocess.run(
-        [sys.executable, "-c", WITH_GPU, module],
+        [sys.executable, "-c", WITH_GPU, module, str(capability)],
         env=environ,
         cwd=Path(__file__).parents[1],
         capture_output=True,

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import random_model
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lib.measure.meter import (
     machine_facts,
@@ -223,6 +224,34 @@ def test_peak_is_that_of_the_allocator_to_the_byte():
     for line in lines:
         ours, allocator = line.split()
         assert ours == allocator, line
+
+
+def test_on_gpus_memory_is_the_peak_of_the_allocators_of_those_that_are_used(
+    monkeypatch,
+):
+    allocated, peaks = [100, 20, 3], [100, 20, 3]
+    changes = {
+        "is_initialized": lambda: True,
+        "device_count": lambda: 3,
+        "memory_allocated": lambda gpu: allocated[gpu],
+        "max_memory_allocated": lambda gpu: peaks[gpu],
+        "reset_peak_memory_stats": lambda gpu: peaks.__setitem__(gpu, allocated[gpu]),
+    }
+    for name, change in changes.items():
+        monkeypatch.setattr(torch.cuda, name, change)
+
+    def use(*gpus):
+        peaks[:] = [1100, 70, 3]
+        for gpu in gpus:
+            torch.zeros(5, device=f"cuda:{gpu}")
+
+    with FakeTensorMode():  # tensors on GPUs that are not there
+        assert measure(lambda: use(1)).peak_bytes == 50
+        assert measure(lambda: use(0, 1, 1)).peak_bytes == 1050
+        assert measure(lambda: use(2)).peak_bytes == 0
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+        assert measure(lambda: use(1)).peak_bytes == 70, "all of it is new"
+    assert measure(lambda: torch.zeros(5)).peak_bytes == 20, "on the CPU as ever"
 
 
 def test_traffic_counts_what_masks_let_through_and_shows_what_nobody_filled_in():
