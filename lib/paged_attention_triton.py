@@ -402,7 +402,8 @@ def pad_rows(x: torch.Tensor) -> torch.Tensor:
     x = x if x.stride(1) == 1 else x.contiguous()
     out = torch.empty(N, triton.next_power_of_2(num_cols), dtype=x.dtype, device=x.device)
     if N > 0:
-        load_row_kernel[(N,)](x, out, x.stride(0), num_cols, TILE=out.shape[1])
+        with on_its_device(x):
+            load_row_kernel[(N,)](x, out, x.stride(0), num_cols, TILE=out.shape[1])
     return out
 
 
@@ -430,9 +431,10 @@ def write_kv(
     tile = triton.next_power_of_2(num_numbers)
     for cache, new in ((k_cache, k), (v_cache, v)):
         if len(slots) > 0:
-            write_kv_kernel[(len(slots),)](
-                new.contiguous(), cache, slots, num_numbers, TILE=tile
-            )
+            with on_its_device(cache):
+                write_kv_kernel[(len(slots),)](
+                    new.contiguous(), cache, slots, num_numbers, TILE=tile
+                )
 
 
 def copy_blocks(cache: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor):
@@ -451,9 +453,10 @@ def copy_blocks(cache: torch.Tensor, sources: torch.Tensor, targets: torch.Tenso
         )
     num_numbers, tile = cache[0].numel(), 1024
     if len(sources) > 0:
-        copy_blocks_kernel[(len(sources), triton.cdiv(num_numbers, tile))](
-            cache, sources, targets, num_numbers, TILE=tile
-        )
+        with on_its_device(cache):
+            copy_blocks_kernel[(len(sources), triton.cdiv(num_numbers, tile))](
+                cache, sources, targets, num_numbers, TILE=tile
+            )
 
 
 def gather_kv(
@@ -480,10 +483,11 @@ def gather_kv(
         )
         num_numbers = cache.shape[2] * cache.shape[3]
         if seq_len > 0:
-            gather_kernel[(seq_len,)](
-                *(cache, used, out, block_size, num_numbers),
-                TILE=triton.next_power_of_2(num_numbers),
-            )
+            with on_its_device(cache):
+                gather_kernel[(seq_len,)](
+                    *(cache, used, out, block_size, num_numbers),
+                    TILE=triton.next_power_of_2(num_numbers),
+                )
         dense.append(out)
     return dense[0], dense[1]
 
@@ -837,17 +841,17 @@ def check_new_tokens(query_lens: torch.Tensor, seq_lens: torch.Tensor, N: int):
 
 
 @contextlib.contextmanager
-def on_its_device(q: torch.Tensor) -> Iterator[None]:
-    """While inside, kernels are launched where the tensor is; ValueError where that GPU
-    has less than they need."""
+def on_its_device(x: torch.Tensor) -> Iterator[None]:
+    """While inside, kernels are launched where the tensor is, not where most are;
+    ValueError where that GPU has less than they need."""
     try:
-        with torch.cuda.device_of(q):
+        with torch.cuda.device_of(x):
             yield
     except OutOfResources as error:
         raise ValueError(
-            f"q: expected fewer numbers per head than {q.shape[2]} of {q.dtype}, or "
-            f"fewer heads per KV head: this GPU has {error.limit} of {error.name}, it "
-            f"takes {error.required}"
+            f"expected fewer numbers per head than {x.shape[-1]} of {x.dtype}, or fewer "
+            f"heads per KV head: this GPU has {error.limit} of {error.name}, and the "
+            f"kernel takes {error.required}"
         ) from None
 
 

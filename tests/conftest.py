@@ -1,11 +1,25 @@
 import functools
+import json
 import os
 
-import pytest
-import torch
-from compiler import Compiler
+# The tests run as on a machine without a GPU: here it is hidden from them, and from the
+# processes that they start, before anything imports torch. tests/device/ alone runs on a
+# GPU, where TEST_DEVICE=cuda says so. What is changed is remembered for test_device.py,
+# by the first process: pytest-xdist starts others, which find it changed already.
+WITHOUT_GPU = {
+    "CUDA_VISIBLE_DEVICES": "-1",  # a number that no GPU has
+    "HIP_VISIBLE_DEVICES": "-1",
+    "TRITON_INTERPRET": "1",
+}
+if os.environ.get("TEST_DEVICE", "cpu") == "cpu" and "BEFORE_TESTS" not in os.environ:
+    before = {name: os.environ.get(name) for name in WITHOUT_GPU}
+    os.environ.update(WITHOUT_GPU, BEFORE_TESTS=json.dumps(before))
 
-from lib.measure import gpu_code
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from compiler import Compiler  # noqa: E402
+
+from lib.measure import gpu_code  # noqa: E402
 
 # Small models: more threads are slower, and far slower beside other work.
 torch.set_num_threads(1)

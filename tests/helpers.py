@@ -1,5 +1,6 @@
-"""What several tests share: tolerances, and small models."""
+"""What several tests share: tolerances, small models, and a pool to attend over."""
 
+import math
 from collections.abc import Hashable
 
 import torch
@@ -7,9 +8,12 @@ import torch
 from lib.config import ModelConfig
 from lib.kv_cache import KVCache
 from lib.model import Transformer
+from lib.paged_attention import paged_decode_gather
 
 # Largest difference that rounding explains, by dtype: absolute, for values of about 1.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}
+
+NOWHERE = 2147480000  # a block id behind the end of a table
 
 
 def assert_close(got: torch.Tensor, expected: torch.Tensor):
@@ -69,3 +73,52 @@ def random_model(
             if parameter.dim() == 2:
                 parameter.mul_(8)
     return model.to(dtype).eval()
+
+
+def paged(case, dtype=torch.float64, seed=0, device="cpu"):
+    """Inputs of paged_decode: shuffled tables, tails that exist nowhere, NaN if dead.
+
+    case: lengths, (H, G), D, block_size. The same numbers on every device.
+    """
+    lens, (H, G), D, block_size = case
+    torch.manual_seed(seed)
+    counts = [math.ceil(seq_len / block_size) for seq_len in lens]
+    num_blocks = sum(counts) + 3
+    pool = torch.full((2, num_blocks, block_size, G, D), torch.nan, dtype=dtype)
+    block_tables = torch.full((len(lens), max(counts) + 1), NOWHERE, dtype=torch.int32)
+    block_ids = torch.randperm(num_blocks, dtype=torch.int32)
+    for row, count, seq_len in zip(block_tables, counts, lens):
+        row[:count], block_ids = block_ids[:count], block_ids[count:]
+        for i, block_id in enumerate(row[:count].tolist()):
+            filled = min(block_size, seq_len - i * block_size)
+            pool[:, block_id, :filled] = torch.randn(2, filled, G, D).to(dtype)
+    q = torch.randn(len(lens), H, D).to(dtype)
+    inputs = q, *pool, block_tables, torch.tensor(lens, dtype=torch.int32)
+    return tuple(x.to(device) for x in inputs)
+
+
+def prefilled(case, dtype=torch.float64, device="cpu"):
+    """Inputs of paged_prefill. case: lengths, new tokens of each, and as of `paged`."""
+    lens, query_lens, *shape = case
+    q, *rest = paged((lens, *shape), dtype, device=device)
+    q = torch.randn(sum(query_lens), *q.shape[1:]).to(device, dtype)
+    return q, *rest, torch.tensor(query_lens, dtype=torch.int32, device=device)
+
+
+def in_float64(inputs, oracle=paged_decode_gather):
+    q, k_cache, v_cache, *index = inputs
+    return oracle(q.double(), k_cache.double(), v_cache.double(), *index)
+
+
+def assert_near(got, inputs, oracle=paged_decode_gather):
+    """At most 3 times as far from the result in float64 as torch is in the same dtype."""
+    for one, torchs, exact in zip(got, oracle(*inputs), in_float64(inputs, oracle)):
+        assert one.shape == exact.shape
+        is_finite = exact.isfinite()
+        assert torch.equal(one.isfinite(), is_finite), "NaN, or an infinity, came through"
+        error, torchs_error = (
+            (x.double() - exact)[is_finite].abs().max() if is_finite.any() else 0
+            for x in (one, torchs)
+        )
+        limit = 3 * torchs_error + 1e-5
+        assert error <= limit, f"expected at most {limit}, got {error}"

@@ -127,7 +127,6 @@ def test_what_has_no_meaning_is_refused(monkeypatch, capfd, args, message):
     assert message in capfd.readouterr().err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch, capfd):
     with pytest.raises(SystemExit):
         run(monkeypatch, "--device", "cuda")

@@ -14,10 +14,11 @@ import torch
 import torch.utils.checkpoint
 from tqdm import tqdm
 
-from lib import generate, text
+from lib import generate, paged_attention_triton, text
 from lib.course.attempt import NOT_WRITTEN, ForbiddenCallError, forbid
 from lib.course.build import ROOT, chapter_texts, student_notebook
 from lib.course.check import Check, judge
+from lib.course.collect import register
 from lib.course.compare import OTHER_DTYPE, difference
 from lib.course.exercises import exercises, library_answer
 from lib.course.fork import ForkDiedError, in_fork
@@ -367,6 +368,92 @@ def test_a_kernel_check_needs_triton_and_says_so(check, monkeypatch, capsys):
         "gather_kernel: needs Triton, which is for Linux: read on, the page goes on "
         "without\n"
     )
+
+
+# Kernels where they are compiled: tried in a process that interprets them.
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """As on a machine with a GPU; here no kernel may be launched then."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(paged_attention_triton, "IS_INTERPRETED", False)
+    monkeypatch.setattr(sys.modules["lib.course.check"], "attempt", raising(OSError))
+
+
+def kernel(tail, tile="", **names):
+    """A `load_row_kernel` of which the last lines are these; `tile` follows TILE."""
+    head = f"""@triton.jit
+def load_row_kernel(x_ptr, out_ptr, x_stride, num_cols, TILE: tl.constexpr{tile}):
+    row, col = tl.program_id(0), tl.arange(0, TILE)
+"""
+    triton, tl = paged_attention_triton.triton, paged_attention_triton.tl
+    cell = {"triton": triton, "tl": tl, **names}
+    source = head + "".join(f"    {line}\n" for line in tail)
+    exec(compile(source, register(f"<{tail}>", source), "exec"), cell)
+    return cell["load_row_kernel"]
+
+
+LOAD = "x = tl.load(x_ptr + row * x_stride + col, mask=col < num_cols, other=0.0)"
+STORE = "tl.store(out_ptr + row * TILE + col, x)"
+
+
+def test_a_kernel_that_passed_in_a_process_of_its_own_is_used_here(check, compiled):
+    zero = paged_attention_triton.tl.constexpr(0.0)
+    answer = kernel([LOAD.replace("0.0", "ZERO"), STORE], ZERO=zero)
+    result = check(answer)
+    assert (result.passed, result.message) == (True, "passed")
+    assert paged_attention_triton.load_row_kernel is answer
+
+
+@pytest.mark.parametrize(
+    "load, says",
+    [
+        ("x = tl.load(x_ptr + row * x_stride + col)", "bytes read: expected at most 20"),
+        ("x = tl.load(x_ptr + (1 << 45) + col)", "crashed (Segmentation fault)"),
+        pytest.param(
+            "x = tl.load(no_such_name)",
+            "'no_such_name' is not defined, in `x = tl.load(",
+            marks=pytest.mark.nightly,
+        ),
+    ],
+)
+def test_a_wrong_kernel_is_told_the_same_where_kernels_are_compiled(
+    check, request, load, says
+):
+    answer = kernel([load, STORE])
+    expected = check(answer).message
+    request.getfixturevalue("compiled")
+    got = check(answer)
+    assert (got.passed, got.message) == (False, expected)
+    assert says in expected and "\n" not in expected
+    ours = library_answer("load_row_kernel")
+    assert paged_attention_triton.load_row_kernel is ours
+
+
+def test_a_kernel_without_an_end_is_ended_with_all_that_tries_it(
+    check, compiled, monkeypatch
+):
+    module, children = sys.modules["lib.course.check"], []
+    popen = module.subprocess.Popen
+
+    def start(*args, **options):
+        children.append(popen(*args, **options))
+        return children[-1]
+
+    monkeypatch.setattr(module.subprocess, "Popen", start)
+    monkeypatch.setattr(module, "SECONDS_ELSEWHERE", 1)
+    result = check(kernel(["while num_cols > 0:", "    col += 1", LOAD, STORE]))
+    assert (result.passed, result.message) == (False, "took longer than 1 seconds")
+    (child,) = children
+    with pytest.raises(ProcessLookupError):
+        os.killpg(child.pid, 0)
+
+
+def test_a_kernel_that_cannot_be_defined_elsewhere_is_told_so(check, compiled):
+    result = check(kernel([LOAD, STORE], tile=" = WIDTH", WIDTH=8))
+    words = "the process that was to try it ended: NameError: name 'WIDTH' is not defined"
+    assert (result.passed, result.message) == (False, words)
 
 
 # What an exercise forbids, however an answer came by it.

@@ -98,6 +98,22 @@ def test_wrong_answers_fail_and_are_told_why(name, answer, says, seeds, monkeypa
         assert "\n" not in result.message and says in result.message, result.message
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    "name, answer",
+    [
+        pytest.param(name, answer, id=f"{name}-{identify(answer)}")
+        for name in NAMES
+        if exercises()[name].is_kernel
+        for answer in [*RIGHT[name], *(answer for answer, _ in WRONG[name])]
+    ],
+)
+def test_where_kernels_are_compiled_they_are_told_the_same(name, answer, monkeypatch):
+    expected = judge(name, answer, 0, monkeypatch).message
+    monkeypatch.setattr("lib.paged_attention_triton.IS_INTERPRETED", False)
+    assert check.judge(exercises()[name], answer, 0).message == expected
+
+
 # A cause that these answers do not have, though the numbers look a little like it.
 NOT_THE_CAUSE = [
     ("decode", "latin_1_where_utf_8_fails", "A byte is not a character"),

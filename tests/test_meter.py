@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import random_model
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lib.measure.meter import (
     machine_facts,
@@ -225,13 +226,32 @@ def test_peak_is_that_of_the_allocator_to_the_byte():
         assert ours == allocator, line
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_memory_is_the_peak_of_its_allocator():
-    x = torch.zeros(1 << 20, device="cuda")
-    assert measure(lambda: (x + 1) * 2).peak_bytes >= 2 * x.nbytes
-    assert (
-        measure(lambda: torch.zeros(100) + 1).peak_bytes == 800
-    )  # on the CPU, exact as ever
+def test_on_gpus_memory_is_the_peak_of_the_allocators_of_those_that_are_used(
+    monkeypatch,
+):
+    allocated, peaks = [100, 20, 3], [100, 20, 3]
+    changes = {
+        "is_initialized": lambda: True,
+        "device_count": lambda: 3,
+        "memory_allocated": lambda gpu: allocated[gpu],
+        "max_memory_allocated": lambda gpu: peaks[gpu],
+        "reset_peak_memory_stats": lambda gpu: peaks.__setitem__(gpu, allocated[gpu]),
+    }
+    for name, change in changes.items():
+        monkeypatch.setattr(torch.cuda, name, change)
+
+    def use(*gpus):
+        peaks[:] = [1100, 70, 3]
+        for gpu in gpus:
+            torch.zeros(5, device=f"cuda:{gpu}")
+
+    with FakeTensorMode():  # tensors on GPUs that are not there
+        assert measure(lambda: use(1)).peak_bytes == 50
+        assert measure(lambda: use(0, 1, 1)).peak_bytes == 1050
+        assert measure(lambda: use(2)).peak_bytes == 0
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+        assert measure(lambda: use(1)).peak_bytes == 70, "all of it is new"
+    assert measure(lambda: torch.zeros(5)).peak_bytes == 20, "on the CPU as ever"
 
 
 def test_traffic_counts_what_masks_let_through_and_shows_what_nobody_filled_in():

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import begun
+from helpers import NOWHERE, assert_near, begun, in_float64, paged, prefilled
 
 from lib import generate, paged_kv_cache
 from lib.config import TINY, ModelConfig
@@ -26,8 +26,6 @@ from lib.paged_attention import (
     paged_prefill_gather,
 )
 from lib.paged_kv_cache import PagedKVCache
-
-NOWHERE = 2147480000  # a block id behind the end of a table
 
 TWINS = [paged_decode_gather, paged_decode_online]
 
@@ -54,48 +52,6 @@ LONG_CASES = [
 
 def nightly(cases):
     return [pytest.param(case, marks=pytest.mark.nightly) for case in cases]
-
-
-def paged(case, dtype=torch.float64, seed=0):
-    """Inputs of paged_decode: shuffled tables, tails that exist nowhere, NaN if dead."""
-    lens, (H, G), D, block_size = case
-    torch.manual_seed(seed)
-    counts = [math.ceil(seq_len / block_size) for seq_len in lens]
-    num_blocks = sum(counts) + 3
-    pool = torch.full((2, num_blocks, block_size, G, D), torch.nan, dtype=dtype)
-    block_tables = torch.full((len(lens), max(counts) + 1), NOWHERE, dtype=torch.int32)
-    block_ids = torch.randperm(num_blocks, dtype=torch.int32)
-    for row, count, seq_len in zip(block_tables, counts, lens):
-        row[:count], block_ids = block_ids[:count], block_ids[count:]
-        for i, block_id in enumerate(row[:count].tolist()):
-            filled = min(block_size, seq_len - i * block_size)
-            pool[:, block_id, :filled] = torch.randn(2, filled, G, D).to(dtype)
-    q = torch.randn(len(lens), H, D).to(dtype)
-    return q, *pool, block_tables, torch.tensor(lens, dtype=torch.int32)
-
-
-def in_float64(inputs):
-    q, k_cache, v_cache, *index = inputs
-    return paged_decode_gather(q.double(), k_cache.double(), v_cache.double(), *index)
-
-
-def assert_near(got, inputs):
-    assert_near_of(got, inputs, paged_decode_gather)
-
-
-def assert_near_of(got, inputs, oracle):
-    """At most 3 times as far from the result in float64 as torch is in the same dtype."""
-    exacts = oracle(*(x.double() for x in inputs[:3]), *inputs[3:])
-    for one, torchs, exact in zip(got, oracle(*inputs), exacts):
-        assert one.shape == exact.shape
-        is_finite = exact.isfinite()
-        assert torch.equal(one.isfinite(), is_finite), "NaN, or an infinity, came through"
-        error, torchs_error = (
-            (x.double() - exact)[is_finite].abs().max() if is_finite.any() else 0
-            for x in (one, torchs)
-        )
-        limit = 3 * torchs_error + 1e-5
-        assert error <= limit, f"expected at most {limit}, got {error}"
 
 
 @pytest.mark.parametrize("case", CASES + nightly(LONG_CASES), ids=str)
@@ -607,14 +563,6 @@ PREFILLS = [
 ]
 
 
-def prefilled(case, dtype=torch.float64):
-    """Inputs of paged_prefill, with what is dead as in `paged`."""
-    lens, query_lens, (H, G), D, block_size = case
-    q, *rest = paged((lens, (H, G), D, block_size), dtype)
-    q = torch.randn(sum(query_lens), H, D).to(dtype)
-    return q, *rest, torch.tensor(query_lens, dtype=torch.int32)
-
-
 @pytest.mark.parametrize("case", PREFILLS, ids=str)
 def test_the_oracle_of_prefill_is_chapter_4s_attention_and_decode_row_by_row(case):
     q, k_cache, v_cache, block_tables, seq_lens, query_lens = prefilled(case)
@@ -643,7 +591,7 @@ def test_the_oracle_of_prefill_is_chapter_4s_attention_and_decode_row_by_row(cas
 @pytest.mark.parametrize("case", PREFILLS, ids=str)
 def test_prefill_in_place_is_the_oracle(case, dtype):
     inputs = prefilled(case, dtype)
-    assert_near_of(paged_prefill(*inputs), inputs, paged_prefill_gather)
+    assert_near(paged_prefill(*inputs), inputs, paged_prefill_gather)
 
 
 def test_prefill_reads_each_key_once_per_tile_of_queries_and_none_of_the_future():
@@ -659,7 +607,7 @@ def test_prompts_may_share_a_prefix():
     lens, query_lens = [40, 37, 33], [24, 5, 17]
     inputs = list(prefilled((lens, query_lens, (4, 2), 32, 16), torch.float32))
     inputs[3][1:, :1] = inputs[3][0, :1]  # the first 16 tokens of all three
-    assert_near_of(paged_prefill(*inputs), inputs, paged_prefill_gather)
+    assert_near(paged_prefill(*inputs), inputs, paged_prefill_gather)
 
 
 def test_prefill_of_one_token_each_is_decode():
@@ -673,7 +621,7 @@ def test_prefill_of_many_requests_finds_each_ones_tiles():
     lens = [1 + (7 * b) % 5 for b in range(300)]  # more than 256, some without new tokens
     query_lens = [n if n % 2 else 0 for n in lens]
     inputs = prefilled((lens, query_lens, (2, 1), 16, 4), torch.float32)
-    assert_near_of(paged_prefill(*inputs), inputs, paged_prefill_gather)
+    assert_near(paged_prefill(*inputs), inputs, paged_prefill_gather)
 
 
 @pytest.mark.parametrize(
@@ -727,7 +675,7 @@ def test_strides_beyond_2_31_numbers_are_no_trouble(kernel):
             assert_near(paged_decode(*inputs), inputs)
         else:
             inputs = (*inputs, torch.ones(2, dtype=torch.int32))
-            assert_near_of(paged_prefill(*inputs), inputs, paged_prefill_gather)
+            assert_near(paged_prefill(*inputs), inputs, paged_prefill_gather)
 
 
 def test_generation_in_place_from_the_prompt_on_is_generation_by_recompute(monkeypatch):

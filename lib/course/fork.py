@@ -25,10 +25,10 @@ def in_fork(function: Callable[[], Any], timeout_s: float = 120) -> Any:
     """What `function()` returns, which has to be plain data.
 
     Raises ForkDiedError where it crashed, raised, or took longer than `timeout_s`.
-    Without os.fork, and on a GPU, which a fork cannot use, it is called as it is. With
+    It may not use a GPU, which a fork cannot. Without os.fork it is called as it is. With
     more than one torch thread a fork may hang, so it runs with one.
     """
-    if not hasattr(os, "fork") or torch.cuda.is_available():
+    if not hasattr(os, "fork"):
         return function()
     num_threads = torch.get_num_threads()
     read_end, write_end = os.pipe()

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import nbformat
 
+from lib.course import interpreted  # noqa: F401  first: kernels are tried here
 from lib.course.build import (
     ROOT,
     BuildError,

@@ -23,7 +23,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from lib import kv_cache, paged_attention, paged_attention_triton, paged_kv_cache
+from lib import (
+    has_gpu_for_kernels,
+    kv_cache,
+    paged_attention,
+    paged_attention_triton,
+    paged_kv_cache,
+)
 from lib.config import ModelConfig
 
 SIZES = {  # by device type: a GPU gets the heads of Llama 3 8B
@@ -53,7 +59,7 @@ GOAL_OF_CONTIGUOUS = 0.95
 
 def can_compile_kernels() -> bool:
     """Whether kernels run here as they are meant to, on a GPU and not interpreted."""
-    is_there = torch.cuda.is_available() and paged_attention_triton.HAS_TRITON
+    is_there = has_gpu_for_kernels() and paged_attention_triton.HAS_TRITON
     return is_there and not paged_attention_triton.IS_INTERPRETED
 
 
@@ -63,8 +69,9 @@ def check_device(device: torch.device | str):
         raise ValueError(f"device: expected {' or '.join(SIZES)}, got {device}")
     if str(device) == "cuda" and not can_compile_kernels():
         raise ValueError(
-            "device: expected cpu (without a GPU, without Triton, or with "
-            f"TRITON_INTERPRET=1 kernels are not compiled), got {device}"
+            "device: expected cpu (without a GPU, with one of NVIDIA's before compute "
+            "capability 8.0, without Triton, or with TRITON_INTERPRET=1 kernels are not "
+            f"compiled), got {device}"
         )
 
 

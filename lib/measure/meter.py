@@ -8,7 +8,8 @@ Under every line of torch code runs a stream of small operations. A `TorchDispat
 sees each one with its inputs and outputs, and that is all a meter needs: memory is the
 outputs' storages while they live, FLOPs follow from the shapes. On the CPU everything
 but seconds is exact and the same on every run. On a GPU memory is the peak of torch's
-own allocator. What a Triton kernel loads and stores is counted where it is interpreted.
+own allocator, on several the sum of their peaks. What a Triton kernel loads and stores is
+counted where it is interpreted.
 
 What it does not see: scratch space inside one operation (`resident_bytes` does, less
 exactly), memory that numpy or Python hold, and operations of other threads.
@@ -58,11 +59,11 @@ def measure(function: Callable[[], Any]) -> Cost:
     allocated earlier are free. Of a measurement inside another, only the inner one sees
     what autograd saves.
     """
-    meter = _Meter()
-    on_cuda = torch.cuda.is_available()
-    if on_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        cuda_bytes_before = torch.cuda.memory_allocated()
+    meter, gpu_bytes_before = _Meter(), Counter()
+    if torch.cuda.is_initialized():  # else nothing is there yet
+        for gpu in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(gpu)
+            gpu_bytes_before[gpu] = torch.cuda.memory_allocated(gpu)
     calls = Counter()
     hook = register_module_forward_pre_hook(
         lambda module, _: calls.update([type(module).__name__])
@@ -74,8 +75,11 @@ def measure(function: Callable[[], Any]) -> Cost:
         hook.remove()
     meter.timeline.append(meter.live_bytes)
     peak_bytes = max(meter.timeline)
-    if on_cuda and meter.saw_cuda:
-        peak_bytes = torch.cuda.max_memory_allocated() - cuda_bytes_before
+    if meter.gpus:
+        peak_bytes = sum(
+            torch.cuda.max_memory_allocated(gpu) - gpu_bytes_before[gpu]
+            for gpu in meter.gpus
+        )
     return Cost(
         value,
         peak_bytes,
@@ -240,7 +244,7 @@ class _Meter(TorchDispatchMode):
         self.holders = Counter()  # address -> how many times autograd holds it
         self.held_bytes = self.peak_held_bytes = 0
         self.saved = []
-        self.saw_cuda = False
+        self.gpus = set()  # by number, those on which something was made
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -261,7 +265,8 @@ class _Meter(TorchDispatchMode):
         out = func(*args, **kwargs)
         for tensor in _tensors(out):
             self._meet(tensor.untyped_storage(), made_by=func.__name__.split(".")[0])
-            self.saw_cuda |= tensor.is_cuda
+            if tensor.is_cuda:
+                self.gpus.add(tensor.device.index)
         self.flops.update(_count_flops(func, args, out))
         self.timeline.append(self.live_bytes)
         return out

@@ -2,10 +2,12 @@
 
 Kernels are launched by the library, which finds the answer in its own kernel's place.
 Memory that nobody has written holds NaN meanwhile, so that what a kernel forgets to store
-shows. What it loads is counted where it is interpreted.
+shows. They are interpreted, also where there is a GPU (check.py sees to that), so that
+what they load and store is counted.
 """
 
 import contextlib
+import functools
 import mmap
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -51,19 +53,20 @@ def bytes_moved(
 
 def load_row_kernel(answer: Any, x: np.ndarray, num_cols: int) -> dict:
     """Rows of which `num_cols` numbers count: what follows them belongs to others."""
-    rows = on_device(x)[:, :num_cols]
+    rows = torch.from_numpy(x)[:, :num_cols]
     with launched("load_row_kernel", answer):
-        moved = traffic(lambda: paged_attention_triton.pad_rows(rows))
-    return {"rows": as_array(moved.value.cpu()), **_bytes(moved)}
+        moved = measure_traffic(lambda: paged_attention_triton.pad_rows(rows))
+    return {"rows": as_array(moved.value), **_bytes(moved)}
 
 
 def gather_kernel(
     answer: Any, cache: np.ndarray, block_table: np.ndarray, seq_len: int
 ) -> dict:
-    args = on_device(cache), on_device(cache), on_device(block_table), seq_len
+    pool = torch.from_numpy(cache)
+    args = pool, pool, torch.from_numpy(block_table), seq_len
     with launched("gather_kernel", answer):
-        moved = traffic(lambda: paged_attention_triton.gather_kv(*args))
-    return {"k": as_array(moved.value[0].cpu()), **_bytes(moved)}
+        moved = measure_traffic(lambda: paged_attention_triton.gather_kv(*args))
+    return {"k": as_array(moved.value[0]), **_bytes(moved)}
 
 
 def paged_decode_kernel(
@@ -78,16 +81,19 @@ def paged_decode_kernel(
     is_far: bool,
 ) -> dict:
     """is_far: move the blocks 2^31 numbers away from the pool's first."""
-    args = [on_device(x) for x in (q, k_cache, v_cache, block_tables, seq_lens)]
-    if is_far and args[0].device.type == "cpu":
+    inputs = q, k_cache, v_cache, block_tables, seq_lens
+    args = [torch.from_numpy(x) for x in inputs]
+    if is_far:
         args[1:4] = _move_away(*args[1:4])
-    options = {"num_splits": num_splits, "scale": scale}
+    decode = functools.partial(
+        paged_attention_triton.paged_decode, *args, num_splits=num_splits, scale=scale
+    )
     with launched("paged_decode_kernel", answer):
-        moved = traffic(lambda: paged_attention_triton.paged_decode(*args, **options))
+        moved = measure_traffic(decode)
     out, logsumexp = moved.value
     return {
-        "out": as_array(out.cpu()),
-        "logsumexp": as_array(logsumexp.cpu()),
+        "out": as_array(out),
+        "logsumexp": as_array(logsumexp),
         **_bytes(moved),
         "index_bytes_read": moved.index_bytes,
     }
@@ -118,10 +124,6 @@ def _bytes(moved: Traffic) -> dict:
     return {"bytes_read": moved.read_bytes, "bytes_written": moved.written_bytes}
 
 
-def on_device(x: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(x).to("cuda" if torch.cuda.is_available() else "cpu")
-
-
 @contextlib.contextmanager
 def launched(name: str, kernel: Any) -> Iterator[None]:
     """While inside, the library launches `kernel`, and new memory holds NaN."""
@@ -136,13 +138,6 @@ def launched(name: str, kernel: Any) -> Iterator[None]:
     finally:
         setattr(paged_attention_triton, name, kept)
         torch.use_deterministic_algorithms(was, warn_only=was_warning)
-
-
-def traffic(function: Callable[[], Any]) -> Traffic:
-    """What it returns, and the bytes that it moved; on a GPU nobody knows, so none."""
-    if not paged_attention_triton.IS_INTERPRETED:
-        return Traffic(function(), 0, 0, 0)
-    return measure_traffic(function)
 
 
 def _out_and_logsumexp(value: Any) -> dict:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-from lib.course import ROOT
+from lib.course import ROOT, WITHOUT_GPU
 from lib.course.attempt import in_a_line
 from lib.course.check import SEED, expected_outputs
 from lib.course.compare import crash, verdict, waits_for
@@ -117,7 +117,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             cwd=ROOT,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"},
+            env={**os.environ, **WITHOUT_GPU},
             start_new_session=True,  # Ctrl-C is for the grader
         )
         if self.is_closed:  # meanwhile
