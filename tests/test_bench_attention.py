@@ -100,7 +100,7 @@ def test_the_contiguous_kernel_reads_blocks_in_order(monkeypatch):
     assert sorted(in_place) == contiguous
 
 
-def test_rows_say_how_many_bytes_a_second_and_how_near_to_a_copy():
+def test_rows_say_how_many_bytes_per_second_and_how_near_to_a_copy():
     progress = Progress()
     rows = bench_attention.bench_attention(
         [5, 33], [1, 3], **SMALL, **HEADS, progress=progress, copy_bytes_per_s=2e9
@@ -212,8 +212,11 @@ class Scratch:
     def copy_(self, _):
         self.calls.append("copy")
 
+    def sum(self):
+        self.calls.append("read")
 
-def test_a_gpu_measures_itself_after_a_copy(monkeypatch):
+
+def test_a_gpu_measures_itself_after_a_copy_and_a_read(monkeypatch):
     calls = []
 
     class Event:
@@ -227,7 +230,7 @@ def test_a_gpu_measures_itself_after_a_copy(monkeypatch):
             calls.append("wait")
 
         def elapsed_time(self, end):
-            assert calls == ["copy", self, "step", end, "wait"]
+            assert calls == ["copy", "read", self, "step", end, "wait"]
             return 1500.0  # milliseconds
 
     monkeypatch.setattr(torch.cuda, "Event", Event)

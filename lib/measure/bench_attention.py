@@ -1,10 +1,11 @@
 """Chapter 5: how fast does attention of a decode step read its keys, and from where?
 
-One new query a request reads all keys and values of its request, each once. If memory is
-what it waits for, a step takes as long as a copy of as many bytes. Measured, for one
+One new query per request reads all keys and values of its request, each once. If memory
+is what it waits for, a step takes as long as a copy of as many bytes. Measured, for one
 layer and random keys, is how near each way comes to that: over one dense piece
 (contiguous), over a dense piece that is copied together from blocks first (gather), and
-over shuffled blocks where they lie (in place).
+over shuffled blocks where they lie (in place). On a GPU torch's own attention over one
+dense piece is there too (torch).
 
 All ways are charged the same bytes, those that have to move at least: what a way moves
 beside them, as gather does, makes it slower and not busier. `make bench` prints the
@@ -69,7 +70,7 @@ def check_device(device: torch.device | str):
 
 
 def copy_bandwidth(device: torch.device | str) -> float:
-    """Bytes a second, read and written, that a copy of one large tensor moves, median."""
+    """Bytes per second, read and written, that a copy of one large tensor moves, median."""
     scratch = _scratch(device)
     return scratch.nbytes / cold_seconds(lambda: scratch[0].copy_(scratch[1]), device)
 
@@ -160,10 +161,10 @@ def bench_attention(
     a GPU has free (they are there up to three times), MAX_KV_BYTES elsewhere.
 
     The ways take turns, each `repeats` times after one that does not count. Before each
-    a large copy drives its keys out of the caches, as other layers' keys do in a model.
-    A GPU is still busy with it while Python launches what follows, so its clock holds the
-    kernels and the gaps between them, and not the wait for the first one. Elsewhere what
-    torch spends on each call is in the figures too.
+    a large copy and a long read drive its keys out of the caches, as other layers' keys
+    do in a model. A GPU is still busy with them while Python launches what follows, so
+    its clock holds the kernels and the gaps between them, and not the wait for the first
+    one. Elsewhere what torch spends on each call is in the figures too.
     """
     check_device(device)
     heads = (num_heads, num_kv_heads, head_dim)
@@ -295,8 +296,13 @@ def _take_turns(
 
 
 def _seconds(step: Callable[[], torch.Tensor], scratch: torch.Tensor) -> float:
-    """Of one step whose tensors are in no cache, after a copy inside `scratch`."""
+    """Of one step whose tensors are in no cache.
+
+    A copy inside `scratch` has driven them out. What it wrote is still in the cache and
+    would go to memory while the step is timed, so a long read drives that out before.
+    """
     scratch[0].copy_(scratch[1])
+    scratch[1].sum()
     if scratch.is_cuda:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
