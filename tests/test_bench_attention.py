@@ -263,27 +263,51 @@ def test_the_table_has_a_line_for_each_batch_and_context():
     ]
 
 
+def test_a_way_that_failed_has_no_cell():
+    rows = rows_of(1, 128, contiguous=50.0, torch=60.0, in_place=40.0)
+    rows += rows_of(8, 128, in_place=45.0) + rows_of(8, 512, contiguous=55.0)
+    lines = [" ".join(line.split()) for line in bench_attention.table_lines(rows)]
+    assert lines[1:] == [
+        "1 128 50.00 ( 50 %) 60.00 ( 60 %) 40.00 ( 40 %) 0.80",
+        "8 128 - - 45.00 ( 45 %) -",
+        "8 512 55.00 ( 55 %) - - -",
+    ]
+    assert len({len(line) for line in bench_attention.table_lines(rows)}) == 1
+
+
 @pytest.mark.parametrize(
-    "context, in_place, verdict",
+    "batch_size, context, in_place, verdicts",
     [
-        (16383, 80.0, "0.941 of contiguous, goal 0.95 missed"),
-        (16383, 80.75, "0.950 of contiguous, goal 0.95 met"),
-        (
-            16384,
-            84.9,
-            "0.999 of contiguous, goal 0.95 met; 0.849 of a copy, goal 0.85 missed",
-        ),
-        (
-            16384,
-            85.0,
-            "1.000 of contiguous, goal 0.95 met; 0.850 of a copy, goal 0.85 met",
-        ),
+        (8, 16383, 80.0, ["0.941 of contiguous, goal 0.95 missed"]),
+        (8, 16383, 80.75, ["0.950 of contiguous, goal 0.95 met"]),
+        (8, 16384, 84.9, ["0.999 of contiguous, goal 0.95 met", "0.849", "missed"]),
+        (8, 16384, 85.0, ["1.000 of contiguous", "0.850 of a copy, goal 0.85 met"]),
+        (64, 65536, 84.9, ["0.849 of a copy, goal 0.85 missed"]),
+        (1, 16384, 70.0, ["0.824 of contiguous", "0.700 of a copy, goal 0.70 met"]),
+        (1, 16384, 69.9, ["0.699 of a copy, goal 0.70 missed"]),
     ],
 )
-def test_goals_are_judged_one_by_one(context, in_place, verdict):
-    rows = rows_of(8, context, contiguous=85.0, in_place=in_place)
-    expected = [f"batch 8, context {context}: {verdict}"]
-    assert bench_attention.goal_lines(rows) == expected
+def test_goals_are_judged_one_by_one(batch_size, context, in_place, verdicts):
+    rows = rows_of(batch_size, context, contiguous=85.0, in_place=in_place)
+    judged = bench_attention.goals(rows)
+    of = ["contiguous", "a copy"] if context >= 16384 else ["contiguous"]
+    assert [row["of"] for row in judged] == of
+    assert all(row["is_met"] == (row["share"] >= row["goal"]) for row in judged)
+    (line,) = bench_attention.goal_lines(judged)
+    assert line.startswith(f"batch {batch_size}, context {context}: ")
+    assert all(verdict in line for verdict in verdicts)
+
+
+def test_torch_sets_a_goal_where_it_is_there():
+    rows = rows_of(8, 128, contiguous=80.0, torch=90.0, gather=99.0, in_place=81.0)
+    rows += rows_of(8, 512, contiguous=80.0, torch=90.0)  # in place failed
+    rows += rows_of(8, 1024, torch=50.0, in_place=51.0)  # contiguous failed
+    lines = bench_attention.goal_lines(bench_attention.goals(rows))
+    assert lines == [
+        "batch 8, context 128: 1.012 of contiguous, goal 0.95 met; "
+        "0.900 of torch, goal 0.95 missed",
+        "batch 8, context 1024: 1.020 of torch, goal 0.95 met",
+    ]
 
 
 def test_devices_that_time_nothing_are_refused(monkeypatch):
