@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 
+from lib import paged_attention
 from lib.measure import bench, bench_attention
 
 
@@ -76,11 +77,31 @@ def test_attention_alone_is_timed_and_written_down(tmp_path, monkeypatch, capfd)
         "copy_gb_per_s": 5.0,
         "matmul_tflops_per_s": 7.0,
         "goals": [],
+        "errors": [],
     }
     for row in rows:
         assert row["share_of_copy"] == pytest.approx(row["gb_per_s"] / 5)
     assert "\n".join(bench_attention.table_lines(rows)) in out
     assert "goal" not in out and "needs a GPU" in out
+
+
+def test_what_failed_is_reported_and_the_rest_is_written_down(
+    tmp_path, monkeypatch, capfd
+):
+    def fails(*args):
+        raise ValueError("expected less, got 9\nmore about it")
+
+    monkeypatch.setattr(paged_attention, "paged_decode_online", fails)
+    monkeypatch.setattr(bench_attention, "MAX_KV_BYTES", 2 * 24 * 2 * 64 * 4)
+    path = tmp_path / "bench.json"
+    assert run(monkeypatch, *FAST, "--json", str(path)) == 1
+    out, attention = capfd.readouterr()[0], json.loads(path.read_text())["attention"]
+    names = [(row["name"], row["context"]) for row in attention["rows"]]
+    assert names == [(name, S) for S in (9, 17) for name in ("contiguous", "gather")]
+    failed = [(row["name"], row["context"]) for row in attention["errors"]]
+    assert failed == [("in place", 9), ("in place", 17)]
+    assert "skipped 1 of 3" in out and "more about it" not in out
+    assert "batch 1, context 17, in place: ValueError: expected less, got 9" in out
 
 
 def test_goals_are_judged_on_a_gpu(capfd):
@@ -92,7 +113,7 @@ def test_goals_are_judged_on_a_gpu(capfd):
     speeds = {"copy_gb_per_s": 3.0, "matmul_tflops_per_s": 4.0}
     judged = bench_attention.goals(rows)
     result = {"device": "cuda", "dtype": "bfloat16", **sizes, **speeds}
-    result |= {"rows": rows, "goals": judged}
+    result |= {"rows": rows, "goals": judged, "errors": []}
     bench.print_attention(result, 1, {"gpu": "Some GPU", "processor": "Some processor"})
     out = capfd.readouterr()[0]
     assert "Some GPU: a copy" in out and "Some processor" not in out

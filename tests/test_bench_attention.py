@@ -1,3 +1,5 @@
+import functools
+
 import pytest
 import torch
 from helpers import TOLERANCES
@@ -162,6 +164,75 @@ def test_what_does_not_fit_is_left_out():
         assert [B for B, _ in bench_attention.by_case(rows)] == batch_sizes
         assert progress.num_updates == 2
     assert bench_attention.bench_attention([2**40], [1], **SMALL) == []
+
+
+def out_of_memory(*args, **kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 16 GiB")
+
+
+def test_a_way_that_fails_is_noted_and_the_others_are_measured(monkeypatch):
+    decode = paged_attention.paged_decode_online
+
+    def fails_for_two(q, *args):
+        return out_of_memory() if len(q) == 2 else decode(q, *args)
+
+    monkeypatch.setattr(paged_attention, "paged_decode_online", fails_for_two)
+    errors, progress = [], Progress()
+    rows = bench_attention.bench_attention(
+        [5], [1, 2, 3], **SMALL, **HEADS, errors=errors, progress=progress
+    )
+    cases = bench_attention.by_case(rows)
+    assert {B: list(ways) for (B, _), ways in cases.items()} == {
+        1: ["contiguous", "gather", "in place"],
+        2: ["contiguous", "gather"],
+        3: ["contiguous", "gather", "in place"],
+    }
+    assert progress.num_updates == 3
+    (error,) = errors
+    assert "in fails_for_two" in error.pop("traceback")
+    message = "OutOfMemoryError: CUDA out of memory.\nTried to allocate 16 GiB"
+    where = {"name": "in place", "batch_size": 2, "context": 5}
+    assert error == {**where, "error": message}
+    assert bench_attention.error_lines(errors) == [
+        "batch 2, context 5, in place: OutOfMemoryError: CUDA out of memory."
+    ]
+
+
+def test_a_way_that_fails_late_loses_its_own_row_only():
+    turns, noted = iter(range(9)), []
+
+    def fails_late():
+        if next(turns) == 2:
+            out_of_memory()
+
+    note = functools.partial(bench_attention._noted, noted, 1, 5)
+    steps = {"late": fails_late, "other": lambda: None}
+    seconds = bench_attention._take_turns(steps, 4, torch.ones(2, 4), note)
+    assert {name: len(values) for name, values in seconds.items()} == {"other": 4}
+    assert [error["name"] for error in noted] == ["late"] and next(turns) == 3
+
+
+def test_a_case_whose_keys_cannot_be_made_is_noted(monkeypatch):
+    make, errors, progress = bench_attention.attention_ways, [], Progress()
+
+    def fails_for_33(config, batch_size, context, *args, **kwargs):
+        fails = context == 33
+        return (out_of_memory if fails else make)(
+            config, batch_size, context, *args, **kwargs
+        )
+
+    monkeypatch.setattr(bench_attention, "attention_ways", fails_for_33)
+    rows = bench_attention.bench_attention(
+        [33, 5], [1], **SMALL, **HEADS, errors=errors, progress=progress
+    )
+    assert [row["context"] for row in rows] == [5, 5, 5] and progress.num_updates == 2
+    assert [(row["name"], row["context"]) for row in errors] == [("all ways", 33)]
+
+
+def test_errors_that_nobody_collects_are_raised(monkeypatch):
+    monkeypatch.setattr(paged_attention, "paged_decode_online", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        bench_attention.bench_attention([5], [1], **SMALL, **HEADS)
 
 
 def test_a_gpu_takes_a_quarter_of_what_is_free(monkeypatch):

@@ -137,6 +137,7 @@ def bench_attention_alone(args: argparse.Namespace, facts: dict) -> dict:
     copy_bytes_per_s = bench_attention.copy_bandwidth(device)
     flops_per_s = bench_attention.matmul_flops_per_s(device, dtype)
     num_cases = len(args.attention_batches) * len(args.attention_contexts)
+    errors = []
     with tqdm(total=num_cases, file=sys.stdout, leave=False, disable=None) as progress:
         rows = bench_attention.bench_attention(
             args.attention_contexts,
@@ -148,6 +149,7 @@ def bench_attention_alone(args: argparse.Namespace, facts: dict) -> dict:
             repeats=ATTENTION_REPEATS[device],
             progress=progress,
             copy_bytes_per_s=copy_bytes_per_s,
+            errors=errors,
         )
     result = {
         "device": device,
@@ -159,6 +161,7 @@ def bench_attention_alone(args: argparse.Namespace, facts: dict) -> dict:
         "matmul_tflops_per_s": flops_per_s / 1e12,
         "rows": rows,
         "goals": bench_attention.goals(rows) if device == "cuda" else [],
+        "errors": errors,
     }
     print_attention(result, num_cases, facts)
     return result
@@ -177,7 +180,8 @@ def print_attention(result: dict, num_cases: int, facts: dict):
     )
     rows = result["rows"]
     print(*bench_attention.table_lines(rows), sep="\n")
-    num_skipped = num_cases - len(bench_attention.by_case(rows))
+    tried = bench_attention.by_case(rows + result["errors"])
+    num_skipped = num_cases - len(tried)
     if num_skipped:
         print(f"skipped {num_skipped} of {num_cases}: too many bytes of keys and values")
     if on_gpu:
@@ -185,6 +189,9 @@ def print_attention(result: dict, num_cases: int, facts: dict):
         print(*bench_attention.goal_lines(result["goals"]), sep="\n")
     else:
         print("in place is the kernel's torch twin: the kernel itself needs a GPU")
+    if result["errors"]:
+        print("what failed, and has no figures:")
+        print(*bench_attention.error_lines(result["errors"]), sep="\n")
 
 
 def parse_args() -> argparse.Namespace:
@@ -251,7 +258,7 @@ def main() -> int:
             "attention": attention,
         }
         args.json.write_text(json.dumps(result, indent=1) + "\n")
-    return 0
+    return 1 if attention["errors"] else 0
 
 
 if __name__ == "__main__":

@@ -14,10 +14,13 @@ table.
 Read lib/paged_attention.py and lib/paged_attention_triton.py before.
 """
 
+import contextlib
+import functools
 import itertools
 import math
 import statistics
 import time
+import traceback
 from collections.abc import Callable
 
 import torch
@@ -153,6 +156,7 @@ def bench_attention(
     progress: tqdm | None = None,
     max_bytes: int | None = None,
     copy_bytes_per_s: float | None = None,
+    errors: list[dict] | None = None,
 ) -> list[dict]:
     """A row for each batch size, context and way: its median seconds, and GB/s.
 
@@ -162,6 +166,9 @@ def bench_attention(
 
     Left out is what has more than max_bytes of keys and values; None: a quarter of what
     a GPU has free (they are there up to three times), MAX_KV_BYTES elsewhere.
+
+    errors: a list that takes what goes wrong, a row for each way and case, in the place
+    of raising it. A way that failed has no row in what is returned.
 
     The ways take turns, each `repeats` times after one that does not count. Before each
     a large copy and a long read drive its keys out of the caches, as other layers' keys
@@ -178,29 +185,31 @@ def bench_attention(
 
     scratch, rows = _scratch(device), []
     for batch_size, context in itertools.product(batch_sizes, contexts):
-        num_tokens = batch_size * math.ceil(context / block_size) * block_size
-        kv_bytes = kv_cache.kv_cache_bytes(config, num_tokens, dtype.itemsize)
-        if kv_bytes <= (_max_kv_bytes(device) if max_bytes is None else max_bytes):
-            sizes = (config, batch_size, context, block_size)
-            ways = attention_ways(*sizes, device=device, dtype=dtype)
-            seconds = _take_turns(ways, repeats, scratch)
-            del ways  # and its keys, before the next are made
-            num_bytes = paged_attention.bytes_moved(
-                config, torch.full((batch_size,), context), dtype.itemsize
-            )
-            for name, values in seconds.items():
-                median_seconds = statistics.median(values)
-                bytes_per_s = num_bytes / median_seconds
-                row = {
-                    "name": name,
-                    "implementation": IMPLEMENTATIONS[str(device)][name],
-                    "batch_size": batch_size,
-                    "context": context,
-                    "median_seconds": median_seconds,
-                    "gb_per_s": bytes_per_s / 1e9,
-                    "share_of_copy": bytes_per_s / copy_bytes_per_s,
-                }
-                rows.append(row)
+        note = functools.partial(_noted, errors, batch_size, context)
+        with note("all ways"):
+            num_tokens = batch_size * math.ceil(context / block_size) * block_size
+            kv_bytes = kv_cache.kv_cache_bytes(config, num_tokens, dtype.itemsize)
+            if kv_bytes <= (_max_kv_bytes(device) if max_bytes is None else max_bytes):
+                sizes = (config, batch_size, context, block_size)
+                ways = attention_ways(*sizes, device=device, dtype=dtype)
+                seconds = _take_turns(ways, repeats, scratch, note)
+                del ways  # and its keys, before the next are made
+                num_bytes = paged_attention.bytes_moved(
+                    config, torch.full((batch_size,), context), dtype.itemsize
+                )
+                for name, values in seconds.items():
+                    median_seconds = statistics.median(values)
+                    bytes_per_s = num_bytes / median_seconds
+                    row = {
+                        "name": name,
+                        "implementation": IMPLEMENTATIONS[str(device)][name],
+                        "batch_size": batch_size,
+                        "context": context,
+                        "median_seconds": median_seconds,
+                        "gb_per_s": bytes_per_s / 1e9,
+                        "share_of_copy": bytes_per_s / copy_bytes_per_s,
+                    }
+                    rows.append(row)
         if progress is not None:
             progress.update()
     return rows
@@ -278,6 +287,15 @@ def goal_lines(judged: list[dict]) -> list[str]:
     ]
 
 
+def error_lines(errors: list[dict]) -> list[str]:
+    """A line for each way that failed: where, and the first line of what it said."""
+    return [
+        f"batch {row['batch_size']}, context {row['context']}, {row['name']}: "
+        + row["error"].splitlines()[0]
+        for row in errors
+    ]
+
+
 def _twin_ways(
     q: torch.Tensor,
     dense: list[torch.Tensor],
@@ -322,16 +340,43 @@ def _kernel_ways(
 
 
 def _take_turns(
-    steps: dict[str, Callable[[], torch.Tensor]], repeats: int, scratch: torch.Tensor
+    steps: dict[str, Callable[[], torch.Tensor]],
+    repeats: int,
+    scratch: torch.Tensor,
+    note: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> dict[str, list[float]]:
-    """Seconds of each step, `repeats` of them after one that does not count."""
+    """Seconds of each step, `repeats` of them after one that does not count.
+
+    note: a context for a step's turn, by name; a step whose error it swallows has no
+    further turn, and no seconds.
+    """
     seconds = {name: [] for name in steps}
-    for i in range(repeats + 1):
-        for name, step in steps.items():
-            value = _seconds(step, scratch)
-            if i > 0:  # the first warms up, and compiles
-                seconds[name].append(value)
-    return seconds
+    for _ in range(repeats + 1):
+        for name, values in list(seconds.items()):
+            del seconds[name]  # and back, if all goes well
+            with note(name):
+                seconds[name] = [*values, _seconds(steps[name], scratch)]
+    # The first warms up, and compiles.
+    return {name: values[1:] for name, values in seconds.items()}
+
+
+@contextlib.contextmanager
+def _noted(errors: list[dict] | None, batch_size: int, context: int, name: str):
+    """Append what goes wrong inside to `errors`; raise it if that is None."""
+    try:
+        yield
+    except Exception as error:
+        if errors is None:
+            raise
+        errors.append(
+            {
+                "name": name,
+                "batch_size": batch_size,
+                "context": context,
+                "error": f"{type(error).__name__}: {error}",
+                "traceback": "".join(traceback.format_exception(error)),
+            }
+        )
 
 
 def _seconds(step: Callable[[], torch.Tensor], scratch: torch.Tensor) -> float:
