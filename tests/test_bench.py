@@ -104,6 +104,19 @@ def test_what_failed_is_reported_and_the_rest_is_written_down(
     assert "batch 1, context 17, in place: ValueError: expected less, got 9" in out
 
 
+def test_nothing_is_timed_where_the_kernel_is_wrong(monkeypatch, capfd):
+    def is_wrong(config, block_size, *, device, dtype):
+        assert (config.num_heads, block_size, device) == (32, 16, "cuda")
+        raise bench_attention.WrongResultError("the kernel is wrong")
+
+    monkeypatch.setattr(bench_attention, "check_kernel", is_wrong)
+    monkeypatch.setattr(bench_attention, "check_device", lambda device: None)
+    monkeypatch.setattr(bench, "bench_decoding", None)
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, "--device", "cuda")
+    assert stopped.value.code == "nothing was timed: the kernel is wrong"
+
+
 def test_goals_are_judged_on_a_gpu(capfd):
     like = {"batch_size": 8, "context": 16384, "share_of_copy": 0.9}
     rows = [

@@ -71,6 +71,51 @@ def test_rows_of_a_gpu_name_the_kernel():
     assert all(0 < row["share_of_copy"] < 10 for row in rows)
 
 
+def check_small_kernel(monkeypatch):
+    monkeypatch.setattr(bench_attention, "CHECKED_LENS", [0, 1, 7, 8, 9, 70])
+    config = bench_attention.one_layer(**HEADS)
+    bench_attention.check_kernel(config, 8, device=DEVICE, dtype=torch.float32)
+
+
+@needs_triton
+def test_a_right_kernel_passes_its_check(monkeypatch):
+    check_small_kernel(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (lambda out, logsumexp: (out + 1e-3, logsumexp), "0 tokens: expected out"),
+        (lambda out, logsumexp: (out * torch.nan, logsumexp), "0 tokens: expected out"),
+        (lambda out, logsumexp: (0.99 * out, logsumexp), "1 tokens: .* got 0.01"),
+        (lambda out, logsumexp: (out, logsumexp + 1), "1 tokens: expected logsumexp"),
+        (
+            lambda out, logsumexp: (out, logsumexp.nan_to_num(neginf=-9.0)),
+            "0 tokens: expected logsumexp at most 0.0001 off .*, got inf",
+        ),
+    ],
+)
+def test_a_wrong_kernel_is_refused(monkeypatch, wrong, message):
+    decode = paged_attention.paged_decode_gather
+    monkeypatch.setattr(
+        paged_attention_triton, "paged_decode", lambda *args: wrong(*decode(*args))
+    )
+    with pytest.raises(bench_attention.WrongResultError, match=message):
+        check_small_kernel(monkeypatch)
+
+
+def test_a_kernel_that_reads_behind_a_text_is_refused(monkeypatch):
+    def reads_one_more(q, k_cache, v_cache, block_tables, seq_lens):
+        lens = seq_lens + (seq_lens % 8 > 0)
+        return paged_attention.paged_decode_gather(
+            q, k_cache, v_cache, block_tables, lens
+        )
+
+    monkeypatch.setattr(paged_attention_triton, "paged_decode", reads_one_more)
+    with pytest.raises(bench_attention.WrongResultError, match="1 tokens: .* got nan"):
+        check_small_kernel(monkeypatch)
+
+
 def spied_tables(monkeypatch, module, name, uses_kernels):
     """The block tables that `module.name` was called with, way after way."""
     tables, function = [], getattr(module, name)

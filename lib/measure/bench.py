@@ -247,6 +247,16 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     triton_version = getattr(paged_attention_triton.triton, "__version__", None)
     facts = {**machine_facts(), "triton": triton_version}
+    if args.device == "cuda":  # elsewhere no kernel is timed
+        try:
+            bench_attention.check_kernel(
+                bench_attention.one_layer(**bench_attention.SIZES["cuda"]),
+                args.block_size,
+                device="cuda",
+                dtype=bench_attention.DTYPES["cuda"],
+            )
+        except bench_attention.WrongResultError as error:
+            sys.exit(f"nothing was timed: {error}")
     results = bench_decoding(args, facts)
     attention = bench_attention_alone(args, facts)
     if args.json:
