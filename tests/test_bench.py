@@ -77,6 +77,7 @@ def test_attention_alone_is_timed_and_written_down(tmp_path, monkeypatch, capfd)
         "copy_gb_per_s": 5.0,
         "matmul_tflops_per_s": 7.0,
         "goals": [],
+        "host_rows": [],
         "errors": [],
     }
     for row in rows:
@@ -126,12 +127,15 @@ def test_goals_are_judged_on_a_gpu(capfd):
     speeds = {"copy_gb_per_s": 3.0, "matmul_tflops_per_s": 4.0}
     judged = bench_attention.goals(rows)
     result = {"device": "cuda", "dtype": "bfloat16", **sizes, **speeds}
-    result |= {"rows": rows, "goals": judged, "errors": []}
+    times = {"host_us": 41.0, "done_us": 42.0, "graph_us": 43.0}
+    host_rows = [{"batch_size": 8, "context": 128, **times}]
+    result |= {"rows": rows, "goals": judged, "host_rows": host_rows, "errors": []}
     bench.print_attention(result, 1, {"gpu": "Some GPU", "processor": "Some processor"})
     out = capfd.readouterr()[0]
     assert "Some GPU: a copy" in out and "Some processor" not in out
     assert "skipped" not in out and "needs a GPU" not in out
     assert bench_attention.goal_lines(judged)[0] in out
+    assert bench_attention.host_lines(host_rows)[1] in out
 
 
 def test_texts_may_be_longer_than_the_model_was_trained_on():

@@ -1,4 +1,7 @@
+import contextlib
 import functools
+import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -352,6 +355,146 @@ def test_a_gpu_measures_itself_after_a_copy_and_a_read(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     step = lambda: calls.append("step")  # noqa: E731
     assert bench_attention._seconds(step, Scratch(calls)) == 1.5
+
+
+class FakeGPU:
+    """Stands in for torch.cuda: a clock that calls, replays and waits move on.
+
+    Calls that are launched take no time on it before somebody waits: `late` seconds.
+    """
+
+    def __init__(self, monkeypatch):
+        self.events, self.now, self.late, self.captured = [], 0.0, 0.0, None
+        self.streams = ["main"]
+        monkeypatch.setattr(torch.cuda, "Stream", lambda: self.stream("side"))
+        monkeypatch.setattr(
+            torch.cuda, "current_stream", lambda: self.stream(self.streams[-1])
+        )
+        monkeypatch.setattr(torch.cuda, "stream", self.on)
+        monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
+        monkeypatch.setattr(torch.cuda, "graph", self.capture)
+        monkeypatch.setattr(bench_attention.time, "perf_counter", lambda: self.now)
+
+    def stream(self, name):
+        def wait(other):
+            self.events.append(f"{name} waits for {other.name}")
+
+        return SimpleNamespace(name=name, wait_stream=wait)
+
+    @contextlib.contextmanager
+    def on(self, stream):
+        self.streams.append(stream.name)
+        yield
+        self.streams.pop()
+
+    @contextlib.contextmanager
+    def capture(self, graph, stream):
+        assert graph is self
+        self.captured = []
+        with self.on(stream):
+            yield
+        self.events.append(f"captured {len(self.captured)}")
+        self.captured, self.graph = None, self.captured
+
+    def step(self):
+        out = torch.full((3,), 5.0)
+        if self.captured is not None:  # computes nothing, and finds an old result there
+            self.captured.append(out)
+            return out
+        self.events.append(f"call on {self.streams[-1]}")
+        self.now, self.late = self.now + 2e-6, self.late + 3e-6
+        return out
+
+    def replay(self):
+        self.events.append("replay")
+        self.now, self.late = self.now + 1e-6, self.late + 31e-6
+        for out in self.graph:
+            out.fill_(5)
+
+    def synchronize(self):
+        self.events.append("synchronize")
+        self.now, self.late = self.now + self.late, 0.0
+
+
+def test_calls_are_timed_until_launched_until_done_and_in_a_graph(monkeypatch):
+    gpu = FakeGPU(monkeypatch)
+    times = bench_attention.call_times(gpu.step)
+    us = {"host_us": 2, "done_us": 5, "graph_us": 1}  # (1 + 31) per 32 calls
+    assert times == {name: pytest.approx(value) for name, value in us.items()}
+    assert [
+        (event, len(list(same))) for event, same in itertools.groupby(gpu.events)
+    ] == [
+        ("side waits for main", 1),
+        ("call on side", 3),
+        ("main waits for side", 1),
+        ("call on main", 1),
+        ("synchronize", 1),
+        ("call on main", 200),
+        ("synchronize", 1),
+        ("captured 32", 1),
+        ("replay", 1),
+        ("synchronize", 1),
+        ("replay", 20),
+        ("synchronize", 1),
+    ]
+
+
+def test_a_graph_that_computes_nothing_is_refused(monkeypatch):
+    gpu = FakeGPU(monkeypatch)
+    gpu.replay = lambda: None
+    with pytest.raises(bench_attention.WrongResultError, match="in a CUDA graph"):
+        bench_attention.call_times(gpu.step)
+
+
+def bench_small_host(**options):
+    config = bench_attention.one_layer(**HEADS)
+    like = {"device": DEVICE, "dtype": torch.float32}
+    return bench_attention.bench_host(config, [1, 3], 8, **like, **options)
+
+
+@needs_triton
+def test_the_host_is_timed_over_blocks_in_place(monkeypatch):
+    shapes, progress = [], Progress()
+    times = {"host_us": 1.0, "done_us": 2.0, "graph_us": 3.0}
+    monkeypatch.setattr(bench_attention, "HOST_CONTEXTS", [33, 65])
+    monkeypatch.setattr(
+        bench_attention, "call_times", lambda step: shapes.append(step().shape) or times
+    )
+    decode = paged_attention_triton.paged_decode
+
+    def spy(q, k_cache, v_cache, block_tables, seq_lens):
+        assert block_tables.flatten().tolist() != list(range(block_tables.numel()))
+        shapes.append((len(q), int(seq_lens[0])))
+        return decode(q, k_cache, v_cache, block_tables, seq_lens)
+
+    monkeypatch.setattr(paged_attention_triton, "paged_decode", spy)
+    rows = bench_small_host(progress=progress)
+    cases = [(1, 33), (1, 65), (3, 33), (3, 65)]
+    assert rows == [{"batch_size": B, "context": S, **times} for B, S in cases]
+    assert shapes[::2] == cases and shapes[1] == (1, 8, 16) and progress.num_updates == 4
+    lines = [" ".join(line.split()) for line in bench_attention.host_lines(rows)]
+    assert lines[:2] == ["batch context host until done in a graph", "1 33 1.0 2.0 3.0"]
+
+
+def test_a_capture_that_fails_is_noted(monkeypatch):
+    times = iter([{"host_us": 1.0}, None, {"host_us": 3.0}, {"host_us": 4.0}])
+    monkeypatch.setattr(
+        bench_attention, "call_times", lambda step: next(times) or out_of_memory()
+    )
+    monkeypatch.setattr(bench_attention, "HOST_CONTEXTS", [33, 65])
+    errors, progress = [], Progress()
+    rows = bench_small_host(errors=errors, progress=progress)
+    assert [row["host_us"] for row in rows] == [1, 3, 4] and progress.num_updates == 4
+    (error,) = errors
+    assert (error["name"], error["batch_size"], error["context"]) == ("host", 1, 65)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_host_is_timed_on_a_gpu():
+    rows = bench_small_host()
+    assert len(rows) == 4
+    assert all(0 < row["host_us"] <= row["done_us"] and row["graph_us"] for row in rows)
 
 
 def rows_of(batch_size, context, **gb_per_s):

@@ -137,20 +137,25 @@ def bench_attention_alone(args: argparse.Namespace, facts: dict) -> dict:
     copy_bytes_per_s = bench_attention.copy_bandwidth(device)
     flops_per_s = bench_attention.matmul_flops_per_s(device, dtype)
     num_cases = len(args.attention_batches) * len(args.attention_contexts)
-    errors = []
-    with tqdm(total=num_cases, file=sys.stdout, leave=False, disable=None) as progress:
+    num_host_rows = len(args.attention_batches) * len(bench_attention.HOST_CONTEXTS)
+    num_rounds = num_cases + (num_host_rows if device == "cuda" else 0)
+    errors, host_rows = [], []
+    with tqdm(total=num_rounds, file=sys.stdout, leave=False, disable=None) as progress:
+        common = {"device": device, "dtype": dtype, "block_size": args.block_size}
+        common |= {"progress": progress, "errors": errors}
         rows = bench_attention.bench_attention(
             args.attention_contexts,
             args.attention_batches,
-            device=device,
-            dtype=dtype,
             **sizes,
-            block_size=args.block_size,
             repeats=ATTENTION_REPEATS[device],
-            progress=progress,
             copy_bytes_per_s=copy_bytes_per_s,
-            errors=errors,
+            **common,
         )
+        if device == "cuda":
+            config = bench_attention.one_layer(**sizes)
+            host_rows = bench_attention.bench_host(
+                config, args.attention_batches, **common
+            )
     result = {
         "device": device,
         "dtype": str(dtype).removeprefix("torch."),
@@ -161,6 +166,7 @@ def bench_attention_alone(args: argparse.Namespace, facts: dict) -> dict:
         "matmul_tflops_per_s": flops_per_s / 1e12,
         "rows": rows,
         "goals": bench_attention.goals(rows) if device == "cuda" else [],
+        "host_rows": host_rows,
         "errors": errors,
     }
     print_attention(result, num_cases, facts)
@@ -180,13 +186,17 @@ def print_attention(result: dict, num_cases: int, facts: dict):
     )
     rows = result["rows"]
     print(*bench_attention.table_lines(rows), sep="\n")
-    tried = bench_attention.by_case(rows + result["errors"])
+    tried = bench_attention.by_case(
+        rows + [row for row in result["errors"] if row["name"] != "host"]
+    )
     num_skipped = num_cases - len(tried)
     if num_skipped:
         print(f"skipped {num_skipped} of {num_cases}: too many bytes of keys and values")
     if on_gpu:
         print("in place, against its goals:")
         print(*bench_attention.goal_lines(result["goals"]), sep="\n")
+        print("one call of the kernel in place, of many in a row, microseconds per call:")
+        print(*bench_attention.host_lines(result["host_rows"]), sep="\n")
     else:
         print("in place is the kernel's torch twin: the kernel itself needs a GPU")
     if result["errors"]:

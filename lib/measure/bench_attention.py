@@ -56,6 +56,9 @@ IMPLEMENTATIONS = {
 GOALS_OF_COPY, GOAL_FROM = {1: 0.70, 8: 0.85}, 16384
 GOAL_OF_DENSE = 0.95  # of the bandwidth of each way over one dense piece
 DENSE = ("contiguous", "torch")
+HOST_CONTEXTS = [128, 4096]  # tokens: short, for there the GPU may wait for the host
+HOST_CALLS = 200  # in a row, fewer than a GPU lets wait before the host has to
+GRAPH_CALLS, GRAPH_REPLAYS = 32, 20
 CHECKED_LENS = [0, 1, 15, 16, 17, 300, 5000]  # tokens of the requests of `check_kernel`
 # What rounding explains: the length of the difference by the length of the result.
 CHECK_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
@@ -269,6 +272,65 @@ def bench_attention(
     return rows
 
 
+def bench_host(
+    config: ModelConfig,
+    batch_sizes: list[int],
+    block_size: int,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    progress: tqdm | None = None,
+    errors: list[dict] | None = None,
+) -> list[dict]:
+    """A row for each batch size and context of HOST_CONTEXTS: `call_times` of the kernel
+    in place. errors: as in `bench_attention`."""
+    rows = []
+    for batch_size, context in itertools.product(batch_sizes, HOST_CONTEXTS):
+        with _noted(errors, batch_size, context, "host"):
+            sizes = (config, batch_size, context, block_size)
+            ways = attention_ways(*sizes, device=device, dtype=dtype, uses_kernels=True)
+            times = call_times(ways["in place"])
+            rows.append({"batch_size": batch_size, "context": context, **times})
+        if progress is not None:
+            progress.update()
+    return rows
+
+
+def call_times(step: Callable[[], torch.Tensor]) -> dict[str, float]:
+    """Microseconds per call of a step on a GPU, of many calls in a row.
+
+    host_us: until Python has launched it. done_us: until the GPU is done, for which
+    nobody waits between the calls. graph_us: until the GPU is done with it as one of
+    GRAPH_CALLS in a CUDA graph, which is launched as a whole. Raises WrongResultError if
+    the graph gives something else.
+    """
+    # As torch demands before a capture: calls on a side stream, the first of which
+    # compiles. https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            expected = step()
+    torch.cuda.current_stream().wait_stream(side)
+    step()  # and once where it is timed: each stream has its own memory
+    launched, done = _seconds_in_a_row(step, HOST_CALLS)
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        for _ in range(GRAPH_CALLS):
+            out = step()
+    out.zero_()  # a capture computes nothing: what is there afterwards is a replay's
+    graph.replay()
+    if not torch.allclose(out, expected, rtol=0.01, atol=1e-5):
+        raise WrongResultError("in a CUDA graph the step gives something else than alone")
+    graph_done = _seconds_in_a_row(graph.replay, GRAPH_REPLAYS)[1]
+    return {
+        "host_us": 1e6 * launched / HOST_CALLS,
+        "done_us": 1e6 * done / HOST_CALLS,
+        "graph_us": 1e6 * graph_done / (GRAPH_REPLAYS * GRAPH_CALLS),
+    }
+
+
 def by_case(rows: list[dict]) -> dict[tuple[int, int], dict[str, dict]]:
     """Rows of `bench_attention` by (batch size, context), and there by name."""
     cases = {}
@@ -339,6 +401,16 @@ def goal_lines(judged: list[dict]) -> list[str]:
         f"batch {batch_size}, context {context}: {'; '.join(of_case)}"
         for (batch_size, context), of_case in parts.items()
     ]
+
+
+def host_lines(rows: list[dict]) -> list[str]:
+    """A line for each row of `bench_host`, under a header."""
+    lines = ["batch context      host until done  in a graph"]
+    for row in rows:
+        where = f"{row['batch_size']:5} {row['context']:7}"
+        line = f"{where} {row['host_us']:9.1f} {row['done_us']:10.1f}"
+        lines.append(f"{line} {row['graph_us']:11.1f}")
+    return lines
 
 
 def error_lines(errors: list[dict]) -> list[str]:
@@ -431,6 +503,17 @@ def _noted(errors: list[dict] | None, batch_size: int, context: int, name: str):
                 "traceback": "".join(traceback.format_exception(error)),
             }
         )
+
+
+def _seconds_in_a_row(call: Callable, times: int) -> tuple[float, float]:
+    """Of all calls: until the host has launched the last, and until the GPU is done."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(times):
+        call()
+    launched = time.perf_counter()
+    torch.cuda.synchronize()
+    return launched - start, time.perf_counter() - start
 
 
 def _seconds(step: Callable[[], torch.Tensor], scratch: torch.Tensor) -> float:
