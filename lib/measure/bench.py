@@ -239,7 +239,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--short",
         action="store_true",
-        help="fewer contexts and repeats: about 15 seconds on a processor, on a GPU an "
+        help="fewer contexts and repeats: about 20 seconds on a processor, on a GPU an "
         f"estimated {gpu_minutes(SHORT)} minutes",
     )
     parser.add_argument("--batch-size", type=int, default=8)

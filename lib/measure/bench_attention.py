@@ -64,10 +64,6 @@ CHECKED_LENS = [0, 1, 15, 16, 17, 300, 5000]  # tokens of the requests of `check
 CHECK_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 
 
-class WrongResultError(RuntimeError):
-    """A kernel gave something else than the plain way: its times would say nothing."""
-
-
 def can_compile_kernels() -> bool:
     """Whether kernels run here as they are meant to, on a GPU and not interpreted."""
     is_there = torch.cuda.is_available() and paged_attention_triton.HAS_TRITON
@@ -83,53 +79,6 @@ def check_device(device: torch.device | str):
             "device: expected cpu (without a GPU, without Triton, or with "
             f"TRITON_INTERPRET=1 kernels are not compiled), got {device}"
         )
-
-
-def check_kernel(
-    config: ModelConfig,
-    block_size: int,
-    *,
-    device: torch.device | str,
-    dtype: torch.dtype,
-):
-    """Raise WrongResultError unless the kernel gives what gathering gives in fp32.
-
-    Requests of CHECKED_LENS tokens, shuffled blocks; NaN where no token is, and blocks
-    that are not there at the end of tables.
-    """
-    H, G, D, B = config.num_heads, config.num_kv_heads, config.head_dim, len(CHECKED_LENS)
-    M = math.ceil(max(CHECKED_LENS) / block_size)
-    generator = torch.Generator(device).manual_seed(0)
-    like = {"generator": generator, "dtype": dtype, "device": device}
-    q = torch.randn(B, H, D, **like)
-    texts = torch.randn(2, B, M, block_size, G, D, **like)  # keys and values, in order
-    seq_lens = torch.tensor(CHECKED_LENS, dtype=torch.int32, device=device)
-    position = torch.arange(M * block_size, device=device).view(M, block_size)
-    is_dead = position >= seq_lens.view(B, 1, 1)  # (B, M, block_size)
-    texts.masked_fill_(is_dead[..., None, None], math.nan)
-    block_tables = torch.randperm(B * M, generator=generator, device=device).view(B, M)
-    pool = torch.empty(2, B * M, block_size, G, D, dtype=dtype, device=device)
-    pool[:, block_tables.flatten()] = texts.flatten(1, 2)
-    block_tables.masked_fill_(is_dead[:, :, 0], -1)
-
-    paged = (*pool, block_tables.int(), seq_lens)
-    out, logsumexp = paged_attention_triton.paged_decode(q, *paged)
-    fp32 = (x.float() for x in (q, *pool))
-    expected, expected_logsumexp = paged_attention.paged_decode_gather(*fp32, *paged[2:])
-    sizes = expected.norm(dim=(1, 2)).clamp(min=1e-9)  # without keys it is 0
-    off = (out.float() - expected).norm(dim=(1, 2)) / sizes
-    off_logsumexp = (logsumexp - expected_logsumexp).abs()
-    is_same = logsumexp == expected_logsumexp  # -inf, whose difference is NaN
-    off_logsumexp = off_logsumexp.masked_fill(is_same, 0).amax(dim=1)
-    tolerance = CHECK_TOLERANCES[dtype]
-    for name, values in (("out", off), ("logsumexp", off_logsumexp)):
-        for seq_len, value in zip(CHECKED_LENS, values.tolist()):
-            if not value <= tolerance:  # NaN is off too
-                raise WrongResultError(
-                    f"the kernel is wrong on {device}, in {dtype}, for a request of "
-                    f"{seq_len} tokens: expected {name} at most {tolerance} off what "
-                    f"gathering gives, got {value:.3g}"
-                )
 
 
 def copy_bandwidth(device: torch.device | str) -> float:
@@ -197,6 +146,57 @@ def attention_ways(
         uses_kernels = torch.device(device).type == "cuda"
     make = _kernel_ways if uses_kernels else _twin_ways
     return make(q, dense, pool, block_tables, seq_lens)
+
+
+class WrongResultError(RuntimeError):
+    """A kernel gave something else than the plain way: its times would say nothing."""
+
+
+def check_kernel(
+    config: ModelConfig,
+    block_size: int,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+):
+    """Raise WrongResultError unless the kernel gives what gathering gives in fp32.
+
+    Requests of CHECKED_LENS tokens, shuffled blocks; NaN where no token is, and blocks
+    that are not there at the end of tables.
+    """
+    H, G, D, B = config.num_heads, config.num_kv_heads, config.head_dim, len(CHECKED_LENS)
+    M = math.ceil(max(CHECKED_LENS) / block_size)
+    generator = torch.Generator(device).manual_seed(0)
+    like = {"generator": generator, "dtype": dtype, "device": device}
+    q = torch.randn(B, H, D, **like)
+    texts = torch.randn(2, B, M, block_size, G, D, **like)  # keys and values, in order
+    seq_lens = torch.tensor(CHECKED_LENS, dtype=torch.int32, device=device)
+    position = torch.arange(M * block_size, device=device).view(M, block_size)
+    is_dead = position >= seq_lens.view(B, 1, 1)  # (B, M, block_size)
+    texts.masked_fill_(is_dead[..., None, None], math.nan)
+    block_tables = torch.randperm(B * M, generator=generator, device=device).view(B, M)
+    pool = torch.empty(2, B * M, block_size, G, D, dtype=dtype, device=device)
+    pool[:, block_tables.flatten()] = texts.flatten(1, 2)
+    block_tables.masked_fill_(is_dead[:, :, 0], -1)
+
+    paged = (*pool, block_tables.int(), seq_lens)
+    out, logsumexp = paged_attention_triton.paged_decode(q, *paged)
+    fp32 = (x.float() for x in (q, *pool))
+    expected, expected_logsumexp = paged_attention.paged_decode_gather(*fp32, *paged[2:])
+    sizes = expected.norm(dim=(1, 2)).clamp(min=1e-9)  # without keys it is 0
+    off = (out.float() - expected).norm(dim=(1, 2)) / sizes
+    off_logsumexp = (logsumexp - expected_logsumexp).abs()
+    is_same = logsumexp == expected_logsumexp  # -inf, whose difference is NaN
+    off_logsumexp = off_logsumexp.masked_fill(is_same, 0).amax(dim=1)
+    tolerance = CHECK_TOLERANCES[dtype]
+    for name, values in (("out", off), ("logsumexp", off_logsumexp)):
+        for seq_len, value in zip(CHECKED_LENS, values.tolist()):
+            if not value <= tolerance:  # NaN is off too
+                raise WrongResultError(
+                    f"the kernel is wrong on {device}, in {dtype}, for a request of "
+                    f"{seq_len} tokens: expected {name} at most {tolerance} off what "
+                    f"gathering gives, got {value:.3g}"
+                )
 
 
 def bench_attention(
