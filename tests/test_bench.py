@@ -1,8 +1,11 @@
+import datetime
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from lib import paged_attention
 from lib.measure import bench, bench_attention
 
 
@@ -40,6 +43,9 @@ def test_each_way_to_decode_is_timed_and_written_down(tmp_path, monkeypatch, cap
     assert err == "" and "2 thread(s)" in out
     result = json.loads(path.read_text())
     assert result["machine"]["torch_threads"] == 2 and "--steps 2" in result["command"]
+    assert {"gpu", "cuda"} <= result["machine"].keys()
+    date = datetime.datetime.fromisoformat(result["date"])
+    assert date.utcoffset() == datetime.timedelta(0)
     names = [row["name"] for row in result["results"]]
     assert names == ["recompute", "contiguous", "paged"]
     speed = {row["name"]: row["tokens_per_s"] for row in result["results"]}
@@ -75,11 +81,46 @@ def test_attention_alone_is_timed_and_written_down(tmp_path, monkeypatch, capfd)
         "repeats": 5,
         "copy_gb_per_s": 5.0,
         "matmul_tflops_per_s": 7.0,
+        "goals": [],
+        "host_rows": [],
+        "errors": [],
     }
     for row in rows:
         assert row["share_of_copy"] == pytest.approx(row["gb_per_s"] / 5)
     assert "\n".join(bench_attention.table_lines(rows)) in out
     assert "goal" not in out and "needs a GPU" in out
+
+
+def test_what_failed_is_reported_and_the_rest_is_written_down(
+    tmp_path, monkeypatch, capfd
+):
+    def fails(*args):
+        raise ValueError("expected less, got 9\nmore about it")
+
+    monkeypatch.setattr(paged_attention, "paged_decode_online", fails)
+    monkeypatch.setattr(bench_attention, "MAX_KV_BYTES", 2 * 24 * 2 * 64 * 4)
+    path = tmp_path / "bench.json"
+    assert run(monkeypatch, *FAST, "--json", str(path)) == 1
+    out, attention = capfd.readouterr()[0], json.loads(path.read_text())["attention"]
+    names = [(row["name"], row["context"]) for row in attention["rows"]]
+    assert names == [(name, S) for S in (9, 17) for name in ("contiguous", "gather")]
+    failed = [(row["name"], row["context"]) for row in attention["errors"]]
+    assert failed == [("in place", 9), ("in place", 17)]
+    assert "skipped 1 of 3" in out and "more about it" not in out
+    assert "batch 1, context 17, in place: ValueError: expected less, got 9" in out
+
+
+def test_nothing_is_timed_where_the_kernel_is_wrong(monkeypatch, capfd):
+    def is_wrong(config, block_size, *, device, dtype):
+        assert (config.num_heads, block_size, device) == (32, 16, "cuda")
+        raise bench_attention.WrongResultError("the kernel is wrong")
+
+    monkeypatch.setattr(bench_attention, "check_kernel", is_wrong)
+    monkeypatch.setattr(bench_attention, "check_device", lambda device: None)
+    monkeypatch.setattr(bench, "bench_decoding", None)
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, "--device", "cuda")
+    assert stopped.value.code == "nothing was timed: the kernel is wrong"
 
 
 def test_goals_are_judged_on_a_gpu(capfd):
@@ -89,12 +130,90 @@ def test_goals_are_judged_on_a_gpu(capfd):
     ]
     sizes = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64, "block_size": 16}
     speeds = {"copy_gb_per_s": 3.0, "matmul_tflops_per_s": 4.0}
-    result = {"device": "cuda", "dtype": "bfloat16", **sizes, **speeds, "rows": rows}
+    judged = bench_attention.goals(rows)
+    result = {"device": "cuda", "dtype": "bfloat16", **sizes, **speeds}
+    times = {"host_us": 41.0, "done_us": 42.0, "graph_us": 43.0}
+    host_rows = [{"batch_size": 8, "context": 128, **times}]
+    result |= {"rows": rows, "goals": judged, "host_rows": host_rows, "errors": []}
     bench.print_attention(result, 1, {"gpu": "Some GPU", "processor": "Some processor"})
     out = capfd.readouterr()[0]
     assert "Some GPU: a copy" in out and "Some processor" not in out
     assert "skipped" not in out and "needs a GPU" not in out
-    assert bench_attention.goal_lines(rows)[0] in out
+    assert bench_attention.goal_lines(judged)[0] in out
+    assert bench_attention.host_lines(host_rows)[1] in out
+
+
+def test_on_a_gpu_the_kernel_is_checked_first_and_the_host_is_timed(
+    tmp_path, monkeypatch, capfd
+):
+    """All that computes is faked: what is tried is the order, and what is written."""
+    calls = []
+    like = {"batch_size": 8, "context": 16384, "share_of_copy": 0.9}
+    row = {"name": "in place", "gb_per_s": 2.0, **like}
+    times = {"host_us": 1.0, "done_us": 2.0, "graph_us": 3.0}
+    host_row = {"batch_size": 8, "context": 128, **times}
+    error = {"name": "host", "batch_size": 1, "context": 4096, "error": "Some error"}
+
+    def fakes(module, **results):
+        for name, result in results.items():
+            fake = lambda *args, name=name, result=result, **options: (  # noqa: E731
+                calls.append((name, SimpleNamespace(args=args, **options))) or result
+            )
+            monkeypatch.setattr(module, name, fake)
+
+    fakes(bench, bench_decoding=["some rows"])
+    fakes(bench_attention, check_device=None, check_kernel=None, copy_bandwidth=3e9)
+    fakes(bench_attention, matmul_flops_per_s=4e12, bench_attention=[row])
+    fakes(bench_attention, bench_host=[host_row])
+    fakes(bench, machine_facts={"gpu": "Some GPU"})
+    attend_host = bench_attention.bench_host
+
+    def fails_once(*args, errors, **options):
+        errors.append(error)
+        return attend_host(*args, errors=errors, **options)
+
+    monkeypatch.setattr(bench_attention, "bench_host", fails_once)
+    path = tmp_path / "bench.json"
+    assert run(monkeypatch, "--device", "cuda", "--short", "--json", str(path)) == 1
+    names = ["check_device", "machine_facts", "check_kernel", "bench_decoding"]
+    names += ["copy_bandwidth", "matmul_flops_per_s", "bench_attention", "bench_host"]
+    assert [name for name, _ in calls] == names
+    attend, host = (options for _, options in calls[-2:])
+    assert attend.args == ([512, 4096, 16384], [1, 8, 64]) and attend.repeats == 10
+    assert host.progress is attend.progress and host.progress.total == 9 + 6
+    assert host.args[0].num_heads == 32 and host.args[1:] == ([1, 8, 64],)
+    result, out = json.loads(path.read_text()), capfd.readouterr()[0]
+    attention = result["attention"]
+    assert result["machine"]["gpu"] == "Some GPU" and attention["device"] == "cuda"
+    assert attention["rows"] == [row] and attention["host_rows"] == [host_row]
+    assert attention["goals"] == bench_attention.goals([row])
+    assert attention["errors"] == [error] and "context 4096, host: Some error" in out
+    assert "skipped 8 of 9" in out
+
+
+def test_a_short_bench_is_shorter_and_what_is_asked_for_goes_first(monkeypatch):
+    def parsed(*args):
+        monkeypatch.setattr("sys.argv", ["bench", *args])
+        return vars(bench.parse_args())
+
+    assert bench.FULL.items() <= parsed().items()
+    assert bench.SHORT.items() <= parsed("--short").items()
+    asked = parsed("--short", "--steps", "7", "--attention-contexts", "9", "8")
+    assert asked["steps"] == 7 and asked["attention_contexts"] == [9, 8]
+    assert asked["context"] == bench.SHORT["context"]
+    assert bench.FULL.keys() == bench.SHORT.keys()
+    assert bench.gpu_minutes(bench.SHORT) < 4
+    assert max(bench.SHORT["attention_contexts"]) >= bench_attention.GOAL_FROM
+
+
+def test_the_help_says_how_long_it_takes(monkeypatch, capfd):
+    monkeypatch.setattr(bench, "GPU_SECONDS_PER_CASE", 40)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--help")
+    out = " ".join(capfd.readouterr()[0].split())
+    assert "on a GPU an estimated 13 minutes" in out  # 18 cases, and a minute
+    assert "on a GPU an estimated 7 minutes" in out  # 9 cases
+    assert "(1024; short: 256)" in out
 
 
 def test_texts_may_be_longer_than_the_model_was_trained_on():

@@ -2,15 +2,18 @@
 
     python -m lib.measure.bench                  # prints tokens per second
     python -m lib.measure.bench --json data/results/bench.json
+    python -m lib.measure.bench --short          # on a machine that is paid by the minute
 
 All caches hold the same passages of the book. Their decode steps take turns, so that
 whatever else the machine does meets all of them alike; figures are medians. The model
-runs on the processor. A second table is of attention alone, on a GPU where there is one:
-bench_attention.py.
+runs on the processor. A second table is of attention alone, on a GPU where there is one,
+with what a GPU should reach and what the host takes per call: bench_attention.py.
 """
 
 import argparse
+import datetime
 import json
+import math
 import shlex
 import statistics
 import sys
@@ -29,9 +32,24 @@ from lib.measure.meter import machine_facts
 from lib.model import Transformer, attend_fused, load_model
 from lib.paged_kv_cache import PagedKVCache
 
-CONTEXTS = [128, 512, 2048, 8192, 16384, 65536]  # of attention alone, tokens
-BATCHES = [1, 8, 64]  # requests
-ATTENTION_REPEATS = {"cpu": 5, "cuda": 30}
+BATCHES = [1, 8, 64]  # requests of attention alone
+# What --short makes shorter: of decoding, tokens of a request and steps; of attention
+# alone, tokens of a request, and repeats by device.
+FULL = {
+    "context": 1024,
+    "steps": 40,
+    "attention_contexts": [128, 512, 1024, 4096, 16384, 65536],
+    "attention_repeats": {"cpu": 5, "cuda": 30},
+}
+SHORT = {
+    "context": 256,
+    "steps": 10,
+    "attention_contexts": [512, 4096, 16384],
+    "attention_repeats": {"cpu": 2, "cuda": 10},
+}
+# What a help can say before anything has run. On a GPU estimated, and not measured: a
+# kernel or two to compile in each case, and tens of passes over up to 17 GB.
+GPU_SECONDS_PER_CASE, GPU_SECONDS_TO_START = 12, 60
 
 
 def decode_steps(
@@ -137,27 +155,37 @@ def bench_attention_alone(args: argparse.Namespace, facts: dict) -> dict:
     copy_bytes_per_s = bench_attention.copy_bandwidth(device)
     flops_per_s = bench_attention.matmul_flops_per_s(device, dtype)
     num_cases = len(args.attention_batches) * len(args.attention_contexts)
-    with tqdm(total=num_cases, file=sys.stdout, leave=False, disable=None) as progress:
+    num_host_rows = len(args.attention_batches) * len(bench_attention.HOST_CONTEXTS)
+    num_rounds = num_cases + (num_host_rows if device == "cuda" else 0)
+    errors, host_rows = [], []
+    with tqdm(total=num_rounds, file=sys.stdout, leave=False, disable=None) as progress:
+        common = {"device": device, "dtype": dtype, "block_size": args.block_size}
+        common |= {"progress": progress, "errors": errors}
         rows = bench_attention.bench_attention(
             args.attention_contexts,
             args.attention_batches,
-            device=device,
-            dtype=dtype,
             **sizes,
-            block_size=args.block_size,
-            repeats=ATTENTION_REPEATS[device],
-            progress=progress,
+            repeats=args.attention_repeats[device],
             copy_bytes_per_s=copy_bytes_per_s,
+            **common,
         )
+        if device == "cuda":
+            config = bench_attention.one_layer(**sizes)
+            host_rows = bench_attention.bench_host(
+                config, args.attention_batches, **common
+            )
     result = {
         "device": device,
         "dtype": str(dtype).removeprefix("torch."),
         **sizes,
         "block_size": args.block_size,
-        "repeats": ATTENTION_REPEATS[device],
+        "repeats": args.attention_repeats[device],
         "copy_gb_per_s": copy_bytes_per_s / 1e9,
         "matmul_tflops_per_s": flops_per_s / 1e12,
         "rows": rows,
+        "goals": bench_attention.goals(rows) if device == "cuda" else [],
+        "host_rows": host_rows,
+        "errors": errors,
     }
     print_attention(result, num_cases, facts)
     return result
@@ -176,32 +204,71 @@ def print_attention(result: dict, num_cases: int, facts: dict):
     )
     rows = result["rows"]
     print(*bench_attention.table_lines(rows), sep="\n")
-    num_skipped = num_cases - len(bench_attention.by_case(rows))
+    tried = bench_attention.by_case(
+        rows + [row for row in result["errors"] if row["name"] != "host"]
+    )
+    num_skipped = num_cases - len(tried)
     if num_skipped:
         print(f"skipped {num_skipped} of {num_cases}: too many bytes of keys and values")
     if on_gpu:
         print("in place, against its goals:")
-        print(*bench_attention.goal_lines(rows), sep="\n")
+        print(*bench_attention.goal_lines(result["goals"]), sep="\n")
+        print("one call of the kernel in place, of many in a row, microseconds per call:")
+        print(*bench_attention.host_lines(result["host_rows"]), sep="\n")
     else:
         print("in place is the kernel's torch twin: the kernel itself needs a GPU")
+    if result["errors"]:
+        print("what failed, and has no figures:")
+        print(*bench_attention.error_lines(result["errors"]), sep="\n")
+
+
+def gpu_minutes(sizes: dict) -> int:
+    """Minutes, estimated, that FULL or SHORT takes on a GPU."""
+    num_cases = len(sizes["attention_contexts"]) * len(BATCHES)
+    seconds = GPU_SECONDS_TO_START + num_cases * GPU_SECONDS_PER_CASE
+    return math.ceil(seconds / 60)
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m lib.measure.bench",
         description="Tokens per second of decoding on this machine, and bytes per second "
-        "of attention alone.",
+        "of attention alone. Takes about a minute on a processor, and on a GPU an "
+        f"estimated {gpu_minutes(FULL)} minutes, compilation included.",
+    )
+    parser.add_argument(
+        "--short",
+        action="store_true",
+        help="fewer contexts and repeats: about 20 seconds on a processor, on a GPU an "
+        f"estimated {gpu_minutes(SHORT)} minutes",
     )
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--context", type=int, default=1024, help="tokens of a request")
-    parser.add_argument("--steps", type=int, default=40, help="timed, of each cache")
+    parser.add_argument(
+        "--context",
+        type=int,
+        help=f"tokens of a request ({FULL['context']}; short: {SHORT['context']})",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help=f"timed, of each cache ({FULL['steps']}; short: {SHORT['steps']})",
+    )
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument(
-        "--attention-contexts", type=int, nargs="+", default=CONTEXTS, metavar="TOKENS"
+        "--attention-contexts",
+        type=int,
+        nargs="+",
+        metavar="TOKENS",
+        help=f"({FULL['attention_contexts']}; short: {SHORT['attention_contexts']})",
     )
     parser.add_argument(
-        "--attention-batches", type=int, nargs="+", default=BATCHES, metavar="REQUESTS"
+        "--attention-batches",
+        type=int,
+        nargs="+",
+        default=BATCHES,
+        metavar="REQUESTS",
+        help=f"({BATCHES})",
     )
     parser.add_argument(
         "--device",
@@ -212,6 +279,9 @@ def parse_args() -> argparse.Namespace:
         "--json", type=Path, metavar="PATH", help="write all figures there"
     )
     args = parser.parse_args()
+    for name, value in (SHORT if args.short else FULL).items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
     for name in (
         "batch_size",
         "context",
@@ -238,19 +308,31 @@ def main() -> int:
     args = parse_args()
     torch.set_num_threads(args.threads)
     triton_version = getattr(paged_attention_triton.triton, "__version__", None)
-    facts = {**machine_facts(), "triton": triton_version}
+    facts = {**machine_facts(), "cuda": torch.version.cuda, "triton": triton_version}
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    if args.device == "cuda":  # elsewhere no kernel is timed
+        try:
+            bench_attention.check_kernel(
+                bench_attention.one_layer(**bench_attention.SIZES["cuda"]),
+                args.block_size,
+                device="cuda",
+                dtype=bench_attention.DTYPES["cuda"],
+            )
+        except bench_attention.WrongResultError as error:
+            sys.exit(f"nothing was timed: {error}")
     results = bench_decoding(args, facts)
     attention = bench_attention_alone(args, facts)
     if args.json:
         command = shlex.join(["python", "-m", "lib.measure.bench", *sys.argv[1:]])
         result = {
             "command": command,
+            "date": date,
             "machine": facts,
             "results": results,
             "attention": attention,
         }
         args.json.write_text(json.dumps(result, indent=1) + "\n")
-    return 0
+    return 1 if attention["errors"] else 0
 
 
 if __name__ == "__main__":

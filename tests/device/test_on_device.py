@@ -5,18 +5,19 @@ TEST_DEVICE=cuda python -m pytest tests/device     on this machine's GPU
 
 import pytest
 import torch
-from helpers import NOWHERE, assert_near, begun, paged, random_model
+from helpers import NOWHERE, assert_near, begun, paged, prefilled, random_model
 
 from lib import generate, paged_kv_cache
 from lib.checkpointing import checkpoint_recursive, run_blocks
 from lib.measure import bench_attention
 from lib.measure.meter import measure
 from lib.model import attend_causal
+from lib.paged_attention import paged_prefill_gather
 from lib.paged_kv_cache import PagedKVCache
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 from lib import paged_attention_triton  # noqa: E402
-from lib.paged_attention_triton import paged_decode  # noqa: E402
+from lib.paged_attention_triton import paged_decode, paged_prefill  # noqa: E402
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LENS = [0, 1, 64, 65, 1027]
@@ -30,12 +31,36 @@ SHAPES = [  # (H, G), D, block_size; interpreted, the first few are enough for a
 ]
 
 
-@pytest.mark.parametrize("num_splits", [None, 4])
+@pytest.mark.parametrize("split_tokens", [None, 256])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_kernel_is_the_oracle(device, shape, dtype, num_splits):
+def test_the_kernel_is_the_oracle(device, shape, dtype, split_tokens):
     inputs = paged((LENS, *shape), dtype, device=device)
-    assert_near(paged_decode(*inputs, num_splits=num_splits), inputs)
+    assert_near(paged_decode(*inputs, split_tokens=split_tokens), inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_prompts_in_place_are_the_oracle(device, shape, dtype):
+    inputs = prefilled(([37, 0, 300, 65, 9], [37, 0, 170, 1, 4], *shape), dtype, device)
+    assert_near(paged_prefill(*inputs), inputs, paged_prefill_gather)
+
+
+def test_a_captured_step_reads_the_lengths_that_there_are_when_it_is_replayed(device):
+    if device.type == "cpu":
+        pytest.skip("CUDA graphs need a GPU")
+    inputs = paged(([700, 300], (8, 2), 64, 16), torch.float16, device=device)
+    *rest, seq_lens = inputs
+    with torch.cuda.device(device):
+        paged_decode(*inputs), torch.cuda.synchronize()  # compiled before it is captured
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = paged_decode(*inputs)
+        for lens in ([700, 300], [513, 0], [1, 299]):
+            seq_lens.copy_(torch.tensor(lens))
+            graph.replay()
+            torch.cuda.synchronize()
+            assert_near(got, (*rest, seq_lens))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -64,7 +89,8 @@ def test_keys_and_values_are_written_copied_and_gathered_as_by_the_twins(device,
 def test_generation_through_the_kernel_is_generation_by_recompute(device):
     model = random_model().to(device)
     prompts = [torch.randint(256, (n,)).to(device) for n in (1, 16, 7)]
-    cache = PagedKVCache(model.config, 9, 8, device=device, decode=paged_decode)
+    in_place = {"decode": paged_decode, "prefill": paged_prefill}
+    cache = PagedKVCache(model.config, 9, 8, device=device, **in_place)
     texts = generate.generate_cached(model, prompts, 12, begun(cache, 3), temperature=0)
     for token_ids, prompt_ids in zip(texts, prompts):
         expected = generate.generate_recompute(model, prompt_ids, 12, temperature=0)
