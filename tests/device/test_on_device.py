@@ -143,3 +143,13 @@ def test_every_way_of_this_kind_of_device_is_timed(device, monkeypatch):
     names = {row["name"]: row["implementation"] for row in rows}
     assert names == bench_attention.IMPLEMENTATIONS[kind]
     assert all(row["share_of_copy"] > 0 for row in rows)
+
+
+def test_launches_are_timed_and_a_graph_gives_what_they_give(device):
+    if device != torch.device("cuda:0"):
+        pytest.skip("the bench measures the first GPU")
+    config = bench_attention.one_layer(num_heads=8, num_kv_heads=2, head_dim=64)
+    like = {"device": "cuda", "dtype": torch.bfloat16}
+    rows = bench_attention.bench_host(config, [1, 3], 16, **like)
+    assert len(rows) == 4
+    assert all(0 < row["host_us"] <= row["done_us"] and row["graph_us"] for row in rows)
