@@ -1,27 +1,30 @@
 # %% [markdown]
 # # 5. Paged attention: read the blocks where they lie
 #
-# Chapter 4 copies a request's blocks into one piece before it reads them. Here
-# attention reads them where they lie. It takes three things: a softmax that
-# sees a few keys at a time, a look-up in the block table, and a mask where the
-# text ends. Together they are one **kernel** of some forty lines, a program for
-# a GPU, in Triton, the language in which `torch.compile` writes its own.
+# Chapter 4 copies a request's blocks into one piece before attention reads
+# them. In this chapter attention reads them where they lie. That takes three
+# things: a softmax that can work on a few keys at a time, a look-up in the
+# block table, and a mask where the text ends. Together they make one
+# **kernel** of about forty lines. A kernel is a program for a GPU. Ours is
+# written in Triton, the language in which `torch.compile` writes its own.
 #
-# You need no GPU. Without one the kernel is **interpreted**, slowly, line by
-# line, and we also compile it, for GPUs that are not there, and look at what
-# they would run.
+# You need no GPU. Without one the kernel is **interpreted**: Python runs it
+# line by line, slowly. We also compile it, for GPUs that are not there, and
+# read what they would run.
 #
-# **You need:** chapters 3 and 4, and 180 minutes. Triton is for Linux (on
-# Windows: WSL). Elsewhere this page runs as well, with the kernel's twin in
-# torch, and the kernels' checks say what they need.
+# **You need:** chapters 3 and 4, and 230 minutes, in two sittings or three.
+# Triton is for Linux (on Windows: WSL). Elsewhere this page runs as well, with
+# the kernel's twin in torch, and the kernels' checks say what they need.
 #
 # **You will be able to**
 #
 # - compute attention over keys that come in pieces, and merge partial results,
 # - write a Triton kernel: load a row, mask a tail, gather by a table, multiply,
-# - say why several query heads belong into one program, and why long texts need
-#   several programs,
-# - read what a compiler made of it: registers, shared memory, tensor cores,
+# - say why several query heads belong into one program, and why a long text
+#   needs several programs,
+# - say what a program is made of (warps, registers, shared memory), and read
+#   from the machine code whether its loads run ahead of its products,
+# - turn a kernel for one new token into one for a whole prompt,
 # - predict the bytes that attention moves, and what they mean on a roofline.
 
 # %%
@@ -29,6 +32,7 @@ import functools
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 
 import torch
@@ -45,7 +49,9 @@ from lib.block_manager import BlockManager
 from lib.config import LLAMA3_8B, ModelConfig
 from lib.course.check import check
 from lib.model import attend_fused
-from lib.paged_attention import paged_decode_gather, paged_decode_online
+from lib.paged_attention import (
+    paged_decode_gather, paged_decode_online, paged_prefill_gather,
+)
 from lib.paged_attention_triton import LOG2_E, tl, triton
 from lib.paged_kv_cache import PagedKVCache
 
@@ -61,9 +67,9 @@ device = "cuda" if bench_attention.can_compile_kernels() else "cpu"
 #
 # ## Moved three times to be read once
 #
-# One layer's attention in one step of decoding, for eight requests of 2,048
-# tokens, on this machine. *Contiguous* reads dense pieces, *gather* copies the
-# blocks into dense pieces first.
+# Here is one layer's attention in one step of decoding, for eight requests of
+# 2,048 tokens, on this machine. *Contiguous* reads dense pieces. *Gather*
+# copies the blocks into dense pieces first.
 
 # %%
 rows = bench_attention.bench_attention(
@@ -76,11 +82,14 @@ ratio = seconds["gather"] / seconds["contiguous"]
 print(f"with a gather it takes {ratio:.1f} times as long")
 
 # %% [markdown]
-# A block is read, its copy is written, the copy is read: three times the
-# traffic. Where attention waits for memory, as on a GPU it should (we come to
-# why), it can take three times as long. Here it is less; how much less depends
-# on where the memory for the copy comes from. The shape of Llama 3 8B, the same
-# eight requests, with the memory bandwidth that NVIDIA publishes for its A100
+# With a gather, a block is read, its copy is written, and the copy is read:
+# three times the traffic. Where attention waits for memory, it can take three
+# times as long. A GPU should wait for memory here; we come to why. On a
+# processor the factor changes from run to run, for much of the time goes into
+# torch's calls, and some into getting memory for the copy.
+#
+# How long must it take on a GPU? We take the shape of Llama 3 8B, the same
+# eight requests, and the memory bandwidth that NVIDIA publishes for its A100
 # (80 GB, SXM):
 
 # %%
@@ -88,24 +97,24 @@ A100_BYTES_PER_S = 2039e9  # published, not measured here
 cache_bytes = 8 * kv_cache.kv_cache_bytes(LLAMA3_8B, 2048, bytes_per_number=2)
 for name, times in (("in place", 1), ("gather", 3)):
     least_ms = 1000 * times * cache_bytes / A100_BYTES_PER_S
-    print(f"{name:8} {times * cache_bytes / 1e9:.1f} GB, ", end="")
+    print(f"{name:8} {times * cache_bytes / 1e9:.1f} GB per step, ", end="")
     print(f"{least_ms:.1f} ms at least")
 
 # %% [markdown]
 # ## Six tokens in two tiles, by hand
 #
 # What stands in the way is the softmax. A weight is exp(score) divided by the
-# sum over *all* keys, and so that no exp becomes infinite, the largest of *all*
-# scores is subtracted first. Who sees only a few keys at a time, a **tile**,
-# knows neither.
+# sum over *all* keys. And so that no exp becomes infinite, the largest of *all*
+# scores is subtracted first. If we see only a few keys at a time, a **tile**,
+# we know neither the sum nor the maximum.
 #
 # So we keep three running numbers: the largest score so far (`row_max`), the
 # sum of all exp(score - row_max) so far (`row_sum`), and the sum of the values
-# under these weights (`acc`). When a tile brings a larger score, what was
-# summed up before was too large by exp(new - old): multiply it by
-# exp(old - new), and go on. At the end divide, once.
+# under these weights (`acc`). When a tile brings a larger score, everything
+# that was summed up before is too large by a factor of exp(new - old). So we
+# multiply it by exp(old - new), and go on. At the end we divide, once.
 #
-# Six scores and six values, a tile of four and a tile of two:
+# Six scores and six values, in a tile of four and a tile of two:
 
 # %%
 scores = torch.tensor([1.0, 3.0, 2.0, 0.0, 5.0, 1.0])
@@ -124,17 +133,17 @@ print(f"{acc / row_sum:.4f}, by softmax {scores.softmax(0) @ values:.4f}")
 
 # %% [markdown]
 # (The first tile rescales by exp(-inf) = 0 what is 0 anyway.) This is the
-# **online softmax**, and with it no more than one tile's scores need be stored.
-# One number more is useful: **logsumexp**, the logarithm of the sum of all
+# **online softmax**. It stores the scores of one tile, never those of all keys.
+# One more number is useful: **logsumexp**, the logarithm of the sum of all
 # exp(score), which is `row_max + log(row_sum)`. It says how much weight there
 # was in all.
 #
 # ### Exercise 5.1 · `attend_online` ★★ (20 minutes)
 #
-# Attention for one token: its queries, already divided by √D, over keys and
-# values that come tile by tile. The tiles come once, and you may keep no more
-# than one. Scores are given; as in chapter 3, query heads that read the same
-# keys are the rows of one matrix.
+# Write attention for one token. You get its queries, already divided by √D, and
+# keys and values that come tile by tile. The tiles come once, and you may keep
+# no more than one. The scores are given: as in chapter 3, query heads that read
+# the same keys are the rows of one matrix.
 
 # %% exercise="attend_online" given="1 tile"
 from lib.paged_attention import attend_online
@@ -154,16 +163,17 @@ check(attend_online)
 # <details><summary>Hint 2</summary>
 #
 # Without tiles `row_sum` is 0. Divide by `row_sum.clamp(min=...)`, with the
-# smallest number of the dtype, `torch.finfo(q.dtype).tiny`: acc is 0 then, and
-# so is out.
+# smallest number of its dtype, `torch.finfo(row_sum.dtype).tiny`: acc is 0
+# then, and so is out.
 #
 # </details>
 
 # %% [markdown]
-# A block is a tile. So this is attention that reads blocks where they lie, in
-# torch: for each request `paged_decode_online` hands you views of its blocks.
-# Three requests, with the gather and without. The peak is what is alive at one
-# time, beside what was there before:
+# `paged_decode_online` is a loop over requests. It hands your function one
+# block after the other as a tile: views of the pool, no copies. So this is
+# attention that reads blocks where they lie, in torch. Here are three requests,
+# with the gather and without. The peak is what is alive at one time, beside
+# what was there before:
 
 # %%
 def random_pool(seq_lens, H, G, D, block_size=16, dtype=torch.float32):
@@ -188,35 +198,40 @@ for decode in (paged_decode_gather, paged_decode_online):
     print(f"off by {error:.0e}")
 
 # %% [markdown]
-# The same numbers. The gather's peak is the longest request, copied for each
-# query head; in place there is a block's scores, and three running numbers. But
-# look at what it does: a loop in Python, a dozen small operations for sixteen
-# tokens. We want all of it in one go, on the machine that has the bandwidth.
+# The numbers are the same. The gather's peak is a copy of the longest request's
+# keys and values, and its scores. In place there are one block's scores and
+# three running numbers. But look at what it does: a loop in Python, with a
+# dozen small operations for every sixteen tokens. We want all of it in one go,
+# on the machine that has the bandwidth.
 #
 # ## A kernel is a few lines that run many times
 #
-# A GPU runs the same **program** many times at once. All are given
-# the same arguments; a program asks which one it is, and works out its share
-# from that. And it is given no tensors but addresses, **pointers** to a first
-# number; where the rest lies, it computes. A pointer plus `tl.arange` is that
-# many addresses at once. In Triton:
+# A GPU runs the same **program** many times at once. Every copy gets the same
+# arguments. It asks which copy it is, and works out its share from that. And
+# instead of tensors it gets addresses: a **pointer** to the first number of
+# each. Where the others lie, it has to compute. In Triton:
 #
 # - `tl.program_id(0)`: which program am I?
-# - `tl.arange(0, TILE)`: the numbers 0 to TILE - 1, at once. TILE must be a
-#   power of two, and known when the kernel is compiled: `tl.constexpr`.
+# - `tl.arange(0, TILE)`: the numbers 0 to TILE - 1, all at once. TILE must be a
+#   power of two, and known when the kernel is compiled: a `tl.constexpr`.
+# - `pointer + offsets`: as many addresses as there are offsets. We give names
+#   that end in `_at` to offsets: how many numbers behind the pointer.
 # - `tl.load(pointer + offsets, mask=..., other=0.0)`: the numbers at these
-#   places. Where the mask is False nothing is touched, and `other` comes back;
-#   without `other`, anything may.
+#   addresses. Where the mask is False nothing is touched, and `other` comes
+#   back. Without `other` anything may come back.
 # - `tl.store(pointer + offsets, numbers, mask=...)`: the way back.
+# - `x.to(tl.int64)`: x in 64 bits. A program's number has 32, and so has a
+#   product of two such numbers, of which the largest is 2^31 - 1. An offset
+#   into a large pool may be larger.
 #
 # `kernel[(N,)](...)` launches N programs, with ids 0 to N - 1.
 #
 # ### Exercise 5.2 · `load_row_kernel` ★ (15 minutes)
 #
 # Program n copies row n of x into row n of out, which is a power of two wide,
-# and fills it up with zeros. Two rows of x lie `x_stride` numbers apart, which
-# may be more than `num_cols`: what lies between them is somebody else's, and
-# not to be read.
+# and fills the rest with zeros. Two rows of x lie `x_stride` numbers apart,
+# which may be more than `num_cols`. What lies between them belongs to somebody
+# else, and must not be read.
 
 # %% exercise="load_row_kernel" given="locate"
 from lib.paged_attention_triton import load_row_kernel
@@ -227,22 +242,24 @@ check(load_row_kernel)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# The row begins at `x_ptr + row * x_stride`. Its numbers are at `+ col`, which
-# makes TILE addresses of one.
+# The row begins at offset `row * x_stride`. Its numbers are at `+ col`, which
+# makes TILE offsets of one.
 #
 # </details>
 # <details><summary>Hint 2</summary>
 #
-# `mask=col < num_cols` and `other=0.0` when loading. When storing, no mask:
-# the zeros are to be stored too.
+# `mask=col < num_cols` and `other=0.0` when loading. No mask when storing: the
+# zeros are to be stored too.
 #
 # </details>
 
 # %% [markdown]
-# The check runs a kernel without a GPU, counts what it loads, and then compiles
-# it for one. (The interpreter is not strict: it takes things that no GPU could
-# run.) As always, what passes takes the library's place: `kernels.pad_rows`
-# launches your kernel now. Three rows of five, cut out of rows of seven:
+# The check runs your kernel in the interpreter and counts what it loads and
+# stores. Then it compiles it for a GPU, since the interpreter is not strict: it
+# takes things that no GPU could run. (This takes a few seconds, in which
+# nothing is printed.) As always, what passes takes the library's place:
+# `kernels.pad_rows` launches your kernel now. Three rows of five numbers, cut
+# out of rows of seven:
 
 # %%
 if kernels.HAS_TRITON:
@@ -254,10 +271,11 @@ if kernels.HAS_TRITON:
 #
 # ### Exercise 5.3 · `gather_kernel` ★★ (15 minutes)
 #
-# Program p copies the token at position p, all its heads, out of the pool into
-# its row of out. You know where it lies: block `block_table[p // block_size]`,
-# place `p % block_size`. The table's ids are numbers in memory, so they are
-# loaded like any others. The copy is given; it needs `slot`.
+# Program p copies the token at position p, with all its heads, out of the pool
+# into row p of out. You know where it lies: block
+# `block_table[p // block_size]`, place `p % block_size`. The ids in the table
+# are numbers in memory, so they are loaded like any others. The copy is given;
+# it needs `slot`.
 
 # %% exercise="gather_kernel" given="locate copy"
 from lib.paged_attention_triton import gather_kernel
@@ -268,13 +286,14 @@ check(gather_kernel)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# `tl.load(block_table_ptr + position // block_size)` is one number. Make it
-# `.to(tl.int64)`: id times block size times numbers a token may pass 2^31.
+# `tl.load(block_table_ptr + position // block_size)` is one number, the id.
+# Make it 64 bits wide before you multiply: `.to(tl.int64)`.
 #
 # </details>
 # <details><summary>Hint 2</summary>
 #
-# `slot` counts all places of the pool through, as in chapter 4.
+# `slot` numbers all places of the pool, as in chapter 4: the id times
+# `block_size`, plus the place in the block.
 #
 # </details>
 
@@ -296,19 +315,22 @@ if kernels.HAS_TRITON:
         print(f"{moved.written_bytes:,} written, {moved.index_bytes} of ids")
 
 # %% [markdown]
-# That is the copy of chapter 4 as a kernel. Now without the copy.
+# That is the copy of chapter 4 as a kernel. Now we do without the copy.
 #
 # ## One program for all heads that read the same keys
 #
-# Which work is one program's? A request and a KV head. All the query heads that
-# read this KV head belong to the same program: it loads each key once, for all
-# of them, and their scores are *one* product of two matrices, queries (rows) by
-# keys (columns). GPUs have units for that, **tensor cores**, and `tl.dot` uses
-# them. They multiply 16 rows at a time, and a tile's sides are powers of two.
-# So the `GROUP_SIZE` query heads are padded to `ROWS`, the `HEAD_DIM` numbers
-# to `COLS`, and masks keep out what is not there. Here are 16 queries, 32 keys,
-# and what you need for two dimensions: `[:, None]` makes a column of addresses,
-# `[None, :]` a row, and their sum is all of them.
+# Which work belongs into one program? A request and a KV head. All query heads
+# that read this KV head go into the same program: it loads each key once, for
+# all of them, and their scores are *one* product of two matrices, queries
+# (rows) by keys (columns). GPUs have units for such products, **tensor cores**,
+# and `tl.dot` uses them. They multiply 16 rows at a time, and the sides of a
+# tile are powers of two. So the `GROUP_SIZE` query heads are padded to `ROWS`
+# rows, the `HEAD_DIM` numbers to `COLS` columns, and masks keep out what is not
+# there.
+#
+# Two dimensions of offsets are a column plus a row: `[:, None]` makes a column
+# of addresses, `[None, :]` a row, and their sum is the whole matrix. Here are
+# 16 queries and 32 keys:
 
 # %%
 @triton.jit
@@ -339,14 +361,14 @@ if kernels.HAS_TRITON:
     print(f"the largest scores, off by {error:.0e}")
 
 # %% [markdown]
-# (The last two keys are masked, as at the end of a text. By default `tl.dot`
-# multiplies fp32 in less than full precision; `input_precision="ieee"` asks for
-# all of it.)
+# (The last two keys are masked, as they would be at the end of a text. By
+# default `tl.dot` multiplies fp32 in less than full precision;
+# `input_precision="ieee"` asks for all of it.)
 #
-# A program goes through its keys in tiles of `TILE` tokens, which have nothing
-# to do with the size of a block: the block is looked up for each token. A text
-# may also be shared among several programs, each with some of the tiles. We
-# come to that below; a picture of it now.
+# A program goes through its keys in tiles of `TILE` tokens. That has nothing to
+# do with the size of a block, for the block is looked up for each token. A long
+# text may also be shared among several programs, each with its own part of the
+# keys. We come to that below; here is a picture of it.
 
 # %%
 manager = BlockManager(num_blocks=14, block_size=4)
@@ -356,41 +378,46 @@ manager.free("a")
 for name, num_tokens in (("b", 1), ("c", 6), ("b", 18)):
     manager.append(name, num_tokens)
 drawing.draw_reads(
-    manager, "b", tile=8, num_splits=2,
+    manager, "b", tile=8, split_tokens=16,
     title="Two programs share the keys of one request",
 );
 
 # %% [markdown]
-# *Request b, 26 tokens. Each program looks its blocks up in the table, and
-# reads them where they lie. Block 1 and others are c's, or free.*
+# *Request b, 26 tokens, 16 of them for program 0. Each program looks its blocks
+# up in the table, and reads them where they lie. The other blocks of the pool
+# are c's, or free.*
 #
 # ### Exercise 5.4 · `paged_decode_kernel` ★★★ (40 minutes)
 #
-# It is `attend_online` once more, with the look-up of `gather_kernel` and the
+# This is `attend_online` once more, with the look-up of `gather_kernel` and the
 # mask of `load_row_kernel`. Four steps are yours:
 #
-# - **look up**: the `block_id` (int64) and the `place` in it, for a whole tile
-#   of positions at once. Behind the last token the table holds anything:
+# - **look up**: the `block_id` (int64) and the `place` in it (int64 too), for a
+#   whole tile of positions at once. Row b of the table begins at offset
+#   `b * table_stride_b`. Behind the last token the table holds anything, so
 #   load under `mask=is_token`.
-# - **gather**: `k` and `v`, (TILE, COLS) each. `k_at` has an address for each
-#   token; with `[:, None]` it becomes a column, and `col[None, :]` a row. The
-#   mask is `is_there`. What is dead may be NaN, and a weight of 0 does not save
-#   you: 0 times NaN is NaN.
+# - **gather**: `k` and `v`, (TILE, COLS) each. `k_at` and `v_at` are offsets,
+#   one for each token. With `[:, None]` they become a column, and
+#   `col[None, :]` is the row. The mask is `is_there`. What is dead may be NaN,
+#   and a weight of 0 does not save you: 0 times NaN is NaN.
 # - **score**: as in `scores_kernel`, (ROWS, TILE), times `scale_log2_e`. Scores
 #   of tokens that are not there are -inf.
 # - **rescale**: as in `attend_online`, with `tl.maximum`, `tl.max(..., axis=1)`
 #   and `tl.sum(..., axis=1)`.
 #
-# Two things are new. A GPU has an instruction for 2 to the power of x, not for
-# e to the power of x. So scores come multiplied by log2(e), and `tl.exp2` takes
-# the place of exp; the last step turns `logsumexp` back. And `tl.dot` wants
-# both sides of one dtype: weights are fp32, values may not be. (`UPCAST` is
-# given: it is on for fp32, and in the interpreter, which computes bf16 wrongly.
-# Each tensor comes with its strides, since none has to lie in one piece. And
-# `start` and `end` are this program's share of the text.)
+# Two things are new. First, a GPU has an instruction for 2 to the power of x,
+# and none for e to the power of x. So the scores come multiplied by log2(e),
+# `tl.exp2` takes the place of exp, and the last step turns `logsumexp` back.
+# Second, `tl.dot` wants both sides in one dtype. Your weights are fp32, and
+# the values may be bf16: cast the weights, with `weights.to(v.dtype)`. (Casting
+# the values instead gives right numbers and a bad kernel: they would take twice
+# the registers, and tensor cores do not multiply fp32.)
 #
-# The check runs the kernel in the interpreter, counts what it reads, and
-# compiles it for a GPU: about half a minute, in which nothing is printed.
+# The rest is given. `UPCAST` is on for fp32, and in the interpreter, which
+# computes bf16 wrongly. Each tensor comes with its strides, since none has to
+# lie in one piece. `start` and `end` bound this program's part of the text.
+#
+# The check takes about half a minute, in which nothing is printed.
 
 # %% exercise="paged_decode_kernel" given="1 2 3 4 6 8 11"
 from lib.paged_attention_triton import paged_decode_kernel
@@ -401,25 +428,26 @@ check(paged_decode_kernel)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# `tl.load(block_tables_ptr + b * table_stride_b + position // block_size,
-# mask=is_token, other=0)`; and for keys `tl.load(k_cache_ptr + k_at[:, None] +
-# col[None, :], mask=is_there, other=0.0)`. Scores: `tl.where(is_token[None, :],
-# scores, float("-inf"))`.
+# The id of each token's block: `tl.load(block_tables_ptr + b * table_stride_b +
+# position // BLOCK_SIZE, mask=is_token, other=0)`. The keys:
+# `tl.load(k_cache_ptr + k_at[:, None] + col[None, :], mask=is_there,
+# other=0.0)`. The scores end with `tl.where(is_token[None, :], scores,
+# float("-inf"))`.
 #
 # </details>
 # <details><summary>Hint 2</summary>
 #
 # `tl.max(scores, axis=1)` and `tl.sum(weights, axis=1)` are (ROWS,). With
-# `[:, None]` they are a column beside (ROWS, TILE) or (ROWS, COLS). The second
-# product: `tl.dot(weights.to(v.dtype), v, input_precision="ieee")`.
+# `[:, None]` they become a column beside (ROWS, TILE) or (ROWS, COLS). The
+# second product: `tl.dot(weights.to(v.dtype), v, input_precision="ieee")`.
 #
 # </details>
 
 # %% [markdown]
 # ## It computes the same thing
 #
-# Against the gather of chapter 4, in blocks of many sizes, with lengths that
-# end anywhere:
+# Your kernel against the gather of chapter 4, in blocks of many sizes, with
+# lengths that end anywhere:
 
 # %%
 for block_size in (1, 8, 16, 100):
@@ -429,41 +457,25 @@ for block_size in (1, 8, 16, 100):
     print(f"blocks of {block_size:3}: off by {error:.0e}")
 
 # %% [markdown]
-# And now the whole way: the trained model, chapter 4's cache, and in each step
-# of decoding, in each layer, your kernel. (The prompt, many tokens at once, is
-# still gathered.) Beside it chapter 1, which computes everything again.
-
-# %%
-lm = model.load_model().to(device)
-book_ids = text.encode(text.load_book()).to(device)
-prompts = [book_ids[start:start + n] for start, n in ((1000, 20), (7000, 33))]
-cache = PagedKVCache(
-    lm.config, num_blocks=8, device=device, decode=kernels.paged_decode
-)
-for request_id in range(2):
-    cache.begin(request_id)
-texts = generate.generate_cached(lm, prompts, 16, cache, temperature=0)
-for prompt_ids, token_ids in zip(prompts, texts):
-    expected = generate.generate_recompute(lm, prompt_ids, 16, temperature=0)
-    new_text = text.decode(token_ids[len(prompt_ids):].cpu())
-    is_same = torch.equal(token_ids, expected)
-    print(f"{new_text!r}, the same as by recompute: {is_same}")
-
-# %% [markdown]
 # ## One long text, and nobody to help
 #
 # One program for each request and KV head: a single request to Llama 3 8B makes
-# eight programs a layer. NVIDIA counts 108 processors in an A100, and 132 in an
-# H100 (SXM). A hundred of them would watch eight read a long text. So its keys
-# are shared out, and `num_splits` programs each attend to some of them. What
-# each has in the end is attention over its own share, divided by its own sum.
-# How do these become one?
+# eight programs per layer. An A100 has 108 processors, and an H100 (SXM) has
+# 132. A hundred of them would watch eight read a long text.
+#
+# So the keys are shared out. Each program takes `split_tokens` keys, one
+# **split**, and the next program takes the next ones. A text of 10,000 tokens
+# in splits of 512 keeps 20 programs busy per KV head, and a short text beside
+# it keeps one busy. (The launcher starts as many programs for each request as
+# the longest could need. Those that find no keys end at once.) What each
+# program has in the end is attention over its own split, divided by its own
+# sum. How do these become one?
 #
 # ### Exercise 5.5 · `merge_splits` ★★★ (20 minutes)
 #
-# P partial results of each head, `outs`, and the `logsumexps` of their shares.
-# Return out and logsumexp over all keys. A share may be empty: out 0 and
-# logsumexp -inf.
+# You get P partial results of each head, `outs`, and the `logsumexps` of their
+# splits. Return out and logsumexp over all keys. A split may be empty: then its
+# out is 0 and its logsumexp is -inf.
 
 # %% exercise="merge_splits"
 from lib.paged_attention import merge_splits
@@ -488,38 +500,54 @@ check(merge_splits)
 
 # %% [markdown]
 # So attention over parts is merged by attention over the parts: a softmax
-# again. Three shares of unequal size, of one request, and all keys at once:
+# again. Three splits of unequal size, of one request, and all keys at once:
 
 # %%
 q, k_cache, v_cache, tables, _ = random_pool([90], H=4, G=2, D=16)
 k, v = paged_kv_cache.gather_kv(k_cache, v_cache, tables[0], 90)
-shares = [(k[a:b], v[a:b]) for a, b in ((0, 50), (50, 60), (60, 90))]
-parts = [paged_attention.attend_online(q[0], [share]) for share in shares]
+splits = [(k[a:b], v[a:b]) for a, b in ((0, 50), (50, 60), (60, 90))]
+parts = [paged_attention.attend_online(q[0], [split]) for split in splits]
 outs, logsumexps = (torch.stack(x, dim=1)[None] for x in zip(*parts))
 merged, _ = paged_attention.merge_splits(outs, logsumexps)
 whole, _ = paged_attention.attend_online(q[0], [(k, v)])
 print(f"{len(parts)} parts, merged: off by {(merged - whole).abs().max():.0e}")
 
 # %% [markdown]
-# Your kernel does its part already: look at its first lines, `start` and `end`,
-# and at the last, which write to the place of their share. A second kernel
-# merges, like yours.
+# Your kernel does its part already. Look at its first lines, `start` and `end`,
+# and at its last ones, which write to the place of its split. A second kernel
+# merges, as your function does. How does it know that all programs of the first
+# are done? It is launched after it, and a GPU runs what is launched in order.
 
 # %%
 inputs = random_pool([200, 1, 70], H=4, G=2, D=16)
 expected = paged_decode_gather(*inputs)[0]
-for num_splits in (1, 2, 4):
-    got, _ = kernels.paged_decode(*inputs, num_splits=num_splits)
+for split_tokens in (256, 128, 64):
+    got, _ = kernels.paged_decode(*inputs, split_tokens=split_tokens)
     error = (got - expected).abs().max()
-    print(f"{num_splits} programs a text: off by {error:.0e}")
+    print(f"{split_tokens:3} keys per program: off by {error:.0e}")
 
 # %% [markdown]
-# ## What a GPU would run
+# ## What a program is made of
 #
-# Triton brings the compilers, so your kernel can be compiled here, for GPUs
-# that are not. For the heads of Llama 3 8B, in bf16: a **register** holds
-# 32 bits of one of the program's threads; **shared memory** belongs to all of
-# them; what finds no register is **spilled** to memory, and slow.
+# So far a program was a few lines that run many times. What does a GPU make of
+# them? These are the words, with the numbers of NVIDIA's A100 and H100:
+#
+# - A **processor** (NVIDIA says streaming multiprocessor) carries out several
+#   programs at a time. An A100 has 108 of them, an H100 has 132.
+# - A program is carried out by **threads**. 32 threads make a **warp**, and all
+#   threads of a warp carry out the same instruction at the same time. Our
+#   program has four warps (`num_warps=4`), so 128 threads. A tile of 64 keys by
+#   128 numbers is spread over them, 64 numbers for each. Which thread has which
+#   ones is Triton's choice, and nothing in the language shows it.
+# - What a thread has lies in its **registers**, of 32 bits each. A thread has
+#   255 at most, and a processor has 65,536 for all. What finds no register is
+#   **spilled** to memory, and that is slow.
+# - **Shared memory** is on the processor, and all threads of a program see it:
+#   164 KB on an A100, 228 KB on an H100. Triton uses it for what threads
+#   exchange, and for tiles that are loaded ahead of time.
+#
+# Triton brings the compilers of NVIDIA and AMD. So your kernel can be compiled
+# here, for the heads of Llama 3 8B, in bf16:
 
 # %%
 codes = {}
@@ -527,18 +555,138 @@ if kernels.HAS_TRITON:
     gpus = {"A100": "sm_80", "H100": "sm_90"}
     for name, gpu in gpus.items():
         code = codes[name] = gpu_code.compile_decode(gpu)
-        print(f"{name} {code.registers} registers a thread, ", end="")
+        print(f"{name} {code.registers} registers per thread, ", end="")
         print(f"{code.spilled_bytes} bytes spilled, ", end="")
         print(f"{code.shared_bytes:,} bytes of shared memory")
 
 # %% [markdown]
-# Nothing is spilled, which is what we look for: a thread of these GPUs
-# has 255 registers at most, and the more a program takes, the fewer programs a
-# processor holds at once. And this is a piece of it, the machine code for the
-# A100 around its first matrix product. `HMMA` is the tensor cores' instruction:
-# a product of 16 by 16 and 16 by 8 numbers in bf16, summed up in fp32. `LDSM`
-# brings numbers from shared memory into registers, R36 and others; RZ is a
-# zero.
+# Nothing is spilled, if yours is written as the library's. How many programs
+# fit on one processor at once? That is its **occupancy**, and whatever runs out
+# first decides. (Registers are handed out in eights, and each program takes
+# 1 KB of shared memory more than it asks for.)
+
+# %%
+SHARED = {"A100": 164 * 1024, "H100": 228 * 1024}  # bytes per processor
+for name, code in codes.items():
+    num_threads = 4 * 32
+    per_thread = math.ceil(code.registers / 8) * 8
+    by_registers = 65536 // (per_thread * num_threads)
+    by_shared = SHARED[name] // (code.shared_bytes + 1024)
+    print(f"{name}: {by_registers} programs by registers, ", end="")
+    print(f"{by_shared} by shared memory")
+
+# %% [markdown]
+# Does a program wait at each load? No. A warp asks for the numbers and goes on,
+# until an instruction needs one of them. If it has not come yet, the warp
+# waits, and the processor lets another warp go on. So memory is busy as long as
+# enough bytes are **in flight**, asked for and not there yet. How many is
+# enough? As many as memory delivers in the time that one load takes, bandwidth
+# times latency. (The latency is our assumption. NVIDIA publishes none, and it
+# grows when memory is busy.)
+
+# %%
+H100_BYTES_PER_S, LATENCY_S = 3350e9, 0.8e-6  # published; assumed
+needed_bytes = H100_BYTES_PER_S * LATENCY_S / 132  # per processor
+tile_bytes = 2 * 64 * 128 * 2  # keys and values, 64 tokens, D = 128, bf16
+print(f"in flight for each processor of an H100: {needed_bytes:,.0f} bytes")
+print(f"a tile of keys and values: {tile_bytes:,} bytes")
+
+# %% [markdown]
+# One tile per processor is enough, if it is in flight *all the time*: also
+# while the tile before it is being multiplied. So the loads have to run ahead
+# of the products, which is called **software pipelining**. It needs a second
+# place in shared memory to load into, a **buffer**. The compiler writes all of
+# it, and how far ahead is a number that the launcher gives it, `num_stages`.
+#
+# Compile your kernel with 1, 2, 3 and 5 stages, and look at two things: how
+# many tiles of keys shared memory holds at a time, and how many copies may
+# still be under way when the loop waits for its next tile. Before you run the
+# cell: how many buffers would you expect with three stages?
+
+# %%
+for num_stages in (1, 2, 3, 5) if kernels.HAS_TRITON else ():
+    code = gpu_code.compile_decode("sm_90", num_stages=num_stages)
+    waits = code.loop_waits or "at each load"
+    print(f"{num_stages} stages: {code.num_buffers} buffers, ", end="")
+    print(f"{code.shared_bytes:6,} bytes; copies left when it waits: {waits}")
+
+# %% [markdown]
+# Two stages give one buffer, and three stages do not give two. With one buffer
+# the loop waits until *no* copy is under way, so nothing is loaded while it
+# multiplies. The reason is the block table. A key's address is known only when
+# its block's id has come, so there are two loads, one behind the other, and the
+# stages are divided between them. It takes five to give each of them two. That
+# is what the library launches with, and it says nothing about it in the kernel.
+#
+# There is another way, in the kernel: look up the *next* tile's blocks at the
+# end of this one. Then the ids are there when the keys are asked for, and no
+# load waits for another. It moves one line, and needs a few more for the first
+# tile:
+
+# %%
+look_up_ahead = {
+    "tile": """
+    # tile by tile; the first one's blocks are looked up here
+    position = start + tl.arange(0, TILE)
+    next_at = b * table_stride_b + position // BLOCK_SIZE
+    next_id = tl.load(block_tables_ptr + next_at, mask=position < end, other=0)
+    for tile_start in range(start, end, TILE):
+        position = tile_start + tl.arange(0, TILE)
+        is_token = position < end
+        is_there = is_token[:, None] & is_col[None, :]
+""",
+    "look": """
+        # use what was looked up a tile ago, and look up for the next one
+        block_id = next_id.to(tl.int64)
+        place = (position % BLOCK_SIZE).to(tl.int64)
+        after = position + TILE
+        next_at = b * table_stride_b + after // BLOCK_SIZE
+        next_id = tl.load(block_tables_ptr + next_at, mask=after < end, other=0)
+""",
+}
+if kernels.HAS_TRITON:
+    try:
+        ahead = gpu_code.edited(kernels.paged_decode_kernel, look_up_ahead)
+    except ValueError as error:  # where your kernel has no such comments
+        print(error)
+    else:
+        code = gpu_code.compile_decode("sm_90", num_stages=3, kernel=ahead)
+        print(f"3 stages: {code.num_buffers} buffers, ", end="")
+        print(f"{code.shared_bytes:,} bytes of shared memory")
+        print(f"copies left when it waits: {code.loop_waits}")
+
+# %% [markdown]
+# Two buffers from three stages, in about as much shared memory. We keep the
+# kernel that is easier to read.
+#
+# Next, why do rows that a table scatters over the pool cost no bandwidth?
+# Memory is read in pieces of 32 bytes. A key of 128 numbers in bf16 has 256
+# bytes, which is eight whole pieces, wherever it lies. A thread asks for 16
+# bytes with one instruction, and a warp for two whole keys. What does cost is a
+# row that begins where the compiler cannot see it is a multiple of 16 numbers.
+# Here are the loads of three kernels: D = 128; D = 72; and D = 72 again, but
+# with rows that lie 80 numbers apart.
+
+# %%
+rows = {"D = 128": (128, True), "D = 72": (72, False), "80 apart": (72, True)}
+for name, (D, is_aligned) in rows.items() if kernels.HAS_TRITON else ():
+    code = gpu_code.compile_decode("sm_80", head_dim=D, is_aligned=is_aligned)
+    loads = Counter(re.findall(r"\b(?:LDGSTS|LDG)\.\S+", code.assembly))
+    wide = sum(n for load, n in loads.items() if load.endswith(".128"))
+    narrow = sum(n for load, n in loads.items() if load.endswith(".U16"))
+    print(f"{name:8} {wide:3} loads of 16 bytes, {narrow:3} of 2, ", end="")
+    print(f"{code.num_buffers} buffers, {code.spilled_bytes:,} bytes spilled")
+
+# %% [markdown]
+# At D = 72 the compiler loads number by number, cannot copy ahead, and spills.
+# Rows that begin at multiples of 16 numbers bring everything back, for 8 unused
+# numbers per row: a tenth of the pool. (Loads that fall together into whole
+# pieces are called **coalesced**.)
+#
+# And this is a piece of what the A100 would run, around the first matrix
+# product. `HMMA` is the tensor cores' instruction: a product of 16 by 16 and
+# 16 by 8 numbers in bf16, summed up in fp32. `LDSM` brings numbers from shared
+# memory into registers, R36 and others; RZ is a zero.
 
 # %%
 if codes:
@@ -550,12 +698,24 @@ if codes:
     print(*instructions[products[0] - 3:products[0] + 4], sep="\n")
 
 # %% [markdown]
+# Sixteen rows are multiplied although only four are heads. That costs nothing
+# that matters: the tensor cores wait for memory anyway, as the roofline below
+# shows.
+#
+# When is a kernel compiled anew? For each set of constants (here: the heads per
+# KV head, D, the block size) and of dtypes, and when a stride stops being a
+# multiple of 16. It takes seconds, so nothing that grows with the text may be
+# among them. The width of the block table and the length of a split are handed
+# over as plain numbers, about which the compiler assumes nothing
+# (`do_not_specialize`).
+#
 # ## Predict the bytes
 #
 # ### Exercise 5.6 · `bytes_moved` ★★ (15 minutes)
 #
-# What must attention move in one step, in one layer, with one program a text?
-# Predict it, exactly, for reading in place and for gathering first.
+# What must attention move in one step, in one layer, if one program has all
+# keys of a request and KV head? Predict it, exactly, for reading in place and
+# for gathering first.
 
 # %% exercise="bytes_moved"
 from lib.paged_attention import bytes_moved
@@ -567,7 +727,7 @@ check(bytes_moved)
 # <details><summary>Hint 1</summary>
 #
 # Of queries and outputs there are B · H · D numbers each. Of keys and values
-# there are G · D numbers a token each.
+# there are G · D numbers per token each.
 #
 # </details>
 # <details><summary>Hint 2</summary>
@@ -578,9 +738,9 @@ check(bytes_moved)
 # </details>
 
 # %% [markdown]
-# Predicted, and then counted, load by load and store by store, in the
+# Now the prediction meets a count: load by load and store by store, in the
 # interpreter. Gathering is `gather_kernel`, and then `paged_decode_kernel` over
-# the dense copy, which is a pool of blocks in order.
+# the dense copy, which is a pool with its blocks in order.
 
 # %%
 small = ModelConfig(256, 1, 2, 1, d_model=32, d_ff=1, max_seq_len=1)  # D = 16
@@ -625,12 +785,13 @@ plotting.plot_measured(
 #
 # ## Where that puts it: the roofline
 #
-# A machine can move so many bytes a second, and compute so many FLOPs a second.
-# Work that computes little with each byte waits for the one, work that computes
-# much for the other. So plot FLOPs a second over **FLOPs for each byte moved**:
-# first a slope, then a roof. Attention in decode computes 4 · H · D FLOPs a key
-# (two products, a multiplication and an addition each), and moves 2 · G · D
-# numbers. That is 2 · H / G FLOPs a number, whatever the text's length:
+# A machine can move so many bytes per second, and compute so many FLOPs per
+# second. Work that computes little with each byte waits for the bytes, and work
+# that computes much waits for the FLOPs. So we plot FLOPs per second over
+# **FLOPs per byte moved**: first a slope, then a roof. Attention in decode
+# computes 4 · H · D FLOPs per key (two products, a multiplication and an
+# addition each), and moves 2 · G · D numbers. That is 2 · H / G FLOPs per
+# number, whatever the length of the text:
 
 # %%
 def flops_per_byte(config, bytes_per_number, num_keys=8192):
@@ -640,21 +801,25 @@ def flops_per_byte(config, bytes_per_number, num_keys=8192):
     return flops / moved
 
 
-print(f"Llama 3 8B in bf16: {flops_per_byte(LLAMA3_8B, 2):.1f} FLOPs a byte")
+print(f"Llama 3 8B in bf16: {flops_per_byte(LLAMA3_8B, 2):.1f} FLOPs per byte")
 
 # %% [markdown]
-# Now this machine: its bandwidth from copying, its roof from a large product,
-# both measured. As points: attention in decode, contiguous, as timed at the
-# beginning (in fp32 on a processor, so it has half as many FLOPs a byte); and
-# the product of one weight matrix with 1, 8, 64 and 512 tokens, which is the
-# other half of a step. Dashed are two GPUs, as NVIDIA publishes them.
+# (These are the useful ones. Your kernel multiplies 16 rows for the 4 heads of
+# a group, four times as many.)
+#
+# Now this machine. Its bandwidth comes from a copy and its roof from a large
+# product, both measured. The points are attention in decode, contiguous, as
+# timed at the beginning of this page (in fp32 on a processor, so with half as
+# many FLOPs per byte); and the product of one weight matrix with 1, 8, 64 and
+# 512 tokens, which is the other half of a step. Dashed are two GPUs, as NVIDIA
+# publishes them.
 
 # %%
 dtype = bench_attention.DTYPES[device]
 here = bench_attention.one_layer(**bench_attention.SIZES[device])
 points = {"attention": (
     flops_per_byte(here, dtype.itemsize, 2048),
-    # 8 requests of 2,048 keys, 4 · H · D FLOPs a key
+    # 8 requests of 2,048 keys, 4 · H · D FLOPs per key
     4 * 8 * 2048 * here.num_heads * here.head_dim / seconds["contiguous"],
 )}
 W = torch.randn(2048, 2048).to(device, dtype)
@@ -671,7 +836,7 @@ roofs = {
         bench_attention.matmul_flops_per_s(device, dtype),
     ),
     "A100": (A100_BYTES_PER_S, 312e12),  # published: 80 GB, SXM; bf16
-    "H100": (3350e9, 989e12),  # published: SXM; bf16
+    "H100": (H100_BYTES_PER_S, 989e12),  # published: SXM; bf16
 }
 plotting.plot_roofline(
     roofs, points, published=["A100", "H100"],
@@ -682,23 +847,151 @@ plotting.plot_roofline(
 for name, (bytes_per_s, flops_per_s) in roofs.items():
     print(f"{name:12} {bytes_per_s / 1e9:7.1f} GB/s, ", end="")
     print(f"{flops_per_s / 1e12:7.2f} TFLOP/s: needs ", end="")
-    print(f"{flops_per_s / bytes_per_s:.0f} FLOPs a byte to be busy")
+    print(f"{flops_per_s / bytes_per_s:.0f} FLOPs per byte to be busy")
 
 # %% [markdown]
-# A GPU needs a hundred FLOPs and more for each byte, attention has four: there,
-# memory sets the pace. On a processor the corner is far to the left, and our
-# attention, many small calls of torch, may lie below the slope: then it is not
-# the memory that it waits for.
+# These GPUs need 150 FLOPs and more for each byte, and attention in decode has
+# four useful ones, or sixteen with the padding. There, memory sets the pace. On
+# a processor the corner is far to the left. A point may lie below the slope:
+# attention is many small calls of torch here, and does not wait for memory. A
+# point may even lie above it, for a product only reads its matrix, and reading
+# alone can be faster than a copy, which writes as well.
 #
 # Two ways lead up the slope. More requests in a batch share the weights: that
-# moves W @ 1 to W @ 64, and it is what paging made room for in chapter 4. But
-# for a common prompt they do not share keys, so attention stays where it is.
-# Its way is a larger group, more query heads for each KV head.
+# takes W @ 1 to W @ 64, and it is what paging made room for in chapter 4. But
+# requests do not share keys, except those of a common prompt, so a larger batch
+# leaves attention where it is. Its way up is a larger group: more query heads
+# for each KV head.
 #
+# ## The prompt, too
+#
+# Until now `PagedKVCache` has read in place only where each request brings one
+# new token. A prompt brings many, and it was gathered, with scores stored for
+# all of its tokens by all of its keys. What does a kernel for many tokens need?
+#
+# - A program takes a **tile of queries**: `QUERIES` tokens of one request, each
+#   with the `GROUP_SIZE` heads that read its KV head. A row of the product is
+#   now a token *and* a head.
+# - The mask gets a second dimension. A query at position p sees the keys up to
+#   position p, so each row has a mask of its own.
+# - Keys behind the last query of the tile are seen by nobody, and are not even
+#   loaded.
+#
+# Everything else stays. Here is one program by hand: a request of seven tokens,
+# of which the last three are new, with two heads per KV head. `#` is a score
+# that counts:
+
+# %%
+seq_len, query_len, group_size = 7, 3, 2
+for row in range(query_len * group_size):
+    t, head = row // group_size, row % group_size
+    query_position = seq_len - query_len + t
+    seen = "".join(".#"[key <= query_position] for key in range(seq_len))
+    print(f"row {row}: new token {t}, head {head}: {seen}")
+
+# %% [markdown]
+# ### Exercise 5.7 · `paged_prefill_kernel` ★★★ (30 minutes)
+#
+# Attention for any number of new tokens per request. Which request and which
+# tile of queries are a program's is given (`b`, and `first`, the tile's first
+# new token, counted in its request from 0). Two steps are yours:
+#
+# - **row**: what `row` stands for, as above. `t`: its token, counted in the
+#   request like `first`. `h`: its query head, of all H; those of KV head g are
+#   `g * GROUP_SIZE` and the ones after it. `is_row`: whether there is such a
+#   row, for ROWS may be more than `QUERIES * GROUP_SIZE`, and the last tile of
+#   a request may have fewer tokens than QUERIES. `query_position`: where the
+#   token stands in the text. `end`: one more than the position of the last
+#   query of this tile.
+# - **score**: as in 5.4, with the mask that each row has for itself.
+#
+# It is checked on whole prompts, on prompts behind a part that is cached
+# already, on pieces of prompts, on single tokens, and on requests that bring
+# none.
+
+# %% exercise="paged_prefill_kernel" given="1 3 4 5 6 8 9"
+from lib.paged_attention_triton import paged_prefill_kernel
+
+# %%
+check(paged_prefill_kernel)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# `t = first + row // GROUP_SIZE`, and `is_row` has two conditions, joined by
+# `&`. The new tokens are the last `query_len` of the text's `seq_len`, so the
+# first of them has position `seq_len - query_len`.
+#
+# </details>
+# <details><summary>Hint 2</summary>
+#
+# The tile ends after `QUERIES` tokens, or where the request ends:
+# `tl.minimum(first + QUERIES, query_len)`. The mask compares a row of key
+# positions with a column of query positions: `position[None, :] <=
+# query_position[:, None]`.
+#
+# </details>
+
+# %% [markdown]
+# Whole prompts, the rest of a prompt, one new token, none at all, in one
+# launch; and what each way keeps in memory for a prompt of N tokens. (A
+# kernel's tiles live in registers and shared memory. It asks torch for nothing
+# but its results.)
+
+# %%
+def random_prompts(seq_lens, query_lens, **sizes):
+    """What paged_prefill takes."""
+    _, *rest = random_pool(seq_lens, **sizes)
+    q = torch.randn(sum(query_lens), sizes["H"], sizes["D"]).to(device)
+    return q, *rest, torch.tensor(query_lens, dtype=torch.int32, device=device)
+
+
+inputs = random_prompts([90, 70, 33, 16], [90, 20, 1, 0], H=4, G=2, D=16)
+got, expected = kernels.paged_prefill(*inputs), paged_prefill_gather(*inputs)
+error = (got[0] - expected[0]).abs().max()
+print(f"four requests, {len(inputs[0])} new tokens: off by {error:.0e}")
+for n in (64, 128, 256):
+    inputs = random_prompts([n], [n], H=4, G=2, D=16)
+    kept = [
+        meter.measure(lambda: attend(*inputs)).peak_bytes
+        for attend in (paged_prefill_gather, kernels.paged_prefill)
+    ]
+    print(f"a prompt of {n:3}: gather {kept[0]:9,} bytes, ", end="")
+    print(f"in place {kept[1]:6,}")
+
+# %% [markdown]
+# Twice the prompt takes up to four times the bytes with a gather, since scores
+# are stored for each token by each key. In place it takes twice as many.
+# (Without Triton both are the gather.)
+#
+# And now the whole way: the trained model, chapter 4's cache, and in every
+# step, in every layer, one of your two kernels. Nothing is gathered. Beside it
+# is chapter 1, which computes everything again.
+
+# %%
+lm = model.load_model().to(device)
+book_ids = text.encode(text.load_book()).to(device)
+prompts = [book_ids[start:start + n] for start, n in ((1000, 20), (7000, 33))]
+cache = PagedKVCache(
+    lm.config, num_blocks=8, device=device,
+    decode=kernels.paged_decode, prefill=kernels.paged_prefill,
+)
+for request_id in range(2):
+    cache.begin(request_id)
+texts = generate.generate_cached(lm, prompts, 16, cache, temperature=0)
+for prompt_ids, token_ids in zip(prompts, texts):
+    expected = generate.generate_recompute(lm, prompt_ids, 16, temperature=0)
+    new_text = text.decode(token_ids[len(prompt_ids):].cpu())
+    is_same = torch.equal(token_ids, expected)
+    print(f"{new_text!r}, the same as by recompute: {is_same}")
+
+# %% [markdown]
 # ## How fast it is
 #
 # `make bench` times the whole model with each cache, and attention alone, by
-# context and batch. What is in data/results, and the machine that it came from:
+# context and batch. On a GPU it measures the kernel, first whether it is right
+# and then how fast it is, beside torch's own attention, with what a launch
+# costs. Here is what is in data/results, and the machine that it came from:
 
 # %%
 def plot_bench(path, batch_size=8):
@@ -715,12 +1008,14 @@ def plot_bench(path, batch_size=8):
     for way in result["results"]:  # the whole model, on the processor
         print(f"{way['name']:10} {way['tokens_per_s']:6.1f} tokens/s, ", end="")
         print(f"{way['batch_size']} requests of {way['context']} tokens")
+    best = max(series["in place"][1])
     plotting.plot_measured(
         series, log_x=True,
         xlabel=f"tokens of a request ({batch_size} requests)",
         ylabel="bandwidth (% of a copy's)",
-        title=f"{where}: in place reaches {series['in place'][1][-1]:.0f}% "
-        "of a copy's bandwidth",
+        title=f"{where}: in place up to {best:.0f}% of a copy's bandwidth"
+        if is_gpu else
+        f"{where}: a call per block costs more than a copy",
     )
 
 
@@ -731,11 +1026,43 @@ for path in sorted((text.DATA / "results").glob("bench*.json")):
 # *Each way is charged the same bytes, those that have to move: what gathering
 # moves beside them makes it slower, not busier.*
 #
-# On a processor, in place means the torch twin, block by block, and it loses:
-# a dozen calls of torch for sixteen tokens take longer than to copy them. An
-# interpreted kernel says nothing about a compiled one, so we do not time it.
-# Without a GPU this chapter's win is one of bytes, not of seconds. If you have
-# one, `make bench` measures what it makes of them, against its own copies.
+# On a processor, *in place* is the torch twin, a dozen calls of torch for each
+# block of sixteen tokens. Those calls take longer than copying the block, so
+# the gather wins there. An interpreted kernel says nothing about the speed of a
+# compiled one, so we do not time it. Without a GPU this chapter's win is one of
+# bytes, not of seconds. If you have one, `make bench` measures what it makes of
+# those bytes.
+#
+# ## Where to go from here
+#
+# Your kernels have what the fast ones have in common. This is what else their
+# authors turn, and where to read on.
+#
+# - **Settings.** The library's `TILE`, `num_warps` and `num_stages` were chosen
+#   by reading machine code. With a GPU one measures: `@triton.autotune` tries a
+#   list of settings and keeps the fastest for each value of a key, such as D
+#   and the block size. The length of the text must not be in the key, or each
+#   new length is tuned anew.
+# - **CUDA graphs.** Python takes tens of microseconds to launch a kernel, and a
+#   short step in one layer takes less than that on the GPU. A graph records all
+#   launches of a step once, and the GPU replays them without Python. That works
+#   if nothing that is launched depends on a number that Python would have to
+#   look at. Ours depends on shapes alone; lengths and tables are read in the
+#   kernel.
+# - **Sliding window.** A layer that sees the last W tokens only (Mistral 7B)
+#   needs one more condition in `is_token`, `position >= seq_len - W`, and a
+#   loop that starts there.
+# - **Soft cap.** Gemma 2 bounds its scores by `cap * tanh(scores / cap)`: one
+#   line before the mask (and the factor log2(e) after it).
+# - **fp8.** Keys and values of one byte per number halve what moves. The change
+#   is a cast after the load, `k.to(q.dtype)`, and a scale per head or block.
+# - **FlashAttention.** Version 2 splits the work among programs by tiles of
+#   queries, as 5.7 does. Version 3 is written for the H100: some warps only
+#   load, while others multiply.
+# - **FlashInfer** takes tables like ours, and plans before the launch which
+#   program gets which part of a ragged batch. **vLLM**, where paged attention
+#   comes from, serves prompts and decodes with one Triton kernel, as our
+#   `paged_prefill` can.
 #
 # ## The whole table, with all of your functions in it
 #
@@ -743,7 +1070,7 @@ for path in sorted((text.DATA / "results").glob("bench*.json")):
 # notebooks of this folder, as they were saved, and tries them. Those that pass
 # are in the table; for what you left out the library stands in. The last column
 # is read in place, with your `attend_online`. (The sizes are smaller than those
-# of `make table`, which takes a minute; at so few tokens a cache saves no
+# of `make table`, which takes a minute. At so few tokens a cache saves no
 # seconds yet.)
 
 # %%
@@ -764,10 +1091,10 @@ check.summary()
 # %% [markdown]
 # ## Four ways to read fewer bytes
 #
-# On a GPU, bytes set the pace. So how could there be fewer? Four ideas, each an
-# open problem, each with one measurement on our model. To measure what an idea
-# costs we put it in at `attend`, and ask how well the model still predicts text
-# that it never saw.
+# On a GPU, bytes set the pace. So how could there be fewer? Here are four
+# ideas, each an open problem, each with one measurement on our model. To
+# measure what an idea costs we put it in at `attend`, and ask how well the
+# model still predicts text that it never saw.
 
 # %%
 lm = lm.cpu()
@@ -795,8 +1122,9 @@ print(f"as it is: {full_loss:.3f} nats per byte")
 # %% [markdown]
 # ### Fewer KV heads
 #
-# Our model has 6 query heads on 2 KV heads. With one each, cache and traffic
-# would be three times as large; with one for all, half as large.
+# Our model has 6 query heads on 2 KV heads. With a KV head for each query head,
+# cache and traffic would be three times as large. With one for all of them they
+# would be half as large.
 
 # %%
 kv_heads = [1, 2, 3, 6]
@@ -823,10 +1151,10 @@ def one_kv_head(layer, q, k, v):
 print(f"both KV heads averaged to one: {loss(one_kv_head):.3f} nats per byte")
 
 # %% [markdown]
-# Averaging the heads of a trained model is where Ainslie and others begin, and
-# then they train on, for 5% of the training. Without that, it is ruined. What
-# is open: how few heads, or how small a shared code for all of them, a model of
-# a given size can do with.
+# Averaging the heads of a trained model is where Ainslie and others begin. Then
+# they train on, for 5% of the steps of the first training. Without that, the
+# model is ruined. What is open: how few heads, or how small a shared code for
+# all of them, a model of a given size can do with.
 #
 # ### Fewer keys
 #
@@ -859,15 +1187,15 @@ plotting.plot_measured(
 );
 
 # %% [markdown]
-# *All but the first layer look at few keys.* A kernel that knew which could
-# read only the blocks that hold them. What is open: to know it without reading
-# the keys.
+# *All but the first layer look at few keys.* A kernel that knew which ones
+# could read only the blocks that hold them. What is open: how to know it
+# without reading the keys.
 #
-# ### Fewer numbers a key
+# ### Fewer numbers per key
 #
 # The keys of one text, in one layer, are a matrix (S, G · D), 512 by 64 here.
 # If it were of low rank, keys could be stored as short codes. Its singular
-# values, squared and added up, say how nearly it is:
+# values, squared and added up, say how close to low rank it is:
 
 # %%
 energies = {
@@ -889,16 +1217,16 @@ plotting.plot_measured(
 ).set_xticks([1, 16, 32, 48, 64]);
 
 # %% [markdown]
-# *No layer needs all 64, but none is done with a few.* (These are keys after
-# the rotation by their position, as the cache holds them.) What is open: to
+# *No layer needs all 64, but none can do with a few.* (These are keys after the
+# rotation by their position, as the cache holds them.) What is open: how to
 # compress them so that attention can be computed on the codes.
 #
 # ### A state that does not grow
 #
 # Without the softmax, attention is q @ (Kᵀ V), divided by the sum of its
-# weights. Kᵀ V is a matrix of D by D, however long the text, and the sum needs
-# D numbers more: add each token's k vᵀ and k, and forget the token. Beside it,
-# the plainest fixed memory: the last W tokens.
+# weights. Kᵀ V is a matrix of D by D, however long the text is, and the sum
+# needs D numbers more. So add up each token's k vᵀ and k, and forget the token.
+# Beside it we put the plainest memory of fixed size: the last W tokens.
 
 # %%
 def window(W):
@@ -927,7 +1255,7 @@ token_bytes, state_bytes = 2 * G * D * 4, G * (D * D + D) * 4
 sizes = [4, 8, 16, 32, 64, 128, 256, 512]
 losses = [loss(window(W)) for W in sizes]
 linear_loss = loss(linear)
-print(f"a state has {state_bytes:,} bytes a layer, as much as ", end="")
+print(f"a state has {state_bytes:,} bytes per layer, as much as ", end="")
 print(f"{state_bytes / token_bytes:.1f} tokens in the cache")
 
 # %%
@@ -939,7 +1267,7 @@ plotting.plot_measured(
     predicted={"everything": (
         [W * token_bytes for W in sizes], [full_loss] * len(sizes)
     )},
-    xlabel="bytes kept a layer",
+    xlabel="bytes kept per layer",
     ylabel="loss (nats per byte)",
     title=f"The last 16 tokens: {losses[2]:.2f}; a state of as many bytes: "
     f"{linear_loss:.2f}",
@@ -947,20 +1275,20 @@ plotting.plot_measured(
 );
 
 # %% [markdown]
-# *The model was trained for neither.* With 16 tokens a layer, four layers reach
-# back 4 · 15 = 60 bytes, some ten words, and most of what this model can know
-# is there. (That the curve does not fall all the way, look at 32 tokens, which
-# are 16,384 bytes, warns us: what a model was not trained on it does not do
-# smoothly.) The state fails altogether here; models that are trained for one do
-# far better. What is open: how much of a long text can be recalled from a state
+# *The model was trained for neither.* With 16 tokens per layer, four layers
+# reach back 4 · 15 = 60 bytes, some ten words, and most of what this model can
+# know is there. (The curve does not fall all the way. Look at 32 tokens, which
+# are 16,384 bytes: what a model was not trained on it does not do smoothly.)
+# The state fails altogether here; models that are trained for one do far
+# better. What is open: how much of a long text can be recalled from a state
 # that does not grow.
 #
 # ## What is still wrong
 #
-# - The prompt is still gathered, and its scores are stored, T by S. A kernel
-#   for prefill takes tiles of queries too.
-# - Numbers like TILE, and how many programs share a text, were chosen without a
-#   GPU at hand. Where there is one, they should be measured.
+# - `TILE`, `num_stages` and the length of a split were chosen by reading what
+#   the compiler made of them. Where there is a GPU, they should be measured.
+# - A prompt behind a long cached text has a program for each tile of queries
+#   and KV head, and each reads all keys by itself: its keys are not split.
 # - Each step waits for all requests. A server lets them come and go between
 #   steps, and packs prompts beside decodes.
 #
@@ -968,12 +1296,13 @@ plotting.plot_measured(
 #
 # 1. Softmax can be computed tile by tile, with a running maximum, a running
 #    sum, and a rescaling when the maximum grows.
-# 2. So attention needs no keys in one piece: it looks up each token's block,
-#    and masks what is behind the last token, in loads and in scores.
+# 2. So attention does not need its keys in one piece: it looks up each token's
+#    block, and masks what is behind the last token, in loads and in scores.
 # 3. One program serves all query heads of a KV head, so that each key is read
-#    once, and their scores are one product of matrices.
-# 4. A long text is shared among programs, whose results are merged by the
+#    once; a long text is shared among programs, whose results are merged by the
 #    softmax of their logsumexps.
+# 4. Loads have to run ahead of products, into a second buffer, and whether they
+#    do can be read from what the compiler made, without a GPU.
 # 5. Attention in decode computes 2 · H / G FLOPs with each number it moves, far
 #    fewer than a GPU needs to be busy: there, fewer bytes make it faster.
 #
@@ -983,10 +1312,14 @@ plotting.plot_measured(
 #    `acc` multiplied in between?
 # 2. Why is it not enough to give dead tokens a weight of 0?
 # 3. Does TILE have to be the block size?
-# 4. Two shares have logsumexps 0 and log(4), and outs 10 and 5. What is out
+# 4. Two splits have logsumexps 0 and log(4), and outs 10 and 5. What is out
 #    over both?
-# 5. A batch twice as large: how many FLOPs a byte does attention have then, and
-#    how many a weight matrix?
+# 5. With three stages our kernel has one buffer for keys. Why not two?
+# 6. A prompt of 100 tokens is all new. Which keys does the query at position 40
+#    see, and which of them does a program load whose tile of queries ends
+#    there?
+# 7. A batch twice as large: how many FLOPs per byte does attention have then,
+#    and how many does a weight matrix?
 #
 # <details><summary>Answers</summary>
 #
@@ -994,7 +1327,10 @@ plotting.plot_measured(
 # 2. Their values may be NaN, and 0 times NaN is NaN: they must not be loaded.
 # 3. No. The block is looked up for each token of a tile.
 # 4. 1/5 of 10 and 4/5 of 5: 6.
-# 5. Attention has as many as before, since each request brings its own keys.
+# 5. The address of a key is known only when its block's id has come. The stages
+#    are divided between the two loads.
+# 6. Keys 0 to 40, and exactly these.
+# 7. Attention has as many as before, since each request brings its own keys.
 #    The matrix has about twice as many, as long as its bytes are most of what
 #    moves.
 #
@@ -1005,7 +1341,12 @@ plotting.plot_measured(
 # - Milakov and Gimelshein, *Online normalizer calculation for softmax*, 2018,
 #   [1805.02867](https://arxiv.org/abs/1805.02867).
 # - Dao and others, *FlashAttention*, 2022,
-#   [2205.14135](https://arxiv.org/abs/2205.14135): tiles, on chip.
+#   [2205.14135](https://arxiv.org/abs/2205.14135): tiles, on chip. Dao,
+#   *FlashAttention-2*, 2023, [2307.08691](https://arxiv.org/abs/2307.08691).
+#   Shah and others, *FlashAttention-3*, 2024,
+#   [2407.08608](https://arxiv.org/abs/2407.08608).
+# - Ye and others, *FlashInfer*, 2025,
+#   [2501.01005](https://arxiv.org/abs/2501.01005).
 # - Kwon and others, *PagedAttention*, 2023,
 #   [2309.06180](https://arxiv.org/abs/2309.06180): the kernel's idea.
 # - Dao and others, *Flash-Decoding for long-context inference*, 2023,
@@ -1013,6 +1354,10 @@ plotting.plot_measured(
 #   splits.
 # - Tillet and others, *Triton*, 2019,
 #   [doi.org/10.1145/3315508.3329973](https://doi.org/10.1145/3315508.3329973).
+# - Jiang and others, *Mistral 7B*, 2023,
+#   [2310.06825](https://arxiv.org/abs/2310.06825): the sliding window.
+# - Gemma Team, *Gemma 2*, 2024,
+#   [2408.00118](https://arxiv.org/abs/2408.00118): the soft cap.
 # - Williams and others, *Roofline*, 2009,
 #   [doi.org/10.1145/1498765.1498785](https://doi.org/10.1145/1498765.1498785).
 # - Ainslie and others, *GQA*, 2023,
@@ -1022,8 +1367,13 @@ plotting.plot_measured(
 # - NVIDIA's data sheets of the A100 (80 GB, SXM: 2,039 GB/s, 312 TFLOP/s in
 #   bf16) and the H100 (SXM: 3.35 TB/s, 1,979 TFLOP/s with sparsity, half of it
 #   without), and its whitepapers for the number of processors.
-# - NVIDIA's *CUDA C++ Programming Guide* (technical specifications: 255
-#   registers a thread) and *PTX ISA* (`ex2`, and the shape of `mma`).
+# - NVIDIA's *CUDA C++ Programming Guide* (technical specifications: registers,
+#   shared memory, threads, by compute capability; memory is read in pieces of
+#   32 bytes) and *PTX ISA* (`ex2`, and the shape of `mma`).
+# - PyTorch's documentation of
+#   [CUDA graphs](https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs),
+#   and Triton's of
+#   [triton.autotune](https://triton-lang.org/main/python-api/generated/triton.autotune.html).
 # - Triton's own documentation, of
 #   [tl.dot](https://triton-lang.org/main/python-api/generated/triton.language.dot.html):
 #   what `input_precision` is when nobody says.
