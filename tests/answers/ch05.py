@@ -15,11 +15,14 @@ STORE = "    tl.store(out_ptr + row * TILE + col, x)\n"
 
 @right("attend_online")
 def attend_online_with_repeated_heads(q, tiles):
-    H = len(q)
+    H, dtype = len(q), q.dtype
+    q = q.float() if dtype != torch.float64 else q
     row_max = torch.full((H,), -math.inf, dtype=q.dtype)
     row_sum, acc = torch.zeros(H, dtype=q.dtype), torch.zeros_like(q)
     for k, v in tiles:
-        k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
+        if k.numel() == 0:
+            continue
+        k, v = (x.to(q).repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
         scores = torch.einsum("hd,shd->hs", q, k)
         new_max = torch.max(row_max, scores.max(dim=1).values)
         factor = torch.exp(row_max - new_max)
@@ -28,23 +31,43 @@ def attend_online_with_repeated_heads(q, tiles):
         acc = factor[:, None] * acc + torch.einsum("hs,shd->hd", weights, v)
         row_max = new_max
     out = torch.where(row_sum[:, None] > 0, acc / row_sum[:, None], 0)
-    return out, row_max + torch.log(row_sum)
+    return out.to(dtype), row_max + torch.log(row_sum)
 
 
 @right("attend_online")
 def attend_online_by_merging(q, tiles):
+    dtype, q = q.dtype, q if q.dtype == torch.float64 else q.float()
     out = torch.zeros_like(q)
     total = torch.full((len(q),), -math.inf, dtype=q.dtype)
     for k, v in tiles:
         group_size = len(q) // k.shape[1]
-        for h in range(len(q)):
-            scores = k[:, h // group_size] @ q[h]
-            one = scores.softmax(0) @ v[:, h // group_size]
+        for h in range(len(q) if len(k) else 0):
+            scores = k[:, h // group_size].to(q) @ q[h]
+            one = scores.softmax(0) @ v[:, h // group_size].to(q)
             new = torch.logaddexp(total[h], scores.logsumexp(0))
             share = (total[h] - new).exp()
             out[h] = share * out[h] + (1 - share) * one
             total[h] = new
-    return out, total
+    return out.to(dtype), total
+
+
+@right("attend_online")
+def attend_online_where_a_tile_without_keys_goes_through(q, tiles):
+    H, D = q.shape
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    row_max = torch.full((H, 1), torch.finfo(dtype).min, dtype=dtype)
+    row_sum, acc = torch.zeros_like(row_max), torch.zeros(H, D, dtype=dtype)
+    for k, v in tiles:
+        k, v = (x.to(dtype).repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
+        scores = torch.einsum("hd,shd->hs", q.to(dtype), k)
+        new_max = torch.cat([row_max, scores], dim=1).amax(dim=1, keepdim=True)
+        rescale, weights = (row_max - new_max).exp(), (scores - new_max).exp()
+        row_sum = row_sum * rescale + weights.sum(dim=1, keepdim=True)
+        acc = acc * rescale + torch.einsum("hs,shd->hd", weights, v)
+        row_max = new_max
+    is_empty = row_sum == 0
+    out = torch.where(is_empty, 0, acc / row_sum).to(q.dtype)
+    return out, (row_max + row_sum.log()).squeeze(1)
 
 
 def online(
@@ -61,22 +84,36 @@ def online(
     begin=-math.inf,
     follow=True,
     divide=True,
+    turned=False,
+    old=False,
+    exp=torch.exp,
+    in_half=False,
+    cast=True,
+    skip=True,
+    empty_max=None,
+    zero_is_empty=False,
 ):
-    H, D = q.shape
+    (H, D), dtype = q.shape, q.dtype
+    q = q.float() if dtype == torch.float16 and not in_half else q
     row_max = q.new_full((H, 1), begin)
     row_sum, acc = q.new_zeros(H, 1), q.new_zeros(H, D)
     for k, v in tiles:
-        G = k.shape[1]
+        if skip and len(k) == 0:
+            continue
+        k, v, G = k.to(q), v.to(q), k.shape[1]
         heads = torch.arange(H) % G if tiled else torch.arange(H) // (H // G)
         scores = scale * torch.einsum("hd,shd->hs", q, k[:, heads])
-        tile_max = scores.amax(dim=-1, keepdim=True)
+        if len(k) == 0 and empty_max is not None:
+            tile_max = row_max * 0 + empty_max
+        else:
+            tile_max = scores.amax(dim=-1, keepdim=True)
         if shared:
             tile_max = tile_max * 0 + tile_max.max()
         new_max = torch.maximum(row_max, tile_max) if running else tile_max
         if not best:
             new_max = torch.zeros_like(new_max)
-        rescale = (row_max - new_max).exp()
-        weights = (scores - new_max).exp()
+        rescale = exp((row_max - new_max) * (-1 if turned else 1))
+        weights = exp(scores - (row_max if old else new_max))
         total = weights.sum(-1, keepdim=True)
         row_sum = (row_sum * rescale if rescale_sum else row_sum) + total
         weighted = torch.einsum("hs,shd->hd", weights, v[:, heads])
@@ -84,7 +121,12 @@ def online(
         row_max = new_max if follow else row_max
     logsumexp = row_sum.log() + (row_max if add_max else 0)
     divisor = row_sum.clamp(min=torch.finfo(q.dtype).tiny) if divide else 1
-    return acc / divisor, logsumexp.squeeze(-1)
+    out = acc / divisor
+    if zero_is_empty:
+        out = out.masked_fill(logsumexp == 0, 0)
+    if dtype == torch.float16:
+        logsumexp = logsumexp.float()
+    return (out.to(dtype) if cast else out), logsumexp.squeeze(-1)
 
 
 @wrong("attend_online", says="rescale both by exp(old - new)")
@@ -92,9 +134,73 @@ def attend_online_without_rescaling(q, tiles):
     return online(q, tiles, rescale_sum=False, rescale_acc=False)
 
 
-@wrong("attend_online", says="rescale both by exp(old - new)")
+@wrong("attend_online", says="acc is not. When the largest score grows")
 def attend_online_without_rescaling_acc(q, tiles):
     return online(q, tiles, rescale_acc=False)
+
+
+@wrong("attend_online", says="row_sum is not. When the largest score grows")
+def attend_online_without_rescaling_the_sum(q, tiles):
+    return online(q, tiles, rescale_sum=False)
+
+
+@wrong("attend_online", says="the wrong way round: exp(old - new)")
+def attend_online_rescaling_the_wrong_way_round(q, tiles):
+    return online(q, tiles, turned=True)
+
+
+@wrong("attend_online", says="row_max is still the old one")
+def attend_online_with_weights_by_the_old_maximum(q, tiles):
+    return online(q, tiles, old=True)
+
+
+@wrong("attend_online", says="exp, not exp2")
+def attend_online_with_exp2(q, tiles):
+    return online(q, tiles, exp=torch.exp2)
+
+
+@wrong("attend_online", says="lost in sums of half precision")
+def attend_online_summed_in_half_precision(q, tiles):
+    return online(q, tiles, in_half=True)
+
+
+@wrong("attend_online", says="out is in q's dtype")
+def attend_online_with_out_in_single_precision(q, tiles):
+    return online(q, tiles, cast=False)
+
+
+@wrong("attend_online", says="A tile may have no keys")
+def attend_online_raising_for_a_tile_without_keys(q, tiles):
+    return online(q, tiles, skip=False)
+
+
+@wrong("attend_online", says="A tile may have no keys")
+def attend_online_with_nan_for_a_tile_without_keys(q, tiles):
+    return online(q, tiles, skip=False, empty_max=-math.inf)
+
+
+@wrong("attend_online", says="A logsumexp of 0 is the logarithm of 1")
+def attend_online_taking_a_sum_of_one_for_empty(q, tiles):
+    return online(q, tiles, zero_is_empty=True)
+
+
+@wrong("attend_online", says="Keep three running numbers")
+def attend_online_with_a_list_of_tiles(q, tiles):
+    return online(q, list(tiles))
+
+
+@wrong("attend_online", says="Keep three running numbers")
+def attend_online_with_all_keys_kept(q, tiles):
+    tiles = ((k, v) for k, v in tiles)
+    kept = []
+    return online(q, (kept.append(k) or (k, v) for k, v in tiles))
+
+
+# Its numbers are wrong, for a cause that nobody has thought of.
+@wrong("attend_online")
+def attend_online_noisy(q, tiles):
+    out, logsumexp = online(q, tiles)
+    return out * 1.01, logsumexp
 
 
 @wrong("attend_online", says="q is scaled already")
@@ -173,7 +279,7 @@ def attend_online_that_forgets_the_maximum(q, tiles):
 
 @wrong("attend_online", says="Keep three running numbers")
 def attend_online_all_at_once(q, tiles):
-    tiles = list(tiles)
+    tiles = [tile for tile in tiles if len(tile[0])]
     if not tiles:
         return torch.zeros_like(q), q.new_full((len(q),), -math.inf)
     k, v = (torch.cat(both) for both in zip(*tiles))
@@ -204,7 +310,7 @@ def attend_online_last_tile(q, tiles):
 @triton.jit
 def load_row_with_a_where(x_ptr, out_ptr, x_stride, num_cols, TILE: tl.constexpr):
     i = tl.arange(0, TILE)
-    n = tl.program_id(axis=0)
+    n = tl.program_id(axis=0).to(tl.int64)
     numbers = tl.load(x_ptr + x_stride * n + i, mask=i < num_cols)
     numbers = tl.where(i < num_cols, numbers, 0)
     tl.store(out_ptr + n * TILE + i, numbers, mask=i < TILE)
@@ -212,7 +318,7 @@ def load_row_with_a_where(x_ptr, out_ptr, x_stride, num_cols, TILE: tl.constexpr
 
 @triton.jit
 def row_start(ptr, stride):
-    return ptr + tl.program_id(0) * stride
+    return ptr + tl.program_id(0).to(tl.int64) * stride
 
 
 @right("load_row_kernel")
@@ -279,7 +385,7 @@ def load_row_that_does_not_compile(
     start = 0
     for _ in range(row):
         start += x_stride * 1.0
-    at = x_ptr + row * x_stride + col
+    at = x_ptr + row.to(tl.int64) * x_stride + col
     x = tl.load(at, mask=col < num_cols, other=0.0 * start)
     tl.store(out_ptr + row * TILE + col, x)
 
@@ -287,6 +393,25 @@ def load_row_that_does_not_compile(
 @wrong("load_row_kernel", says="expected a kernel, under @triton.jit")
 def load_row_without_jit(x_ptr, out_ptr, x_stride, num_cols, TILE):
     out_ptr[:] = x_ptr
+
+
+@wrong("load_row_kernel", says="make row int64 first")
+@triton.jit
+def load_row_in_32_bits(x_ptr, out_ptr, x_stride, num_cols, TILE: tl.constexpr):
+    row, col = tl.program_id(0), tl.arange(0, TILE)
+    x = tl.load(x_ptr + row * x_stride + col, mask=col < num_cols, other=0.0)
+    tl.store(out_ptr + row * TILE + col, x)
+
+
+@wrong("load_row_kernel", says="make row int64 first")
+@triton.jit
+def load_row_multiplied_before_int64(
+    x_ptr, out_ptr, x_stride, num_cols, TILE: tl.constexpr
+):
+    row, col = tl.program_id(0), tl.arange(0, TILE)
+    start = (row * x_stride).to(tl.int64)
+    x = tl.load(x_ptr + start + col, mask=col < num_cols, other=0.0)
+    tl.store(out_ptr + row * TILE + col, x)
 
 
 @wrong("load_row_kernel", says="crashed")
@@ -370,6 +495,18 @@ def gather_one_number_a_token(
     p = tl.program_id(0)
     slot = tl.load(block_table_ptr + p // block_size) * block_size + p % block_size
     tl.store(out_ptr + p * num_numbers, tl.load(cache_ptr + slot * num_numbers))
+
+
+@wrong("gather_kernel", says="keep it int64")
+@triton.jit
+def gather_in_32_bits(
+    cache_ptr, block_table_ptr, out_ptr, block_size, num_numbers, TILE: tl.constexpr
+):
+    p, i = tl.program_id(0), tl.arange(0, TILE)
+    block_id = tl.load(block_table_ptr + p // block_size).to(tl.int32)
+    slot = block_id * block_size + p % block_size
+    row = tl.load(cache_ptr + slot * num_numbers + i, mask=i < num_numbers)
+    tl.store(out_ptr + p * num_numbers + i, row, mask=i < num_numbers)
 
 
 @wrong("gather_kernel", says="Read each number once")
@@ -770,6 +907,34 @@ def merge_splits_adds_logsumexps(outs, logsumexps):
     return (weights.unsqueeze(-2) @ outs).squeeze(-2), logsumexps.sum(dim=-1)
 
 
+@wrong("merge_splits", says="if empty it is -inf")
+def merge_splits_taking_a_logsumexp_of_zero_for_empty(outs, logsumexps):
+    logsumexps = logsumexps.masked_fill(logsumexps == 0, -math.inf)
+    weights = logsumexps.softmax(dim=-1).nan_to_num(0)
+    return (weights.unsqueeze(-2) @ outs).squeeze(-2), logsumexps.logsumexp(dim=-1)
+
+
+@wrong("merge_splits", says="if empty it is -inf")
+def merge_splits_taking_a_sum_of_one_for_empty(outs, logsumexps):
+    logsumexp = logsumexps.logsumexp(dim=-1)
+    weights = logsumexps.softmax(dim=-1).nan_to_num(0)
+    weights = weights.masked_fill((logsumexp == 0).unsqueeze(-1), 0)
+    return (weights.unsqueeze(-2) @ outs).squeeze(-2), logsumexp
+
+
+@wrong("merge_splits", says="exp, not exp2")
+def merge_splits_with_exp2(outs, logsumexps):
+    weights = (logsumexps * math.log(2)).softmax(dim=-1).nan_to_num(0)
+    return (weights.unsqueeze(-2) @ outs).squeeze(-2), logsumexps.logsumexp(dim=-1)
+
+
+# Its numbers are wrong, for a cause that nobody has thought of.
+@wrong("merge_splits")
+def merge_splits_noisy(outs, logsumexps):
+    weights = logsumexps.softmax(dim=-1).nan_to_num(0) * 1.01
+    return (weights.unsqueeze(-2) @ outs).squeeze(-2), logsumexps.logsumexp(dim=-1)
+
+
 @wrong("merge_splits", says="Divide by the sum")
 def merge_splits_not_divided(outs, logsumexps):
     largest = logsumexps.amax(-1, keepdim=True)
@@ -856,6 +1021,18 @@ def bytes_moved_in_all_layers(config, seq_lens, bytes_per_number=4, *, is_gather
 @wrong("bytes_moved", says="numbers, not bytes")
 def bytes_moved_in_numbers(config, seq_lens, bytes_per_number=4, *, is_gathered=False):
     return moved(config, seq_lens, 1, is_gathered)
+
+
+@wrong("bytes_moved", says="count in Python's int, or in int64")
+def bytes_moved_in_32_bits(config, seq_lens, bytes_per_number=4, *, is_gathered=False):
+    one = moved(config, seq_lens, bytes_per_number, is_gathered)
+    return torch.tensor(one).to(torch.int32)
+
+
+@wrong("bytes_moved")
+def bytes_moved_and_the_table(config, seq_lens, bytes_per_number=4, *, is_gathered=False):
+    one = moved(config, seq_lens, bytes_per_number, is_gathered)
+    return one + 4 * int(seq_lens.sum())
 
 
 @wrong("bytes_moved", says="give an int")

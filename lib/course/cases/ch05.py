@@ -13,7 +13,7 @@ from lib.measure import gpu_code
 
 NOWHERE = 2147480000  # a block id that stands behind the end of a table: never to be read
 TILE = 64  # tokens that an interpreted paged_decode_kernel takes at a time
-LOG2_E = math.log2(math.e)
+LOG2_E, LN_2 = math.log2(math.e), math.log(2)
 
 
 def attend_online_cases(seed: int) -> list[Case]:
@@ -30,12 +30,16 @@ def attend_online_cases(seed: int) -> list[Case]:
         ("a score of a thousand, of which exp is infinite", [2, 2], (1, 1, 2)),
         ("scores that fall by a thousand", [2, 2], (1, 1, 2)),
         ("scores far below zero, and in another head far above", [2, 3], (2, 1, 2)),
+        ("a score of 0", [1], (1, 1, 2)),
         ("no tiles", [], (2, 1, 3)),
+        ("tiles without keys before others", [0, 2, 0, 1], (2, 1, 3)),
+        ("two tiles without keys", [0, 0], (2, 1, 3)),
+        ("half precision, a score of 8 and 599 of 0", [1] * 600, (1, 1, 2)),
         ("single precision", [3, 2], (2, 1, 4)),
         ("a random number of tiles", rng.integers(1, 9, size=5).tolist(), (6, 3, 4)),
         ("50 tiles of 20 tokens", [20] * 50, (8, 2, 16)),
     ):
-        dtype = np.float32 if name == "single precision" else np.float64
+        dtype = {"half": np.float16, "sing": np.float32}.get(name[:4], np.float64)
         q = rng.normal(size=(H, D))
         tiles = [[rng.normal(size=(S, G, D)) for _ in "kv"] for S in sizes]
         if "largest" in name:
@@ -46,12 +50,17 @@ def attend_online_cases(seed: int) -> list[Case]:
         if "far below" in name:
             q = np.array([[-100.0], [100.0]]) + 0 * q
             tiles = [[10 + 0.01 * k, v] for k, v in tiles]
+        if "score of 0" in name:
+            tiles[0][0][:] = 0
+        if "half" in name:  # each exp(-8) is too small to be added to 1
+            q[:], tiles = 2, [[k - k, v - v - 1] for k, v in tiles]
+            tiles[0][0][:], tiles[0][1][:] = 2, 1
         inputs = {
             "q": q.astype(dtype),
             "tiles": [[x.astype(dtype) for x in tile] for tile in tiles],
         }
-        # One tile, a copy of it for each query head, and its scores; not all tiles.
-        tile_bytes = 8 * max(sizes, default=0) * (2 * H * D + 4 * H)
+        # One tile and the one before, copies for each query head, and scores; not all.
+        tile_bytes = 8 * max(sizes, default=0) * (2 * G * D + 2 * H * D + 4 * H)
         limits = {"peak_bytes": 2 * tile_bytes + 8 * 8 * H * D + 2048}
         cases.append(Case(name, inputs, limits))
     return cases
@@ -63,33 +72,44 @@ def attend_online_explain(inputs: dict, expected: dict, got: dict) -> str | None
         return None
     if out.shape != ours.shape or logsumexp.shape != expected["logsumexp"].shape:
         return "out is (H, D), logsumexp (H,)"
-    if not inputs["tiles"] and np.isnan(out).any():
+    if got.get("dtypes") != expected.get("dtypes"):
+        return "out is in q's dtype, and logsumexp in that of the sums, float32 at least"
+    q = inputs["q"].astype(np.float64)
+    tiles = [tile for tile in inputs["tiles"] if len(tile[0]) > 0]
+    if np.isnan(out).any() and len(tiles) < len(inputs["tiles"]):
+        return EMPTY_TILE
+    if np.isnan(out).any() and not tiles:
         return "Without keys the sum is 0: divide by something else then, for an out of 0"
-    if not np.isnan(out).any() and np.abs(inputs["q"]).min() == 100:
+    if not tiles:
+        return None
+    is_right = np.allclose(out, ours)
+    is_sum_right = np.allclose(logsumexp, expected["logsumexp"])
+    if is_right and is_sum_right:
+        return "Keep three running numbers a head, not the tiles, or copies of them"
+    if "dtypes" in got and np.allclose(out, tiles[0][1], atol=2e-3):
+        return "What is small is lost in sums of half precision: sum up in float32"
+    if np.abs(q).min() == 100 and (out[0] == 0).all() and np.allclose(out[1], ours[1]):
         return (
             "A head's largest score may be far below 0, or below another head's: begin "
             "with -inf, and keep one for each head"
         )
-    if np.isneginf(logsumexp).any():
-        return "row_max has to follow: after each tile it is new_max"
+    if (out == 0).all() and np.allclose(expected["logsumexp"], 0):
+        return "A logsumexp of 0 is the logarithm of 1: without keys it is -inf"
+    for words, slip in ONLINE_SLIPS.items():
+        wrong = _online(q, tiles, slip)
+        if np.allclose(out, wrong[0], equal_nan=True) and np.allclose(
+            logsumexp, wrong[1], equal_nan=True
+        ):
+            return words
     if np.isnan(out).any() or np.isinf(logsumexp).any():
-        if np.abs(inputs["q"]).min() < 40:
-            return "That rescales the wrong way round: exp(old - new)"
-        if np.abs(inputs["tiles"][0][0]).max() == 40:
-            return "row_max never falls: the larger of the old one and the tile's"
-        return "Subtract the largest score before exp, or it is infinite"
-    if not inputs["tiles"]:
         return None
-    every = [np.concatenate(both) for both in zip(*inputs["tiles"])]
-    is_right, D = np.allclose(out, ours), ours.shape[1]
-    if np.allclose(logsumexp, _attention(inputs["q"] / D**0.5, *every)[1]):
+    every = [np.concatenate(both) for both in zip(*tiles)]
+    if np.allclose(logsumexp, _attention(q / len(q[0]) ** 0.5, *every)[1]):
         return "q is scaled already"
-    if is_right and np.allclose(logsumexp, expected["logsumexp"]):
-        return "Keep three running numbers a head, not the tiles, or copies of them"
     if is_right:
-        return "logsumexp is the largest score plus the logarithm of the sum"
-    parts = [_attention(inputs["q"], *tile) for tile in inputs["tiles"]]
-    by_turns = np.arange(ours.shape[0]) % every[0].shape[1]
+        return "logsumexp is the largest score plus the (natural) logarithm of the sum"
+    parts = [_attention(q, *tile) for tile in tiles]
+    by_turns = np.arange(len(q)) % every[0].shape[1]
     sums = [np.exp(part[1])[:, None] for part in parts]
     with np.errstate(all="ignore"):
         for words, wrong in (
@@ -101,34 +121,64 @@ def attend_online_explain(inputs: dict, expected: dict, got: dict) -> str | None
             ),
             (
                 "Query head h reads KV head h // (H / G): neighbours share",
-                _attention(inputs["q"], *every, by_turns)[0],
+                _attention(q, *every, by_turns)[0],
             ),
             (
                 "What has been summed up is divided once, at the end",
                 sum(s * part[0] for s, part in zip(sums, parts)),
             ),
-            (
-                "At the end acc is divided by row_sum",
-                expected["out"]
-                * np.exp(expected["logsumexp"] - _largest(inputs["q"], every[0]))[
-                    :, None
-                ],
-            ),
+            ("exp, not exp2: nothing was multiplied", _attention(q * LN_2, *every)[0]),
         ):
             if np.allclose(out, wrong):
                 return words
-    if len(inputs["tiles"]) > 1:
-        return (
-            "When the largest score grows, the sum and acc so far were made with the old "
-            "one: rescale both by exp(old - new)"
-        )
     return None
 
 
-def _largest(q: np.ndarray, k: np.ndarray) -> np.ndarray:
-    """The largest score of each head, (H,)."""
-    kv_heads = np.arange(len(q)) // (len(q) // k.shape[1])
-    return np.einsum("hd,shd->hs", q, k[:, kv_heads]).max(axis=1)
+EMPTY_TILE = "A tile may have no keys, and so no largest score: pass over it"
+RESCALE = (
+    "When the largest score grows, the sum and acc so far were made with the old one: "
+    "rescale both by exp(old - new)"
+)
+# What may go wrong in a running softmax: words -> how `_online` has to go wrong.
+ONLINE_SLIPS = {
+    "That rescales the wrong way round: exp(old - new)": "new - old",
+    "row_max has to follow: after each tile it is new_max": "row_max stays",
+    "The largest score so far is the larger of row_max and the tile's: row_max never "
+    "falls": "the tile's maximum",
+    "Subtract the largest score before exp, or it is infinite": "no maximum",
+    "The weights are exp(score - new_max): row_max is still the old one": "old maximum",
+    "At the end acc is divided by row_sum": "not divided",
+    "acc is rescaled, row_sum is not. " + RESCALE: "sum not rescaled",
+    "row_sum is rescaled, acc is not. " + RESCALE: "acc not rescaled",
+    RESCALE: "neither rescaled",
+}
+
+
+def _online(q: np.ndarray, tiles: list, slip: str) -> tuple[np.ndarray, np.ndarray]:
+    """Attention of q (H, D) over `tiles` by a running softmax with one of ONLINE_SLIPS:
+    out (H, D), logsumexp (H,)."""
+    H, D = q.shape
+    row_max, row_sum, acc = np.full((H, 1), -np.inf), np.zeros((H, 1)), np.zeros((H, D))
+    with np.errstate(all="ignore"):
+        for k, v in tiles:
+            kv_heads = np.arange(H) // (H // k.shape[1])
+            scores = np.einsum("hd,shd->hs", q, k[:, kv_heads].astype(np.float64))
+            new_max = scores.max(axis=1, keepdims=True)
+            if slip != "the tile's maximum":
+                new_max = np.maximum(row_max, new_max)
+            if slip == "no maximum":
+                new_max = np.zeros((H, 1))
+            rescale = np.exp((row_max - new_max) * (-1 if slip == "new - old" else 1))
+            weights = np.exp(scores - (row_max if slip == "old maximum" else new_max))
+            if slip not in ("sum not rescaled", "neither rescaled"):
+                row_sum = row_sum * rescale
+            if slip not in ("acc not rescaled", "neither rescaled"):
+                acc = acc * rescale
+            row_sum = row_sum + weights.sum(axis=1, keepdims=True)
+            acc = acc + np.einsum("hs,shd->hd", weights, v[:, kv_heads])
+            row_max = row_max if slip == "row_max stays" else new_max
+        out = acc if slip == "not divided" else acc / row_sum
+        return out, (row_max + np.log(row_sum))[:, 0]
 
 
 def _attention(q, k, v, kv_heads=None) -> tuple[np.ndarray, np.ndarray]:
@@ -152,6 +202,8 @@ def merge_splits_cases(seed: int) -> list[Case]:
         ("two parts of equal weight", (1, 1, 2, 2)),
         ("two parts, one of three times the weight", (1, 1, 2, 2)),
         ("two heads of three parts", (1, 2, 3, 2)),
+        ("one part, a logsumexp of 0", (1, 1, 1, 2)),
+        ("two parts, of three keys and of one, all of score 0", (1, 1, 2, 2)),
         ("a part without keys", (1, 2, 3, 2)),
         ("a request without keys", (2, 1, 2, 2)),
         ("a logsumexp of a thousand", (1, 2, 2, 2)),
@@ -165,6 +217,8 @@ def merge_splits_cases(seed: int) -> list[Case]:
             logsumexps[:] = 1.5
         if "three times" in name:
             logsumexps[..., 1] = logsumexps[..., 0] + math.log(3)
+        if "of 0" in name:
+            logsumexps[..., 0], logsumexps[..., -1] = math.log(3), 0
         if "thousand" in name:
             logsumexps += 1000
         if "-1000" in name:
@@ -184,14 +238,23 @@ def merge_splits_explain(inputs: dict, expected: dict, got: dict) -> str | None:
         return None
     if out.shape != expected["out"].shape:
         return "The parts become one: out is (B, H, D)"
-    if logsumexps.min() < -900 and np.isfinite(logsumexps).all():
-        return "Each head of each request has a largest logsumexp of its own"
-    if np.isnan(out).any() or np.isnan(logsumexp).any():
-        if np.isinf(logsumexps).all(axis=-1).any():
-            return "Where no part has keys all are -inf, and -inf minus -inf is NaN"
+    is_small, is_empty = logsumexps.max(axis=-1) < -900, np.isinf(expected["logsumexp"])
+    if np.isfinite(logsumexps).all() and is_small.any():
+        if not np.nan_to_num(out[is_small]).any():  # all weights have become 0
+            return "Each head of each request has a largest logsumexp of its own"
+        return None
+    if np.array_equal(np.isnan(out).any(axis=-1), is_empty) and is_empty.any():
+        return "Where no part has keys all are -inf, and -inf minus -inf is NaN"
+    if np.isnan(out).all() and logsumexps.min() > 900:
         return "exp of a large number is infinite: subtract the largest logsumexp first"
     if np.allclose(out, expected["out"]):
         return "The logsumexp of all keys is that of the parts' logsumexps"
+    without = np.where(logsumexps == 0, -np.inf, logsumexps)
+    is_gone = (without != logsumexps).any()
+    if is_gone and np.allclose(out, np.nan_to_num(_merged(outs, without))):
+        return (
+            "A logsumexp of 0 is that of one key with a score of 0: if empty it is -inf"
+        )
     with np.errstate(all="ignore"):
         weights = np.exp(logsumexps - logsumexps.max(axis=-1, keepdims=True))
     share = logsumexps / logsumexps.sum(axis=-1, keepdims=True)
@@ -204,10 +267,19 @@ def merge_splits_explain(inputs: dict, expected: dict, got: dict) -> str | None:
             ),
             ("Divide by the sum of the weights", (weights[..., None] * outs).sum(-2)),
             ("All parts count, not the heaviest only", _heaviest(outs, logsumexps)),
+            ("exp, not exp2: logsumexps are natural", _merged(outs, LN_2 * logsumexps)),
         ):
             if np.allclose(out, wrong):
                 return words
     return None
+
+
+def _merged(outs: np.ndarray, logsumexps: np.ndarray) -> np.ndarray:
+    """Out (B, H, D) of the parts outs (B, H, P, D); NaN where none has keys."""
+    with np.errstate(all="ignore"):
+        weights = np.exp(logsumexps - logsumexps.max(axis=-1, keepdims=True))
+        weights = weights / weights.sum(axis=-1, keepdims=True)
+    return (weights[..., None] * outs).sum(axis=-2)
 
 
 def _heaviest(outs: np.ndarray, logsumexps: np.ndarray) -> np.ndarray:
@@ -229,6 +301,7 @@ def bytes_moved_cases(seed: int) -> list[Case]:
         ("a request without keys", (1, 2, 1, 2), [5, 0], 4, False),
         ("keys and values gathered first", (1, 2, 1, 2), [5, 3], 4, True),
         ("Llama 3 8B, 8,192 keys", (32, 32, 8, 128), [8192], 2, False),
+        ("Llama 3 8B, 64 requests", (32, 32, 8, 128), [32767] * 64, 2, False),
     ):
         cases.append(
             _bytes_case(name, L, H, G, D, seq_lens, bytes_per_number, is_gathered)
@@ -264,6 +337,10 @@ def bytes_moved_explain(inputs: dict, expected: dict, got: dict) -> str | None:
     ours, keys = expected["bytes"], 2 * S * G * D * number
     around = 2 * B * H * D * number
     for words, wrong in (
+        (
+            "More than 2^31 bytes: count in Python's int, or in int64",
+            (ours + 2**31) % 2**32 - 2**31,
+        ),
         ("That counts numbers, not bytes", ours // number),
         ("Queries are read and outputs written too", times * keys),
         ("The outputs are written too", times * keys + around // 2),
@@ -287,6 +364,14 @@ def bytes_moved_explain(inputs: dict, expected: dict, got: dict) -> str | None:
     return None
 
 
+# What overflows where memory is far away, which a kernel is tried on last but one.
+FAR = {
+    "load_row_kernel": "row times x_stride may pass 2^31: make row int64 first",
+    "gather_kernel": "block_id, or slot, times a size may pass 2^31: keep it int64",
+    "paged_decode_kernel": "block_id has to be int64 before it is multiplied",
+}
+
+
 def load_row_kernel_cases(seed: int) -> list[Case]:
     rng = np.random.default_rng(seed)
     cases = []
@@ -296,13 +381,16 @@ def load_row_kernel_cases(seed: int) -> list[Case]:
         ("one row of five, in a tile of eight", 1, 5, 5),
         ("two rows of five", 2, 5, 5),
         ("rows of three that lie eight apart", 4, 3, 8),
+        ("rows that lie 2^30 numbers apart", 3, 4, 4),
         ("random rows", 5, int(rng.integers(17, 60)), 64),
     ):
-        x = np.full((N, width), np.nan, dtype=np.float32)
+        is_far = "2^30" in name
+        dtype = np.float16 if is_far else np.float32
+        x = np.full((N, width), np.nan, dtype=dtype)
         x[:, :num_cols] = rng.normal(size=(N, num_cols))
-        inputs = {"x": x, "num_cols": num_cols}
-        written = N * 2 ** math.ceil(math.log2(num_cols)) * 4
-        limits = {"bytes_read": N * num_cols * 4, "bytes_written": written}
+        inputs = {"x": x, "num_cols": num_cols, "is_far": is_far}
+        written = N * 2 ** math.ceil(math.log2(num_cols)) * x.itemsize
+        limits = {"bytes_read": N * num_cols * x.itemsize, "bytes_written": written}
         cases.append(Case(name, inputs, limits))
     return cases
 
@@ -313,6 +401,9 @@ def load_row_kernel_explain(inputs: dict, expected: dict, got: dict) -> str | No
         return "Store TILE numbers, once"
     if np.array_equal(rows, ours):
         return "Load num_cols numbers, no more: what follows is somebody else's"
+    if inputs["is_far"]:
+        is_near_right = np.array_equal(rows[:2], ours[:2])
+        return FAR["load_row_kernel"] if is_near_right else None
     x = inputs["x"].ravel()
     packed = x[num_cols : 2 * num_cols]
     if len(rows) > 1 and np.array_equal(rows[1, :num_cols], packed, equal_nan=True):
@@ -339,13 +430,20 @@ def gather_kernel_cases(seed: int) -> list[Case]:
         ("two heads of three numbers", 3, 2, (2, 3)),
         ("blocks of one token", 5, 1, (1, 4)),
         ("a block larger than the text", 5, 256, (2, 4)),
+        ("blocks 2^31 numbers away", 5, 2, (1, 4)),
         ("a random length", int(rng.integers(9, 30)), 4, (3, 5)),
     ):
         (cache,), block_tables = _pool(rng, 1, [seq_len], block_size, G, D)
-        inputs = {"cache": cache, "block_table": block_tables[0].astype(np.int64)}
-        num_bytes = 2 * 4 * seq_len * G * D  # of keys, and of values
-        limits = {"bytes_read": num_bytes, "bytes_written": num_bytes}
-        cases.append(Case(name, {**inputs, "seq_len": seq_len}, limits))
+        is_far = "2^31" in name
+        inputs = {
+            "cache": cache.astype(np.float16 if is_far else np.float32),
+            "block_table": block_tables[0].astype(np.int64),
+            "seq_len": seq_len,
+            "is_far": is_far,
+        }
+        of_caches = 2 * seq_len * G * D * inputs["cache"].itemsize  # keys and values
+        limits = {"bytes_read": of_caches, "bytes_written": of_caches}
+        cases.append(Case(name, inputs, limits))
     return cases
 
 
@@ -357,6 +455,8 @@ def gather_kernel_explain(inputs: dict, expected: dict, got: dict) -> str | None
         return "Write each number once, under a mask of i < num_numbers"
     if np.array_equal(k, ours):
         return "Read each number once, under a mask of i < num_numbers"
+    if inputs["is_far"]:
+        return FAR["gather_kernel"]
     flat = inputs["cache"].reshape(-1, *ours.shape[1:])
     if len(flat) >= S and np.array_equal(k, flat[:S], equal_nan=True):
         return "Look up the block in the table: the pool is not in the text's order"
@@ -504,7 +604,7 @@ def paged_decode_kernel_explain(inputs: dict, expected: dict, got: dict) -> str 
     if is_right:
         return "logsumexp is made of row_max and row_sum: are both right?"
     if inputs["is_far"]:
-        return "block_id has to be int64 before it is multiplied"
+        return FAR["paged_decode_kernel"]
     if S > TILE and inputs["num_splits"] == 1:
         return (
             "When the largest score grows, row_sum and acc so far were made with the old "
@@ -559,6 +659,7 @@ def _kernel(name: str, points: int, cases, explain, compile_kernel) -> Exercise:
         cases,
         explain,
         errors=KERNEL_ERRORS,
+        explain_crash=lambda inputs: FAR[name] if inputs["is_far"] else None,
         compile_error=functools.partial(_compile_error, compile_kernel),
     )
 
@@ -585,7 +686,11 @@ def _compile_paged_decode(kernel: Any) -> gpu_code.GpuCode:
 
 EXERCISES = [
     Exercise(
-        "lib.paged_attention.attend_online", 2, attend_online_cases, attend_online_explain
+        "lib.paged_attention.attend_online",
+        2,
+        attend_online_cases,
+        attend_online_explain,
+        errors={"non-zero size": EMPTY_TILE},
     ),
     _kernel(
         "load_row_kernel",
