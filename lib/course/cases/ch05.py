@@ -53,7 +53,7 @@ def attend_online_cases(seed: int) -> list[Case]:
         if "score of 0" in name:
             tiles[0][0][:] = 0
         if "half" in name:  # each exp(-8) is too small to be added to 1
-            q[:], tiles = 2, [[k - k, v - v - 1] for k, v in tiles]
+            q[:], tiles = 2, [[0 * k, 0 * v] for k, v in tiles]
             tiles[0][0][:], tiles[0][1][:] = 2, 1
         inputs = {
             "q": q.astype(dtype),
