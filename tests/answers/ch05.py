@@ -620,8 +620,19 @@ for title, says, *changes in (
         ("acc * rescale[:, None]", "acc"),
         ("row_sum * rescale", "row_sum"),
     ),
-    ("sum not rescaled", "rescale both", ("row_sum * rescale", "row_sum")),
-    ("acc not rescaled", "rescale both", ("acc * rescale[:, None]", "acc")),
+    ("sum not rescaled", "row_sum is not. ", ("row_sum * rescale", "row_sum")),
+    ("acc not rescaled", "acc is not. ", ("acc * rescale[:, None]", "acc")),
+    (
+        "rescaled the wrong way round",
+        "the wrong way round: exp(old - new)",
+        ("tl.exp2(row_max - new_max)", "tl.exp2(new_max - row_max)"),
+    ),
+    (
+        "the old maximum",
+        "row_max is still the old one",
+        ("scores - new_max[:, None]", "scores - row_max[:, None]"),
+    ),
+    ("row_max stays", "row_max has to follow", ("        row_max = new_max\n", "")),
     (
         "the last maximum",
         "row_max never falls",
@@ -640,7 +651,7 @@ for title, says, *changes in (
         ),
     ),
     ("another logsumexp", "row_max and row_sum", (" / LOG2_E", "")),
-    ("not divided", "", ("(acc / divisor[:, None])", "acc")),
+    ("not divided", "acc is divided by row_sum", ("(acc / divisor[:, None])", "acc")),
     (
         "every share reads all",
         "",
@@ -650,7 +661,7 @@ for title, says, *changes in (
     ("stores unmasked", "", ("out, mask=is_head[:, None] & is_col[None, :])", "out)")),
     (
         "ids of 32 bits",
-        "blocks 2^31 numbers away: crashed",
+        "block_id has to be int64 before it is multiplied",
         (".to(tl.int64)", ".to(tl.int32)"),
     ),
     (
@@ -659,6 +670,19 @@ for title, says, *changes in (
         (
             'tl.dot(q, tl.trans(k), input_precision="ieee")',
             "tl.dot(q.to(tl.float16), tl.trans(k).to(tl.float16)).to(tl.float32)",
+        ),
+    ),
+    (
+        "values cast to the weights' dtype",
+        "cast the weights to the values' dtype, not the values",
+        ("tl.dot(weights.to(v.dtype), v,", "tl.dot(weights, v.to(tl.float32),"),
+    ),
+    (
+        "queries and keys cast to fp32",
+        "nor queries and keys",
+        (
+            "tl.dot(q, tl.trans(k),",
+            "tl.dot(q.to(tl.float32), tl.trans(k).to(tl.float32),",
         ),
     ),
     ("fp32 rounded", "fp32 is rounded", (', input_precision="ieee"', "")),
@@ -708,7 +732,7 @@ def decode_with_transposed_keys(
         other=0.0,
     )
     # The scale goes into the queries.
-    q = q.to(tl.float32) * scale_log2_e
+    q = (q.to(tl.float32) * scale_log2_e).to(tl.float32 if UPCAST else q.dtype)
     m = tl.full([ROWS], -1e30, tl.float32)
     s = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, COLS], tl.float32)
@@ -727,7 +751,7 @@ def decode_with_transposed_keys(
             + d[:, None],
             mask=ok[None, :] & (d < HEAD_DIM)[:, None],
             other=0.0,
-        ).to(tl.float32)
+        ).to(q.dtype)
         v = tl.load(
             v_cache_ptr
             + (block * v_stride_block + inside * v_stride_place)[:, None]
@@ -735,14 +759,14 @@ def decode_with_transposed_keys(
             + d[None, :],
             mask=ok[:, None] & (d < HEAD_DIM)[None, :],
             other=0.0,
-        ).to(tl.float32)
+        ).to(q.dtype)
         scores = tl.dot(q, k, input_precision="ieee")
         scores += tl.where(ok, 0.0, float("-inf"))[None, :]
         old, m = m, tl.maximum(m, tl.max(scores, 1))
         p = tl.exp2(scores - m[:, None])
         shrink = tl.exp2(old - m)
         acc *= shrink[:, None]
-        acc += tl.dot(p, v, input_precision="ieee")
+        acc += tl.dot(p.to(q.dtype), v, input_precision="ieee")
         s = s * shrink + tl.sum(p, 1)
     is_empty = s == 0.0
     total = tl.where(is_empty, 1.0, s)
