@@ -91,6 +91,8 @@ def online(
     cast=True,
     skip=True,
     empty_max=None,
+    larger=torch.maximum,
+    divide_each=False,
     zero_is_empty=False,
 ):
     (H, D), dtype = q.shape, q.dtype
@@ -109,7 +111,7 @@ def online(
             tile_max = scores.amax(dim=-1, keepdim=True)
         if shared:
             tile_max = tile_max * 0 + tile_max.max()
-        new_max = torch.maximum(row_max, tile_max) if running else tile_max
+        new_max = larger(row_max, tile_max) if running else tile_max
         if not best:
             new_max = torch.zeros_like(new_max)
         rescale = exp((row_max - new_max) * (-1 if turned else 1))
@@ -118,6 +120,7 @@ def online(
         row_sum = (row_sum * rescale if rescale_sum else row_sum) + total
         weighted = torch.einsum("hs,shd->hd", weights, v[:, heads])
         acc = (acc * rescale if rescale_acc else acc) + weighted
+        acc = acc / row_sum if divide_each else acc
         row_max = new_max if follow else row_max
     logsumexp = row_sum.log() + (row_max if add_max else 0)
     divisor = row_sum.clamp(min=torch.finfo(q.dtype).tiny) if divide else 1
@@ -194,6 +197,44 @@ def attend_online_with_all_keys_kept(q, tiles):
     tiles = ((k, v) for k, v in tiles)
     kept = []
     return online(q, (kept.append(k) or (k, v) for k, v in tiles))
+
+
+@wrong("attend_online", says="torch.maximum takes the larger of each two")
+def attend_online_with_pythons_max(q, tiles):
+    return online(q, tiles, larger=max)
+
+
+@wrong("attend_online", says="amax gives the values alone")
+def attend_online_with_the_max_and_where_it_is(q, tiles):
+    row_max = q.new_full((len(q), 1), -math.inf)
+    for k, _ in tiles:
+        row_max = torch.maximum(row_max, (k[:, 0] @ q.T).T.max(-1, keepdim=True))
+
+
+@wrong("attend_online", says="tensors have .exp()")
+def attend_online_with_math(q, tiles):
+    return online(q, tiles, exp=lambda x: torch.full_like(x, math.exp(x)))
+
+
+@wrong("attend_online", says="Look at the shapes")
+def attend_online_not_transposed(q, tiles):
+    for k, v in tiles:
+        G = k.shape[1]
+        scores = q.view(G, len(q) // G, -1) @ k.permute(1, 2, 0)
+        out = scores.softmax(-1) @ v
+    return out.flatten(0, 1), scores.logsumexp(-1).flatten()
+
+
+@wrong("attend_online", says="not in each tile")
+def attend_online_divided_in_each_tile_too(q, tiles):
+    return online(q, tiles, divide_each=True)
+
+
+@wrong("attend_online", says="the first tile's alone")
+def attend_online_returning_in_the_loop(q, tiles):
+    for tile in tiles:
+        return online(q, [tile])
+    return online(q, [])
 
 
 # Its numbers are wrong, for a cause that nobody has thought of.
@@ -536,11 +577,80 @@ def changed(name, title, *changes):
     return namespace[name]
 
 
+NO_ADDRESS = "begin with a pointer, and add the offsets to it"
+X_LOADED = "x = tl.load(x_at, mask=col < num_cols, other=0.0)"
+X_STORED = "tl.store(out_ptr + row * TILE + col, x)"
 for title, says, *changes in (
+    (
+        "no pointer",
+        NO_ADDRESS,
+        (X_LOADED, X_LOADED.replace("x_at", "row * x_stride + col")),
+    ),
+    ("a store without a pointer", NO_ADDRESS, ("out_ptr + row * TILE", "row * TILE")),
+    ("not loaded", "tl.load gives the number", (X_LOADED, "x = x_at")),
+    (
+        "an index",
+        "A pointer is no tensor",
+        (X_LOADED, "x = x_ptr[row * x_stride + col]"),
+    ),
+    ("assigned", "A pointer is no tensor", (X_STORED, "out_ptr[row * TILE + col] = x")),
+    ("all of it to one address", "for many numbers", ("row * TILE + col", "row * TILE")),
+    (
+        "as many as there are columns",
+        "a constant, as TILE, is",
+        ("tl.arange(0, TILE)", "tl.arange(0, num_cols)"),
+    ),
+    ("a range", "range one by one", ("tl.arange(0, TILE)", "range(TILE)")),
+    (
+        "other first",
+        "mask, then other",
+        ("mask=col < num_cols, other=0.0", "0.0, col < num_cols"),
+    ),
+    (
+        "torch",
+        "no torch",
+        (X_LOADED, "x = torch.where(col < num_cols, tl.load(x_at), 0)"),
+    ),
+    (
+        "an if",
+        "if and Python's max look at one number",
+        (X_LOADED, X_LOADED + "\n    if col < num_cols:\n        pass"),
+    ),
+    (
+        "rows of out as those of x",
+        "the rows lie TILE numbers apart",
+        ("out_ptr + row * TILE", "out_ptr + row * x_stride"),
+    ),
+    (
+        "no mask",
+        "no more: what follows is somebody else's",
+        (X_LOADED, "x = tl.load(x_at)\n    x = tl.where(col < num_cols, x, 0.0)"),
+    ),
     ("no other", "what a mask keeps out is `other`", (", other=0.0", "")),
     ("store twice", "Store TILE numbers, once", ("    # store", STORE + "    # store")),
 ):
     wrong("load_row_kernel", says)(changed("load_row_kernel", title, *changes))
+
+BLOCK_ID = "tl.load(block_table_ptr + position // block_size).to(tl.int64)"
+for title, says, *changes in (
+    ("not loaded", "tl.load gives the number", (BLOCK_ID, BLOCK_ID[8:].split(")")[0])),
+    (
+        "a fraction",
+        "// divides to one",
+        ("position // block_size", "position / block_size"),
+    ),
+    ("no pointer", NO_ADDRESS, ("block_table_ptr + position", "position")),
+    ("torch's dtype", "Triton has dtypes of its own", ("tl.int64", "torch.int64")),
+    ("long", "are not torch's", (".to(tl.int64)", ".long()")),
+    ("id and place", "begins at slot", ("block_id * block_size +", "block_id +")),
+    (
+        "position in the block",
+        "not position",
+        ("block_size + position % block_size", "block_size + position"),
+    ),
+    ("one place too late", "not this request's", ("position %", "(position + 1) %")),
+):
+    wrong("gather_kernel", says)(changed("gather_kernel", title, *changes))
 
 NEGATIVE_INF = 'float("-inf")'
 for title, says, *changes in (
@@ -684,6 +794,36 @@ for title, says, *changes in (
             "tl.dot(q, tl.trans(k),",
             "tl.dot(q.to(tl.float32), tl.trans(k).to(tl.float32),",
         ),
+    ),
+    ("offsets alone", NO_ADDRESS, ("k_cache_ptr + k_at[:, None]", "k_at[:, None]")),
+    (
+        "no column",
+        "x[:, None] is a column",
+        ("k_cache_ptr + k_at[:, None]", "k_cache_ptr + k_at"),
+    ),
+    ("keys not transposed", "tl.trans(k)", ("tl.trans(k)", "k")),
+    (
+        "weights not cast",
+        "cast weights as the values",
+        ("weights.to(v.dtype)", "weights"),
+    ),
+    (
+        "a max of two",
+        "reduce one tensor",
+        ("tl.max(scores, axis=1)", "tl.max(row_max, 1)"),
+    ),
+    ("acc rescaled by columns", "rescale[:, None]", ("rescale[:, None]", "rescale")),
+    ("values from keys", "Values come from", ("load(v_cache_ptr", "load(k_cache_ptr")),
+    (
+        "the mask the other way round",
+        "",
+        ("scores, " + NEGATIVE_INF, NEGATIVE_INF + ", scores"),
+    ),
+    ("tile_start", "for many numbers", ("+ position // block", "+ tile_start // block")),
+    (
+        "rescaled by exp, weighed by exp2",
+        "",
+        ("rescale = tl.exp2(", "rescale = tl.exp("),
     ),
     ("fp32 rounded", "fp32 is rounded", (', input_precision="ieee"', "")),
 ):
@@ -946,6 +1086,19 @@ def merge_splits_taking_a_sum_of_one_for_empty(outs, logsumexps):
     return (weights.unsqueeze(-2) @ outs).squeeze(-2), logsumexp
 
 
+@wrong("merge_splits", says="weights are (B, H, 1, P)")
+def merge_splits_with_a_column_of_weights(outs, logsumexps):
+    weights = logsumexps.softmax(dim=-1)
+    return (weights.unsqueeze(-1) @ outs).squeeze(-2), logsumexps.logsumexp(dim=-1)
+
+
+@wrong("merge_splits", says="subtract the largest logsumexp first")
+def merge_splits_with_an_infinite_sum(outs, logsumexps):
+    weights = logsumexps.softmax(dim=-1).nan_to_num(0)
+    out = (weights.unsqueeze(-2) @ outs).squeeze(-2)
+    return out, logsumexps.exp().sum(-1).log()
+
+
 @wrong("merge_splits", says="exp, not exp2")
 def merge_splits_with_exp2(outs, logsumexps):
     weights = (logsumexps * math.log(2)).softmax(dim=-1).nan_to_num(0)
@@ -1051,6 +1204,54 @@ def bytes_moved_in_numbers(config, seq_lens, bytes_per_number=4, *, is_gathered=
 def bytes_moved_in_32_bits(config, seq_lens, bytes_per_number=4, *, is_gathered=False):
     one = moved(config, seq_lens, bytes_per_number, is_gathered)
     return torch.tensor(one).to(torch.int32)
+
+
+@wrong("bytes_moved", says="keys of all requests")
+def bytes_moved_of_the_longest(
+    config, seq_lens, bytes_per_number=4, *, is_gathered=False
+):
+    around = moved(config, 0 * seq_lens, bytes_per_number, is_gathered)
+    longest = seq_lens.max().view(1)
+    without = moved(config, 0 * longest, bytes_per_number, is_gathered)
+    return around - without + moved(config, longest, bytes_per_number, is_gathered)
+
+
+@wrong("bytes_moved", says="lengths of their own")
+def bytes_moved_with_padding(config, seq_lens, bytes_per_number=4, *, is_gathered=False):
+    padded = seq_lens * 0 + seq_lens.max()
+    return moved(config, padded, bytes_per_number, is_gathered)
+
+
+@wrong("bytes_moved", says="for each request")
+def bytes_moved_with_one_query(
+    config, seq_lens, bytes_per_number=4, *, is_gathered=False
+):
+    around = moved(config, 0 * seq_lens, bytes_per_number, is_gathered)
+    one = moved(config, seq_lens, bytes_per_number, is_gathered)
+    return one - around + around // len(seq_lens)
+
+
+@wrong("bytes_moved", says="read once, not three times")
+def bytes_moved_always_gathered(
+    config, seq_lens, bytes_per_number=4, *, is_gathered=False
+):
+    return moved(config, seq_lens, bytes_per_number, True)
+
+
+@wrong("bytes_moved", says="bytes_per_number says")
+def bytes_moved_of_four(config, seq_lens, bytes_per_number=4, *, is_gathered=False):
+    return moved(config, seq_lens, 4, is_gathered)
+
+
+@wrong("bytes_moved", says="D is config.head_dim")
+def bytes_moved_with_d_model(config, seq_lens, bytes_per_number=4, *, is_gathered=False):
+    return moved(config, seq_lens, bytes_per_number, is_gathered) * config.num_heads
+
+
+@wrong("bytes_moved", says="of all requests together")
+def bytes_moved_per_request(config, seq_lens, bytes_per_number=4, *, is_gathered=False):
+    keys = seq_lens * config.num_kv_heads + config.num_heads
+    return 2 * config.head_dim * keys * bytes_per_number
 
 
 @wrong("bytes_moved")

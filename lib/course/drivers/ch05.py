@@ -55,7 +55,9 @@ def bytes_moved(
     return {"bytes": as_number(answer(ModelConfig(**config), lens, *given, **options))}
 
 
-def load_row_kernel(answer: Any, x: np.ndarray, num_cols: int, is_far: bool) -> dict:
+def load_row_kernel(
+    answer: Any, x: np.ndarray, num_cols: int, is_far: bool = False
+) -> dict:
     """Rows of which `num_cols` numbers count: what follows them belongs to others.
     is_far: lay them 2^30 numbers apart."""
     rows = on_device(x)
@@ -70,7 +72,11 @@ def load_row_kernel(answer: Any, x: np.ndarray, num_cols: int, is_far: bool) -> 
 
 
 def gather_kernel(
-    answer: Any, cache: np.ndarray, block_table: np.ndarray, seq_len: int, is_far: bool
+    answer: Any,
+    cache: np.ndarray,
+    block_table: np.ndarray,
+    seq_len: int,
+    is_far: bool = False,
 ) -> dict:
     """is_far: move the blocks 2^31 numbers away from the pool's first."""
     pool, table = on_device(cache), on_device(block_table)
