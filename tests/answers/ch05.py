@@ -1,5 +1,6 @@
 import inspect
 import math
+import re
 
 import torch
 
@@ -463,6 +464,15 @@ def load_row_from_nowhere(x_ptr, out_ptr, x_stride, num_cols, TILE: tl.constexpr
     tl.store(out_ptr + row * TILE + col, x)
 
 
+# Its numbers are wrong, for a cause that nobody has thought of.
+@wrong("load_row_kernel")
+@triton.jit
+def load_row_noisy(x_ptr, out_ptr, x_stride, num_cols, TILE: tl.constexpr):
+    row, col = tl.program_id(0), tl.arange(0, TILE)
+    x = tl.load(x_ptr + row * x_stride + col, mask=col < num_cols, other=0.0)
+    tl.store(out_ptr + row * TILE + col, x * 1.01)
+
+
 # gather_kernel
 
 
@@ -562,19 +572,32 @@ def gather_twice(
     tl.store(out_ptr + p * num_numbers + i, row, mask=i < num_numbers)
 
 
+@wrong("gather_kernel")
+@triton.jit
+def gather_noisy(
+    cache_ptr, block_table_ptr, out_ptr, block_size, num_numbers, TILE: tl.constexpr
+):
+    p, i = tl.program_id(0), tl.arange(0, TILE)
+    slot = tl.load(block_table_ptr + p // block_size) * block_size + p % block_size
+    row = tl.load(cache_ptr + slot * num_numbers + i, mask=i < num_numbers)
+    tl.store(out_ptr + p * num_numbers + i, row * 1.01, mask=i < num_numbers)
+
+
 # paged_decode_kernel
 
 
 def changed(name, title, *changes):
-    """The library's kernel, with some of its text replaced."""
+    """The library's kernel, with some of its text replaced; its title is in its name."""
     kernel = vars(paged_attention_triton)[name]
     source = inspect.getsource(getattr(kernel, "fn", kernel))
     for old, new in changes:
         assert old in source, f"{title}: the kernel has no {old}"
         source = source.replace(old, new)
+    new_name = re.sub(r"\W+", "_", f"{name} {title}")
+    source = source.replace(f"def {name}(", f"def {new_name}(")
     namespace = dict(vars(paged_attention_triton))
     exec(compile(source, register(f"<{name}: {title}>", source), "exec"), namespace)
-    return namespace[name]
+    return namespace[new_name]
 
 
 NO_ADDRESS = "begin with a pointer, and add the offsets to it"
@@ -656,7 +679,7 @@ NEGATIVE_INF = 'float("-inf")'
 for title, says, *changes in (
     (
         "no table",
-        "the block of position p",
+        "The block of position p",
         (
             "block_id = tl.load(table_at, mask=is_token, other=0)",
             "block_id = (position // block_size)",
@@ -825,6 +848,7 @@ for title, says, *changes in (
         "",
         ("rescale = tl.exp2(", "rescale = tl.exp("),
     ),
+    ("noisy", "", ("(acc / divisor[:, None])", "(1.01 * acc / divisor[:, None])")),
     ("fp32 rounded", "fp32 is rounded", (', input_precision="ieee"', "")),
 ):
     wrong("paged_decode_kernel", says)(changed("paged_decode_kernel", title, *changes))

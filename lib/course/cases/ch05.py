@@ -160,8 +160,8 @@ RESCALE = (
 )
 # What may go wrong in a running softmax: words -> how `_online` has to go wrong.
 ONLINE_SLIPS = {
-    "NaN from the first tile on comes of rescaling the wrong way round: exp(old - new) it "
-    "has to be": "new - old",
+    "NaN from the first tile on comes of rescaling the wrong way round: exp(old - new) "
+    "it has to be": "new - old",
     "row_max has to follow: after each tile it is new_max": "row_max stays",
     "The largest score so far is the larger of row_max and the tile's: row_max never "
     "falls": "the tile's maximum",
@@ -558,6 +558,8 @@ def paged_decode_kernel_cases(seed: int) -> list[Case]:
         if "heads come first" in name:  # in memory: the shape is the same
             caches[0] = np.ascontiguousarray(caches[0].swapaxes(0, 2)).swapaxes(0, 2)
             caches[1] = np.ascontiguousarray(caches[1].swapaxes(1, 2)).swapaxes(1, 2)
+        if name == "a tile of 64 tokens":  # nothing is dead: a NaN has been computed
+            caches = [np.where(np.isnan(x), rng.normal(size=x.shape), x) for x in caches]
         is_half = name in ("half precision", "blocks 2^31 numbers away")
         dtype = np.float16 if is_half else np.float32
         q = rng.normal(size=(len(seq_lens), H, D))
@@ -666,6 +668,10 @@ def paged_decode_kernel_explain(inputs: dict, expected: dict, got: dict) -> str 
         ),
         ("Scores are multiplied by scale_log2_e", _decode(inputs, b, 1 / LOG2_E)),
         (
+            "The block of position p has the id in the table at p // block_size",
+            _decode({**inputs, "block_tables": _in_order(inputs["block_tables"])}, b),
+        ),
+        (
             "Values come from v_cache_ptr, keys from k_cache_ptr",
             _decode({**inputs, "v_cache": inputs["k_cache"]}, b),
         ),
@@ -673,7 +679,7 @@ def paged_decode_kernel_explain(inputs: dict, expected: dict, got: dict) -> str 
             "With exp2, not exp: scale_log2_e counts on it",
             _decode(inputs, b, LOG2_E * natural),
         ),
-    )[: 2 if is_right else 4]:
+    )[: 2 if is_right else 5]:
         is_same = _is_near(out[b], wrong[0])
         if is_same and (not is_right or _is_near(logsumexp[b], wrong[1])):
             return words
@@ -686,6 +692,10 @@ def paged_decode_kernel_explain(inputs: dict, expected: dict, got: dict) -> str 
     return None
 
 
+def _in_order(block_tables: np.ndarray) -> np.ndarray:
+    return np.broadcast_to(np.arange(block_tables.shape[1]), block_tables.shape)
+
+
 def _slip(
     inputs: dict, b: int, expected: dict, out: np.ndarray, logsumexp: np.ndarray
 ) -> str | None:
@@ -694,7 +704,7 @@ def _slip(
     is_right = _is_near(out, expected["out"][b]) and _is_near(
         logsumexp, expected["logsumexp"][b]
     )
-    # NaN may also be what was dead and has been loaded; not in a tile that is full.
+    # NaN may also be what was dead and has been loaded; not in the tile that is full.
     if is_right or inputs["num_splits"] > 1 or np.isnan(out).any() and S < TILE:
         return None
     for words, slip in ONLINE_SLIPS.items():
