@@ -34,10 +34,11 @@ def paged_decode_gather(
 
     q (B, H, D); k_cache, v_cache (num_blocks, block_size, G, D); block_tables (B, M),
     anything behind a request's last block; seq_lens (B,), both of integers. Scores are
-    multiplied by `scale`, 1 / √D if None. Returns out (B, H, D) and logsumexp (B, H), of
-    the scaled scores, natural; for a request without keys 0 and -inf.
+    multiplied by `scale`, 1 / √D if None. Returns out (B, H, D), in q's dtype, and
+    logsumexp (B, H), in float32 at least, of the scaled scores, natural; for a request
+    without keys 0 and -inf.
     """
-    out, logsumexp = torch.empty_like(q), q.new_empty(q.shape[:2])
+    out, logsumexp = _empty_results(q)
     for b, (block_table, seq_len) in enumerate(zip(block_tables, seq_lens.tolist())):
         k, v = paged_kv_cache.gather_kv(k_cache, v_cache, block_table, seq_len)
         group_size = q.shape[1] // k.shape[1]
@@ -47,7 +48,7 @@ def paged_decode_gather(
         scores = (k @ query).squeeze(-1)  # (H, S)
         weights = scores.softmax(dim=-1)  # (H, S)
         out[b] = (weights.unsqueeze(-2) @ v).squeeze(-2)
-        logsumexp[b] = scores.logsumexp(dim=-1)
+        logsumexp[b] = scores.to(logsumexp.dtype).logsumexp(dim=-1)
     return out, logsumexp
 
 
@@ -87,24 +88,29 @@ def attend_online(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of one token over keys and values that come in pieces.
 
-    q (H, D), scaled already; tiles: pairs k, v (S, G, D), S of each its own. Holds one
-    tile's scores at a time: three running numbers a query head, the largest score so far,
-    the sum of all exp(score - largest), and the values' sum under these weights. Returns
-    out (H, D) and logsumexp (H,); without tiles 0 and -inf.
+    q (H, D), scaled already; tiles: pairs k, v (S, G, D), S of each its own, 0 too. Holds
+    one tile's scores at a time: three running numbers a query head, the largest score so
+    far, the sum of all exp(score - largest), and the values' sum under these weights.
+    Sums, and what goes into them, are float32 where q is of fewer bits. Returns out
+    (H, D), in q's dtype, and logsumexp (H,), in that of the sums: without keys 0 and
+    -inf.
 
     >>> one, two = torch.ones(1, 1, 1), torch.full((2, 1, 1), 2.0)
     >>> attend_online(torch.zeros(1, 1), [(one, one), (two, 4 * two)])  # equal weights
     (tensor([[5.6667]]), tensor([1.0986]))
     """
     H, D = q.shape
-    row_max = q.new_full((H, 1), -math.inf)
-    row_sum = q.new_zeros(H, 1)
-    acc = q.new_zeros(H, D)
+    dtype = torch.promote_types(q.dtype, torch.float32)  # of sums: half is too coarse
+    row_max = q.new_full((H, 1), -math.inf, dtype=dtype)
+    row_sum = q.new_zeros(H, 1, dtype=dtype)
+    acc = q.new_zeros(H, D, dtype=dtype)
 
     # tile by tile: scores of all heads
     for k, v in tiles:
-        G = k.shape[1]
-        grouped = q.view(G, H // G, D)
+        if len(k) == 0:  # none of its scores is the largest
+            continue
+        k, v, G = k.to(dtype), v.to(dtype), k.shape[1]
+        grouped = q.view(G, H // G, D).to(dtype)
         scores = (grouped @ k.permute(1, 2, 0)).flatten(0, 1)  # (H, S)
 
         # rescale what was summed up under another maximum, and add
@@ -118,7 +124,7 @@ def attend_online(
 
     # divide, once
     out = acc / row_sum.clamp(min=torch.finfo(q.dtype).tiny)  # (H, D)
-    return out, (row_max + row_sum.log()).squeeze(-1)  # out (H, D), logsumexp (H,)
+    return out.to(q.dtype), (row_max + row_sum.log()).squeeze(-1)  # (H, D), (H,)
 
 
 def paged_decode_online(
@@ -138,7 +144,7 @@ def paged_decode_online(
             block_id, filled = block_table[i], min(block_size, seq_len - i * block_size)
             yield k_cache[block_id, :filled], v_cache[block_id, :filled]
 
-    out, logsumexp = torch.empty_like(q), q.new_empty(q.shape[:2])
+    out, logsumexp = _empty_results(q)
     for b, (block_table, seq_len) in enumerate(zip(block_tables, seq_lens.tolist())):
         scaled = q[b] * _scale(scale, q)
         out[b], logsumexp[b] = attend_online(scaled, blocks(block_table, seq_len))
@@ -187,6 +193,12 @@ def bytes_moved(
     keys_and_values = 2 * num_keys * config.num_kv_heads * config.head_dim
     times = 3 if is_gathered else 1
     return (queries_and_outs + times * keys_and_values) * bytes_per_number
+
+
+def _empty_results(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for out (B, H, D), in q's dtype, and logsumexp (B, H), in float32 at least."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=dtype)
 
 
 def _scale(scale: float | None, q: torch.Tensor) -> float:

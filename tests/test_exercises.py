@@ -206,8 +206,46 @@ NOT_THE_CAUSE = [
     ("checkpoint_recursive", "second_half_first", "the `attend` that you were given"),
     ("checkpoint_recursive", "all_kept", "Only the first half"),
     ("checkpoint_selective", "the_last_gradient_alone", "computed again"),
+    ("attend_online", "attend_online_noisy", "rescale both"),
+    ("attend_online", "attend_online_noisy", "Tiles do not weigh"),
+    ("attend_online", "attend_online_last_tile", "rescale both"),
+    ("attend_online", "attend_online_with_math", "q is scaled already"),
+    ("attend_online", "attend_online_without_rescaling_the_sum", "acc is not"),
+    ("attend_online", "attend_online_with_nan_for_a_tile_without_keys", "divide by"),
+    ("merge_splits", "merge_splits_noisy", "Divide by the sum"),
+    ("merge_splits", "merge_splits_noisy", "Parts do not weigh"),
+    ("merge_splits", "merge_splits_noisy", "of its own"),
+    ("merge_splits", "merge_splits_with_one_maximum", "the weights"),
+    ("bytes_moved", "bytes_moved_and_the_table", "a key and a value"),
+    ("bytes_moved", "bytes_moved_and_the_table", "outputs"),
+    ("bytes_moved", "bytes_moved_with_one_query", "outputs are written"),
     ("blocks_to_keep", "work_forgotten", "One can always be kept"),
 ]
+if HAS_TRITON:
+    NOT_THE_CAUSE += [
+        ("load_row_kernel", "load_row_zero", "x_stride"),
+        ("load_row_kernel", "load_row_noisy", "x_stride"),
+        ("load_row_kernel", "load_row_noisy", "`other`"),
+        ("load_row_kernel", "load_row_from_nowhere", "int64"),
+        ("gather_kernel", "gather_one_number_a_token", "Look up the block"),
+        ("gather_kernel", "gather_noisy", "Look up the block"),
+        ("gather_kernel", "gather_noisy", "A token has a place"),
+        ("paged_decode_kernel", "paged_decode_kernel_noisy", "rescale both"),
+        (
+            "paged_decode_kernel",
+            "paged_decode_kernel_every_share_reads_all",
+            "rescale both",
+        ),
+        (
+            "paged_decode_kernel",
+            "paged_decode_kernel_rescaled_by_exp_weighed_by_exp2",
+            "Store each",
+        ),
+        ("paged_decode_kernel", "paged_decode_kernel_no_other_for_k", "rescal"),
+        ("paged_decode_kernel", "paged_decode_kernel_v_unmasked", "rescal"),
+        ("paged_decode_kernel", "paged_decode_kernel_noisy", "NaN"),
+        ("paged_decode_kernel", "paged_decode_kernel_noisy", "scale_log2_e"),
+    ]
 
 
 @pytest.mark.parametrize("name, answer, words", NOT_THE_CAUSE)

@@ -95,6 +95,53 @@ def test_scores_that_exp_could_not_take_are_no_trouble_online():
     torch.testing.assert_close(logsumexp, torch.tensor([3600 + math.log(8)]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_summed_up_in_single(dtype):
+    q = torch.full((2, 2), 2.0, dtype=dtype)
+    k, v = torch.zeros(2, 600, 1, 2, dtype=dtype)
+    k[0], v[0] = (
+        2,
+        1,
+    )  # a weight of 1, and 599 of exp(-8), each too small to be added to 1
+    for size in (1, 7, 600):
+        out, logsumexp = attend_online(q, zip(k.split(size), v.split(size)))
+        assert out.dtype == dtype and logsumexp.dtype == torch.float32
+        total = 1 + 599 * math.exp(-8)
+        torch.testing.assert_close(out, torch.full_like(out, 1 / total))
+        assert logsumexp.tolist() == pytest.approx([8 + math.log(total)] * 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_of_half_precision_block_by_block_is_nearer_than_torch(dtype):
+    inputs = paged(([512, 37], (8, 2), 64, 16), dtype)
+    (out, logsumexp), exact = paged_decode_online(*inputs), in_float64(inputs)
+    gathered = paged_decode_gather(*inputs)[0]
+    error, torchs_error = ((x - exact[0]).abs().max() for x in (out, gathered))
+    assert error < torchs_error
+    torch.testing.assert_close(logsumexp.double(), exact[1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_tile_without_keys_changes_nothing(at):
+    q, k, v = torch.randn(4, 8), torch.randn(5, 2, 8), torch.randn(5, 2, 8)
+    tiles = [(k[:3], v[:3]), (k[3:], v[3:])]
+    with_empty = [*tiles[:at], (k[:0], v[:0]), *tiles[at:]]
+    for got, expected in zip(attend_online(q, with_empty), attend_online(q, tiles)):
+        assert torch.equal(got, expected)
+    out, logsumexp = attend_online(q, [(k[:0], v[:0])])
+    assert (out == 0).all() and (logsumexp == -math.inf).all()
+
+
+@pytest.mark.parametrize("decode", TWINS)
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
+def test_twins_give_out_in_the_dtype_of_q_and_logsumexp_in_single_at_least(decode, dtype):
+    out, logsumexp = decode(*paged(CASES[2], dtype))
+    assert out.dtype == dtype
+    assert logsumexp.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
 def test_another_scale_is_used():
     inputs = paged(CASES[1])
     half = inputs[0] * 0.5, *inputs[1:]
@@ -114,11 +161,11 @@ def test_parts_merge_to_the_whole(case, sizes):
         parts, start = [], 0
         for size in sizes:  # the last ones may be empty
             tile = [x[start : start + size] for x in kv]
-            parts.append(attend_online(q_b, [tile] if len(tile[0]) else []))
+            parts.append(attend_online(q_b, [tile]))
             start += size
         outs, logsumexps = (torch.stack(x, dim=1)[None] for x in zip(*parts))
         for got, expected in zip(
-            merge_splits(outs, logsumexps), attend_online(q_b, [kv] if seq_len else [])
+            merge_splits(outs, logsumexps), attend_online(q_b, [kv])
         ):
             torch.testing.assert_close(got[0], expected)
 

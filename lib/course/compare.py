@@ -67,10 +67,12 @@ def waits_for(exercise: Exercise, got: dict) -> str | None:
 
 def crash(exercise: Exercise, case: Case, how: str) -> str:
     """The words for an answer that took its process with it."""
+    words = f"wrong for {case.name}: {how}"
+    if not exercise.is_kernel:
+        return words
     at_fault = "It reads or writes where nothing is: look at its masks and addresses"
-    return f"wrong for {case.name}: {how}" + (
-        f". {at_fault}" if exercise.is_kernel else ""
-    )
+    why = exercise.explain_crash(case.inputs) if "crashed" in how else None
+    return f"{words}. {why or at_fault}"
 
 
 def _in_brackets(inputs: dict) -> str:

@@ -44,6 +44,8 @@ class Exercise:
     explain: Callable[[dict, dict, dict], str | None] = lambda inputs, expected, got: None
     forbidden: tuple[str, ...] = ()  # functions that an answer may not call
     errors: dict[str, str] = field(default_factory=dict)  # part of a message -> advice
+    # Of a Triton kernel: inputs -> the likely cause, where it takes its process with it.
+    explain_crash: Callable[[dict], str | None] = lambda inputs: None
     parts: tuple[str, ...] = ()  # what else the answer is made of, beside `target`
     # Of a Triton kernel: what the compiler says against an answer, in a line, or None.
     compile_error: Callable[[Any], str | None] | None = None

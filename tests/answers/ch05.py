@@ -1,5 +1,6 @@
 import inspect
 import math
+import re
 
 import torch
 
@@ -15,11 +16,14 @@ STORE = "    tl.store(out_ptr + row * TILE + col, x)\n"
 
 @right("attend_online")
 def attend_online_with_repeated_heads(q, tiles):
-    H = len(q)
+    H, dtype = len(q), q.dtype
+    q = q.float() if dtype != torch.float64 else q
     row_max = torch.full((H,), -math.inf, dtype=q.dtype)
     row_sum, acc = torch.zeros(H, dtype=q.dtype), torch.zeros_like(q)
     for k, v in tiles:
-        k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
+        if k.numel() == 0:
+            continue
+        k, v = (x.to(q).repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
         scores = torch.einsum("hd,shd->hs", q, k)
         new_max = torch.max(row_max, scores.max(dim=1).values)
         factor = torch.exp(row_max - new_max)
@@ -28,23 +32,43 @@ def attend_online_with_repeated_heads(q, tiles):
         acc = factor[:, None] * acc + torch.einsum("hs,shd->hd", weights, v)
         row_max = new_max
     out = torch.where(row_sum[:, None] > 0, acc / row_sum[:, None], 0)
-    return out, row_max + torch.log(row_sum)
+    return out.to(dtype), row_max + torch.log(row_sum)
 
 
 @right("attend_online")
 def attend_online_by_merging(q, tiles):
+    dtype, q = q.dtype, q if q.dtype == torch.float64 else q.float()
     out = torch.zeros_like(q)
     total = torch.full((len(q),), -math.inf, dtype=q.dtype)
     for k, v in tiles:
         group_size = len(q) // k.shape[1]
-        for h in range(len(q)):
-            scores = k[:, h // group_size] @ q[h]
-            one = scores.softmax(0) @ v[:, h // group_size]
+        for h in range(len(q) if len(k) else 0):
+            scores = k[:, h // group_size].to(q) @ q[h]
+            one = scores.softmax(0) @ v[:, h // group_size].to(q)
             new = torch.logaddexp(total[h], scores.logsumexp(0))
             share = (total[h] - new).exp()
             out[h] = share * out[h] + (1 - share) * one
             total[h] = new
-    return out, total
+    return out.to(dtype), total
+
+
+@right("attend_online")
+def attend_online_where_a_tile_without_keys_goes_through(q, tiles):
+    H, D = q.shape
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    row_max = torch.full((H, 1), torch.finfo(dtype).min, dtype=dtype)
+    row_sum, acc = torch.zeros_like(row_max), torch.zeros(H, D, dtype=dtype)
+    for k, v in tiles:
+        k, v = (x.to(dtype).repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
+        scores = torch.einsum("hd,shd->hs", q.to(dtype), k)
+        new_max = torch.cat([row_max, scores], dim=1).amax(dim=1, keepdim=True)
+        rescale, weights = (row_max - new_max).exp(), (scores - new_max).exp()
+        row_sum = row_sum * rescale + weights.sum(dim=1, keepdim=True)
+        acc = acc * rescale + torch.einsum("hs,shd->hd", weights, v)
+        row_max = new_max
+    is_empty = row_sum == 0
+    out = torch.where(is_empty, 0, acc / row_sum).to(q.dtype)
+    return out, (row_max + row_sum.log()).squeeze(1)
 
 
 def online(
@@ -61,30 +85,52 @@ def online(
     begin=-math.inf,
     follow=True,
     divide=True,
+    turned=False,
+    old=False,
+    exp=torch.exp,
+    in_half=False,
+    cast=True,
+    skip=True,
+    empty_max=None,
+    larger=torch.maximum,
+    divide_each=False,
+    zero_is_empty=False,
 ):
-    H, D = q.shape
+    (H, D), dtype = q.shape, q.dtype
+    q = q.float() if dtype == torch.float16 and not in_half else q
     row_max = q.new_full((H, 1), begin)
     row_sum, acc = q.new_zeros(H, 1), q.new_zeros(H, D)
     for k, v in tiles:
-        G = k.shape[1]
+        if skip and len(k) == 0:
+            continue
+        k, v, G = k.to(q), v.to(q), k.shape[1]
         heads = torch.arange(H) % G if tiled else torch.arange(H) // (H // G)
         scores = scale * torch.einsum("hd,shd->hs", q, k[:, heads])
-        tile_max = scores.amax(dim=-1, keepdim=True)
+        if len(k) == 0 and empty_max is not None:
+            tile_max = row_max * 0 + empty_max
+        else:
+            tile_max = scores.amax(dim=-1, keepdim=True)
         if shared:
             tile_max = tile_max * 0 + tile_max.max()
-        new_max = torch.maximum(row_max, tile_max) if running else tile_max
+        new_max = larger(row_max, tile_max) if running else tile_max
         if not best:
             new_max = torch.zeros_like(new_max)
-        rescale = (row_max - new_max).exp()
-        weights = (scores - new_max).exp()
+        rescale = exp((row_max - new_max) * (-1 if turned else 1))
+        weights = exp(scores - (row_max if old else new_max))
         total = weights.sum(-1, keepdim=True)
         row_sum = (row_sum * rescale if rescale_sum else row_sum) + total
         weighted = torch.einsum("hs,shd->hd", weights, v[:, heads])
         acc = (acc * rescale if rescale_acc else acc) + weighted
+        acc = acc / row_sum if divide_each else acc
         row_max = new_max if follow else row_max
     logsumexp = row_sum.log() + (row_max if add_max else 0)
     divisor = row_sum.clamp(min=torch.finfo(q.dtype).tiny) if divide else 1
-    return acc / divisor, logsumexp.squeeze(-1)
+    out = acc / divisor
+    if zero_is_empty:
+        out = out.masked_fill(logsumexp == 0, 0)
+    if dtype == torch.float16:
+        logsumexp = logsumexp.float()
+    return (out.to(dtype) if cast else out), logsumexp.squeeze(-1)
 
 
 @wrong("attend_online", says="rescale both by exp(old - new)")
@@ -92,9 +138,111 @@ def attend_online_without_rescaling(q, tiles):
     return online(q, tiles, rescale_sum=False, rescale_acc=False)
 
 
-@wrong("attend_online", says="rescale both by exp(old - new)")
+@wrong("attend_online", says="acc is not. When the largest score grows")
 def attend_online_without_rescaling_acc(q, tiles):
     return online(q, tiles, rescale_acc=False)
+
+
+@wrong("attend_online", says="row_sum is not. When the largest score grows")
+def attend_online_without_rescaling_the_sum(q, tiles):
+    return online(q, tiles, rescale_sum=False)
+
+
+@wrong("attend_online", says="the wrong way round: exp(old - new)")
+def attend_online_rescaling_the_wrong_way_round(q, tiles):
+    return online(q, tiles, turned=True)
+
+
+@wrong("attend_online", says="row_max is still the old one")
+def attend_online_with_weights_by_the_old_maximum(q, tiles):
+    return online(q, tiles, old=True)
+
+
+@wrong("attend_online", says="exp, not exp2")
+def attend_online_with_exp2(q, tiles):
+    return online(q, tiles, exp=torch.exp2)
+
+
+@wrong("attend_online", says="lost in sums of half precision")
+def attend_online_summed_in_half_precision(q, tiles):
+    return online(q, tiles, in_half=True)
+
+
+@wrong("attend_online", says="out is in q's dtype")
+def attend_online_with_out_in_single_precision(q, tiles):
+    return online(q, tiles, cast=False)
+
+
+@wrong("attend_online", says="A tile may have no keys")
+def attend_online_raising_for_a_tile_without_keys(q, tiles):
+    return online(q, tiles, skip=False)
+
+
+@wrong("attend_online", says="A tile may have no keys")
+def attend_online_with_nan_for_a_tile_without_keys(q, tiles):
+    return online(q, tiles, skip=False, empty_max=-math.inf)
+
+
+@wrong("attend_online", says="A logsumexp of 0 is the logarithm of 1")
+def attend_online_taking_a_sum_of_one_for_empty(q, tiles):
+    return online(q, tiles, zero_is_empty=True)
+
+
+@wrong("attend_online", says="Keep three running numbers")
+def attend_online_with_a_list_of_tiles(q, tiles):
+    return online(q, list(tiles))
+
+
+@wrong("attend_online", says="Keep three running numbers")
+def attend_online_with_all_keys_kept(q, tiles):
+    tiles = ((k, v) for k, v in tiles)
+    kept = []
+    return online(q, (kept.append(k) or (k, v) for k, v in tiles))
+
+
+@wrong("attend_online", says="torch.maximum takes the larger of each two")
+def attend_online_with_pythons_max(q, tiles):
+    return online(q, tiles, larger=max)
+
+
+@wrong("attend_online", says="amax gives the values alone")
+def attend_online_with_the_max_and_where_it_is(q, tiles):
+    row_max = q.new_full((len(q), 1), -math.inf)
+    for k, _ in tiles:
+        row_max = torch.maximum(row_max, (k[:, 0] @ q.T).T.max(-1, keepdim=True))
+
+
+@wrong("attend_online", says="tensors have .exp()")
+def attend_online_with_math(q, tiles):
+    return online(q, tiles, exp=lambda x: torch.full_like(x, math.exp(x)))
+
+
+@wrong("attend_online", says="Look at the shapes")
+def attend_online_not_transposed(q, tiles):
+    for k, v in tiles:
+        G = k.shape[1]
+        scores = q.view(G, len(q) // G, -1) @ k.permute(1, 2, 0)
+        out = scores.softmax(-1) @ v
+    return out.flatten(0, 1), scores.logsumexp(-1).flatten()
+
+
+@wrong("attend_online", says="not in each tile")
+def attend_online_divided_in_each_tile_too(q, tiles):
+    return online(q, tiles, divide_each=True)
+
+
+@wrong("attend_online", says="the first tile's alone")
+def attend_online_returning_in_the_loop(q, tiles):
+    for tile in tiles:
+        return online(q, [tile])
+    return online(q, [])
+
+
+# Its numbers are wrong, for a cause that nobody has thought of.
+@wrong("attend_online")
+def attend_online_noisy(q, tiles):
+    out, logsumexp = online(q, tiles)
+    return out * 1.01, logsumexp
 
 
 @wrong("attend_online", says="q is scaled already")
@@ -173,7 +321,7 @@ def attend_online_that_forgets_the_maximum(q, tiles):
 
 @wrong("attend_online", says="Keep three running numbers")
 def attend_online_all_at_once(q, tiles):
-    tiles = list(tiles)
+    tiles = [tile for tile in tiles if len(tile[0])]
     if not tiles:
         return torch.zeros_like(q), q.new_full((len(q),), -math.inf)
     k, v = (torch.cat(both) for both in zip(*tiles))
@@ -204,7 +352,7 @@ def attend_online_last_tile(q, tiles):
 @triton.jit
 def load_row_with_a_where(x_ptr, out_ptr, x_stride, num_cols, TILE: tl.constexpr):
     i = tl.arange(0, TILE)
-    n = tl.program_id(axis=0)
+    n = tl.program_id(axis=0).to(tl.int64)
     numbers = tl.load(x_ptr + x_stride * n + i, mask=i < num_cols)
     numbers = tl.where(i < num_cols, numbers, 0)
     tl.store(out_ptr + n * TILE + i, numbers, mask=i < TILE)
@@ -212,7 +360,7 @@ def load_row_with_a_where(x_ptr, out_ptr, x_stride, num_cols, TILE: tl.constexpr
 
 @triton.jit
 def row_start(ptr, stride):
-    return ptr + tl.program_id(0) * stride
+    return ptr + tl.program_id(0).to(tl.int64) * stride
 
 
 @right("load_row_kernel")
@@ -279,7 +427,7 @@ def load_row_that_does_not_compile(
     start = 0
     for _ in range(row):
         start += x_stride * 1.0
-    at = x_ptr + row * x_stride + col
+    at = x_ptr + row.to(tl.int64) * x_stride + col
     x = tl.load(at, mask=col < num_cols, other=0.0 * start)
     tl.store(out_ptr + row * TILE + col, x)
 
@@ -289,12 +437,40 @@ def load_row_without_jit(x_ptr, out_ptr, x_stride, num_cols, TILE):
     out_ptr[:] = x_ptr
 
 
+@wrong("load_row_kernel", says="make row int64 first")
+@triton.jit
+def load_row_in_32_bits(x_ptr, out_ptr, x_stride, num_cols, TILE: tl.constexpr):
+    row, col = tl.program_id(0), tl.arange(0, TILE)
+    x = tl.load(x_ptr + row * x_stride + col, mask=col < num_cols, other=0.0)
+    tl.store(out_ptr + row * TILE + col, x)
+
+
+@wrong("load_row_kernel", says="make row int64 first")
+@triton.jit
+def load_row_multiplied_before_int64(
+    x_ptr, out_ptr, x_stride, num_cols, TILE: tl.constexpr
+):
+    row, col = tl.program_id(0), tl.arange(0, TILE)
+    start = (row * x_stride).to(tl.int64)
+    x = tl.load(x_ptr + start + col, mask=col < num_cols, other=0.0)
+    tl.store(out_ptr + row * TILE + col, x)
+
+
 @wrong("load_row_kernel", says="crashed")
 @triton.jit
 def load_row_from_nowhere(x_ptr, out_ptr, x_stride, num_cols, TILE: tl.constexpr):
     row, col = tl.program_id(0), tl.arange(0, TILE)
     x = tl.load(x_ptr + 2_000_000_000 + col, mask=col < num_cols, other=0.0)
     tl.store(out_ptr + row * TILE + col, x)
+
+
+# Its numbers are wrong, for a cause that nobody has thought of.
+@wrong("load_row_kernel")
+@triton.jit
+def load_row_noisy(x_ptr, out_ptr, x_stride, num_cols, TILE: tl.constexpr):
+    row, col = tl.program_id(0), tl.arange(0, TILE)
+    x = tl.load(x_ptr + row * x_stride + col, mask=col < num_cols, other=0.0)
+    tl.store(out_ptr + row * TILE + col, x * 1.01)
 
 
 # gather_kernel
@@ -372,6 +548,18 @@ def gather_one_number_a_token(
     tl.store(out_ptr + p * num_numbers, tl.load(cache_ptr + slot * num_numbers))
 
 
+@wrong("gather_kernel", says="keep it int64")
+@triton.jit
+def gather_in_32_bits(
+    cache_ptr, block_table_ptr, out_ptr, block_size, num_numbers, TILE: tl.constexpr
+):
+    p, i = tl.program_id(0), tl.arange(0, TILE)
+    block_id = tl.load(block_table_ptr + p // block_size).to(tl.int32)
+    slot = block_id * block_size + p % block_size
+    row = tl.load(cache_ptr + slot * num_numbers + i, mask=i < num_numbers)
+    tl.store(out_ptr + p * num_numbers + i, row, mask=i < num_numbers)
+
+
 @wrong("gather_kernel", says="Read each number once")
 @triton.jit
 def gather_twice(
@@ -384,32 +572,114 @@ def gather_twice(
     tl.store(out_ptr + p * num_numbers + i, row, mask=i < num_numbers)
 
 
+@wrong("gather_kernel")
+@triton.jit
+def gather_noisy(
+    cache_ptr, block_table_ptr, out_ptr, block_size, num_numbers, TILE: tl.constexpr
+):
+    p, i = tl.program_id(0), tl.arange(0, TILE)
+    slot = tl.load(block_table_ptr + p // block_size) * block_size + p % block_size
+    row = tl.load(cache_ptr + slot * num_numbers + i, mask=i < num_numbers)
+    tl.store(out_ptr + p * num_numbers + i, row * 1.01, mask=i < num_numbers)
+
+
 # paged_decode_kernel
 
 
 def changed(name, title, *changes):
-    """The library's kernel, with some of its text replaced."""
+    """The library's kernel, with some of its text replaced; its title is in its name."""
     kernel = vars(paged_attention_triton)[name]
     source = inspect.getsource(getattr(kernel, "fn", kernel))
     for old, new in changes:
         assert old in source, f"{title}: the kernel has no {old}"
         source = source.replace(old, new)
+    new_name = re.sub(r"\W+", "_", f"{name} {title}")
+    source = source.replace(f"def {name}(", f"def {new_name}(")
     namespace = dict(vars(paged_attention_triton))
     exec(compile(source, register(f"<{name}: {title}>", source), "exec"), namespace)
-    return namespace[name]
+    return namespace[new_name]
 
 
+NO_ADDRESS = "begin with a pointer, and add the offsets to it"
+X_LOADED = "x = tl.load(x_at, mask=col < num_cols, other=0.0)"
+X_STORED = "tl.store(out_ptr + row * TILE + col, x)"
 for title, says, *changes in (
+    (
+        "no pointer",
+        NO_ADDRESS,
+        (X_LOADED, X_LOADED.replace("x_at", "row * x_stride + col")),
+    ),
+    ("a store without a pointer", NO_ADDRESS, ("out_ptr + row * TILE", "row * TILE")),
+    ("not loaded", "tl.load gives the number", (X_LOADED, "x = x_at")),
+    (
+        "an index",
+        "A pointer is no tensor",
+        (X_LOADED, "x = x_ptr[row * x_stride + col]"),
+    ),
+    ("assigned", "A pointer is no tensor", (X_STORED, "out_ptr[row * TILE + col] = x")),
+    ("all of it to one address", "for many numbers", ("row * TILE + col", "row * TILE")),
+    (
+        "as many as there are columns",
+        "a constant, as TILE, is",
+        ("tl.arange(0, TILE)", "tl.arange(0, num_cols)"),
+    ),
+    ("a range", "range one by one", ("tl.arange(0, TILE)", "range(TILE)")),
+    (
+        "other first",
+        "mask, then other",
+        ("mask=col < num_cols, other=0.0", "0.0, col < num_cols"),
+    ),
+    (
+        "torch",
+        "no torch",
+        (X_LOADED, "x = torch.where(col < num_cols, tl.load(x_at), 0)"),
+    ),
+    (
+        "an if",
+        "if and Python's max look at one number",
+        (X_LOADED, X_LOADED + "\n    if col < num_cols:\n        pass"),
+    ),
+    (
+        "rows of out as those of x",
+        "the rows lie TILE numbers apart",
+        ("out_ptr + row * TILE", "out_ptr + row * x_stride"),
+    ),
+    (
+        "no mask",
+        "no more: what follows is somebody else's",
+        (X_LOADED, "x = tl.load(x_at)\n    x = tl.where(col < num_cols, x, 0.0)"),
+    ),
     ("no other", "what a mask keeps out is `other`", (", other=0.0", "")),
     ("store twice", "Store TILE numbers, once", ("    # store", STORE + "    # store")),
 ):
     wrong("load_row_kernel", says)(changed("load_row_kernel", title, *changes))
 
+BLOCK_ID = "tl.load(block_table_ptr + position // block_size).to(tl.int64)"
+for title, says, *changes in (
+    ("not loaded", "tl.load gives the number", (BLOCK_ID, BLOCK_ID[8:].split(")")[0])),
+    (
+        "a fraction",
+        "// divides to one",
+        ("position // block_size", "position / block_size"),
+    ),
+    ("no pointer", NO_ADDRESS, ("block_table_ptr + position", "position")),
+    ("torch's dtype", "Triton has dtypes of its own", ("tl.int64", "torch.int64")),
+    ("long", "are not torch's", (".to(tl.int64)", ".long()")),
+    ("id and place", "begins at slot", ("block_id * block_size +", "block_id +")),
+    (
+        "position in the block",
+        "not position",
+        ("block_size + position % block_size", "block_size + position"),
+    ),
+    ("one place too late", "not this request's", ("position %", "(position + 1) %")),
+):
+    wrong("gather_kernel", says)(changed("gather_kernel", title, *changes))
+
 NEGATIVE_INF = 'float("-inf")'
 for title, says, *changes in (
     (
         "no table",
-        "the block of position p",
+        "The block of position p",
         (
             "block_id = tl.load(table_at, mask=is_token, other=0)",
             "block_id = (position // block_size)",
@@ -483,8 +753,19 @@ for title, says, *changes in (
         ("acc * rescale[:, None]", "acc"),
         ("row_sum * rescale", "row_sum"),
     ),
-    ("sum not rescaled", "rescale both", ("row_sum * rescale", "row_sum")),
-    ("acc not rescaled", "rescale both", ("acc * rescale[:, None]", "acc")),
+    ("sum not rescaled", "row_sum is not. ", ("row_sum * rescale", "row_sum")),
+    ("acc not rescaled", "acc is not. ", ("acc * rescale[:, None]", "acc")),
+    (
+        "rescaled the wrong way round",
+        "the wrong way round: exp(old - new)",
+        ("tl.exp2(row_max - new_max)", "tl.exp2(new_max - row_max)"),
+    ),
+    (
+        "the old maximum",
+        "row_max is still the old one",
+        ("scores - new_max[:, None]", "scores - row_max[:, None]"),
+    ),
+    ("row_max stays", "row_max has to follow", ("        row_max = new_max\n", "")),
     (
         "the last maximum",
         "row_max never falls",
@@ -503,7 +784,7 @@ for title, says, *changes in (
         ),
     ),
     ("another logsumexp", "row_max and row_sum", (" / LOG2_E", "")),
-    ("not divided", "", ("(acc / divisor[:, None])", "acc")),
+    ("not divided", "acc is divided by row_sum", ("(acc / divisor[:, None])", "acc")),
     (
         "every share reads all",
         "",
@@ -513,7 +794,7 @@ for title, says, *changes in (
     ("stores unmasked", "", ("out, mask=is_head[:, None] & is_col[None, :])", "out)")),
     (
         "ids of 32 bits",
-        "blocks 2^31 numbers away: crashed",
+        "block_id has to be int64 before it is multiplied",
         (".to(tl.int64)", ".to(tl.int32)"),
     ),
     (
@@ -524,6 +805,50 @@ for title, says, *changes in (
             "tl.dot(q.to(tl.float16), tl.trans(k).to(tl.float16)).to(tl.float32)",
         ),
     ),
+    (
+        "values cast to the weights' dtype",
+        "cast the weights to the values' dtype, not the values",
+        ("tl.dot(weights.to(v.dtype), v,", "tl.dot(weights, v.to(tl.float32),"),
+    ),
+    (
+        "queries and keys cast to fp32",
+        "nor queries and keys",
+        (
+            "tl.dot(q, tl.trans(k),",
+            "tl.dot(q.to(tl.float32), tl.trans(k).to(tl.float32),",
+        ),
+    ),
+    ("offsets alone", NO_ADDRESS, ("k_cache_ptr + k_at[:, None]", "k_at[:, None]")),
+    (
+        "no column",
+        "x[:, None] is a column",
+        ("k_cache_ptr + k_at[:, None]", "k_cache_ptr + k_at"),
+    ),
+    ("keys not transposed", "tl.trans(k)", ("tl.trans(k)", "k")),
+    (
+        "weights not cast",
+        "cast weights as the values",
+        ("weights.to(v.dtype)", "weights"),
+    ),
+    (
+        "a max of two",
+        "reduce one tensor",
+        ("tl.max(scores, axis=1)", "tl.max(row_max, 1)"),
+    ),
+    ("acc rescaled by columns", "rescale[:, None]", ("rescale[:, None]", "rescale")),
+    ("values from keys", "Values come from", ("load(v_cache_ptr", "load(k_cache_ptr")),
+    (
+        "the mask the other way round",
+        "",
+        ("scores, " + NEGATIVE_INF, NEGATIVE_INF + ", scores"),
+    ),
+    ("tile_start", "for many numbers", ("+ position // block", "+ tile_start // block")),
+    (
+        "rescaled by exp, weighed by exp2",
+        "",
+        ("rescale = tl.exp2(", "rescale = tl.exp("),
+    ),
+    ("noisy", "", ("(acc / divisor[:, None])", "(1.01 * acc / divisor[:, None])")),
     ("fp32 rounded", "fp32 is rounded", (', input_precision="ieee"', "")),
 ):
     wrong("paged_decode_kernel", says)(changed("paged_decode_kernel", title, *changes))
@@ -571,7 +896,7 @@ def decode_with_transposed_keys(
         other=0.0,
     )
     # The scale goes into the queries.
-    q = q.to(tl.float32) * scale_log2_e
+    q = (q.to(tl.float32) * scale_log2_e).to(tl.float32 if UPCAST else q.dtype)
     m = tl.full([ROWS], -1e30, tl.float32)
     s = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, COLS], tl.float32)
@@ -590,7 +915,7 @@ def decode_with_transposed_keys(
             + d[:, None],
             mask=ok[None, :] & (d < HEAD_DIM)[:, None],
             other=0.0,
-        ).to(tl.float32)
+        ).to(q.dtype)
         v = tl.load(
             v_cache_ptr
             + (block * v_stride_block + inside * v_stride_place)[:, None]
@@ -598,14 +923,14 @@ def decode_with_transposed_keys(
             + d[None, :],
             mask=ok[:, None] & (d < HEAD_DIM)[None, :],
             other=0.0,
-        ).to(tl.float32)
+        ).to(q.dtype)
         scores = tl.dot(q, k, input_precision="ieee")
         scores += tl.where(ok, 0.0, float("-inf"))[None, :]
         old, m = m, tl.maximum(m, tl.max(scores, 1))
         p = tl.exp2(scores - m[:, None])
         shrink = tl.exp2(old - m)
         acc *= shrink[:, None]
-        acc += tl.dot(p, v, input_precision="ieee")
+        acc += tl.dot(p.to(q.dtype), v, input_precision="ieee")
         s = s * shrink + tl.sum(p, 1)
     is_empty = s == 0.0
     total = tl.where(is_empty, 1.0, s)
@@ -770,6 +1095,47 @@ def merge_splits_adds_logsumexps(outs, logsumexps):
     return (weights.unsqueeze(-2) @ outs).squeeze(-2), logsumexps.sum(dim=-1)
 
 
+@wrong("merge_splits", says="if empty it is -inf")
+def merge_splits_taking_a_logsumexp_of_zero_for_empty(outs, logsumexps):
+    logsumexps = logsumexps.masked_fill(logsumexps == 0, -math.inf)
+    weights = logsumexps.softmax(dim=-1).nan_to_num(0)
+    return (weights.unsqueeze(-2) @ outs).squeeze(-2), logsumexps.logsumexp(dim=-1)
+
+
+@wrong("merge_splits", says="if empty it is -inf")
+def merge_splits_taking_a_sum_of_one_for_empty(outs, logsumexps):
+    logsumexp = logsumexps.logsumexp(dim=-1)
+    weights = logsumexps.softmax(dim=-1).nan_to_num(0)
+    weights = weights.masked_fill((logsumexp == 0).unsqueeze(-1), 0)
+    return (weights.unsqueeze(-2) @ outs).squeeze(-2), logsumexp
+
+
+@wrong("merge_splits", says="weights are (B, H, 1, P)")
+def merge_splits_with_a_column_of_weights(outs, logsumexps):
+    weights = logsumexps.softmax(dim=-1)
+    return (weights.unsqueeze(-1) @ outs).squeeze(-2), logsumexps.logsumexp(dim=-1)
+
+
+@wrong("merge_splits", says="subtract the largest logsumexp first")
+def merge_splits_with_an_infinite_sum(outs, logsumexps):
+    weights = logsumexps.softmax(dim=-1).nan_to_num(0)
+    out = (weights.unsqueeze(-2) @ outs).squeeze(-2)
+    return out, logsumexps.exp().sum(-1).log()
+
+
+@wrong("merge_splits", says="exp, not exp2")
+def merge_splits_with_exp2(outs, logsumexps):
+    weights = (logsumexps * math.log(2)).softmax(dim=-1).nan_to_num(0)
+    return (weights.unsqueeze(-2) @ outs).squeeze(-2), logsumexps.logsumexp(dim=-1)
+
+
+# Its numbers are wrong, for a cause that nobody has thought of.
+@wrong("merge_splits")
+def merge_splits_noisy(outs, logsumexps):
+    weights = logsumexps.softmax(dim=-1).nan_to_num(0) * 1.01
+    return (weights.unsqueeze(-2) @ outs).squeeze(-2), logsumexps.logsumexp(dim=-1)
+
+
 @wrong("merge_splits", says="Divide by the sum")
 def merge_splits_not_divided(outs, logsumexps):
     largest = logsumexps.amax(-1, keepdim=True)
@@ -856,6 +1222,66 @@ def bytes_moved_in_all_layers(config, seq_lens, bytes_per_number=4, *, is_gather
 @wrong("bytes_moved", says="numbers, not bytes")
 def bytes_moved_in_numbers(config, seq_lens, bytes_per_number=4, *, is_gathered=False):
     return moved(config, seq_lens, 1, is_gathered)
+
+
+@wrong("bytes_moved", says="count in Python's int, or in int64")
+def bytes_moved_in_32_bits(config, seq_lens, bytes_per_number=4, *, is_gathered=False):
+    one = moved(config, seq_lens, bytes_per_number, is_gathered)
+    return torch.tensor(one).to(torch.int32)
+
+
+@wrong("bytes_moved", says="keys of all requests")
+def bytes_moved_of_the_longest(
+    config, seq_lens, bytes_per_number=4, *, is_gathered=False
+):
+    around = moved(config, 0 * seq_lens, bytes_per_number, is_gathered)
+    longest = seq_lens.max().view(1)
+    without = moved(config, 0 * longest, bytes_per_number, is_gathered)
+    return around - without + moved(config, longest, bytes_per_number, is_gathered)
+
+
+@wrong("bytes_moved", says="lengths of their own")
+def bytes_moved_with_padding(config, seq_lens, bytes_per_number=4, *, is_gathered=False):
+    padded = seq_lens * 0 + seq_lens.max()
+    return moved(config, padded, bytes_per_number, is_gathered)
+
+
+@wrong("bytes_moved", says="for each request")
+def bytes_moved_with_one_query(
+    config, seq_lens, bytes_per_number=4, *, is_gathered=False
+):
+    around = moved(config, 0 * seq_lens, bytes_per_number, is_gathered)
+    one = moved(config, seq_lens, bytes_per_number, is_gathered)
+    return one - around + around // len(seq_lens)
+
+
+@wrong("bytes_moved", says="read once, not three times")
+def bytes_moved_always_gathered(
+    config, seq_lens, bytes_per_number=4, *, is_gathered=False
+):
+    return moved(config, seq_lens, bytes_per_number, True)
+
+
+@wrong("bytes_moved", says="bytes_per_number says")
+def bytes_moved_of_four(config, seq_lens, bytes_per_number=4, *, is_gathered=False):
+    return moved(config, seq_lens, 4, is_gathered)
+
+
+@wrong("bytes_moved", says="D is config.head_dim")
+def bytes_moved_with_d_model(config, seq_lens, bytes_per_number=4, *, is_gathered=False):
+    return moved(config, seq_lens, bytes_per_number, is_gathered) * config.num_heads
+
+
+@wrong("bytes_moved", says="of all requests together")
+def bytes_moved_per_request(config, seq_lens, bytes_per_number=4, *, is_gathered=False):
+    keys = seq_lens * config.num_kv_heads + config.num_heads
+    return 2 * config.head_dim * keys * bytes_per_number
+
+
+@wrong("bytes_moved")
+def bytes_moved_and_the_table(config, seq_lens, bytes_per_number=4, *, is_gathered=False):
+    one = moved(config, seq_lens, bytes_per_number, is_gathered)
+    return one + 4 * int(seq_lens.sum())
 
 
 @wrong("bytes_moved", says="give an int")

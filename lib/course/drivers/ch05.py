@@ -8,6 +8,7 @@ what they load and store is counted.
 
 import contextlib
 import functools
+import math
 import mmap
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,9 +28,14 @@ PROMISED = 0x1 | 0x20 | 0x4000
 
 
 def attend_online(answer: Callable, q: np.ndarray, tiles: list) -> dict:
-    tensors = [[torch.from_numpy(x) for x in tile] for tile in tiles]
-    cost = measure(lambda: answer(torch.from_numpy(q), (tuple(tile) for tile in tensors)))
-    return {**_out_and_logsumexp(cost.value), "peak_bytes": cost.peak_bytes}
+    """Tiles are made as they are asked for, so that those which are kept count."""
+    made = (tuple(torch.from_numpy(x).clone() for x in tile) for tile in tiles)
+    cost = measure(lambda: answer(torch.from_numpy(q), made))
+    got = _out_and_logsumexp(cost.value)
+    if q.dtype == np.float16:  # out and logsumexp differ in theirs
+        dtypes = [str(getattr(x, "dtype", type(x).__name__)) for x in got.values()]
+        got = {"dtypes": dtypes, **got}
+    return {**got, "peak_bytes": cost.peak_bytes}
 
 
 def merge_splits(answer: Callable, outs: np.ndarray, logsumexps: np.ndarray) -> dict:
@@ -51,21 +57,40 @@ def bytes_moved(
     return {"bytes": as_number(answer(ModelConfig(**config), lens, *given, **options))}
 
 
-def load_row_kernel(answer: Any, x: np.ndarray, num_cols: int) -> dict:
-    """Rows of which `num_cols` numbers count: what follows them belongs to others."""
-    rows = torch.from_numpy(x)[:, :num_cols]
+def load_row_kernel(
+    answer: Any, x: np.ndarray, num_cols: int, is_far: bool = False
+) -> dict:
+    """Rows of which `num_cols` numbers count: what follows them belongs to others.
+    is_far: lay them 2^30 numbers apart."""
+    rows = torch.from_numpy(x)
+    if is_far:
+        apart = _promised((len(x), 2**30), rows.dtype)
+        apart[:, : x.shape[1]] = rows
+        rows = apart
+    rows = rows[:, :num_cols]
     with launched("load_row_kernel", answer):
         moved = measure_traffic(lambda: paged_attention_triton.pad_rows(rows))
     return {"rows": as_array(moved.value), **_bytes(moved)}
 
 
 def gather_kernel(
-    answer: Any, cache: np.ndarray, block_table: np.ndarray, seq_len: int
+    answer: Any,
+    cache: np.ndarray,
+    block_table: np.ndarray,
+    seq_len: int,
+    is_far: bool = False,
 ) -> dict:
-    pool = torch.from_numpy(cache)
-    args = pool, pool, torch.from_numpy(block_table), seq_len
+    """is_far: move the blocks 2^31 numbers away from the pool's first."""
+    pool, table = torch.from_numpy(cache), torch.from_numpy(block_table)
+    if is_far:
+        first = 2**31 // pool[0].numel()
+        far = _promised((first + len(pool), *pool.shape[1:]), pool.dtype)
+        far[first:] = pool
+        pool, table = far, _renumbered(table, len(pool), first)
     with launched("gather_kernel", answer):
-        moved = measure_traffic(lambda: paged_attention_triton.gather_kv(*args))
+        moved = measure_traffic(
+            lambda: paged_attention_triton.gather_kv(pool, pool, table, seq_len)
+        )
     return {"k": as_array(moved.value[0]), **_bytes(moved)}
 
 
@@ -76,7 +101,7 @@ def paged_decode_kernel(
     v_cache: np.ndarray,
     block_tables: np.ndarray,
     seq_lens: np.ndarray,
-    num_splits: int,
+    split_tokens: int | None,
     scale: float | None,
     is_far: bool,
 ) -> dict:
@@ -86,7 +111,7 @@ def paged_decode_kernel(
     if is_far:
         args[1:4] = _move_away(*args[1:4])
     decode = functools.partial(
-        paged_attention_triton.paged_decode, *args, num_splits=num_splits, scale=scale
+        paged_attention_triton.paged_decode, *args, split_tokens=split_tokens, scale=scale
     )
     with launched("paged_decode_kernel", answer):
         moved = measure_traffic(decode)
@@ -106,9 +131,7 @@ def _move_away(
     of memory that is only promised they take a few pages."""
     spread = 2**20
     first, num_numbers = 2**31 // spread, k_cache[0].numel()
-    size = (first + len(k_cache)) * spread
-    memory = mmap.mmap(-1, size * k_cache.itemsize, flags=PROMISED)
-    flat = torch.frombuffer(memory, dtype=k_cache.dtype)
+    flat = _promised(((first + len(k_cache)) * spread,), k_cache.dtype)
     moved = []
     for start, cache in ((0, k_cache), (num_numbers, v_cache)):
         shape = (first + len(cache), *cache.shape[1:])
@@ -116,8 +139,18 @@ def _move_away(
         far = flat.as_strided(shape, stride, start)
         far[first:] = cache
         moved.append(far)
-    tables = torch.where(block_tables < len(k_cache), block_tables + first, block_tables)
-    return moved[0], moved[1], tables
+    return moved[0], moved[1], _renumbered(block_tables, len(k_cache), first)
+
+
+def _promised(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros, for which memory is only promised: what nobody touches takes none."""
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=PROMISED)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def _renumbered(tables: torch.Tensor, num_blocks: int, first: int) -> torch.Tensor:
+    """Block ids of a pool that begins with block `first`; those of no block stay."""
+    return torch.where(tables < num_blocks, tables + first, tables)
 
 
 def _bytes(moved: Traffic) -> dict:
