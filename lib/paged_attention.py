@@ -123,8 +123,8 @@ def attend_online(
         row_max = new_max
 
     # divide, once
-    out = acc / row_sum.clamp(min=torch.finfo(q.dtype).tiny)  # (H, D)
-    return out.to(q.dtype), (row_max + row_sum.log()).squeeze(-1)  # (H, D), (H,)
+    out = (acc / row_sum.clamp(min=torch.finfo(q.dtype).tiny)).to(q.dtype)  # (H, D)
+    return out, (row_max + row_sum.log()).squeeze(-1)  # out (H, D), logsumexp (H,)
 
 
 def paged_decode_online(
