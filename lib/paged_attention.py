@@ -38,18 +38,9 @@ def paged_decode_gather(
     logsumexp (B, H), in float32 at least, of the scaled scores, natural; for a request
     without keys 0 and -inf.
     """
-    out, logsumexp = _empty_results(q)
-    for b, (block_table, seq_len) in enumerate(zip(block_tables, seq_lens.tolist())):
-        k, v = paged_kv_cache.gather_kv(k_cache, v_cache, block_table, seq_len)
-        group_size = q.shape[1] // k.shape[1]
-        k, v = (x.repeat_interleave(group_size, dim=1).transpose(0, 1) for x in (k, v))
-        # Scaled before the product: unscaled scores may be too large for half precision.
-        query = (q[b] * _scale(scale, q)).unsqueeze(-1)
-        scores = (k @ query).squeeze(-1)  # (H, S)
-        weights = scores.softmax(dim=-1)  # (H, S)
-        out[b] = (weights.unsqueeze(-2) @ v).squeeze(-2)
-        logsumexp[b] = scores.to(logsumexp.dtype).logsumexp(dim=-1)
-    return out, logsumexp
+    each_one = torch.ones_like(seq_lens)
+    pool = k_cache, v_cache
+    return paged_prefill_gather(q, *pool, block_tables, seq_lens, each_one, scale=scale)
 
 
 def paged_prefill_gather(
@@ -66,21 +57,25 @@ def paged_prefill_gather(
 
     q (N, H, D), request after request, query_lens (B,) of each; seq_lens (B,) with the
     new tokens among them, whose keys and values are in the pool already. Returns out
-    (N, H, D) and logsumexp (N, H).
+    (N, H, D) and logsumexp (N, H), in dtypes as above.
     """
-    outs, logsumexps = [q[:0]], [q.new_empty(0, q.shape[1])]
-    counts, lens = query_lens.tolist(), seq_lens.tolist()
-    for q_b, block_table, S in zip(q.split(counts), block_tables, lens):
-        k, v = paged_kv_cache.gather_kv(k_cache, v_cache, block_table, S)
-        group_size = q.shape[1] // k.shape[1]
-        k, v = (x.repeat_interleave(group_size, dim=1).transpose(0, 1) for x in (k, v))
-        queries = (q_b * _scale(scale, q)).transpose(0, 1)
-        scores = queries @ k.transpose(1, 2)  # (H, T, S)
-        is_future = torch.ones_like(scores[0], dtype=torch.bool).triu(S - len(q_b) + 1)
-        scores = scores.masked_fill(is_future, -math.inf)
-        outs.append((scores.softmax(dim=-1) @ v).transpose(0, 1))  # (T, H, D)
-        logsumexps.append(scores.logsumexp(dim=-1).T)  # (T, H)
-    return torch.cat(outs), torch.cat(logsumexps)  # (N, H, D), (N, H)
+    (_, H, D), G = q.shape, k_cache.shape[2]
+    sum_dtype = torch.promote_types(q.dtype, torch.float32)
+    outs, logsumexps = [q[:0]], [q.new_empty(0, H, dtype=sum_dtype)]
+    # Scaled before the product: unscaled scores may be too large for half precision.
+    queries, lens = (q * _scale(scale, q)).split(query_lens.tolist()), seq_lens.tolist()
+    for q_b, block_table, S in zip(queries, block_tables, lens):
+        k, v = paged_kv_cache.gather_kv(k_cache, v_cache, block_table, S)  # (S, G, D)
+        T, num_rows = len(q_b), H // G * len(q_b)  # of one KV head, a matrix of so many
+        grouped = q_b.view(T, G, H // G, D).permute(1, 2, 0, 3)  # (G, H / G, T, D)
+        scores = grouped.reshape(G, num_rows, D) @ k.permute(1, 2, 0)
+        is_future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
+        scores = scores.view(H, T, S).masked_fill(is_future, -math.inf)  # (H, T, S)
+        weights = scores.softmax(dim=-1).view(G, num_rows, S)
+        out = (weights @ v.transpose(0, 1)).view(H, T, D)
+        outs.append(out.transpose(0, 1))
+        logsumexps.append(scores.to(sum_dtype).logsumexp(dim=-1).T)
+    return torch.cat(outs), torch.cat(logsumexps)
 
 
 def attend_online(
@@ -89,10 +84,10 @@ def attend_online(
     """Attention of one token over keys and values that come in pieces.
 
     q (H, D), scaled already; tiles: pairs k, v (S, G, D), S of each its own, 0 too. Holds
-    one tile's scores at a time: three running numbers a query head, the largest score so
-    far, the sum of all exp(score - largest), and the values' sum under these weights.
-    Sums, and what goes into them, are float32 where q is of fewer bits. Returns out
-    (H, D), in q's dtype, and logsumexp (H,), in that of the sums: without keys 0 and
+    one tile's scores at a time, and three running numbers per query head: the largest
+    score so far, the sum of all exp(score - largest), and the values' sum under these
+    weights. Sums, and what goes into them, are float32 where q is of fewer bits. Returns
+    out (H, D), in q's dtype, and logsumexp (H,), in that of the sums: without keys 0 and
     -inf.
 
     >>> one, two = torch.ones(1, 1, 1), torch.full((2, 1, 1), 2.0)
@@ -179,7 +174,7 @@ def bytes_moved(
 ) -> int:
     """Bytes that attention of one decode step reads and writes, in one layer.
 
-    seq_lens: int64 (B,), the keys of each request. Read: a query a request and query
+    seq_lens: int64 (B,), the keys of each request. Read: a query per request and query
     head, and each key and value once. Written: the outputs. With is_gathered keys and
     values are copied into dense pieces first: read, written, and read again. (Block
     tables, lengths and logsumexp do not count.)

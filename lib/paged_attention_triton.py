@@ -556,10 +556,9 @@ def paged_decode(
         split_tokens = check_count("split_tokens", split_tokens)
     if not HAS_TRITON:
         warn_of_twin()
-        out, logsumexp = paged_attention.paged_decode_online(
+        return paged_attention.paged_decode_online(
             q, k_cache, v_cache, block_tables, seq_lens, scale=scale
         )
-        return out, logsumexp.float()
     check_interpreter()
     (B, H, D), (block_size, G) = q.shape, k_cache.shape[1:3]
     q, k_cache, v_cache, block_tables, seq_lens = (
@@ -634,10 +633,9 @@ def paged_prefill(
         check_new_tokens(query_lens, seq_lens, len(q))
     if not HAS_TRITON:
         warn_of_twin()
-        out, logsumexp = paged_attention.paged_prefill_gather(
+        return paged_attention.paged_prefill_gather(
             q, k_cache, v_cache, block_tables, seq_lens, query_lens, scale=scale
         )
-        return out, logsumexp.float()
     check_interpreter()
     (N, H, D), (block_size, G), B = q.shape, k_cache.shape[1:3], len(seq_lens)
     q, k_cache, v_cache, block_tables, seq_lens, query_lens = (

@@ -162,9 +162,9 @@ check(attend_online)
 # </details>
 # <details><summary>Hint 2</summary>
 #
-# Without tiles `row_sum` is 0. Divide by `row_sum.clamp(min=...)`, with the
-# smallest number of its dtype, `torch.finfo(row_sum.dtype).tiny`: acc is 0
-# then, and so is out.
+# Without tiles `row_sum` is 0. Divide by `row_sum.clamp(min=...)`, with a tiny
+# number such as `torch.finfo(q.dtype).tiny`: acc is 0 then, and so is out. At
+# the end out goes back to q's dtype: `.to(q.dtype)`.
 #
 # </details>
 

@@ -179,7 +179,7 @@ def check_kernel(
     texts = torch.randn(2, B, M, block_size, G, D, **like)  # keys and values, in order
     seq_lens = torch.tensor(CHECKED_LENS, dtype=torch.int32, device=device)
     position = torch.arange(M * block_size, device=device).view(M, block_size)
-    is_dead = position >= seq_lens.view(B, 1, 1)  # (B, M, block_size)
+    is_dead = position >= seq_lens.view(B, 1, 1)
     texts.masked_fill_(is_dead[..., None, None], math.nan)
     block_tables = torch.randperm(B * M, generator=generator, device=device).view(B, M)
     pool = torch.empty(2, B * M, block_size, G, D, dtype=dtype, device=device)
