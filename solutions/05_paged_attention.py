@@ -653,7 +653,7 @@ if kernels.HAS_TRITON:
         code = gpu_code.compile_decode("sm_90", num_stages=3, kernel=ahead)
         print(f"num_stages=3: buffers {code.num_buffers}, ", end="")
         print(f"{code.shared_bytes:6,} bytes; ", end="")
-        print(f"copies left when it waits: {min(code.loop_waits)}")
+        print(f"copies left when it waits: {min(code.loop_waits, default=0)}")
 
 # %% [markdown]
 # Two buffers from three stages, in about as much shared memory. We keep the
@@ -1043,12 +1043,13 @@ for path in sorted((text.DATA / "results").glob("bench*.json")):
 #   list of settings and keeps the fastest for each value of a key, such as D
 #   and the block size. The length of the text must not be in the key, or each
 #   new length is tuned anew.
-# - **CUDA graphs.** Launching from Python takes tens of microseconds. One layer's
-#   keys and values of one request of 1,024 tokens are 4 MB, which an H100 can
-#   read in little more than one microsecond. A graph records all launches of a
-#   step once, and the GPU replays them without Python. That works if nothing
-#   that is launched depends on a number that Python would have to look at. Ours
-#   depends on shapes alone; lengths and tables are read in the kernel.
+# - **CUDA graphs.** Launching from Python takes tens of microseconds. One
+#   layer's keys and values of one request of 1,024 tokens are 4 MB, which an
+#   H100 can read in little more than one microsecond. A graph records all
+#   launches of a step once, and the GPU replays them without Python. That works
+#   if nothing that is launched depends on a number that Python would have to
+#   look at. Ours depends on shapes alone; lengths and tables are read in the
+#   kernel.
 # - **Sliding window.** A layer that sees the last W tokens only (Mistral 7B)
 #   needs one more condition in `is_token`, `position >= seq_len - W`, and a
 #   loop that starts there.
