@@ -601,16 +601,13 @@ def changed(name, title, *changes):
 
 
 NO_ADDRESS = "begin with a pointer, and add the offsets to it"
-X_LOADED = "x = tl.load(x_at, mask=col < num_cols, other=0.0)"
+X_AT = "x_ptr + row * x_stride + col"
+X_LOADED = f"x = tl.load({X_AT}, mask=col < num_cols, other=0.0)"
 X_STORED = "tl.store(out_ptr + row * TILE + col, x)"
 for title, says, *changes in (
-    (
-        "no pointer",
-        NO_ADDRESS,
-        (X_LOADED, X_LOADED.replace("x_at", "row * x_stride + col")),
-    ),
+    ("no pointer", NO_ADDRESS, (X_AT, "row * x_stride + col")),
     ("a store without a pointer", NO_ADDRESS, ("out_ptr + row * TILE", "row * TILE")),
-    ("not loaded", "tl.load gives the number", (X_LOADED, "x = x_at")),
+    ("not loaded", "tl.load gives the number", (X_LOADED, f"x = {X_AT}")),
     (
         "an index",
         "A pointer is no tensor",
@@ -632,7 +629,7 @@ for title, says, *changes in (
     (
         "torch",
         "no torch",
-        (X_LOADED, "x = torch.where(col < num_cols, tl.load(x_at), 0)"),
+        (X_LOADED, f"x = torch.where(col < num_cols, tl.load({X_AT}), 0)"),
     ),
     (
         "an if",
@@ -647,7 +644,7 @@ for title, says, *changes in (
     (
         "no mask",
         "no more: what follows is somebody else's",
-        (X_LOADED, "x = tl.load(x_at)\n    x = tl.where(col < num_cols, x, 0.0)"),
+        (X_LOADED, f"x = tl.load({X_AT})\n    x = tl.where(col < num_cols, x, 0.0)"),
     ),
     ("no other", "what a mask keeps out is `other`", (", other=0.0", "")),
     ("store twice", "Store TILE numbers, once", ("    # store", STORE + "    # store")),
@@ -681,15 +678,18 @@ for title, says, *changes in (
         "no table",
         "The block of position p",
         (
-            "block_id = tl.load(table_at, mask=is_token, other=0)",
-            "block_id = (position // block_size)",
+            "block_id = tl.load(block_tables_ptr + table_at, mask=is_token, other=0)",
+            "block_id = (position // BLOCK_SIZE)",
         ),
     ),
-    ("no place", "", ("place = position % block_size", "place = position * 0")),
+    ("no place", "", ("place = (position % BLOCK_SIZE)", "place = (position * 0)")),
     (
         "an unmasked table",
         "under the mask is_token",
-        ("tl.load(table_at, mask=is_token, other=0)", "tl.load(table_at)"),
+        (
+            "tl.load(block_tables_ptr + table_at, mask=is_token, other=0)",
+            "tl.load(block_tables_ptr + table_at)",
+        ),
     ),
     ("table without its stride", "", ("b * table_stride_b + ", "")),
     (
@@ -788,14 +788,19 @@ for title, says, *changes in (
     (
         "every share reads all",
         "",
-        ("start = split * tiles_per_split * TILE", "start = 0"),
-        ("tl.minimum(start + tiles_per_split * TILE, seq_len)", "seq_len"),
+        ("start = split * split_tokens", "start = split * 0"),
+        ("tl.minimum(start + split_tokens, seq_len)", "seq_len"),
     ),
     ("stores unmasked", "", ("out, mask=is_head[:, None] & is_col[None, :])", "out)")),
     (
         "ids of 32 bits",
-        "block_id has to be int64 before it is multiplied",
-        (".to(tl.int64)", ".to(tl.int32)"),
+        "block_id and place have to be int64",
+        ("block_id = block_id.to(tl.int64)", "block_id = block_id.to(tl.int32)"),
+    ),
+    (
+        "places of 32 bits",
+        "block_id and place have to be int64",
+        ("place = (position % BLOCK_SIZE).to(tl.int64)", "place = position % BLOCK_SIZE"),
     ),
     (
         "scores in half precision",
@@ -842,7 +847,7 @@ for title, says, *changes in (
         "",
         ("scores, " + NEGATIVE_INF, NEGATIVE_INF + ", scores"),
     ),
-    ("tile_start", "for many numbers", ("+ position // block", "+ tile_start // block")),
+    ("tile_start", "for many numbers", ("+ position // BLOCK", "+ tile_start // BLOCK")),
     (
         "rescaled by exp, weighed by exp2",
         "",
@@ -865,7 +870,7 @@ def decode_with_transposed_keys(
     out_ptr,
     logsumexp_ptr,
     scale_log2_e,
-    block_size,
+    split_tokens,
     q_stride_b,
     q_stride_h,
     k_stride_block,
@@ -877,10 +882,10 @@ def decode_with_transposed_keys(
     table_stride_b,
     GROUP_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     TILE: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     request, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -888,8 +893,9 @@ def decode_with_transposed_keys(
     heads = kv_head * GROUP_SIZE + r
     is_real = (r < GROUP_SIZE)[:, None] & (d < HEAD_DIM)[None, :]
     S = tl.load(seq_lens_ptr + request)
-    num_tiles = tl.cdiv(tl.cdiv(S, TILE), NUM_SPLITS)
-    first, last = part * num_tiles * TILE, tl.minimum((part + 1) * num_tiles * TILE, S)
+    first, last = part * split_tokens, tl.minimum((part + 1) * split_tokens, S)
+    if first >= tl.maximum(S, 1):
+        return
     q = tl.load(
         q_ptr + request * q_stride_b + heads[:, None] * q_stride_h + d[None, :],
         mask=is_real,
@@ -904,10 +910,10 @@ def decode_with_transposed_keys(
         at = begin + t
         ok = at < last
         block = tl.load(
-            block_tables_ptr + request * table_stride_b + at // block_size, ok, 0
+            block_tables_ptr + request * table_stride_b + at // BLOCK_SIZE, ok, 0
         )
         block = block.to(tl.int64)
-        inside = at - at // block_size * block_size
+        inside = (at - at // BLOCK_SIZE * BLOCK_SIZE).to(tl.int64)
         k = tl.load(
             k_cache_ptr
             + (block * k_stride_block + inside * k_stride_place)[None, :]
@@ -934,7 +940,8 @@ def decode_with_transposed_keys(
         s = s * shrink + tl.sum(p, 1)
     is_empty = s == 0.0
     total = tl.where(is_empty, 1.0, s)
-    where = (request * tl.num_programs(1) * GROUP_SIZE + heads) * NUM_SPLITS + part
+    H, num_parts = tl.num_programs(1) * GROUP_SIZE, tl.num_programs(2)
+    where = (request * H + heads) * num_parts + part
     lse = tl.where(is_empty, float("-inf"), m / LOG2_E + tl.log(total))
     tl.store(logsumexp_ptr + where, lse, mask=r < GROUP_SIZE)
     out = acc / total[:, None]
@@ -943,9 +950,9 @@ def decode_with_transposed_keys(
 
 
 @triton.jit
-def look_up(block_tables_ptr, position, is_token, block_size):
-    block_id = tl.load(block_tables_ptr + position // block_size, mask=is_token, other=0)
-    return block_id.to(tl.int64), position % block_size
+def look_up(block_tables_ptr, position, is_token, SIZE: tl.constexpr):
+    block_id = tl.load(block_tables_ptr + position // SIZE, mask=is_token, other=0)
+    return block_id.to(tl.int64), (position % SIZE).to(tl.int64)
 
 
 @right("paged_decode_kernel")
@@ -959,7 +966,7 @@ def decode_with_a_helper_and_every_third_tile(
     out_ptr,
     logsumexp_ptr,
     scale_log2_e,
-    block_size,
+    split_tokens,
     q_stride_b,
     q_stride_h,
     k_stride_block,
@@ -971,18 +978,21 @@ def decode_with_a_helper_and_every_third_tile(
     table_stride_b,
     GROUP_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     TILE: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    # Shares take turns: tile i belongs to share i % NUM_SPLITS.
+    # Splits take turns: tile i belongs to split i % num_used.
     b, g, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
     is_head, is_col = row < GROUP_SIZE, col < HEAD_DIM
     h = g * GROUP_SIZE + row
     seq_len = tl.load(seq_lens_ptr + b)
+    num_used = tl.maximum(tl.cdiv(seq_len, split_tokens), 1)
+    if split >= num_used:
+        return
     q_at = q_ptr + b * q_stride_b + h[:, None] * q_stride_h + col[None, :]
     q = tl.load(q_at, mask=is_head[:, None] & is_col[None, :], other=0.0)
     if UPCAST:
@@ -990,11 +1000,11 @@ def decode_with_a_helper_and_every_third_tile(
     row_max = tl.full([ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, COLS], tl.float32)
-    for tile_start in range(split * TILE, seq_len, NUM_SPLITS * TILE):
+    for tile_start in range(split * TILE, seq_len, num_used * TILE):
         position = tile_start + tl.arange(0, TILE)
         is_token = position < seq_len
         block_id, place = look_up(
-            block_tables_ptr + b * table_stride_b, position, is_token, block_size
+            block_tables_ptr + b * table_stride_b, position, is_token, BLOCK_SIZE
         )
         is_there = is_token[:, None] & is_col[None, :]
         k_at = block_id * k_stride_block + place * k_stride_place + g * k_stride_g
@@ -1012,7 +1022,7 @@ def decode_with_a_helper_and_every_third_tile(
         acc *= rescale[:, None]
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
     divisor = tl.maximum(row_sum, 1e-30)
-    at = (b * tl.num_programs(1) * GROUP_SIZE + h) * NUM_SPLITS + split
+    at = (b * tl.num_programs(1) * GROUP_SIZE + h) * tl.num_programs(2) + split
     logsumexp = row_max * 0.6931471805599453 + tl.log(divisor)
     tl.store(logsumexp_ptr + at, logsumexp, mask=is_head)
     out = (acc / divisor[:, None]).to(out_ptr.dtype.element_ty)

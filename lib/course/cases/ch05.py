@@ -13,7 +13,8 @@ from lib.course.exercises import Case, Exercise
 from lib.measure import gpu_code
 
 NOWHERE = 2147480000  # a block id that stands behind the end of a table: never to be read
-TILE = 64  # tokens that an interpreted paged_decode_kernel takes at a time
+TILE = 64  # tokens that an interpreted attention kernel takes at a time
+ROWS = 128  # tokens times heads of an interpreted paged_prefill_kernel's tile of queries
 # In the code for bf16: a product of matrices in fp32 takes a thousand, all else some 30.
 MOST_MULTIPLY_ADDS = 250
 LOG2_E, LN_2 = math.log2(math.e), math.log(2)
@@ -401,11 +402,13 @@ def bytes_moved_explain(inputs: dict, expected: dict, got: dict) -> str | None:
     return None
 
 
-# What overflows where memory is far away, which a kernel is tried on last but one.
+# What overflows where memory is far away, the last case but one or two.
 FAR = {
     "load_row_kernel": "row times x_stride may pass 2^31: make row int64 first",
     "gather_kernel": "block_id, or slot, times a size may pass 2^31: keep it int64",
-    "paged_decode_kernel": "block_id has to be int64 before it is multiplied",
+    "paged_decode_kernel": "block_id and place have to be int64 before they are "
+    "multiplied",
+    "paged_prefill_kernel": "h has to be int64, as g is, before it is multiplied",
 }
 
 
@@ -547,13 +550,7 @@ def paged_decode_kernel_cases(seed: int) -> list[Case]:
         ("a pool whose heads come first", [11], 4, (2, 2, 16), None),
         ("half precision", [40], 16, (3, 1, 16), None),
         ("150 tokens, in splits of 100", [150], 16, (2, 1, 16), 100),
-        (
-            "splits of 64, of which the second request has one",
-            [130, 5],
-            32,
-            (2, 1, 16),
-            64,
-        ),
+        ("splits of 64, three and one", [130, 5], 32, (2, 1, 16), 64),
         ("scores that fall by a thousand", [100], 16, (1, 1, 16), None),
         (
             "scores far below zero, and in another head far above",
@@ -564,6 +561,7 @@ def paged_decode_kernel_cases(seed: int) -> list[Case]:
         ),
         ("another scale", [9], 8, (2, 1, 16), None),
         ("blocks 2^31 numbers away", [9], 4, (2, 1, 16), None),
+        ("places 2^30 numbers apart", [5], 3, (2, 1, 16), None),
         ("random", rng.integers(50, 150, 2).tolist(), 16, (4, 2, 32), None),
     ):
         caches, block_tables = _pool(rng, 2, seq_lens, block_size, G, D)
@@ -572,8 +570,8 @@ def paged_decode_kernel_cases(seed: int) -> list[Case]:
             caches[1] = np.ascontiguousarray(caches[1].swapaxes(1, 2)).swapaxes(1, 2)
         if name == "a tile of 64 tokens":  # nothing is dead: a NaN has been computed
             caches = [np.where(np.isnan(x), rng.normal(size=x.shape), x) for x in caches]
-        is_half = name in ("half precision", "blocks 2^31 numbers away")
-        dtype = np.float16 if is_half else np.float32
+        far = "blocks" if "2^31" in name else "places" if "2^30" in name else None
+        dtype = np.float16 if far or name == "half precision" else np.float32
         q = rng.normal(size=(len(seq_lens), H, D))
         if "two" in name and H == 1 or split_tokens:  # the largest score comes last
             last = seq_lens[0] - 1
@@ -595,7 +593,7 @@ def paged_decode_kernel_cases(seed: int) -> list[Case]:
             "seq_lens": np.array(seq_lens, dtype=np.int32),
             "split_tokens": split_tokens,
             "scale": 0.1 if name == "another scale" else None,
-            "is_far": "2^31" in name,
+            "far": far,
         }
         # Each key and value once; queries for each split; partial results to be merged.
         keys = 2 * sum(seq_lens) * G * D * np.dtype(dtype).itemsize
@@ -650,7 +648,7 @@ def paged_decode_kernel_explain(inputs: dict, expected: dict, got: dict) -> str 
             if got[key] > expected[key]:
                 return words
         return None
-    if inputs["is_far"]:
+    if inputs["far"]:
         return FAR["paged_decode_kernel"]
     if (
         np.abs(inputs["q"]).min() == 10 and np.abs(out[0, 0]).max() < 1e-6
@@ -739,7 +737,7 @@ def _is_near(got: np.ndarray, wrong: np.ndarray) -> bool:
 
 
 def _scale(inputs: dict) -> float:
-    """What scores of paged_decode_kernel are multiplied by."""
+    """What scores of attention are multiplied by."""
     scale = inputs["scale"]
     return inputs["q"].shape[-1] ** -0.5 if scale is None else scale
 
@@ -822,6 +820,10 @@ KERNEL_ERRORS = {  # what Triton says, and the interpreter
 }
 
 
+def _explain_crash(name: str, inputs: dict) -> str | None:
+    return FAR[name] if inputs.get("is_far") or inputs.get("far") else None
+
+
 def _kernel(name: str, points: int, cases, explain, compile_kernel) -> Exercise:
     return Exercise(
         f"lib.paged_attention_triton.{name}",
@@ -829,7 +831,7 @@ def _kernel(name: str, points: int, cases, explain, compile_kernel) -> Exercise:
         cases,
         explain,
         errors=KERNEL_ERRORS,
-        explain_crash=lambda inputs: FAR[name] if inputs.get("is_far") else None,
+        explain_crash=functools.partial(_explain_crash, name),
         compile_error=functools.partial(_compile_error, compile_kernel),
     )
 
@@ -844,8 +846,8 @@ def _compile_gather(kernel: Any) -> gpu_code.GpuCode:
     return gpu_code.compile_kernel(kernel, types, {"TILE": 1024}, "sm_90")
 
 
-def _compile_paged_decode(kernel: Any) -> gpu_code.GpuCode:
-    compile_for = functools.partial(gpu_code.compile_decode, kernel=kernel)
+def _compile_attention(compile_as: Callable, kernel: Any) -> gpu_code.GpuCode:
+    compile_for = functools.partial(compile_as, kernel=kernel)
     with ThreadPoolExecutor() as pool:  # each waits for a process of its own
         jobs = ("sm_80", "sm_90"), ("float32", "bfloat16")
         in_fp32, in_bf16 = pool.map(compile_for, *jobs)
@@ -883,7 +885,7 @@ EXERCISES = [
         3,
         paged_decode_kernel_cases,
         paged_decode_kernel_explain,
-        _compile_paged_decode,
+        functools.partial(_compile_attention, gpu_code.compile_decode),
     ),
     Exercise(
         "lib.paged_attention.merge_splits",
