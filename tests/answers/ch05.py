@@ -1030,6 +1030,247 @@ def decode_with_a_helper_and_every_third_tile(
     tl.store(out_at, out, mask=is_head[:, None] & is_col[None, :])
 
 
+# paged_prefill_kernel
+
+TOKEN, HEAD = "first + row // GROUP_SIZE", "g * GROUP_SIZE + row % GROUP_SIZE"
+IS_ROW = "(row < QUERIES * GROUP_SIZE) & (t < query_len)"
+POSITION = "query_position = seq_len - query_len + t"
+END = "tl.minimum(first + QUERIES, query_len)"
+WHOLE_END = f"seq_len - query_len + {END}"
+SEEN = "position[None, :] <= query_position[:, None]"
+for title, says, *changes in (
+    (
+        "mask from the first key",
+        "at position seq_len - query_len",
+        (POSITION, "query_position = t"),
+    ),
+    (
+        "positions in the tile",
+        "at position seq_len - query_len",
+        (POSITION, "query_position = row // GROUP_SIZE"),
+    ),
+    ("mask off by one", "A query sees its own key too", (SEEN, SEEN.replace("<=", "<"))),
+    (
+        "one position too far",
+        "does not see the key behind its own",
+        (POSITION, f"{POSITION} + 1"),
+    ),
+    (
+        "no mask",
+        "Scores of keys that a query does not see are -inf",
+        ('tl.where(is_seen, scores, float("-inf"))', "scores"),
+    ),
+    ("mask of decoding", "a mask of its own", (SEEN, "is_token[None, :]")),
+    (
+        "the last position for all",
+        "a mask of its own",
+        (POSITION, "query_position = seq_len - 1 + 0 * t"),
+    ),
+    (
+        "the mask the other way round",
+        "not those behind it",
+        (SEEN, SEEN.replace("<=", ">=")),
+    ),
+    (
+        "tokens and heads swapped",
+        "heads of a token are neighbours",
+        (TOKEN, "first + row % GROUP_SIZE"),
+        (HEAD, "g * GROUP_SIZE + row // GROUP_SIZE"),
+    ),
+    (
+        "tokens by turns",
+        "heads of a token are neighbours",
+        (TOKEN, "first + row % GROUP_SIZE"),
+    ),
+    (
+        "heads in turn",
+        "heads of a token are neighbours",
+        (HEAD, "g * GROUP_SIZE + row // GROUP_SIZE"),
+    ),
+    ("t without first", "a tile begins at first", (TOKEN, "row // GROUP_SIZE")),
+    (
+        "h without g",
+        "Of KV head g the query heads are",
+        (HEAD, "row % GROUP_SIZE + 0 * g"),
+    ),
+    (
+        "h by turns",
+        "Of KV head g the query heads are",
+        (HEAD, "g + tl.num_programs(1) * (row % GROUP_SIZE)"),
+    ),
+    (
+        "any row",
+        "ROWS may be more than QUERIES * GROUP_SIZE",
+        (IS_ROW, "t < query_len"),
+    ),
+    (
+        "any token",
+        "a row is there where t < query_len",
+        (IS_ROW, "row < QUERIES * GROUP_SIZE"),
+    ),
+    (
+        "rows of decoding",
+        "",
+        (IS_ROW, "row < GROUP_SIZE"),
+    ),
+    ("end without the minimum", "ends where the request ends", (END, "first + QUERIES")),
+    ("end at seq_len", "seen by nobody", (WHOLE_END, "seq_len")),
+    ("end without cached", "a position in the text", (WHOLE_END, END)),
+    (
+        "end without first",
+        "QUERIES tokens behind first",
+        (END, END.replace("first + ", "")),
+    ),
+    (
+        "end at the last position",
+        "end is one more than the position",
+        (END, f"{END} - 1"),
+    ),
+    ("no scale", "multiplied by scale_log2_e", (" * scale_log2_e", "")),
+    ("its own scale", "", ("* scale_log2_e", "* 0.25 * 1.4426950408889634")),
+    ("heads of 32 bits", "h has to be int64", (HEAD, f"({HEAD}).to(tl.int32)")),
+    (
+        "keys not transposed",
+        "tl.dot takes (ROWS, COLS) and (COLS, TILE)",
+        ("tl.trans(k)", "k"),
+    ),
+    (
+        "a mask of one dimension",
+        "x[:, None] is a column",
+        (SEEN, "position <= query_position"),
+    ),
+    (
+        "queries and keys cast to fp32",
+        "nor queries and keys",
+        (
+            "tl.dot(q, tl.trans(k),",
+            "tl.dot(q.to(tl.float32), tl.trans(k).to(tl.float32),",
+        ),
+    ),
+    (
+        "fp32 rounded",
+        "fp32 is rounded",
+        (
+            'scores = tl.dot(q, tl.trans(k), input_precision="ieee")',
+            "scores = tl.dot(q, tl.trans(k))",
+        ),
+    ),
+    # Its numbers are wrong, for a cause that nobody has thought of.
+    ("noisy", "", ("(acc / row_sum[:, None])", "(1.01 * acc / row_sum[:, None])")),
+):
+    wrong("paged_prefill_kernel", says)(changed("paged_prefill_kernel", title, *changes))
+
+for title, *changes in (
+    (
+        "with queries scaled and the future hidden",
+        (" * scale_log2_e", ""),
+        ("    row_sum = tl", "    q = (q * scale_log2_e).to(q.dtype)\n    row_sum = tl"),
+        (SEEN, "position[None, :] > query_position[:, None]"),
+        ('is_seen, scores, float("-inf")', 'is_seen, float("-inf"), scores'),
+    ),
+    (
+        "with the last row's position",
+        (TOKEN, "first + row // GROUP_SIZE"),
+        (IS_ROW, "(row // GROUP_SIZE < QUERIES) & (t < query_len)"),
+        (WHOLE_END, "tl.max(tl.where(is_row, query_position, -1), axis=0) + 1"),
+    ),
+):
+    right("paged_prefill_kernel")(changed("paged_prefill_kernel", title, *changes))
+
+
+@triton.jit
+def find_tile(query_lens_ptr, num_requests, program, QUERIES: tl.constexpr):
+    # Request after request: which one has the tile, its first row of q, tiles before it.
+    b, start, before = 0, 0, 0
+    for i in range(num_requests):
+        count = tl.load(query_lens_ptr + i)
+        is_behind = before + tl.cdiv(count, QUERIES) <= program
+        is_behind = is_behind & (b == i)
+        b += is_behind.to(tl.int32)
+        start += tl.where(is_behind, count, 0)
+        before += tl.where(is_behind, tl.cdiv(count, QUERIES), 0)
+    return b, start, before
+
+
+@right("paged_prefill_kernel")
+@triton.jit
+def prefill_with_a_helper_and_transposed_keys(
+    q_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    block_tables_ptr,
+    seq_lens_ptr,
+    query_lens_ptr,
+    out_ptr,
+    logsumexp_ptr,
+    scale_log2_e,
+    num_requests,
+    q_stride_n,
+    q_stride_h,
+    k_stride_block,
+    k_stride_place,
+    k_stride_g,
+    v_stride_block,
+    v_stride_place,
+    v_stride_g,
+    table_stride_b,
+    GROUP_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    REQUESTS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    TILE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    kv_head = tl.program_id(1).to(tl.int64)
+    b, start, before = find_tile(query_lens_ptr, num_requests, tl.program_id(0), QUERIES)
+    if b == num_requests:
+        return
+    row, d, i = tl.arange(0, ROWS), tl.arange(0, COLS), tl.arange(0, TILE)
+    S, T = tl.load(seq_lens_ptr + b), tl.load(query_lens_ptr + b)
+    in_tile = row // GROUP_SIZE
+    t = (tl.program_id(0) - before) * QUERIES + in_tile
+    is_there = in_tile < tl.minimum(T - (tl.program_id(0) - before) * QUERIES, QUERIES)
+    can_see = tl.where(is_there, S - T + t + 1, 0)  # so many keys
+    end = tl.max(can_see, axis=0)
+    head = kv_head * GROUP_SIZE + row - in_tile * GROUP_SIZE
+    n = (start + t).to(tl.int64)
+    is_number = is_there[:, None] & (d < HEAD_DIM)[None, :]
+    q_at = q_ptr + (n * q_stride_n + head * q_stride_h)[:, None] + d[None, :]
+    q = tl.load(q_at, mask=is_number, other=0.0)
+    q = q.to(tl.float32) if UPCAST else q
+    m = tl.full([ROWS], -1e30, tl.float32)
+    s = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, COLS], tl.float32)
+    for begin in range(0, end, TILE):
+        p = begin + i
+        ok = p < end
+        at = block_tables_ptr + b * table_stride_b.to(tl.int64) + p // BLOCK_SIZE
+        block = tl.load(at, mask=ok, other=0).to(tl.int64)
+        place = (p % BLOCK_SIZE).to(tl.int64)
+        is_key = ok[None, :] & (d < HEAD_DIM)[:, None]
+        k_at = block * k_stride_block + place * k_stride_place + kv_head * k_stride_g
+        v_at = block * v_stride_block + place * v_stride_place + kv_head * v_stride_g
+        k = tl.load(k_cache_ptr + k_at[None, :] + d[:, None], mask=is_key, other=0.0)
+        v = tl.load(v_cache_ptr + v_at[None, :] + d[:, None], mask=is_key, other=0.0)
+        scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale_log2_e
+        hidden = tl.where(p[None, :] < can_see[:, None], 0.0, float("-inf"))
+        scores += hidden
+        old, m = m, tl.maximum(m, tl.max(scores, 1))
+        weights = tl.exp2(scores - m[:, None])
+        s = s * tl.exp2(old - m) + tl.sum(weights, 1)
+        acc = acc * tl.exp2(old - m)[:, None]
+        v = tl.trans(v).to(q.dtype)
+        acc += tl.dot(weights.to(q.dtype), v, input_precision="ieee")
+    at = n * tl.num_programs(1) * GROUP_SIZE + head
+    s = tl.where(is_there, s, 1.0)
+    tl.store(logsumexp_ptr + at, m / LOG2_E + tl.log(s), mask=is_there)
+    out = (acc / s[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at[:, None] * HEAD_DIM + d[None, :], out, mask=is_number)
+
+
 # merge_splits
 
 
