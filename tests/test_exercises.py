@@ -245,6 +245,12 @@ if HAS_TRITON:
         ("paged_decode_kernel", "paged_decode_kernel_v_unmasked", "rescal"),
         ("paged_decode_kernel", "paged_decode_kernel_noisy", "NaN"),
         ("paged_decode_kernel", "paged_decode_kernel_noisy", "scale_log2_e"),
+        ("paged_prefill_kernel", "paged_prefill_kernel_noisy", "scale_log2_e"),
+        ("paged_prefill_kernel", "paged_prefill_kernel_noisy", "mask of its own"),
+        ("paged_prefill_kernel", "paged_prefill_kernel_its_own_scale", "scale_log2_e"),
+        ("paged_prefill_kernel", "paged_prefill_kernel_rows_of_decoding", "begins at"),
+        ("paged_prefill_kernel", "paged_prefill_kernel_end_at_seq_len", "no row"),
+        ("paged_prefill_kernel", "paged_prefill_kernel_any_row", "seen by nobody"),
     ]
 
 

@@ -601,16 +601,13 @@ def changed(name, title, *changes):
 
 
 NO_ADDRESS = "begin with a pointer, and add the offsets to it"
-X_LOADED = "x = tl.load(x_at, mask=col < num_cols, other=0.0)"
+X_AT = "x_ptr + row * x_stride + col"
+X_LOADED = f"x = tl.load({X_AT}, mask=col < num_cols, other=0.0)"
 X_STORED = "tl.store(out_ptr + row * TILE + col, x)"
 for title, says, *changes in (
-    (
-        "no pointer",
-        NO_ADDRESS,
-        (X_LOADED, X_LOADED.replace("x_at", "row * x_stride + col")),
-    ),
+    ("no pointer", NO_ADDRESS, (X_AT, "row * x_stride + col")),
     ("a store without a pointer", NO_ADDRESS, ("out_ptr + row * TILE", "row * TILE")),
-    ("not loaded", "tl.load gives the number", (X_LOADED, "x = x_at")),
+    ("not loaded", "tl.load gives the number", (X_LOADED, f"x = {X_AT}")),
     (
         "an index",
         "A pointer is no tensor",
@@ -632,7 +629,7 @@ for title, says, *changes in (
     (
         "torch",
         "no torch",
-        (X_LOADED, "x = torch.where(col < num_cols, tl.load(x_at), 0)"),
+        (X_LOADED, f"x = torch.where(col < num_cols, tl.load({X_AT}), 0)"),
     ),
     (
         "an if",
@@ -647,7 +644,7 @@ for title, says, *changes in (
     (
         "no mask",
         "no more: what follows is somebody else's",
-        (X_LOADED, "x = tl.load(x_at)\n    x = tl.where(col < num_cols, x, 0.0)"),
+        (X_LOADED, f"x = tl.load({X_AT})\n    x = tl.where(col < num_cols, x, 0.0)"),
     ),
     ("no other", "what a mask keeps out is `other`", (", other=0.0", "")),
     ("store twice", "Store TILE numbers, once", ("    # store", STORE + "    # store")),
@@ -681,15 +678,18 @@ for title, says, *changes in (
         "no table",
         "The block of position p",
         (
-            "block_id = tl.load(table_at, mask=is_token, other=0)",
-            "block_id = (position // block_size)",
+            "block_id = tl.load(block_tables_ptr + table_at, mask=is_token, other=0)",
+            "block_id = (position // BLOCK_SIZE)",
         ),
     ),
-    ("no place", "", ("place = position % block_size", "place = position * 0")),
+    ("no place", "", ("place = (position % BLOCK_SIZE)", "place = (position * 0)")),
     (
         "an unmasked table",
         "under the mask is_token",
-        ("tl.load(table_at, mask=is_token, other=0)", "tl.load(table_at)"),
+        (
+            "tl.load(block_tables_ptr + table_at, mask=is_token, other=0)",
+            "tl.load(block_tables_ptr + table_at)",
+        ),
     ),
     ("table without its stride", "", ("b * table_stride_b + ", "")),
     (
@@ -788,14 +788,19 @@ for title, says, *changes in (
     (
         "every share reads all",
         "",
-        ("start = split * tiles_per_split * TILE", "start = 0"),
-        ("tl.minimum(start + tiles_per_split * TILE, seq_len)", "seq_len"),
+        ("start = split * split_tokens", "start = split * 0"),
+        ("tl.minimum(start + split_tokens, seq_len)", "seq_len"),
     ),
     ("stores unmasked", "", ("out, mask=is_head[:, None] & is_col[None, :])", "out)")),
     (
         "ids of 32 bits",
-        "block_id has to be int64 before it is multiplied",
-        (".to(tl.int64)", ".to(tl.int32)"),
+        "block_id and place have to be int64",
+        ("block_id = block_id.to(tl.int64)", "block_id = block_id.to(tl.int32)"),
+    ),
+    (
+        "places of 32 bits",
+        "block_id and place have to be int64",
+        ("place = (position % BLOCK_SIZE).to(tl.int64)", "place = position % BLOCK_SIZE"),
     ),
     (
         "scores in half precision",
@@ -842,7 +847,7 @@ for title, says, *changes in (
         "",
         ("scores, " + NEGATIVE_INF, NEGATIVE_INF + ", scores"),
     ),
-    ("tile_start", "for many numbers", ("+ position // block", "+ tile_start // block")),
+    ("tile_start", "for many numbers", ("+ position // BLOCK", "+ tile_start // BLOCK")),
     (
         "rescaled by exp, weighed by exp2",
         "",
@@ -865,7 +870,7 @@ def decode_with_transposed_keys(
     out_ptr,
     logsumexp_ptr,
     scale_log2_e,
-    block_size,
+    split_tokens,
     q_stride_b,
     q_stride_h,
     k_stride_block,
@@ -877,10 +882,10 @@ def decode_with_transposed_keys(
     table_stride_b,
     GROUP_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     TILE: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     request, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -888,8 +893,9 @@ def decode_with_transposed_keys(
     heads = kv_head * GROUP_SIZE + r
     is_real = (r < GROUP_SIZE)[:, None] & (d < HEAD_DIM)[None, :]
     S = tl.load(seq_lens_ptr + request)
-    num_tiles = tl.cdiv(tl.cdiv(S, TILE), NUM_SPLITS)
-    first, last = part * num_tiles * TILE, tl.minimum((part + 1) * num_tiles * TILE, S)
+    first, last = part * split_tokens, tl.minimum((part + 1) * split_tokens, S)
+    if first >= tl.maximum(S, 1):
+        return
     q = tl.load(
         q_ptr + request * q_stride_b + heads[:, None] * q_stride_h + d[None, :],
         mask=is_real,
@@ -904,10 +910,10 @@ def decode_with_transposed_keys(
         at = begin + t
         ok = at < last
         block = tl.load(
-            block_tables_ptr + request * table_stride_b + at // block_size, ok, 0
+            block_tables_ptr + request * table_stride_b + at // BLOCK_SIZE, ok, 0
         )
         block = block.to(tl.int64)
-        inside = at - at // block_size * block_size
+        inside = (at - at // BLOCK_SIZE * BLOCK_SIZE).to(tl.int64)
         k = tl.load(
             k_cache_ptr
             + (block * k_stride_block + inside * k_stride_place)[None, :]
@@ -934,7 +940,8 @@ def decode_with_transposed_keys(
         s = s * shrink + tl.sum(p, 1)
     is_empty = s == 0.0
     total = tl.where(is_empty, 1.0, s)
-    where = (request * tl.num_programs(1) * GROUP_SIZE + heads) * NUM_SPLITS + part
+    H, num_parts = tl.num_programs(1) * GROUP_SIZE, tl.num_programs(2)
+    where = (request * H + heads) * num_parts + part
     lse = tl.where(is_empty, float("-inf"), m / LOG2_E + tl.log(total))
     tl.store(logsumexp_ptr + where, lse, mask=r < GROUP_SIZE)
     out = acc / total[:, None]
@@ -943,9 +950,9 @@ def decode_with_transposed_keys(
 
 
 @triton.jit
-def look_up(block_tables_ptr, position, is_token, block_size):
-    block_id = tl.load(block_tables_ptr + position // block_size, mask=is_token, other=0)
-    return block_id.to(tl.int64), position % block_size
+def look_up(block_tables_ptr, position, is_token, SIZE: tl.constexpr):
+    block_id = tl.load(block_tables_ptr + position // SIZE, mask=is_token, other=0)
+    return block_id.to(tl.int64), (position % SIZE).to(tl.int64)
 
 
 @right("paged_decode_kernel")
@@ -959,7 +966,7 @@ def decode_with_a_helper_and_every_third_tile(
     out_ptr,
     logsumexp_ptr,
     scale_log2_e,
-    block_size,
+    split_tokens,
     q_stride_b,
     q_stride_h,
     k_stride_block,
@@ -971,18 +978,21 @@ def decode_with_a_helper_and_every_third_tile(
     table_stride_b,
     GROUP_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     TILE: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    # Shares take turns: tile i belongs to share i % NUM_SPLITS.
+    # Splits take turns: tile i belongs to split i % num_used.
     b, g, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
     is_head, is_col = row < GROUP_SIZE, col < HEAD_DIM
     h = g * GROUP_SIZE + row
     seq_len = tl.load(seq_lens_ptr + b)
+    num_used = tl.maximum(tl.cdiv(seq_len, split_tokens), 1)
+    if split >= num_used:
+        return
     q_at = q_ptr + b * q_stride_b + h[:, None] * q_stride_h + col[None, :]
     q = tl.load(q_at, mask=is_head[:, None] & is_col[None, :], other=0.0)
     if UPCAST:
@@ -990,11 +1000,11 @@ def decode_with_a_helper_and_every_third_tile(
     row_max = tl.full([ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, COLS], tl.float32)
-    for tile_start in range(split * TILE, seq_len, NUM_SPLITS * TILE):
+    for tile_start in range(split * TILE, seq_len, num_used * TILE):
         position = tile_start + tl.arange(0, TILE)
         is_token = position < seq_len
         block_id, place = look_up(
-            block_tables_ptr + b * table_stride_b, position, is_token, block_size
+            block_tables_ptr + b * table_stride_b, position, is_token, BLOCK_SIZE
         )
         is_there = is_token[:, None] & is_col[None, :]
         k_at = block_id * k_stride_block + place * k_stride_place + g * k_stride_g
@@ -1012,12 +1022,253 @@ def decode_with_a_helper_and_every_third_tile(
         acc *= rescale[:, None]
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
     divisor = tl.maximum(row_sum, 1e-30)
-    at = (b * tl.num_programs(1) * GROUP_SIZE + h) * NUM_SPLITS + split
+    at = (b * tl.num_programs(1) * GROUP_SIZE + h) * tl.num_programs(2) + split
     logsumexp = row_max * 0.6931471805599453 + tl.log(divisor)
     tl.store(logsumexp_ptr + at, logsumexp, mask=is_head)
     out = (acc / divisor[:, None]).to(out_ptr.dtype.element_ty)
     out_at = out_ptr + at[:, None] * HEAD_DIM + col[None, :]
     tl.store(out_at, out, mask=is_head[:, None] & is_col[None, :])
+
+
+# paged_prefill_kernel
+
+TOKEN, HEAD = "first + row // GROUP_SIZE", "g * GROUP_SIZE + row % GROUP_SIZE"
+IS_ROW = "(row < QUERIES * GROUP_SIZE) & (t < query_len)"
+POSITION = "query_position = seq_len - query_len + t"
+END = "tl.minimum(first + QUERIES, query_len)"
+WHOLE_END = f"seq_len - query_len + {END}"
+SEEN = "position[None, :] <= query_position[:, None]"
+for title, says, *changes in (
+    (
+        "mask from the first key",
+        "at position seq_len - query_len",
+        (POSITION, "query_position = t"),
+    ),
+    (
+        "positions in the tile",
+        "at position seq_len - query_len",
+        (POSITION, "query_position = row // GROUP_SIZE"),
+    ),
+    ("mask off by one", "A query sees its own key too", (SEEN, SEEN.replace("<=", "<"))),
+    (
+        "one position too far",
+        "does not see the key behind its own",
+        (POSITION, f"{POSITION} + 1"),
+    ),
+    (
+        "no mask",
+        "Scores of keys that a query does not see are -inf",
+        ('tl.where(is_seen, scores, float("-inf"))', "scores"),
+    ),
+    ("mask of decoding", "a mask of its own", (SEEN, "is_token[None, :]")),
+    (
+        "the last position for all",
+        "a mask of its own",
+        (POSITION, "query_position = seq_len - 1 + 0 * t"),
+    ),
+    (
+        "the mask the other way round",
+        "not those behind it",
+        (SEEN, SEEN.replace("<=", ">=")),
+    ),
+    (
+        "tokens and heads swapped",
+        "heads of a token are neighbours",
+        (TOKEN, "first + row % GROUP_SIZE"),
+        (HEAD, "g * GROUP_SIZE + row // GROUP_SIZE"),
+    ),
+    (
+        "tokens by turns",
+        "heads of a token are neighbours",
+        (TOKEN, "first + row % GROUP_SIZE"),
+    ),
+    (
+        "heads in turn",
+        "heads of a token are neighbours",
+        (HEAD, "g * GROUP_SIZE + row // GROUP_SIZE"),
+    ),
+    ("t without first", "a tile begins at first", (TOKEN, "row // GROUP_SIZE")),
+    (
+        "h without g",
+        "Of KV head g the query heads are",
+        (HEAD, "row % GROUP_SIZE + 0 * g"),
+    ),
+    (
+        "h by turns",
+        "Of KV head g the query heads are",
+        (HEAD, "g + tl.num_programs(1) * (row % GROUP_SIZE)"),
+    ),
+    (
+        "any row",
+        "ROWS may be more than QUERIES * GROUP_SIZE",
+        (IS_ROW, "t < query_len"),
+    ),
+    (
+        "any token",
+        "a row is there where t < query_len",
+        (IS_ROW, "row < QUERIES * GROUP_SIZE"),
+    ),
+    (
+        "rows of decoding",
+        "",
+        (IS_ROW, "row < GROUP_SIZE"),
+    ),
+    ("end without the minimum", "ends where the request ends", (END, "first + QUERIES")),
+    ("end at seq_len", "seen by nobody", (WHOLE_END, "seq_len")),
+    ("end without cached", "a position in the text", (WHOLE_END, END)),
+    (
+        "end without first",
+        "QUERIES tokens behind first",
+        (END, END.replace("first + ", "")),
+    ),
+    (
+        "end at the last position",
+        "end is one more than the position",
+        (END, f"{END} - 1"),
+    ),
+    ("no scale", "multiplied by scale_log2_e", (" * scale_log2_e", "")),
+    ("its own scale", "", ("* scale_log2_e", "* 0.25 * 1.4426950408889634")),
+    ("heads of 32 bits", "h has to be int64", (HEAD, f"({HEAD}).to(tl.int32)")),
+    (
+        "keys not transposed",
+        "tl.dot takes (ROWS, COLS) and (COLS, TILE)",
+        ("tl.trans(k)", "k"),
+    ),
+    (
+        "a mask of one dimension",
+        "x[:, None] is a column",
+        (SEEN, "position <= query_position"),
+    ),
+    (
+        "queries and keys cast to fp32",
+        "nor queries and keys",
+        (
+            "tl.dot(q, tl.trans(k),",
+            "tl.dot(q.to(tl.float32), tl.trans(k).to(tl.float32),",
+        ),
+    ),
+    (
+        "fp32 rounded",
+        "fp32 is rounded",
+        (
+            'scores = tl.dot(q, tl.trans(k), input_precision="ieee")',
+            "scores = tl.dot(q, tl.trans(k))",
+        ),
+    ),
+    # Its numbers are wrong, for a cause that nobody has thought of.
+    ("noisy", "", ("(acc / row_sum[:, None])", "(1.01 * acc / row_sum[:, None])")),
+):
+    wrong("paged_prefill_kernel", says)(changed("paged_prefill_kernel", title, *changes))
+
+for title, *changes in (
+    (
+        "with queries scaled and the future hidden",
+        (" * scale_log2_e", ""),
+        ("    row_sum = tl", "    q = (q * scale_log2_e).to(q.dtype)\n    row_sum = tl"),
+        (SEEN, "position[None, :] > query_position[:, None]"),
+        ('is_seen, scores, float("-inf")', 'is_seen, float("-inf"), scores'),
+    ),
+    (
+        "with the last row's position",
+        (TOKEN, "first + row // GROUP_SIZE"),
+        (IS_ROW, "(row // GROUP_SIZE < QUERIES) & (t < query_len)"),
+        (WHOLE_END, "tl.max(tl.where(is_row, query_position, -1), axis=0) + 1"),
+    ),
+):
+    right("paged_prefill_kernel")(changed("paged_prefill_kernel", title, *changes))
+
+
+@triton.jit
+def find_tile(query_lens_ptr, num_requests, program, QUERIES: tl.constexpr):
+    # Request after request: which one has the tile, its first row of q, tiles before it.
+    b, start, before = 0, 0, 0
+    for i in range(num_requests):
+        count = tl.load(query_lens_ptr + i)
+        is_behind = before + tl.cdiv(count, QUERIES) <= program
+        is_behind = is_behind & (b == i)
+        b += is_behind.to(tl.int32)
+        start += tl.where(is_behind, count, 0)
+        before += tl.where(is_behind, tl.cdiv(count, QUERIES), 0)
+    return b, start, before
+
+
+@right("paged_prefill_kernel")
+@triton.jit
+def prefill_with_a_helper_and_transposed_keys(
+    q_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    block_tables_ptr,
+    seq_lens_ptr,
+    query_lens_ptr,
+    out_ptr,
+    logsumexp_ptr,
+    scale_log2_e,
+    num_requests,
+    q_stride_n,
+    q_stride_h,
+    k_stride_block,
+    k_stride_place,
+    k_stride_g,
+    v_stride_block,
+    v_stride_place,
+    v_stride_g,
+    table_stride_b,
+    GROUP_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    REQUESTS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    TILE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    kv_head = tl.program_id(1).to(tl.int64)
+    b, start, before = find_tile(query_lens_ptr, num_requests, tl.program_id(0), QUERIES)
+    if b == num_requests:
+        return
+    row, d, i = tl.arange(0, ROWS), tl.arange(0, COLS), tl.arange(0, TILE)
+    S, T = tl.load(seq_lens_ptr + b), tl.load(query_lens_ptr + b)
+    in_tile = row // GROUP_SIZE
+    t = (tl.program_id(0) - before) * QUERIES + in_tile
+    is_there = in_tile < tl.minimum(T - (tl.program_id(0) - before) * QUERIES, QUERIES)
+    can_see = tl.where(is_there, S - T + t + 1, 0)  # so many keys
+    end = tl.max(can_see, axis=0)
+    head = kv_head * GROUP_SIZE + row - in_tile * GROUP_SIZE
+    n = (start + t).to(tl.int64)
+    is_number = is_there[:, None] & (d < HEAD_DIM)[None, :]
+    q_at = q_ptr + (n * q_stride_n + head * q_stride_h)[:, None] + d[None, :]
+    q = tl.load(q_at, mask=is_number, other=0.0)
+    q = q.to(tl.float32) if UPCAST else q
+    m = tl.full([ROWS], -1e30, tl.float32)
+    s = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, COLS], tl.float32)
+    for begin in range(0, end, TILE):
+        p = begin + i
+        ok = p < end
+        at = block_tables_ptr + b * table_stride_b.to(tl.int64) + p // BLOCK_SIZE
+        block = tl.load(at, mask=ok, other=0).to(tl.int64)
+        place = (p % BLOCK_SIZE).to(tl.int64)
+        is_key = ok[None, :] & (d < HEAD_DIM)[:, None]
+        k_at = block * k_stride_block + place * k_stride_place + kv_head * k_stride_g
+        v_at = block * v_stride_block + place * v_stride_place + kv_head * v_stride_g
+        k = tl.load(k_cache_ptr + k_at[None, :] + d[:, None], mask=is_key, other=0.0)
+        v = tl.load(v_cache_ptr + v_at[None, :] + d[:, None], mask=is_key, other=0.0)
+        scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale_log2_e
+        hidden = tl.where(p[None, :] < can_see[:, None], 0.0, float("-inf"))
+        scores += hidden
+        old, m = m, tl.maximum(m, tl.max(scores, 1))
+        weights = tl.exp2(scores - m[:, None])
+        s = s * tl.exp2(old - m) + tl.sum(weights, 1)
+        acc = acc * tl.exp2(old - m)[:, None]
+        v = tl.trans(v).to(q.dtype)
+        acc += tl.dot(weights.to(q.dtype), v, input_precision="ieee")
+    at = n * tl.num_programs(1) * GROUP_SIZE + head
+    s = tl.where(is_there, s, 1.0)
+    tl.store(logsumexp_ptr + at, m / LOG2_E + tl.log(s), mask=is_there)
+    out = (acc / s[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at[:, None] * HEAD_DIM + d[None, :], out, mask=is_number)
 
 
 # merge_splits

@@ -1,6 +1,7 @@
 """Chapter 5: what its exercises are tried on."""
 
 import functools
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -13,7 +14,8 @@ from lib.course.exercises import Case, Exercise
 from lib.measure import gpu_code
 
 NOWHERE = 2147480000  # a block id that stands behind the end of a table: never to be read
-TILE = 64  # tokens that an interpreted paged_decode_kernel takes at a time
+TILE = 64  # tokens that an interpreted attention kernel takes at a time
+ROWS = 128  # tokens times heads of an interpreted paged_prefill_kernel's tile of queries
 # In the code for bf16: a product of matrices in fp32 takes a thousand, all else some 30.
 MOST_MULTIPLY_ADDS = 250
 LOG2_E, LN_2 = math.log2(math.e), math.log(2)
@@ -401,11 +403,13 @@ def bytes_moved_explain(inputs: dict, expected: dict, got: dict) -> str | None:
     return None
 
 
-# What overflows where memory is far away, which a kernel is tried on last but one.
+# What overflows where memory is far away, the last case but one or two.
 FAR = {
     "load_row_kernel": "row times x_stride may pass 2^31: make row int64 first",
     "gather_kernel": "block_id, or slot, times a size may pass 2^31: keep it int64",
-    "paged_decode_kernel": "block_id has to be int64 before it is multiplied",
+    "paged_decode_kernel": "block_id and place have to be int64 before they are "
+    "multiplied",
+    "paged_prefill_kernel": "h has to be int64, as g is, before it is multiplied",
 }
 
 
@@ -547,13 +551,7 @@ def paged_decode_kernel_cases(seed: int) -> list[Case]:
         ("a pool whose heads come first", [11], 4, (2, 2, 16), None),
         ("half precision", [40], 16, (3, 1, 16), None),
         ("150 tokens, in splits of 100", [150], 16, (2, 1, 16), 100),
-        (
-            "splits of 64, of which the second request has one",
-            [130, 5],
-            32,
-            (2, 1, 16),
-            64,
-        ),
+        ("splits of 64, three and one", [130, 5], 32, (2, 1, 16), 64),
         ("scores that fall by a thousand", [100], 16, (1, 1, 16), None),
         (
             "scores far below zero, and in another head far above",
@@ -564,6 +562,7 @@ def paged_decode_kernel_cases(seed: int) -> list[Case]:
         ),
         ("another scale", [9], 8, (2, 1, 16), None),
         ("blocks 2^31 numbers away", [9], 4, (2, 1, 16), None),
+        ("places 2^30 numbers apart", [5], 3, (2, 1, 16), None),
         ("random", rng.integers(50, 150, 2).tolist(), 16, (4, 2, 32), None),
     ):
         caches, block_tables = _pool(rng, 2, seq_lens, block_size, G, D)
@@ -572,8 +571,8 @@ def paged_decode_kernel_cases(seed: int) -> list[Case]:
             caches[1] = np.ascontiguousarray(caches[1].swapaxes(1, 2)).swapaxes(1, 2)
         if name == "a tile of 64 tokens":  # nothing is dead: a NaN has been computed
             caches = [np.where(np.isnan(x), rng.normal(size=x.shape), x) for x in caches]
-        is_half = name in ("half precision", "blocks 2^31 numbers away")
-        dtype = np.float16 if is_half else np.float32
+        far = "blocks" if "2^31" in name else "places" if "2^30" in name else None
+        dtype = np.float16 if far or name == "half precision" else np.float32
         q = rng.normal(size=(len(seq_lens), H, D))
         if "two" in name and H == 1 or split_tokens:  # the largest score comes last
             last = seq_lens[0] - 1
@@ -595,7 +594,7 @@ def paged_decode_kernel_cases(seed: int) -> list[Case]:
             "seq_lens": np.array(seq_lens, dtype=np.int32),
             "split_tokens": split_tokens,
             "scale": 0.1 if name == "another scale" else None,
-            "is_far": "2^31" in name,
+            "far": far,
         }
         # Each key and value once; queries for each split; partial results to be merged.
         keys = 2 * sum(seq_lens) * G * D * np.dtype(dtype).itemsize
@@ -650,7 +649,7 @@ def paged_decode_kernel_explain(inputs: dict, expected: dict, got: dict) -> str 
             if got[key] > expected[key]:
                 return words
         return None
-    if inputs["is_far"]:
+    if inputs["far"]:
         return FAR["paged_decode_kernel"]
     if (
         np.abs(inputs["q"]).min() == 10 and np.abs(out[0, 0]).max() < 1e-6
@@ -739,7 +738,7 @@ def _is_near(got: np.ndarray, wrong: np.ndarray) -> bool:
 
 
 def _scale(inputs: dict) -> float:
-    """What scores of paged_decode_kernel are multiplied by."""
+    """What scores of attention are multiplied by."""
     scale = inputs["scale"]
     return inputs["q"].shape[-1] ** -0.5 if scale is None else scale
 
@@ -766,6 +765,217 @@ def _decode(
     zeros = np.zeros((num_zeros, *k.shape[1:]))
     with np.errstate(all="ignore"):
         return _attention(q, np.concatenate([k, zeros]), np.concatenate([v, zeros]))
+
+
+def paged_prefill_kernel_cases(seed: int) -> list[Case]:
+    rng = np.random.default_rng(seed)
+    random_lens = rng.integers(40, 90, 3)
+    random_counts = rng.integers(1, random_lens + 1)
+    cases = []
+    for name, seq_lens, query_lens, block_size, (H, G, D) in (
+        # First: with tiles of two tokens what is no row of the first tile is one of the
+        # second, and no wrong row leads out of memory.
+        ("one token, and two of another request", [1, 2], [1, 2], 16, (64, 1, 16)),
+        ("one new token, nothing cached", [1], [1], 4, (1, 1, 16)),
+        ("a prompt of three tokens", [3], [3], 4, (2, 1, 16)),
+        ("two new tokens behind five", [7], [2], 4, (1, 1, 16)),
+        ("four query heads on two KV heads", [5], [3], 4, (4, 2, 16)),
+        ("three tiles of queries, the last in part", [40], [37], 8, (8, 1, 16)),
+        ("five query heads per KV head, two tiles", [30], [27], 8, (5, 1, 16)),
+        (
+            "one request of four brings nothing",
+            [9, 9, 6, 33],
+            [4, 0, 1, 33],
+            8,
+            (2, 1, 16),
+        ),
+        ("two requests that share a block", [10, 12], [2, 4], 8, (2, 1, 16)),
+        ("a head of 20 numbers", [9], [5], 8, (2, 1, 20)),
+        ("half precision", [40], [40], 16, (3, 1, 16)),
+        ("scores that fall by a thousand", [100], [4], 16, (1, 1, 16)),
+        ("another scale", [9], [3], 8, (2, 1, 16)),
+        ("blocks 2^31 numbers away", [9], [5], 4, (2, 1, 16)),
+        ("query heads 2^30 numbers apart", [9], [5], 4, (3, 1, 16)),
+        ("random", random_lens.tolist(), random_counts.tolist(), 16, (6, 2, 16)),
+    ):
+        caches, block_tables = _pool(rng, 2, seq_lens, block_size, G, D)
+        if "share" in name:
+            block_tables[1, 0] = block_tables[0, 0]
+        far = "blocks" if "2^31" in name else "heads" if "2^30" in name else None
+        dtype = np.float16 if far or name == "half precision" else np.float32
+        q = rng.normal(size=(sum(query_lens), H, D))
+        if "thousand" in name:
+            first, _ = block_tables[0, : TILE // block_size], q.fill(40)
+            caches[0][:] = np.where(np.isnan(caches[0]), np.nan, -6)
+            caches[0][first] = 6
+        inputs = {
+            "q": q.astype(dtype),
+            "k_cache": caches[0].astype(dtype),
+            "v_cache": caches[1].astype(dtype),
+            "block_tables": block_tables,
+            "seq_lens": np.array(seq_lens, dtype=np.int32),
+            "query_lens": np.array(query_lens, dtype=np.int32),
+            "scale": 0.1 if name == "another scale" else None,
+            "far": far,
+        }
+        # Queries once; keys and values once for each tile of queries, up to its last one.
+        queries = ROWS // (H // G)  # of a tile
+        num_keys = sum(
+            seq_len - query_len + min(first + queries, query_len)
+            for seq_len, query_len in zip(seq_lens, query_lens)
+            for first in range(0, query_len, queries)
+        )
+        number = np.dtype(dtype).itemsize
+        # A block id for each of these keys; lengths, which every program looks through.
+        num_programs = len(q) // queries + min(len(seq_lens), len(q))
+        num_ids = num_keys + num_programs * (len(seq_lens) + 8)
+        limits = {
+            "bytes_read": (q.size + 2 * num_keys * G * D) * number,
+            "index_bytes_read": 4 * G * num_ids,
+            "bytes_written": q.size * number + len(q) * H * 4,
+        }
+        cases.append(Case(name, inputs, limits))
+    return cases
+
+
+OWN_POSITION = (
+    "Each query has a mask of its own: it sees the keys up to its own position, no others"
+)
+NEIGHBOURS = (
+    "The heads of a token are neighbours: row is the tile's token row // GROUP_SIZE, and "
+    "the group's head row % GROUP_SIZE"
+)
+GROUP = "Of KV head g the query heads are g * GROUP_SIZE and those behind it"
+# What may go wrong in paged_prefill_kernel: how `_prefill` has to go wrong -> words.
+PREFILL_SLIPS = {
+    "tokens and heads swapped": NEIGHBOURS,
+    "tokens by turns": NEIGHBOURS,
+    "heads in turn": NEIGHBOURS,
+    "t without first": "t counts in the request, as first does: a tile begins at first",
+    "h without g": GROUP,
+    "h by turns": GROUP,
+    "any row": "ROWS may be more than QUERIES * GROUP_SIZE: what is behind is no row",
+    "any token": "A request's last tile may have fewer tokens than QUERIES: a row is "
+    "there where t < query_len",
+    "from the first key": "The new tokens are the last of the text: the first of them is "
+    "at position seq_len - query_len",
+    "one key too few": "A query sees its own key too: position <= query_position",
+    "one key too many": "A query does not see the key behind its own: position <= "
+    "query_position",
+    "no mask": "Scores of keys that a query does not see are -inf",
+    "the loaded keys": OWN_POSITION,
+    "all keys": OWN_POSITION,
+    "the other way round": "A query sees the keys before it, and not those behind it",
+    "end at seq_len": "Keys behind a tile's last query are seen by nobody: end is one "
+    "more than the position of that query",
+    "end without minimum": "A request's last tile may have fewer tokens than QUERIES: it "
+    "ends where the request ends, and behind that lies anything",
+    "end without cached": "end is a position in the text: cached tokens come before the "
+    "new ones",
+    "end without first": "A tile ends QUERIES tokens behind first, or where the request "
+    "ends",
+    "end too small": "end is one more than the position of the last query: that sees its "
+    "own key",
+    "no scale": "Scores are multiplied by scale_log2_e",
+}
+
+
+def paged_prefill_kernel_explain(inputs: dict, expected: dict, got: dict) -> str | None:
+    if inputs["far"]:
+        return FAR["paged_prefill_kernel"] if inputs["far"] == "heads" else None
+    tolerance = 2e-3 if inputs["q"].dtype == np.float16 else 1e-4
+
+    def is_same(wrong: dict, keys: tuple[str, ...]) -> bool:
+        return all(
+            np.allclose(got[key], wrong[key], atol=tolerance, equal_nan=True)
+            for key in keys
+        )
+
+    results, moved = ("out", "logsumexp"), ("bytes_read", "bytes_written")
+    is_right = is_same(expected, results)
+    for slip, words in PREFILL_SLIPS.items():
+        wrong = _prefill(inputs, slip)
+        # Where the results are right, what was moved has to give the slip away.
+        if wrong and is_same(wrong, results + moved if is_right else results):
+            return words
+    return None
+
+
+def _prefill(inputs: dict, slip: str) -> dict | None:
+    """What paged_prefill_kernel gives and moves where it is interpreted, with one of
+    PREFILL_SLIPS; None where it would look for a block that exists nowhere."""
+    q, k_cache, v_cache = (inputs[name] for name in ("q", "k_cache", "v_cache"))
+    (N, H, D), (num_blocks, block_size, G) = q.shape, k_cache.shape[:3]
+    group_size, number = H // G, q.itemsize
+    queries, row = ROWS // group_size, np.arange(ROWS)
+    token, head = row // group_size, row % group_size
+    if slip in ("tokens and heads swapped", "tokens by turns"):
+        token = row % group_size
+    if slip in ("tokens and heads swapped", "heads in turn"):
+        head = row // group_size
+    scale = 1 / LOG2_E if slip == "no scale" else _scale(inputs)
+    q = q.reshape(N * H, D).astype(np.float64) * scale
+    out, logsumexp = np.full((N * H, D), np.nan), np.full(N * H, np.nan)
+    bytes_read = bytes_written = start = 0
+    for b, (S, T) in enumerate(zip(inputs["seq_lens"], inputs["query_lens"])):
+        for first, g in itertools.product(range(0, T, queries), range(G)):
+            t = token if slip == "t without first" else first + token
+            h = g * group_size + head
+            h = {"h without g": head, "h by turns": g + G * head}.get(slip, h)
+            is_row = (row < queries * group_size) | (slip == "any row")
+            is_row &= (t < T) | (slip == "any token")
+            ends = {
+                "end at seq_len": S,
+                "end without minimum": S - T + first + queries,
+                "end without cached": min(first + queries, T),
+                "end without first": S - T + min(queries, T),
+                "end too small": S - T + min(first + queries, T) - 1,
+            }
+            end = int(ends.get(slip, S - T + min(first + queries, T)))
+            position = np.arange(math.ceil(end / TILE) * TILE)
+            nth, place = position[:end] // block_size, position[:end] % block_size
+            if nth.max(initial=0) >= inputs["block_tables"].shape[1]:
+                return None
+            block_ids = inputs["block_tables"][b, nth]
+            if (block_ids >= num_blocks).any():
+                return None
+            k, v = np.zeros((2, len(position), D))
+            k[:end], v[:end] = (x[block_ids, place, g] for x in (k_cache, v_cache))
+
+            query_position = (S - T + t)[:, None]
+            masks = {
+                "from the first key": position <= t[:, None],
+                "one key too few": position < query_position,
+                "one key too many": position <= query_position + 1,
+                "no mask": position >= 0 * query_position,
+                "the loaded keys": position < end + 0 * query_position,
+                "all keys": position < S + 0 * query_position,
+                "the other way round": position >= query_position,
+            }
+            is_seen = masks.get(slip, position <= query_position)
+            at = (start + t) * H + h
+            is_row &= at < N * H  # what is stored behind the end is not seen
+            with np.errstate(all="ignore"):
+                scores = q[np.where(is_row, at, 0)] @ k.T
+                scores = np.where(is_seen, scores, -np.inf)
+                largest = scores.max(axis=1, initial=-np.inf)
+                # -inf minus -inf is NaN, and so is all that follows.
+                is_lost = ~is_seen[:, :TILE].any(axis=1) & (end > 0)
+                largest[is_lost] = np.nan
+                weights = np.exp(scores - largest[:, None])
+                total = weights.sum(axis=1)
+                sums = largest + np.log(total)
+                outs = weights @ v / total[:, None]
+            out[at[is_row]], logsumexp[at[is_row]] = outs[is_row], sums[is_row]
+            bytes_read += (is_row.sum() + 2 * end) * D * number
+            bytes_written += is_row.sum() * (D * number + 4)
+        start += T
+    return {
+        "out": out.reshape(N, H, D),
+        "logsumexp": logsumexp.reshape(N, H),
+        "bytes_read": bytes_read,
+        "bytes_written": bytes_written,
+    }
 
 
 def _compile_error(
@@ -822,6 +1032,10 @@ KERNEL_ERRORS = {  # what Triton says, and the interpreter
 }
 
 
+def _explain_crash(name: str, inputs: dict) -> str | None:
+    return FAR[name] if inputs.get("is_far") or inputs.get("far") else None
+
+
 def _kernel(name: str, points: int, cases, explain, compile_kernel) -> Exercise:
     return Exercise(
         f"lib.paged_attention_triton.{name}",
@@ -829,7 +1043,7 @@ def _kernel(name: str, points: int, cases, explain, compile_kernel) -> Exercise:
         cases,
         explain,
         errors=KERNEL_ERRORS,
-        explain_crash=lambda inputs: FAR[name] if inputs.get("is_far") else None,
+        explain_crash=functools.partial(_explain_crash, name),
         compile_error=functools.partial(_compile_error, compile_kernel),
     )
 
@@ -844,8 +1058,8 @@ def _compile_gather(kernel: Any) -> gpu_code.GpuCode:
     return gpu_code.compile_kernel(kernel, types, {"TILE": 1024}, "sm_90")
 
 
-def _compile_paged_decode(kernel: Any) -> gpu_code.GpuCode:
-    compile_for = functools.partial(gpu_code.compile_decode, kernel=kernel)
+def _compile_attention(compile_as: Callable, kernel: Any) -> gpu_code.GpuCode:
+    compile_for = functools.partial(compile_as, kernel=kernel)
     with ThreadPoolExecutor() as pool:  # each waits for a process of its own
         jobs = ("sm_80", "sm_90"), ("float32", "bfloat16")
         in_fp32, in_bf16 = pool.map(compile_for, *jobs)
@@ -883,7 +1097,7 @@ EXERCISES = [
         3,
         paged_decode_kernel_cases,
         paged_decode_kernel_explain,
-        _compile_paged_decode,
+        functools.partial(_compile_attention, gpu_code.compile_decode),
     ),
     Exercise(
         "lib.paged_attention.merge_splits",
@@ -894,5 +1108,12 @@ EXERCISES = [
     ),
     Exercise(
         "lib.paged_attention.bytes_moved", 2, bytes_moved_cases, bytes_moved_explain
+    ),
+    _kernel(
+        "paged_prefill_kernel",
+        3,
+        paged_prefill_kernel_cases,
+        paged_prefill_kernel_explain,
+        functools.partial(_compile_attention, gpu_code.compile_prefill),
     ),
 ]

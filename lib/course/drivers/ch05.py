@@ -103,18 +103,47 @@ def paged_decode_kernel(
     seq_lens: np.ndarray,
     split_tokens: int | None,
     scale: float | None,
-    is_far: bool,
+    far: str | None,
 ) -> dict:
-    """is_far: move the blocks 2^31 numbers away from the pool's first."""
+    """far: what of the pool to move far away, "blocks" or "places"."""
     inputs = q, k_cache, v_cache, block_tables, seq_lens
     args = [torch.from_numpy(x) for x in inputs]
-    if is_far:
-        args[1:4] = _move_away(*args[1:4])
+    if far:
+        args[1:4] = _move_away(*args[1:4], far)
     decode = functools.partial(
         paged_attention_triton.paged_decode, *args, split_tokens=split_tokens, scale=scale
     )
-    with launched("paged_decode_kernel", answer):
-        moved = measure_traffic(decode)
+    return _attend("paged_decode_kernel", answer, decode)
+
+
+def paged_prefill_kernel(
+    answer: Any,
+    q: np.ndarray,
+    k_cache: np.ndarray,
+    v_cache: np.ndarray,
+    block_tables: np.ndarray,
+    seq_lens: np.ndarray,
+    query_lens: np.ndarray,
+    scale: float | None,
+    far: str | None,
+) -> dict:
+    """far: move "blocks" far away, or lay the "heads" of queries 2^30 numbers apart."""
+    inputs = q, k_cache, v_cache, block_tables, seq_lens, query_lens
+    args = [torch.from_numpy(x) for x in inputs]
+    if far == "heads":
+        apart = _promised((q.shape[1], 2**30), args[0].dtype)
+        N, H, D = q.shape
+        args[0] = apart[:, : N * D].view(H, N, D).transpose(0, 1).copy_(args[0])
+    elif far:
+        args[1:4] = _move_away(*args[1:4], far)
+    prefill = functools.partial(paged_attention_triton.paged_prefill, *args, scale=scale)
+    return _attend("paged_prefill_kernel", answer, prefill)
+
+
+def _attend(name: str, answer: Any, attend: Callable[[], tuple]) -> dict:
+    """What `attend()` gives and moves, with the answer as the kernel of that name."""
+    with launched(name, answer):
+        moved = measure_traffic(attend)
     out, logsumexp = moved.value
     return {
         "out": as_array(out),
@@ -125,21 +154,25 @@ def paged_decode_kernel(
 
 
 def _move_away(
-    k_cache: torch.Tensor, v_cache: torch.Tensor, block_tables: torch.Tensor
+    k_cache: torch.Tensor, v_cache: torch.Tensor, block_tables: torch.Tensor, far: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same blocks, 2^20 numbers apart and behind 2^31 others, which nobody touches:
-    of memory that is only promised they take a few pages."""
-    spread = 2**20
-    first, num_numbers = 2**31 // spread, k_cache[0].numel()
-    flat = _promised(((first + len(k_cache)) * spread,), k_cache.dtype)
-    moved = []
-    for start, cache in ((0, k_cache), (num_numbers, v_cache)):
-        shape = (first + len(cache), *cache.shape[1:])
-        stride = (spread, *cache.contiguous().stride()[1:])
-        far = flat.as_strided(shape, stride, start)
-        far[first:] = cache
-        moved.append(far)
-    return moved[0], moved[1], _renumbered(block_tables, len(k_cache), first)
+    """The same pool, in memory that is only promised, of which it takes a few pages.
+
+    far: "blocks" 2^20 numbers apart, behind 2^31 numbers that nobody touches, or the
+    "places" of each block 2^30 numbers apart.
+    """
+    num_blocks, block_size, G, D = k_cache.shape
+    if far == "blocks":
+        first, of_block, of_place = 2**11, 2**20, G * D
+    else:
+        first, of_block, of_place = 0, G * D, 2**30
+    shape = first + num_blocks, block_size, G, D
+    num_numbers = max(shape[0] * of_block, block_size * of_place)
+    flat, moved = _promised((num_numbers,), k_cache.dtype), []
+    for start, cache in ((0, k_cache), (k_cache.numel(), v_cache)):
+        moved.append(flat.as_strided(shape, (of_block, of_place, D, 1), start))
+        moved[-1][first:] = cache
+    return moved[0], moved[1], _renumbered(block_tables, num_blocks, first)
 
 
 def _promised(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
