@@ -66,8 +66,8 @@ def _canary_kernel(numbers_ptr, out_ptr, TILE: tl.constexpr):
 # Triton decides when it decorates, not when it is asked.
 IS_INTERPRETED = HAS_TRITON and not isinstance(_canary_kernel, triton.JITFunction)
 MIN_DOT = 16  # rows and columns that tensor cores multiply at least
-# What a program can hold, found by compiling (tests/test_gpu_code.py): with more of it an
-# A100 has too little shared memory, or many numbers find no register.
+# What a program can hold, found by compiling: with more of it an A100 has too little
+# shared memory, or many numbers find no register.
 MAX_COLS = 512  # of q, k and v, that is D rounded up
 MAX_NUMBERS = {  # of its queries, ROWS · COLS
     torch.float32: 2**13,
@@ -75,8 +75,9 @@ MAX_NUMBERS = {  # of its queries, ROWS · COLS
     torch.bfloat16: 2**14,
 }
 TILE_NUMBERS = {torch.float32: 2**11, torch.float16: 2**13, torch.bfloat16: 2**13}
-PREFILL_ROWS = {torch.float32: 32, torch.float16: 128, torch.bfloat16: 128}
+PREFILL_ROWS = {torch.float32: 32, torch.float16: 128, torch.bfloat16: 128}  # D <= 128
 MERGED_SPLITS = 16  # at a time
+MAX_SPLITS = 65535  # that a GPU takes as the third of a launch's sizes
 PLATFORM = "hip" if torch.version.hip else "cuda"
 
 
@@ -263,7 +264,7 @@ def merge_splits_kernel(
     # locate: which head of which request, and the splits that have keys
     at = tl.program_id(0).to(tl.int64)
     seq_len = tl.load(seq_lens_ptr + at // num_heads)
-    num_used = tl.cdiv(seq_len, split_tokens)
+    num_used = tl.minimum(tl.cdiv(seq_len, split_tokens), num_splits)
     col = tl.arange(0, COLS)
     is_col = col < HEAD_DIM
 
@@ -325,8 +326,9 @@ def paged_prefill_kernel(
     TILE: tl.constexpr,  # key tokens
     UPCAST: tl.constexpr,  # to fp32 right after a load
 ):
-    # locate: programs count the tiles of queries through, request after request
-    program, g = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    # locate: programs count the tiles of queries through, request after request, and
+    # from the end, since the last tiles of a prompt see the most keys and should not wait
+    g, program = tl.program_id(0).to(tl.int64), tl.num_programs(1) - 1 - tl.program_id(1)
     request = tl.arange(0, REQUESTS)
     counts = tl.load(query_lens_ptr + request, mask=request < num_requests, other=0)
     tiles = tl.cdiv(counts, QUERIES)
@@ -388,7 +390,7 @@ def paged_prefill_kernel(
         row_max = new_max
 
     # store: key 0 is seen by every query, so no sum is 0
-    at = n * tl.num_programs(1) * GROUP_SIZE + h
+    at = n * tl.num_programs(0) * GROUP_SIZE + h
     tl.store(logsumexp_ptr + at, (row_max + tl.log2(row_sum)) / LOG2_E, mask=is_row)
     out = (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty)
     out_at = at[:, None] * HEAD_DIM + col[None, :]
@@ -540,8 +542,9 @@ def paged_decode(
     for; None looks on a CPU only. Raises ValueError for tensors that do not fit each
     other, and for more numbers per head, or heads per group, than a program holds.
 
-    Nothing here waits for a GPU, and what is launched depends on shapes alone, so a call
-    can be captured in a CUDA graph, and replayed when the lengths are others.
+    Nothing here waits for a GPU, and what is launched depends on shapes alone. So a call
+    that is not the first, which compiles, can be captured in a CUDA graph, and replayed
+    with other lengths, as long as they fit the width that the table had.
     """
     check_inputs(
         q=q,
@@ -574,6 +577,11 @@ def paged_decode(
     if split_tokens is None:
         split_tokens = choose_split_tokens(B * G, max_seq_len, q.device)
     num_splits = max(1, -(-max_seq_len // split_tokens))
+    if num_splits > MAX_SPLITS:
+        raise ValueError(
+            f"split_tokens: expected so many that {max_seq_len} tokens, as the table is "
+            f"wide, make at most {MAX_SPLITS} splits, got {split_tokens}"
+        )
 
     if num_splits == 1:  # a part is the whole
         outs, logsumexps = out, logsumexp
@@ -650,7 +658,7 @@ def paged_prefill(
     # As many tiles of queries as there can be, however the N are shared out.
     num_tiles = N // constants["QUERIES"] + min(B, N)
     with on_its_device(q):
-        paged_prefill_kernel[(num_tiles, G)](
+        paged_prefill_kernel[(G, num_tiles)](
             *(q, k_cache, v_cache, block_tables, seq_lens, query_lens, out, logsumexp),
             (D**-0.5 if scale is None else scale) * LOG2_E.value,
             B,
@@ -697,8 +705,9 @@ def prefill_constants(
     `decode_constants`."""
     cols = max(MIN_DOT, triton.next_power_of_2(head_dim))
     most = 128 if is_interpreted else PREFILL_ROWS[dtype]
-    rows = max(MIN_DOT, min(most, MAX_NUMBERS[dtype] // cols))
-    rows = max(rows, triton.next_power_of_2(group_size))
+    if cols > 128 and not is_interpreted:  # for GPUs with 99 KB of shared memory too
+        most = most // 4
+    rows = max(MIN_DOT, most, triton.next_power_of_2(group_size))
     return {
         "GROUP_SIZE": group_size,
         "ROWS": rows,
@@ -734,9 +743,9 @@ def _tile_constants(
 def launch_options(rows: int, platform: str = PLATFORM) -> dict[str, int]:
     """Warps of a program with so many rows, and how far ahead it loads.
 
-    platform: "cuda" or "hip". Of five stages K and V get two buffers each, since the
-    look-up of a block and the load behind it share them. AMD's compiler counts otherwise,
-    and with more it spills.
+    platform: "cuda" or "hip". Of five stages K and V get two buffers each, or three where
+    an H100 multiplies by itself (HGMMA), since the look-up of a block and the load behind
+    it share them. AMD's compiler counts otherwise, and with more it spills.
     """
     is_large = rows >= 128
     num_stages = 5 if platform == "cuda" else 1 if is_large else 2
@@ -748,14 +757,15 @@ def choose_split_tokens(num_programs: int, max_seq_len: int, device: torch.devic
     least 128, and at most 2,048, so that a long text is shared out in a large batch too.
 
     num_programs: B · G. max_seq_len: what the tables have room for. Reading the longest
-    length instead would make the GPU wait. A number at run time: no text, however long,
-    compiles the kernels anew.
+    length instead would make the GPU wait. It is a number at run time: the kernels are
+    compiled when the first text is shared out, and never again for a longer one.
     """
     if device.type != "cuda":
         return max(1, max_seq_len)
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     wanted = triton.cdiv(2 * num_sms, num_programs)
-    return min(max(triton.next_power_of_2(triton.cdiv(max_seq_len, wanted)), 128), 2048)
+    tokens = triton.cdiv(triton.cdiv(max_seq_len, wanted), 64) * 64
+    return min(max(tokens, 128), 2048)
 
 
 def check_inputs(**tensors: torch.Tensor):

@@ -23,7 +23,7 @@
 # - say why several query heads belong into one program, and why a long text
 #   needs several programs,
 # - say what a program is made of (warps, registers, shared memory), and read
-#   from the machine code whether its loads run ahead of its products,
+#   from what the compiler made whether its loads run ahead of its products,
 # - turn a kernel for one new token into one for a whole prompt,
 # - predict the bytes that attention moves, and what they mean on a roofline.
 
@@ -88,17 +88,18 @@ print(f"with a gather it takes {ratio:.1f} times as long")
 # processor the factor changes from run to run, for much of the time goes into
 # torch's calls, and some into getting memory for the copy.
 #
-# How long must it take on a GPU? We take the shape of Llama 3 8B, the same
+# How long would it take on a GPU? We take the shape of Llama 3 8B, the same
 # eight requests, and the memory bandwidth that NVIDIA publishes for its A100
-# (80 GB, SXM):
+# (80 GB, SXM). In place, all of it has to come from memory. With a gather, a
+# part of the copy may stay in the GPU's cache:
 
 # %%
 A100_BYTES_PER_S = 2039e9  # published, not measured here
 cache_bytes = 8 * kv_cache.kv_cache_bytes(LLAMA3_8B, 2048, bytes_per_number=2)
 for name, times in (("in place", 1), ("gather", 3)):
-    least_ms = 1000 * times * cache_bytes / A100_BYTES_PER_S
-    print(f"{name:8} {times * cache_bytes / 1e9:.1f} GB per step, ", end="")
-    print(f"{least_ms:.1f} ms at least")
+    num_bytes = times * cache_bytes
+    print(f"{name:8} {num_bytes / 1e9:.1f} GB of traffic per step, ", end="")
+    print(f"{1000 * num_bytes / A100_BYTES_PER_S:.1f} ms if all is to memory")
 
 # %% [markdown]
 # ## Six tokens in two tiles, by hand
@@ -467,9 +468,9 @@ for block_size in (1, 8, 16, 100):
 # **split**, and the next program takes the next ones. A text of 10,000 tokens
 # in splits of 512 keeps 20 programs busy per KV head, and a short text beside
 # it keeps one busy. (The launcher starts as many programs for each request as
-# the longest could need. Those that find no keys end at once.) What each
-# program has in the end is attention over its own split, divided by its own
-# sum. How do these become one?
+# the longest could need. Those that find no keys end after one look at the
+# length.) What each program has in the end is attention over its own split,
+# divided by its own sum. How do these become one?
 #
 # ### Exercise 5.5 · `merge_splits` ★★★ (20 minutes)
 #
@@ -516,7 +517,8 @@ print(f"{len(parts)} parts, merged: off by {(merged - whole).abs().max():.0e}")
 # Your kernel does its part already. Look at its first lines, `start` and `end`,
 # and at its last ones, which write to the place of its split. A second kernel
 # merges, as your function does. How does it know that all programs of the first
-# are done? It is launched after it, and a GPU runs what is launched in order.
+# are done? It is launched after it, on the same **stream**, and a GPU runs what
+# is launched on one stream in order.
 
 # %%
 inputs = random_pool([200, 1, 70], H=4, G=2, D=16)
@@ -592,16 +594,19 @@ print(f"in flight for each processor of an H100: {needed_bytes:,.0f} bytes")
 print(f"a tile of keys and values: {tile_bytes:,} bytes")
 
 # %% [markdown]
-# One tile per processor is enough, if it is in flight *all the time*: also
-# while the tile before it is being multiplied. So the loads have to run ahead
-# of the products, which is called **software pipelining**. It needs a second
-# place in shared memory to load into, a **buffer**. The compiler writes all of
-# it, and how far ahead is a number that the launcher gives it, `num_stages`.
+# So one tile per processor is enough (at D = 128), if it is in flight *all the
+# time*: also while the tile before it is being multiplied. Other programs on
+# the same processor help, for one may load while another multiplies. A program
+# can also help itself, by loads that run ahead of its products. That is called
+# **software pipelining**. It needs a second place in shared memory to load
+# into, a **buffer**. The compiler writes all of it, and how far ahead is a
+# number that the launcher gives it, `num_stages`.
 #
 # Compile your kernel with 1, 2, 3 and 5 stages, and look at two things: how
 # many tiles of keys shared memory holds at a time, and how many copies may
-# still be under way when the loop waits for its next tile. Before you run the
-# cell: how many buffers would you expect with three stages?
+# still be under way when the loop waits for its next tile. (A tile has three:
+# ids, keys and values.) Before you run the cell: how many buffers would you
+# expect with three stages?
 
 # %%
 for num_stages in (1, 2, 3, 5) if kernels.HAS_TRITON else ():
@@ -612,11 +617,15 @@ for num_stages in (1, 2, 3, 5) if kernels.HAS_TRITON else ():
 
 # %% [markdown]
 # Two stages give one buffer, and three stages do not give two. With one buffer
-# the loop waits until *no* copy is under way, so nothing is loaded while it
-# multiplies. The reason is the block table. A key's address is known only when
-# its block's id has come, so there are two loads, one behind the other, and the
-# stages are divided between them. It takes five to give each of them two. That
-# is what the library launches with, and it says nothing about it in the kernel.
+# the loop waits until *no* copy is under way, so this program loads nothing
+# while it multiplies. The reason is the block table. A key's address is known
+# only when its block's id has come, so there are two loads, one behind the
+# other, and the stages are divided between them. It takes five to give each of
+# them two. That is what the library launches with.
+#
+# It has its price: with twice the shared memory fewer programs fit on a
+# processor, and those would have helped as well. Which of the two wins can only
+# be measured, on a GPU.
 #
 # There is another way, in the kernel: look up the *next* tile's blocks at the
 # end of this one. Then the ids are there when the keys are asked for, and no
@@ -661,27 +670,52 @@ if kernels.HAS_TRITON:
 #
 # Next, why do rows that a table scatters over the pool cost no bandwidth?
 # Memory is read in pieces of 32 bytes. A key of 128 numbers in bf16 has 256
-# bytes, which is eight whole pieces, wherever it lies. A thread asks for 16
-# bytes with one instruction, and a warp for two whole keys. What does cost is a
-# row that begins where the compiler cannot see it is a multiple of 16 numbers.
-# Here are the loads of three kernels: D = 128; D = 72; and D = 72 again, but
-# with rows that lie 80 numbers apart.
+# bytes, which is eight whole pieces, wherever it lies. One instruction loads 16
+# bytes for each thread, two whole keys for a warp. (Loads that fall together
+# into whole pieces are called **coalesced**.)
+#
+# But the compiler writes such loads only where it knows that each begins at a
+# multiple of 16 bytes. Triton tells it which strides are multiples of 16
+# numbers, and nothing finer. At D = 72 the rows do begin at multiples of 16
+# bytes, for 72 numbers are 144 bytes, but nobody says so. Here are the loads of
+# three kernels: D = 128; D = 72; and D = 72 with a promise, `tl.multiple_of`,
+# in your step **address**:
 
 # %%
-rows = {"D = 128": (128, True), "D = 72": (72, False), "80 apart": (72, True)}
-for name, (D, is_aligned) in rows.items() if kernels.HAS_TRITON else ():
-    code = gpu_code.compile_decode("sm_80", head_dim=D, is_aligned=is_aligned)
+promise = {
+    "address": """
+        # address: where the keys and values of these tokens begin
+        k_at = block_id * k_stride_block + place * k_stride_place
+        v_at = block_id * v_stride_block + place * v_stride_place
+        k_at = tl.multiple_of(k_at + g * k_stride_g, 8)
+        v_at = tl.multiple_of(v_at + g * v_stride_g, 8)
+"""
+}
+
+
+def print_loads(name, D, kernel):
+    code = gpu_code.compile_decode("sm_80", head_dim=D, kernel=kernel)
     loads = Counter(re.findall(r"\b(?:LDGSTS|LDG)\.\S+", code.assembly))
     wide = sum(n for load, n in loads.items() if load.endswith(".128"))
     narrow = sum(n for load, n in loads.items() if load.endswith(".U16"))
-    print(f"{name:8} {wide:3} loads of 16 bytes, {narrow:3} of 2, ", end="")
+    print(f"{name:16} {wide:3} loads of 16 bytes, {narrow:3} of 2, ", end="")
     print(f"buffers {code.num_buffers}, {code.spilled_bytes:,} bytes spilled")
 
+
+if kernels.HAS_TRITON:
+    print_loads("D = 128", 128, kernels.paged_decode_kernel)
+    print_loads("D = 72", 72, kernels.paged_decode_kernel)
+    try:
+        promised = gpu_code.edited(kernels.paged_decode_kernel, promise)
+        print_loads("D = 72, promised", 72, promised)
+    except ValueError as error:
+        print(error)
+
 # %% [markdown]
-# At D = 72 the compiler loads number by number, cannot copy ahead, and spills.
-# Rows that begin at multiples of 16 numbers bring everything back, for 8 unused
-# numbers per row: a tenth of the pool. (Loads that fall together into whole
-# pieces are called **coalesced**.)
+# Without the promise the compiler loads number by number, cannot copy ahead,
+# and makes a mess of the rest: thousands of bytes per thread go through memory.
+# With it everything is back, but for the four loads of the queries. This is why
+# head sizes are multiples of 16 nearly everywhere.
 #
 # And this is a piece of what the A100 would run, around the first matrix
 # product. `HMMA` is the tensor cores' instruction: a product of 16 by 16 and
@@ -703,11 +737,13 @@ if codes:
 # shows.
 #
 # When is a kernel compiled anew? For each set of constants (here: the heads per
-# KV head, D, the block size) and of dtypes, and when a stride stops being a
-# multiple of 16. It takes seconds, so nothing that grows with the text may be
-# among them. The width of the block table and the length of a split are handed
-# over as plain numbers, about which the compiler assumes nothing
-# (`do_not_specialize`).
+# KV head, D, the block size) and of dtypes, and when a number or an address
+# stops, or begins, to be a multiple of 16. It takes seconds, so nothing that
+# grows with the text may be among them. The width of the block table and the
+# length of a split are handed over as plain numbers, about which the compiler
+# assumes nothing (`do_not_specialize`). What is left happens once: when the
+# first text is shared out, the kernel is compiled again to write its parts in
+# fp32, and so is the one that merges them.
 #
 # ## Predict the bytes
 #
@@ -1043,27 +1079,33 @@ for path in sorted((text.DATA / "results").glob("bench*.json")):
 #   list of settings and keeps the fastest for each value of a key, such as D
 #   and the block size. The length of the text must not be in the key, or each
 #   new length is tuned anew.
-# - **CUDA graphs.** Launching from Python takes tens of microseconds. One
-#   layer's keys and values of one request of 1,024 tokens are 4 MB, which an
-#   H100 can read in little more than one microsecond. A graph records all
+# - **CUDA graphs.** Launching from Python takes tens of microseconds, and for a
+#   short text the GPU may need less than that for its part. A graph records all
 #   launches of a step once, and the GPU replays them without Python. That works
 #   if nothing that is launched depends on a number that Python would have to
 #   look at. Ours depends on shapes alone; lengths and tables are read in the
-#   kernel.
+#   kernel. But the width of the table is a shape, so a graph needs tables that
+#   are as wide as the longest text will be.
 # - **Sliding window.** A layer that sees the last W tokens only (Mistral 7B)
-#   needs one more condition in `is_token`, `position >= seq_len - W`, and a
-#   loop that starts there.
-# - **Soft cap.** Gemma 2 bounds its scores by `cap * tanh(scores / cap)`: one
-#   line before the mask (and the factor log2(e) after it).
-# - **fp8.** Keys and values of one byte per number halve what moves. The change
-#   is a cast after the load, `k.to(q.dtype)`, and a scale per head or block.
+#   needs, to decode, one more condition in `is_token`,
+#   `position >= seq_len - W`, and a loop that starts there. For a prompt the
+#   window is another edge of the mask, and a row may see nothing in its first
+#   tiles: then `new_max` is -inf, and has to be guarded.
+# - **Soft cap.** Gemma 2 bounds its scores by `cap * tanh(scores / cap)`,
+#   before the mask and before the factor log2(e). Triton's language has no
+#   tanh; it can be made of one exp.
+# - **fp8.** Keys and values of one byte per number halve what moves. The kernel
+#   needs a cast after the load, `k.to(q.dtype)`, and a scale per head or block;
+#   the launcher must let the dtypes differ. (The usual format compiles for an
+#   H100, and not for an A100.)
 # - **FlashAttention.** Version 2 splits the work among programs by tiles of
 #   queries, as 5.7 does. Version 3 is written for the H100: some warps only
 #   load, while others multiply.
-# - **FlashInfer** takes tables like ours, and plans before the launch which
-#   program gets which part of a ragged batch. **vLLM**, where paged attention
-#   comes from, serves prompts and decodes with one Triton kernel, as our
-#   `paged_prefill` can.
+# - **FlashInfer** takes the block ids of all requests as one long list, and
+#   plans before the launch which program gets which part of a ragged batch.
+#   **vLLM**, where paged attention comes from, takes tables like ours. Of its
+#   several kernels one is in Triton, and serves prompts and decodes alike, as
+#   our `paged_prefill` can.
 #
 # ## The whole table, with all of your functions in it
 #
@@ -1290,6 +1332,8 @@ plotting.plot_measured(
 #   the compiler made of them. Where there is a GPU, they should be measured.
 # - A prompt behind a long cached text has a program for each tile of queries
 #   and KV head, and each reads all keys by itself: its keys are not split.
+# - The cache makes its tables as wide as the longest text, step by step. A CUDA
+#   graph would want them of one width.
 # - Each step waits for all requests. A server lets them come and go between
 #   steps, and packs prompts beside decodes.
 #
@@ -1302,8 +1346,8 @@ plotting.plot_measured(
 # 3. One program serves all query heads of a KV head, so that each key is read
 #    once; a long text is shared among programs, whose results are merged by the
 #    softmax of their logsumexps.
-# 4. Loads have to run ahead of products, into a second buffer, and whether they
-#    do can be read from what the compiler made, without a GPU.
+# 4. A program keeps memory busy if its loads run ahead of its products, into a
+#    second buffer, and whether they do can be read from what the compiler made.
 # 5. Attention in decode computes 2 · H / G FLOPs with each number it moves, far
 #    fewer than a GPU needs to be busy: there, fewer bytes make it faster.
 #

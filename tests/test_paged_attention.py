@@ -456,7 +456,9 @@ def test_the_kernel_uses_another_scale(split_tokens):
     [
         (1, 100, 128),  # too short to be shared
         (8, 2048, 128),
-        (8, 16384, 512),  # 256 programs for 132 processors
+        (8, 4240, 192),  # 23 splits of 8 heads: 184 programs for 132 processors
+        (8, 16384, 512),
+        (8, 40000, 1216),
         (8, 131072, 2048),
         (512, 2048, 2048),  # enough programs without
         (512, 131072, 2048),  # but one of the texts may be long

@@ -107,21 +107,19 @@ def compile_decode(
     group_size: int = 4,
     num_splits: int = 8,
     num_stages: int | None = None,
-    is_aligned: bool | None = None,
     kernel: Any = None,
 ) -> GpuCode:
     """`paged_decode_kernel`, or another in its place, compiled as it would be launched.
 
-    dtype: of q and the caches. num_stages: another number of them. is_aligned: whether
-    rows begin at multiples of 16 numbers; None: as where they follow one another. Raises
-    as `compile_kernel`, and ValueError where the launcher would.
+    dtype: of q and the caches. num_stages: another number of them. Raises as
+    `compile_kernel`, and ValueError where the launcher would.
     """
     out = "*fp32:16" if num_splits > 1 else None
     return _compile_attention(
         kernel or paged_attention_triton.paged_decode_kernel,
         paged_attention_triton.decode_constants,
         (group_size, head_dim, BLOCK_SIZE),
-        *(gpu, dtype, out, num_stages, is_aligned),
+        *(gpu, dtype, out, num_stages),
     )
 
 
@@ -132,7 +130,6 @@ def compile_prefill(
     head_dim: int = 128,
     group_size: int = 4,
     num_stages: int | None = None,
-    is_aligned: bool | None = None,
     kernel: Any = None,
 ) -> GpuCode:
     """`paged_prefill_kernel`, or another in its place, as `compile_decode`."""
@@ -140,7 +137,7 @@ def compile_prefill(
         kernel or paged_attention_triton.paged_prefill_kernel,
         paged_attention_triton.prefill_constants,
         (group_size, head_dim, BLOCK_SIZE, 1),
-        *(gpu, dtype, None, num_stages, is_aligned),
+        *(gpu, dtype, None, num_stages),
     )
 
 
@@ -152,7 +149,6 @@ def _compile_attention(
     dtype: str,
     out: str | None,
     num_stages: int | None,
-    is_aligned: bool | None,
 ) -> GpuCode:
     _check_known("gpu", gpu, GPUS)
     _check_known("dtype", dtype, DTYPES)
@@ -163,9 +159,7 @@ def _compile_attention(
     if num_stages is not None:
         options["num_stages"] = num_stages
     types, number = {}, f"*{DTYPES[dtype]}:16"
-    if is_aligned is None:
-        is_aligned = constants["HEAD_DIM"] % 16 == 0
-    stride = "i32:16" if is_aligned else "i32"
+    stride = "i32:16" if constants["HEAD_DIM"] % 16 == 0 else "i32"
     for name in kernel.arg_names:
         if name in constants:
             continue
