@@ -36,8 +36,8 @@ def test_chapter_5_runs_without_triton_and_says_what_its_checks_need():
     (text,) = (path for path in chapter_texts() if path.stem == "05_paged_attention")
     is_called, printed = tracing.run(text, WITHOUT_TRITON)
     assert list(is_called.values()) == [True, True, True]
-    # Of the stub and of the answer, for each of three kernels.
-    assert printed.count("_kernel: needs Triton, which is for Linux") == 6
+    # Of the stub and of the answer, for each of four kernels.
+    assert printed.count("_kernel: needs Triton, which is for Linux") == 8
     assert printed.count("a warning: no Triton here") == 1
 
 

@@ -14,6 +14,7 @@ from test_exercises import WRONG as ANSWERS_WRONG
 from lib.course.collect import _needed
 from lib.course.exercises import exercises
 from lib.course.grading.grader import Worker, score
+from lib.paged_attention_triton import HAS_TRITON
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
@@ -35,12 +36,13 @@ def cells(name: str, answer) -> list[str]:
     source = re.sub(r"^from answers import .*$", "", source, flags=re.MULTILINE)
     registers = r"^@(right|wrong)\(.*?\)$"
     source = re.sub(registers, "", source, flags=re.MULTILINE | re.DOTALL)
-    needed = _needed([source], "answers", {function.__name__}, {})
     filename = function.__code__.co_filename
+    # A kernel of the library, with other lines in it: it needs the module's imports too.
     changed = linecache.getlines(filename) if filename.startswith("<") else []
+    sources = [source, "".join(changed)]
+    needed = _needed(sources, "answers", {function.__name__}, {})
     return [
         *(statement.source for statement in needed),
-        "".join(changed),  # a kernel of the library, with other lines in it
         f"{name} = {function.__name__}",
     ]
 
@@ -77,6 +79,15 @@ def test_a_right_and_a_wrong_answer_are_graded_as_the_notebook_checks_them(worke
     assert passed, message
     _, answer, says = wrong(name)[0]
     passed, message = graded(worker, name, answer, 999)
+    assert not passed and is_told(says, message), message
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+def test_a_kernel_with_other_lines_in_it_is_graded_as_the_notebook_checks_it(worker):
+    _, answer, says = next(
+        row for row in wrong("load_row_kernel") if row[1].__name__.endswith("no_other")
+    )
+    passed, message = graded(worker, "load_row_kernel", answer, 999)
     assert not passed and is_told(says, message), message
 
 

@@ -1041,12 +1041,12 @@ SEEN = "position[None, :] <= query_position[:, None]"
 for title, says, *changes in (
     (
         "mask from the first key",
-        "at position seq_len - query_len",
+        "The new tokens are the last of the text",
         (POSITION, "query_position = t"),
     ),
     (
         "positions in the tile",
-        "at position seq_len - query_len",
+        "The new tokens are the last of the text",
         (POSITION, "query_position = row // GROUP_SIZE"),
     ),
     ("mask off by one", "A query sees its own key too", (SEEN, SEEN.replace("<=", "<"))),
