@@ -338,12 +338,12 @@ def paged_prefill_kernel(
     first = (program - tl.sum(tl.where(request < b, tiles, 0))) * QUERIES
     query_start = tl.sum(tl.where(request < b, counts, 0))
     query_len, seq_len = tl.load(query_lens_ptr + b), tl.load(seq_lens_ptr + b)
-
-    # row: a query token and a head; the positions of both in the text
     row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
+    is_col = col < HEAD_DIM
+
+    # row: a query token and a head; where the token stands, and where the tile ends
     t, h = first + row // GROUP_SIZE, g * GROUP_SIZE + row % GROUP_SIZE
     is_row = (row < QUERIES * GROUP_SIZE) & (t < query_len)
-    is_col = col < HEAD_DIM
     query_position = seq_len - query_len + t
     end = seq_len - query_len + tl.minimum(first + QUERIES, query_len)
 

@@ -1096,7 +1096,7 @@ for title, says, *changes in (
     (
         "h by turns",
         "Of KV head g the query heads are",
-        (HEAD, "g + tl.num_programs(1) * (row % GROUP_SIZE)"),
+        (HEAD, "g + tl.num_programs(0) * (row % GROUP_SIZE)"),
     ),
     (
         "any row",
@@ -1224,15 +1224,15 @@ def prefill_with_a_helper_and_transposed_keys(
     TILE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    kv_head = tl.program_id(1).to(tl.int64)
-    b, start, before = find_tile(query_lens_ptr, num_requests, tl.program_id(0), QUERIES)
+    kv_head, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    b, start, before = find_tile(query_lens_ptr, num_requests, tile, QUERIES)
     if b == num_requests:
         return
     row, d, i = tl.arange(0, ROWS), tl.arange(0, COLS), tl.arange(0, TILE)
     S, T = tl.load(seq_lens_ptr + b), tl.load(query_lens_ptr + b)
     in_tile = row // GROUP_SIZE
-    t = (tl.program_id(0) - before) * QUERIES + in_tile
-    is_there = in_tile < tl.minimum(T - (tl.program_id(0) - before) * QUERIES, QUERIES)
+    t = (tile - before) * QUERIES + in_tile
+    is_there = in_tile < tl.minimum(T - (tile - before) * QUERIES, QUERIES)
     can_see = tl.where(is_there, S - T + t + 1, 0)  # so many keys
     end = tl.max(can_see, axis=0)
     head = kv_head * GROUP_SIZE + row - in_tile * GROUP_SIZE
@@ -1264,7 +1264,7 @@ def prefill_with_a_helper_and_transposed_keys(
         acc = acc * tl.exp2(old - m)[:, None]
         v = tl.trans(v).to(q.dtype)
         acc += tl.dot(weights.to(q.dtype), v, input_precision="ieee")
-    at = n * tl.num_programs(1) * GROUP_SIZE + head
+    at = n * tl.num_programs(0) * GROUP_SIZE + head
     s = tl.where(is_there, s, 1.0)
     tl.store(logsumexp_ptr + at, m / LOG2_E + tl.log(s), mask=is_there)
     out = (acc / s[:, None]).to(out_ptr.dtype.element_ty)
