@@ -1,7 +1,6 @@
 """Chapter 5: what its exercises are tried on."""
 
 import functools
-import itertools
 import math
 import re
 from collections.abc import Callable
@@ -916,9 +915,14 @@ def _prefill(inputs: dict, slip: str) -> dict | None:
     scale = 1 / LOG2_E if slip == "no scale" else _scale(inputs)
     q = q.reshape(N * H, D).astype(np.float64) * scale
     out, logsumexp = np.full((N * H, D), np.nan), np.full(N * H, np.nan)
-    bytes_read = bytes_written = start = 0
-    for b, (S, T) in enumerate(zip(inputs["seq_lens"], inputs["query_lens"])):
-        for first, g in itertools.product(range(0, T, queries), range(G)):
+    bytes_read = bytes_written = 0
+    lens = list(zip(inputs["seq_lens"], inputs["query_lens"]))
+    starts = np.cumsum(inputs["query_lens"]) - inputs["query_lens"]
+    tiles = [(b, at) for b, (_, T) in enumerate(lens) for at in range(0, T, queries)]
+    # In the order in which the interpreter runs the programs: the last one to store wins.
+    for g in range(G):
+        for b, first in reversed(tiles):
+            (S, T), start = lens[b], starts[b]
             t = token if slip == "t without first" else first + token
             h = g * group_size + head
             h = {"h without g": head, "h by turns": g + G * head}.get(slip, h)
@@ -969,7 +973,6 @@ def _prefill(inputs: dict, slip: str) -> dict | None:
             out[at[is_row]], logsumexp[at[is_row]] = outs[is_row], sums[is_row]
             bytes_read += (is_row.sum() + 2 * end) * D * number
             bytes_written += is_row.sum() * (D * number + 4)
-        start += T
     return {
         "out": out.reshape(N, H, D),
         "logsumexp": logsumexp.reshape(N, H),
