@@ -45,6 +45,7 @@ from lib import (
 from lib.figures import drawing, plotting
 from lib.measure import bench_attention, columns, gpu_code, meter, table
 from lib import paged_attention_triton as kernels
+from lib import paged_kv_cache_triton as copies
 from lib.block_manager import BlockManager
 from lib.config import LLAMA3_8B, ModelConfig
 from lib.course.check import check
@@ -52,7 +53,8 @@ from lib.model import attend_fused
 from lib.paged_attention import (
     paged_decode_gather, paged_decode_online, paged_prefill_gather,
 )
-from lib.paged_attention_triton import LOG2_E, tl, triton
+from lib.interpreter import HAS_TRITON, IS_INTERPRETED, tl, triton
+from lib.paged_attention_triton import LOG2_E
 from lib.paged_kv_cache import PagedKVCache
 
 plotting.use_course_style()
@@ -235,7 +237,7 @@ for decode in (paged_decode_gather, paged_decode_online):
 # else, and must not be read.
 
 # %% exercise="load_row_kernel" given="locate"
-from lib.paged_attention_triton import load_row_kernel
+from lib.paged_kv_cache_triton import load_row_kernel
 
 # %%
 check(load_row_kernel)
@@ -259,13 +261,13 @@ check(load_row_kernel)
 # stores. Then it compiles it for a GPU, since the interpreter is not strict: it
 # takes things that no GPU could run. (This takes a few seconds, in which
 # nothing is printed.) As always, what passes takes the library's place:
-# `kernels.pad_rows` launches your kernel now. Three rows of five numbers, cut
+# `copies.pad_rows` launches your kernel now. Three rows of five numbers, cut
 # out of rows of seven:
 
 # %%
-if kernels.HAS_TRITON:
+if HAS_TRITON:
     wide = torch.arange(21.0, device=device).view(3, 7)
-    print(kernels.pad_rows(wide[:, :5]))
+    print(copies.pad_rows(wide[:, :5]))
 
 # %% [markdown]
 # ## Look up the block
@@ -279,7 +281,7 @@ if kernels.HAS_TRITON:
 # it needs `slot`.
 
 # %% exercise="gather_kernel" given="locate copy"
-from lib.paged_attention_triton import gather_kernel
+from lib.paged_kv_cache_triton import gather_kernel
 
 # %%
 check(gather_kernel)
@@ -301,14 +303,14 @@ check(gather_kernel)
 # %%
 def count(function):
     """What its kernels moved; None where they are not interpreted."""
-    is_known = kernels.HAS_TRITON and kernels.IS_INTERPRETED
+    is_known = HAS_TRITON and IS_INTERPRETED
     return meter.measure_traffic(function) if is_known else None
 
 
 q, k_cache, v_cache, tables, lens = random_pool([40], H=1, G=2, D=16)
-if kernels.HAS_TRITON:
-    moved = count(lambda: kernels.gather_kv(k_cache, v_cache, tables[0], 40))
-    dense = kernels.gather_kv(k_cache, v_cache, tables[0], 40)
+if HAS_TRITON:
+    moved = count(lambda: copies.gather_kv(k_cache, v_cache, tables[0], 40))
+    dense = copies.gather_kv(k_cache, v_cache, tables[0], 40)
     twin = paged_kv_cache.gather_kv(k_cache, v_cache, tables[0], 40)
     print("the same as in torch:", all(map(torch.equal, dense, twin)))
     if moved:
@@ -356,7 +358,7 @@ def scores_kernel(
 
 q, k = torch.randn(16, 64, device=device), torch.randn(32, 64, device=device)
 scores, row_max = torch.empty(16, 32).to(q), torch.empty(16).to(q)
-if kernels.HAS_TRITON:
+if HAS_TRITON:
     scores_kernel[(1,)](q, k, scores, row_max, ROWS=16, COLS=64, TILE=32)
     error = (row_max - (q @ k.T)[:, :30].amax(dim=1)).abs().max()
     print(f"the largest scores, off by {error:.0e}")
@@ -553,7 +555,7 @@ for split_tokens in (256, 128, 64):
 
 # %%
 codes = {}
-if kernels.HAS_TRITON:
+if HAS_TRITON:
     gpus = {"A100": "sm_80", "H100": "sm_90"}
     for name, gpu in gpus.items():
         code = codes[name] = gpu_code.compile_decode(gpu)
@@ -609,7 +611,7 @@ print(f"a tile of keys and values: {tile_bytes:,} bytes")
 # expect with three stages?
 
 # %%
-for num_stages in (1, 2, 3, 5) if kernels.HAS_TRITON else ():
+for num_stages in (1, 2, 3, 5) if HAS_TRITON else ():
     code = gpu_code.compile_decode("sm_90", num_stages=num_stages)
     left = min(code.loop_waits, default="nothing is copied ahead")
     print(f"num_stages={num_stages}: buffers {code.num_buffers}, ", end="")
@@ -653,7 +655,7 @@ look_up_ahead = {
         next_id = tl.load(block_tables_ptr + next_at, mask=after < end, other=0)
 """,
 }
-if kernels.HAS_TRITON:
+if HAS_TRITON:
     try:
         ahead = gpu_code.edited(kernels.paged_decode_kernel, look_up_ahead)
     except ValueError as error:  # where your kernel has no such comments
@@ -702,7 +704,7 @@ def print_loads(name, D, kernel):
     print(f"buffers {code.num_buffers}, {code.spilled_bytes:,} bytes spilled")
 
 
-if kernels.HAS_TRITON:
+if HAS_TRITON:
     print_loads("D = 128", 128, kernels.paged_decode_kernel)
     print_loads("D = 72", 72, kernels.paged_decode_kernel)
     try:
@@ -795,7 +797,7 @@ is_counted = count(lambda: None) is not None
 for n in contexts if is_counted else []:
     inputs = random_pool([n], H=2, G=1, D=16)
     in_place = count(lambda: kernels.paged_decode(*inputs))
-    copy = count(lambda: kernels.gather_kv(*inputs[1:3], inputs[3][0], n))
+    copy = count(lambda: copies.gather_kv(*inputs[1:3], inputs[3][0], n))
     logsumexp_bytes = in_place.value[1].nbytes  # was not predicted
     moved = in_place.read_bytes + in_place.written_bytes - logsumexp_bytes
     gathered = moved + copy.read_bytes + copy.written_bytes

@@ -76,7 +76,7 @@ def inputs(seq_len, head_dim=128, dtype=torch.bfloat16):
 
 def main():
     triton.runtime.driver.set_active(FakeGpu())
-    kernels.check_interpreter = lambda: None
+    kernels.check_interpreter = lambda: None  # there is no GPU
     compiled = []
     triton.knobs.runtime.jit_post_compile_hook = lambda *, fn, **_: compiled.append(
         fn.name.split(".")[-1]

@@ -63,7 +63,7 @@ def test_attention_alone_is_timed_and_written_down(tmp_path, monkeypatch, capfd)
     path = tmp_path / "bench.json"
     run(monkeypatch, *FAST, "--json", str(path))
     result, out = json.loads(path.read_text()), capfd.readouterr()[0]
-    triton = getattr(bench.paged_attention_triton.triton, "__version__", None)
+    triton = getattr(bench.interpreter.triton, "__version__", None)
     assert result["machine"]["triton"] == triton
     attention = result["attention"]
     rows = attention.pop("rows")

@@ -7,14 +7,14 @@ import pytest
 import torch
 from helpers import TOLERANCES
 
-from lib import paged_attention, paged_attention_triton
+from lib import interpreter, paged_attention, paged_attention_triton
 from lib.measure import bench_attention
 
 HEADS = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 16}
 SMALL = {"device": "cpu", "dtype": torch.float32, "repeats": 2}
 ODD = (bench_attention.one_layer(**HEADS), 3, 33, 8)  # a last block with one token
 needs_triton = pytest.mark.skipif(
-    not paged_attention_triton.HAS_TRITON, reason="kernels need Triton"
+    not interpreter.HAS_TRITON, reason="kernels need Triton"
 )
 
 
@@ -548,7 +548,7 @@ def test_devices_that_time_nothing_are_refused(monkeypatch):
     bench_attention.check_device("cpu")
     with pytest.raises(ValueError, match="expected cpu or cuda, got mps"):
         bench_attention.bench_attention([5], [1], **{**SMALL, "device": "mps"})
-    monkeypatch.setattr(paged_attention_triton, "IS_INTERPRETED", True)
+    monkeypatch.setattr(interpreter, "IS_INTERPRETED", True)
     with pytest.raises(ValueError, match="expected cpu .*, got cuda"):
         bench_attention.bench_attention([5], [1], **{**SMALL, "device": "cuda"})
 
@@ -576,7 +576,7 @@ def test_kernels_are_compiled_with_triton_and_a_gpu_that_is_new_enough_only(
     )
     monkeypatch.setattr(torch.version, "hip", machine["hip"])
     for name in ("HAS_TRITON", "IS_INTERPRETED"):
-        monkeypatch.setattr(paged_attention_triton, name, machine[name])
+        monkeypatch.setattr(interpreter, name, machine[name])
     assert bench_attention.can_compile_kernels() == can_compile
     if not can_compile:
         with pytest.raises(ValueError, match="before compute capability 8.0.* got cuda"):

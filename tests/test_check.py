@@ -14,7 +14,7 @@ import torch
 import torch.utils.checkpoint
 from tqdm import tqdm
 
-from lib import generate, paged_attention_triton, text
+from lib import generate, interpreter, paged_kv_cache_triton, text
 from lib.course.attempt import NOT_WRITTEN, ForbiddenCallError, forbid
 from lib.course.build import ROOT, chapter_texts, student_notebook
 from lib.course.check import Check, judge
@@ -357,7 +357,7 @@ def test_a_kernel_that_crashes_only_now_and_then_is_told_so(check, monkeypatch):
 
 
 def test_a_kernel_check_needs_triton_and_says_so(check, monkeypatch, capsys):
-    monkeypatch.setattr("lib.paged_attention_triton.HAS_TRITON", False)
+    monkeypatch.setattr("lib.interpreter.HAS_TRITON", False)
 
     def gather_kernel(*args):
         raise NotImplementedError
@@ -377,7 +377,7 @@ def test_a_kernel_check_needs_triton_and_says_so(check, monkeypatch, capsys):
 def compiled(monkeypatch):
     """As on a machine with a GPU; here no kernel may be launched then."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(paged_attention_triton, "IS_INTERPRETED", False)
+    monkeypatch.setattr(interpreter, "IS_INTERPRETED", False)
     monkeypatch.setattr(sys.modules["lib.course.check"], "attempt", raising(OSError))
 
 
@@ -387,7 +387,7 @@ def kernel(tail, tile="", **names):
 def load_row_kernel(x_ptr, out_ptr, x_stride, num_cols, TILE: tl.constexpr{tile}):
     row, col = tl.program_id(0), tl.arange(0, TILE)
 """
-    triton, tl = paged_attention_triton.triton, paged_attention_triton.tl
+    triton, tl = interpreter.triton, interpreter.tl
     cell = {"triton": triton, "tl": tl, **names}
     source = head + "".join(f"    {line}\n" for line in tail)
     exec(compile(source, register(f"<{tail}>", source), "exec"), cell)
@@ -399,11 +399,11 @@ STORE = "tl.store(out_ptr + row * TILE + col, x)"
 
 
 def test_a_kernel_that_passed_in_a_process_of_its_own_is_used_here(check, compiled):
-    zero = paged_attention_triton.tl.constexpr(0.0)
+    zero = interpreter.tl.constexpr(0.0)
     answer = kernel([LOAD.replace("0.0", "ZERO"), STORE], ZERO=zero)
     result = check(answer)
     assert (result.passed, result.message) == (True, "passed")
-    assert paged_attention_triton.load_row_kernel is answer
+    assert paged_kv_cache_triton.load_row_kernel is answer
 
 
 @pytest.mark.parametrize(
@@ -428,7 +428,7 @@ def test_a_wrong_kernel_is_told_the_same_where_kernels_are_compiled(
     assert (got.passed, got.message) == (False, expected)
     assert says in expected and "\n" not in expected
     ours = library_answer("load_row_kernel")
-    assert paged_attention_triton.load_row_kernel is ours
+    assert paged_kv_cache_triton.load_row_kernel is ours
 
 
 def test_a_kernel_without_an_end_is_ended_with_all_that_tries_it(

@@ -10,7 +10,7 @@ from answers import RIGHT, WRONG
 import lib.course.check as check
 from lib.course.compare import difference
 from lib.course.exercises import exercises, library_answer
-from lib.paged_attention_triton import HAS_TRITON
+from lib.interpreter import HAS_TRITON
 
 for module in pkgutil.iter_modules(answers.__path__):
     importlib.import_module(f"answers.{module.name}")
@@ -110,7 +110,7 @@ def test_wrong_answers_fail_and_are_told_why(name, answer, says, seeds, monkeypa
 )
 def test_where_kernels_are_compiled_they_are_told_the_same(name, answer, monkeypatch):
     expected = judge(name, answer, 0, monkeypatch).message
-    monkeypatch.setattr("lib.paged_attention_triton.IS_INTERPRETED", False)
+    monkeypatch.setattr("lib.interpreter.IS_INTERPRETED", False)
     assert check.judge(exercises()[name], answer, 0).message == expected
 
 

@@ -11,9 +11,9 @@ import torch
 
 pytest.importorskip("triton", reason="compiling needs Triton")
 from lib import paged_attention_triton  # noqa: E402
+from lib.interpreter import tl, triton  # noqa: E402
 from lib.measure import gpu_code  # noqa: E402
 from lib.measure.gpu_code import compile_decode, compile_prefill  # noqa: E402
-from lib.paged_attention_triton import tl, triton  # noqa: E402
 
 in_a_process_of_its_own = gpu_code._compile_in_child
 FACTOR, LOWEST = tl.constexpr(2.0), tl.constexpr(float("-inf"))

@@ -24,7 +24,7 @@ from lib.course.grading import grader, sandbox, wire
 from lib.course.grading.grader import Worker, grade
 from lib.course.grading.submissions import Submission, find
 from lib.course.stubs import answer, stub
-from lib.paged_attention_triton import HAS_TRITON
+from lib.interpreter import HAS_TRITON
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 

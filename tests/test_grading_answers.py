@@ -14,7 +14,7 @@ from test_exercises import WRONG as ANSWERS_WRONG
 from lib.course.collect import _needed
 from lib.course.exercises import exercises
 from lib.course.grading.grader import Worker, score
-from lib.paged_attention_triton import HAS_TRITON
+from lib.interpreter import HAS_TRITON
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 

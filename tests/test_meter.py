@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from helpers import random_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lib.interpreter import tl, triton
 from lib.measure.meter import (
     machine_facts,
     measure,
@@ -17,7 +18,6 @@ from lib.measure.meter import (
     resident_bytes,
 )
 from lib.model import attend_causal, attend_fused
-from lib.paged_attention_triton import tl, triton
 from lib.training import next_token_loss
 
 

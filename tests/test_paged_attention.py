@@ -213,7 +213,8 @@ import sys
 sys.modules["triton"] = None
 import warnings
 import torch
-from lib import paged_attention, paged_attention_triton as kernels
+from lib import interpreter, paged_attention, paged_attention_triton as kernels
+from lib import paged_kv_cache_triton as copies
 from lib.measure import gpu_code
 q, pool = torch.randn(2, 4, 8), torch.randn(2, 6, 4, 2, 8)
 index = torch.arange(6, dtype=torch.int32).view(2, 3), torch.tensor([5, 12]).int()
@@ -225,8 +226,8 @@ assert "no Triton here (it is for Linux): the kernel's torch twin" in str(warnin
 for one, other in zip(got, paged_attention.paged_decode_online(q, *pool, *index)):
     assert torch.equal(one, other)
 for call in (
-    lambda: kernels.pad_rows(q[0]),
-    lambda: kernels.gather_kv(*pool, index[0][0], 5),
+    lambda: copies.pad_rows(q[0]),
+    lambda: copies.gather_kv(*pool, index[0][0], 5),
 ):
     try:
         call()
@@ -251,7 +252,11 @@ def test_without_triton_the_twin_serves_and_says_so():
 
 
 pytest.importorskip("triton", reason="the kernels need Triton")
-from lib import paged_attention_triton  # noqa: E402
+from lib import (  # noqa: E402
+    interpreter,
+    paged_attention_triton,
+    paged_kv_cache_triton,
+)
 from lib.measure.meter import measure_traffic  # noqa: E402
 from lib.paged_attention_triton import paged_decode, paged_prefill  # noqa: E402
 
@@ -393,24 +398,24 @@ def test_keys_and_values_are_written_copied_and_gathered_as_by_the_twins(dtype):
     slots = torch.randperm(28)[:6]
     expected = caches.clone()
     paged_kv_cache.write_kv(*expected, k, v, slots)
-    paged_attention_triton.write_kv(*caches, k, v, slots)
+    paged_kv_cache_triton.write_kv(*caches, k, v, slots)
     assert torch.equal(caches, expected)
 
-    paged_attention_triton.copy_blocks(
+    paged_kv_cache_triton.copy_blocks(
         caches[0], torch.tensor([2, 5]), torch.tensor([6, 0])
     )
     expected[0, [6, 0]] = expected[0, [2, 5]]
     assert torch.equal(caches, expected)
 
     everywhere = torch.stack([slots, slots + 28], dim=1)  # not in one piece
-    paged_attention_triton.write_kv(*caches, 2 * k, 2 * v, everywhere[:, 0])
+    paged_kv_cache_triton.write_kv(*caches, 2 * k, 2 * v, everywhere[:, 0])
     paged_kv_cache.write_kv(*expected, 2 * k, 2 * v, slots)
     assert torch.equal(caches, expected)
 
     for seq_len in (0, 1, 4, 11):
         block_table = torch.tensor([[5, 1, 3, NOWHERE], [0, 0, 0, 0]]).t().contiguous()
         block_table = block_table.t()[0]
-        got = paged_attention_triton.gather_kv(*caches, block_table, seq_len)
+        got = paged_kv_cache_triton.gather_kv(*caches, block_table, seq_len)
         wanted = paged_kv_cache.gather_kv(*caches, block_table, seq_len)
         assert all(torch.equal(one, other) for one, other in zip(got, wanted))
 
@@ -418,23 +423,23 @@ def test_keys_and_values_are_written_copied_and_gathered_as_by_the_twins(dtype):
 def test_writes_that_do_not_fit_are_refused():
     cache, rows, slots = torch.zeros(3, 2, 1, 4), torch.zeros(2, 1, 4), torch.arange(2)
     with pytest.raises(ValueError, match=r"k, v: expected \(2, 1, 4\) of torch.float32"):
-        paged_attention_triton.write_kv(cache, cache, rows.half(), rows, slots)
+        paged_kv_cache_triton.write_kv(cache, cache, rows.half(), rows, slots)
     with pytest.raises(ValueError, match="as many sources as targets, got 2 and 1"):
-        paged_attention_triton.copy_blocks(cache, slots, slots[:1])
+        paged_kv_cache_triton.copy_blocks(cache, slots, slots[:1])
     with pytest.raises(ValueError, match="cache: expected contiguous"):
-        paged_attention_triton.gather_kv(cache.transpose(0, 1), cache, slots, 2)
+        paged_kv_cache_triton.gather_kv(cache.transpose(0, 1), cache, slots, 2)
     with pytest.raises(ValueError, match="slots: expected torch.int64 on cpu, got"):
-        paged_attention_triton.write_kv(cache, cache, rows, rows, slots.int())
+        paged_kv_cache_triton.write_kv(cache, cache, rows, rows, slots.int())
     with pytest.raises(ValueError, match="cache: expected shape .*2, 1, 4.*2, 1, 2"):
-        paged_attention_triton.write_kv(cache, cache[..., :2], rows, rows, slots)
+        paged_kv_cache_triton.write_kv(cache, cache[..., :2], rows, rows, slots)
     with pytest.raises(ValueError, match=r"slots: expected 0 to 5, got \[0, 6\]"):
-        paged_attention_triton.write_kv(cache, cache, rows, rows, slots * 6)
+        paged_kv_cache_triton.write_kv(cache, cache, rows, rows, slots * 6)
     with pytest.raises(ValueError, match=r"targets: expected 0 to 2, got \[-1, 0\]"):
-        paged_attention_triton.copy_blocks(cache, slots, slots - 1)
+        paged_kv_cache_triton.copy_blocks(cache, slots, slots - 1)
     with pytest.raises(ValueError, match=r"block_table: expected 0 to 2, got \[0, 3\]"):
-        paged_attention_triton.gather_kv(cache, cache, slots * 3, 3)
+        paged_kv_cache_triton.gather_kv(cache, cache, slots * 3, 3)
     with pytest.raises(ValueError, match="seq_len: expected 0 to 4 tokens, .* got 5"):
-        paged_attention_triton.gather_kv(cache, cache, slots, 5)
+        paged_kv_cache_triton.gather_kv(cache, cache, slots, 5)
 
 
 @pytest.mark.parametrize("decode", [paged_decode, *TWINS])
@@ -478,14 +483,14 @@ def test_texts_are_split_for_many_processors(
 
 
 def test_a_broken_interpreter_is_named(monkeypatch):
-    paged_attention_triton.check_interpreter.cache_clear()
-    monkeypatch.setattr(paged_attention_triton, "_canary_kernel", {(1,): print})
+    interpreter.check_interpreter.cache_clear()
+    monkeypatch.setattr(interpreter, "_canary_kernel", {(1,): print})
     with pytest.raises(
         RuntimeError, match=r"interpreter does not work here: expected \[6, 256\], got"
     ):
-        paged_attention_triton.check_interpreter()
+        interpreter.check_interpreter()
     monkeypatch.undo()
-    paged_attention_triton.check_interpreter()
+    interpreter.check_interpreter()
 
 
 def run_python(code, **env):
@@ -528,7 +533,7 @@ def test_wherever_triton_is_imported_first_kernels_run_or_one_sentence_says_why(
 def test_rows_are_padded_with_zeros():
     x = torch.randn(5, 12)
     for rows in (x, x[:, :7], x.t()[:, :3], x[:0], x.half()[:, :1]):
-        out = paged_attention_triton.pad_rows(rows)
+        out = paged_kv_cache_triton.pad_rows(rows)
         N, num_cols = rows.shape
         assert out.shape == (N, 2 ** math.ceil(math.log2(num_cols)))
         assert torch.equal(out[:, :num_cols], rows) and (out[:, num_cols:] == 0).all()
@@ -562,14 +567,14 @@ def test_the_kernel_moves_the_bytes_that_were_predicted(case, dtype):
     lens, (H, G), D, block_size = case
     q, *pool, block_tables, seq_lens = paged(case, dtype)
     config = ModelConfig(29, 1, H, G, d_model=H * D, d_ff=1, max_seq_len=1)
-    paged_attention_triton.check_interpreter()
+    interpreter.check_interpreter()
     cost = measure_traffic(lambda: paged_decode(q, *pool, block_tables, seq_lens))
     logsumexp_bytes = cost.value[1].nbytes
     moved = cost.read_bytes + cost.written_bytes - logsumexp_bytes
     assert moved == bytes_moved(config, seq_lens, q.itemsize)
     assert cost.index_bytes == 4 * G * (sum(lens) + len(lens))
 
-    gather = paged_attention_triton.gather_kv
+    gather = paged_kv_cache_triton.gather_kv
     cost = measure_traffic(
         lambda: [gather(*pool, *request) for request in zip(block_tables, lens)]
     )

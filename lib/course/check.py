@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import process_time
 
-from lib import paged_attention_triton
+from lib import interpreter
 from lib.course import ROOT, WITHOUT_GPU
 from lib.course.attempt import (
     NOT_WRITTEN,
@@ -143,14 +143,14 @@ def judge(exercise: Exercise, answer: Callable, seed: int) -> Result:
     Where the library's own is withheld, cases that need what stands further down on the
     page wait for it, and there is nothing to compare the time with.
     """
-    if exercise.is_kernel and not paged_attention_triton.HAS_TRITON:
+    if exercise.is_kernel and not interpreter.HAS_TRITON:
         needs = "needs Triton, which is for Linux: read on, the page goes on without"
         return Result(False, needs)
     is_alone = is_withheld(exercise.name)
     wrong = not_ready(exercise, answer) or is_alone and not_shipped(exercise.name)
     if wrong:
         return Result(False, wrong)
-    if exercise.is_kernel and not paged_attention_triton.IS_INTERPRETED:
+    if exercise.is_kernel and not interpreter.IS_INTERPRETED:
         return judge_elsewhere(exercise, answer, seed)
     cases = exercise.cases(seed)
     # What the first launch does once is done here, for all forks.

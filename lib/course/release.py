@@ -32,7 +32,7 @@ from lib.course.exercises import exercises
 from lib.course.grading import wire
 from lib.course.shipped import PATH, draws
 from lib.course.stubs import withheld
-from lib.paged_attention_triton import HAS_TRITON
+from lib.interpreter import HAS_TRITON
 
 # Patterns of what is handed out as it is, and what only those need who make the course.
 FILES = (

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lib import generate, paged_attention_triton, text
+from lib import generate, interpreter, text
 from lib.kv_cache import ContiguousKVCache
 from lib.measure import bench_attention
 from lib.measure.meter import machine_facts
@@ -307,7 +307,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     args = parse_args()
     torch.set_num_threads(args.threads)
-    triton_version = getattr(paged_attention_triton.triton, "__version__", None)
+    triton_version = getattr(interpreter.triton, "__version__", None)
     facts = {**machine_facts(), "cuda": torch.version.cuda, "triton": triton_version}
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     if args.device == "cuda":  # elsewhere no kernel is timed

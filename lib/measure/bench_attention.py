@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from lib import (
     has_gpu_for_kernels,
+    interpreter,
     kv_cache,
     paged_attention,
     paged_attention_triton,
@@ -72,8 +73,8 @@ CHECK_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 
 def can_compile_kernels() -> bool:
     """Whether kernels run here as they are meant to, on a GPU and not interpreted."""
-    is_there = has_gpu_for_kernels() and paged_attention_triton.HAS_TRITON
-    return is_there and not paged_attention_triton.IS_INTERPRETED
+    is_there = has_gpu_for_kernels() and interpreter.HAS_TRITON
+    return is_there and not interpreter.IS_INTERPRETED
 
 
 def check_device(device: torch.device | str):

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from lib import paged_attention_triton
+from lib import interpreter, paged_attention_triton
 
 GPUS = ("sm_80", "sm_90", "sm_100", "gfx942")  # A100, H100, B200, MI300
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
@@ -212,7 +212,7 @@ def _check_known(name: str, value: str, known: Any):
 
 
 def _check_triton():
-    if not paged_attention_triton.HAS_TRITON:
+    if not interpreter.HAS_TRITON:
         raise CompileError("expected Triton, which is for Linux")
 
 

@@ -5,9 +5,10 @@ import re
 import torch
 
 from answers import right, wrong
-from lib import paged_attention_triton
+from lib import paged_attention_triton, paged_kv_cache_triton
 from lib.course.collect import register
-from lib.paged_attention_triton import LOG2_E, tl, triton
+from lib.interpreter import tl, triton
+from lib.paged_attention_triton import LOG2_E
 
 STORE = "    tl.store(out_ptr + row * TILE + col, x)\n"
 
@@ -588,14 +589,16 @@ def gather_noisy(
 
 def changed(name, title, *changes):
     """The library's kernel, with some of its text replaced; its title is in its name."""
-    kernel = vars(paged_attention_triton)[name]
+    is_copy = hasattr(paged_kv_cache_triton, name)
+    module = paged_kv_cache_triton if is_copy else paged_attention_triton
+    kernel = vars(module)[name]
     source = inspect.getsource(getattr(kernel, "fn", kernel))
     for old, new in changes:
         assert old in source, f"{title}: the kernel has no {old}"
         source = source.replace(old, new)
     new_name = re.sub(r"\W+", "_", f"{name} {title}")
     source = source.replace(f"def {name}(", f"def {new_name}(")
-    namespace = dict(vars(paged_attention_triton))
+    namespace = dict(vars(module))
     exec(compile(source, register(f"<{name}: {title}>", source), "exec"), namespace)
     return namespace[new_name]
 

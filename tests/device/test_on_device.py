@@ -16,7 +16,7 @@ from lib.paged_attention import paged_prefill_gather
 from lib.paged_kv_cache import PagedKVCache
 
 pytest.importorskip("triton", reason="the kernels need Triton")
-from lib import paged_attention_triton  # noqa: E402
+from lib import paged_kv_cache_triton  # noqa: E402
 from lib.paged_attention_triton import paged_decode, paged_prefill  # noqa: E402
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -71,17 +71,17 @@ def test_keys_and_values_are_written_copied_and_gathered_as_by_the_twins(device,
     caches = torch.randn(2, 7, 4, 3, 5).to(device, dtype)
     k, v = torch.randn(2, 6, 3, 5).to(device, dtype)
     expected, slots = caches.clone(), ids(27, 0, 5, 4, 13, 20)
-    paged_attention_triton.write_kv(*caches, k, v, slots)
+    paged_kv_cache_triton.write_kv(*caches, k, v, slots)
     paged_kv_cache.write_kv(*expected, k, v, slots)
     assert torch.equal(caches, expected)
 
-    paged_attention_triton.copy_blocks(caches[0], ids(2, 5), ids(6, 0))
+    paged_kv_cache_triton.copy_blocks(caches[0], ids(2, 5), ids(6, 0))
     expected[0, [6, 0]] = expected[0, [2, 5]]
     assert torch.equal(caches, expected)
 
     for seq_len in (0, 1, 4, 11):
         request = ids(5, 1, 3, NOWHERE), seq_len
-        got = paged_attention_triton.gather_kv(*caches, *request)
+        got = paged_kv_cache_triton.gather_kv(*caches, *request)
         wanted = paged_kv_cache.gather_kv(*caches, *request)
         assert all(torch.equal(one, other) for one, other in zip(got, wanted))
 

@@ -1039,9 +1039,10 @@ def _explain_crash(name: str, inputs: dict) -> str | None:
     return FAR[name] if inputs.get("is_far") or inputs.get("far") else None
 
 
-def _kernel(name: str, points: int, cases, explain, compile_kernel) -> Exercise:
+def _kernel(path: str, points: int, cases, explain, compile_kernel) -> Exercise:
+    module, name = path.split(".")
     return Exercise(
-        f"lib.paged_attention_triton.{name}",
+        f"lib.{module}.{name}",
         points,
         cases,
         explain,
@@ -1086,17 +1087,21 @@ EXERCISES = [
         errors=ONLINE_ERRORS,
     ),
     _kernel(
-        "load_row_kernel",
+        "paged_kv_cache_triton.load_row_kernel",
         1,
         load_row_kernel_cases,
         load_row_kernel_explain,
         _compile_load_row,
     ),
     _kernel(
-        "gather_kernel", 2, gather_kernel_cases, gather_kernel_explain, _compile_gather
+        "paged_kv_cache_triton.gather_kernel",
+        2,
+        gather_kernel_cases,
+        gather_kernel_explain,
+        _compile_gather,
     ),
     _kernel(
-        "paged_decode_kernel",
+        "paged_attention_triton.paged_decode_kernel",
         3,
         paged_decode_kernel_cases,
         paged_decode_kernel_explain,
@@ -1113,7 +1118,7 @@ EXERCISES = [
         "lib.paged_attention.bytes_moved", 2, bytes_moved_cases, bytes_moved_explain
     ),
     _kernel(
-        "paged_prefill_kernel",
+        "paged_attention_triton.paged_prefill_kernel",
         3,
         paged_prefill_kernel_cases,
         paged_prefill_kernel_explain,

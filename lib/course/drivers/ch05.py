@@ -11,12 +11,13 @@ import functools
 import math
 import mmap
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 
-from lib import paged_attention_triton
+from lib import interpreter, paged_attention_triton, paged_kv_cache_triton
 from lib.config import ModelConfig
 from lib.course.drivers.ch01 import as_array
 from lib.course.drivers.ch03 import as_number
@@ -68,8 +69,8 @@ def load_row_kernel(
         apart[:, : x.shape[1]] = rows
         rows = apart
     rows = rows[:, :num_cols]
-    with launched("load_row_kernel", answer):
-        moved = measure_traffic(lambda: paged_attention_triton.pad_rows(rows))
+    with launched(paged_kv_cache_triton, "load_row_kernel", answer):
+        moved = measure_traffic(lambda: paged_kv_cache_triton.pad_rows(rows))
     return {"rows": as_array(moved.value), **_bytes(moved)}
 
 
@@ -87,9 +88,9 @@ def gather_kernel(
         far = _promised((first + len(pool), *pool.shape[1:]), pool.dtype)
         far[first:] = pool
         pool, table = far, _renumbered(table, len(pool), first)
-    with launched("gather_kernel", answer):
+    with launched(paged_kv_cache_triton, "gather_kernel", answer):
         moved = measure_traffic(
-            lambda: paged_attention_triton.gather_kv(pool, pool, table, seq_len)
+            lambda: paged_kv_cache_triton.gather_kv(pool, pool, table, seq_len)
         )
     return {"k": as_array(moved.value[0]), **_bytes(moved)}
 
@@ -142,7 +143,7 @@ def paged_prefill_kernel(
 
 def _attend(name: str, answer: Any, attend: Callable[[], tuple]) -> dict:
     """What `attend()` gives and moves, with the answer as the kernel of that name."""
-    with launched(name, answer):
+    with launched(paged_attention_triton, name, answer):
         moved = measure_traffic(attend)
     out, logsumexp = moved.value
     return {
@@ -191,18 +192,18 @@ def _bytes(moved: Traffic) -> dict:
 
 
 @contextlib.contextmanager
-def launched(name: str, kernel: Any) -> Iterator[None]:
-    """While inside, the library launches `kernel`, and new memory holds NaN."""
-    kept = getattr(paged_attention_triton, name)
+def launched(module: ModuleType, name: str, kernel: Any) -> Iterator[None]:
+    """While inside, `module` launches `kernel`, and new memory holds NaN."""
+    kept = getattr(module, name)
     was = torch.are_deterministic_algorithms_enabled()
     was_warning = torch.is_deterministic_algorithms_warn_only_enabled()
-    paged_attention_triton.check_interpreter()  # now, lest it be counted
-    setattr(paged_attention_triton, name, kernel)
+    interpreter.check_interpreter()  # now, lest it be counted
+    setattr(module, name, kernel)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
     try:
         yield
     finally:
-        setattr(paged_attention_triton, name, kept)
+        setattr(module, name, kept)
         torch.use_deterministic_algorithms(was, warn_only=was_warning)
 
 
