@@ -385,7 +385,7 @@ def kernel(tail, tile="", **names):
     """A `load_row_kernel` of which the last lines are these; `tile` follows TILE."""
     head = f"""@triton.jit
 def load_row_kernel(x_ptr, out_ptr, x_stride, num_cols, TILE: tl.constexpr{tile}):
-    row, col = tl.program_id(0), tl.arange(0, TILE)
+    row, col = tl.program_id(0).to(tl.int64), tl.arange(0, TILE)
 """
     triton, tl = interpreter.triton, interpreter.tl
     cell = {"triton": triton, "tl": tl, **names}
