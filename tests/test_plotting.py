@@ -203,3 +203,14 @@ def test_the_paper_s_parts_are_below_ours_in_the_same_colours():
 def test_what_was_published_about_something_else_is_refused():
     with pytest.raises(AssertionError, match="expected names among .*us.* got .*them"):
         plotting.plot_usage({"us": usage(1, 0, 0, 0)}, published={"them": (1,)}, title="")
+
+
+def test_lines_that_meet_at_their_ends_are_named_in_a_legend():
+    x = [1, 2, 3]
+    series = {name: (x, [y, 2 * y, 10]) for name, y in (("a", 1), ("c", 3), ("b", 2))}
+    ax = plotting.plot_measured(series, xlabel="x", ylabel="y", title="t")
+    names = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert names == ["c", "b", "a"] and not ax.texts
+    series["c"] = (x, [3, 6, 20])  # two names may stand one over the other
+    ax = plotting.plot_measured(series, xlabel="x", ylabel="y", title="t")
+    assert ax.get_legend() is None and len(ax.texts) == 3

@@ -292,11 +292,12 @@ def _byte_name(token_id: int) -> str:
 
 
 def _label_ends(ax: Axes, lines: Mapping[str, Line2D]):
-    """Name each line at its right end, in its colour, names at least a line apart."""
+    """Name each line at its right end, in its colour, names at least a line apart. Where
+    three or more come together there, a legend names them from the top to the bottom."""
     ax.autoscale_view()
     ends = {name: line.get_xydata()[-1] for name, line in lines.items()}
     right = max(x for x, _ in ends.values())
-    lowest_free = -math.inf  # in points
+    offsets, lowest_free = {}, -math.inf  # in points
     for name in sorted(ends, key=lambda name: ends[name][1]):
         height = ax.transData.transform(ends[name])[1] * 72 / ax.figure.dpi
         shift = max(0.0, lowest_free - height)
@@ -304,11 +305,17 @@ def _label_ends(ax: Axes, lines: Mapping[str, Line2D]):
             shift = -12.0  # below the lines that go on
         else:
             lowest_free = height + shift + 12
+        offsets[name] = (6, shift)
+    if max(shift for _, shift in offsets.values()) > 18:
+        from_top = sorted(lines, key=lambda name: -lines[name].get_ydata().mean())
+        ax.legend([lines[name] for name in from_top], from_top)
+        return
+    for name, line in lines.items():
         ax.annotate(
             name,
             ends[name],
-            (6, shift),
+            offsets[name],
             textcoords="offset points",
             va="center",
-            color=lines[name].get_color(),
+            color=line.get_color(),
         )
