@@ -420,7 +420,7 @@ drawing.draw_reads(
 # computes bf16 wrongly. Each tensor comes with its strides, since none has to
 # lie in one piece. `start` and `end` bound this program's part of the text.
 #
-# The check takes about half a minute, in which nothing is printed.
+# The check takes 10 to 20 seconds, in which nothing is printed.
 
 # %% exercise="paged_decode_kernel" given="1 2 3 4 6 8 11"
 from lib.paged_attention_triton import paged_decode_kernel
@@ -945,7 +945,7 @@ for row in range(query_len * group_size):
 #
 # It is checked on whole prompts, on prompts behind a part that is cached
 # already, on pieces of prompts, on single tokens, and on requests that bring
-# none.
+# none. That takes 10 to 20 seconds.
 
 # %% exercise="paged_prefill_kernel" given="1 3 4 5 6 8 9"
 from lib.paged_attention_triton import paged_prefill_kernel
