@@ -83,12 +83,12 @@ def attend_online(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of one token over keys and values that come in pieces.
 
-    q (H, D), scaled already; tiles: pairs k, v (S, G, D), S of each its own, 0 too. Holds
-    one tile's scores at a time, and three running numbers per query head: the largest
-    score so far, the sum of all exp(score - largest), and the values' sum under these
-    weights. Sums, and what goes into them, are float32 where q is of fewer bits. Returns
-    out (H, D), in q's dtype, and logsumexp (H,), in that of the sums: without keys 0 and
-    -inf.
+    q (H, D), scaled already; tiles: pairs k, v (S, G, D), each with an S of its own,
+    which may be 0. Holds one tile's scores at a time, and three running numbers per query
+    head: the largest score so far, the sum of all exp(score - largest), and the values'
+    sum under these weights. Sums, and what goes into them, are float32 where q has fewer
+    bits. Returns out (H, D), in q's dtype, and logsumexp (H,), in that of the sums.
+    Without keys out is 0 and logsumexp is -inf.
 
     >>> one, two = torch.ones(1, 1, 1), torch.full((2, 1, 1), 2.0)
     >>> attend_online(torch.zeros(1, 1), [(one, one), (two, 4 * two)])  # equal weights

@@ -89,7 +89,7 @@ def paged_decode_kernel(
     seq_len = tl.load(seq_lens_ptr + b)
     start = split * split_tokens
     end = tl.minimum(start + split_tokens, seq_len)
-    if (split > 0) & (start >= seq_len):  # no keys are left: nobody asks for the result
+    if (split > 0) & (start >= seq_len):  # without keys: nobody reads what it would store
         return
 
     # load the queries of all heads of the group, once

@@ -76,7 +76,7 @@ def gather_kernel(
     # locate: one program per token
     position, i = tl.program_id(0).to(tl.int64), tl.arange(0, TILE)
 
-    # look up its block; int64, for id times size may pass 2^31
+    # look up its block: ids are numbers in memory, made as wide as position is
     block_id = tl.load(block_table_ptr + position // block_size).to(tl.int64)
     slot = block_id * block_size + position % block_size
 

@@ -144,9 +144,9 @@ print(f"{acc / row_sum:.4f}, by softmax {scores.softmax(0) @ values:.4f}")
 # ### Exercise 5.1 · `attend_online` ★★ (20 minutes)
 #
 # Write attention for one token. You get its queries, already divided by √D, and
-# keys and values that come tile by tile. The tiles come once, and you may keep
-# no more than one. The scores are given: as in chapter 3, query heads that read
-# the same keys are the rows of one matrix.
+# keys and values that come tile by tile. You can go through the tiles only
+# once, and may keep only one of them at a time. The scores are given: as in
+# chapter 3, query heads that read the same keys are the rows of one matrix.
 
 # %% exercise="attend_online" given="1 tile"
 from lib.paged_attention import attend_online
@@ -227,7 +227,11 @@ for decode in (paged_decode_gather, paged_decode_online):
 #   product of two such numbers, of which the largest is 2^31 - 1. An offset
 #   into a large pool may be larger.
 #
-# `kernel[(N,)](...)` launches N programs, with ids 0 to N - 1.
+# A kernel is a function under `@triton.jit`. `kernel[(N,)](...)` launches N
+# programs, with ids 0 to N - 1. With two or three numbers, `kernel[(B,
+# G)](...)`, there is one for each pair or triple, and `tl.program_id(1)` is its
+# second number. The library does this in a **launcher**: a function that checks
+# its tensors, makes room for the results and launches.
 #
 # ### Exercise 5.2 · `load_row_kernel` ★ (15 minutes)
 #
@@ -260,9 +264,13 @@ check(load_row_kernel)
 # The check runs your kernel in the interpreter and counts what it loads and
 # stores. Then it compiles it for a GPU, since the interpreter is not strict: it
 # takes things that no GPU could run. (This takes a few seconds, in which
-# nothing is printed.) As always, what passes takes the library's place:
-# `copies.pad_rows` launches your kernel now. Three rows of five numbers, cut
-# out of rows of seven:
+# nothing is printed.) To look inside a kernel that does not pass, launch it
+# yourself: interpreted, it may `print` what it has. The stub's `raise` has to
+# go when your lines are there.
+#
+# As always, what passes takes the library's place. `copies.pad_rows`, the
+# launcher, launches your kernel now. Three rows of five numbers, cut out of
+# rows of seven:
 
 # %%
 if HAS_TRITON:
@@ -290,7 +298,7 @@ check(gather_kernel)
 # <details><summary>Hint 1</summary>
 #
 # `tl.load(block_table_ptr + position // block_size)` is one number, the id.
-# Make it 64 bits wide before you multiply: `.to(tl.int64)`.
+# Make it as wide as `position` is: `.to(tl.int64)`.
 #
 # </details>
 # <details><summary>Hint 2</summary>
@@ -315,7 +323,8 @@ if HAS_TRITON:
     print("the same as in torch:", all(map(torch.equal, dense, twin)))
     if moved:
         print(f"{moved.read_bytes:,} bytes of keys and values read, ", end="")
-        print(f"{moved.written_bytes:,} written, {moved.index_bytes} of ids")
+        print(f"{moved.written_bytes:,} written, ", end="")
+        print(f"{moved.index_bytes} of ids, which have 8 each here")
 
 # %% [markdown]
 # That is the copy of chapter 4 as a kernel. Now we do without the copy.
@@ -401,12 +410,14 @@ drawing.draw_reads(
 #   load under `mask=is_token`.
 # - **gather**: `k` and `v`, (TILE, COLS) each. `k_at` and `v_at` are offsets,
 #   one for each token. With `[:, None]` they become a column, and
-#   `col[None, :]` is the row. The mask is `is_there`. What is dead may be NaN,
-#   and a weight of 0 does not save you: 0 times NaN is NaN.
+#   `col[None, :]` is the row. Load under the mask `is_there`, with
+#   `other=0.0`. A place where no token is may hold anything, NaN too, and a
+#   weight of 0 does not save you: 0 times NaN is NaN.
 # - **score**: as in `scores_kernel`, (ROWS, TILE), times `scale_log2_e`. Scores
 #   of tokens that are not there are -inf.
 # - **rescale**: as in `attend_online`, with `tl.maximum`, `tl.max(..., axis=1)`
-#   and `tl.sum(..., axis=1)`.
+#   and `tl.sum(..., axis=1)`. The weighted values are a `tl.dot` too, and it
+#   wants `input_precision="ieee"` like the first.
 #
 # Two things are new. First, a GPU has an instruction for 2 to the power of x,
 # and none for e to the power of x. So the scores come multiplied by log2(e),
@@ -414,11 +425,14 @@ drawing.draw_reads(
 # Second, `tl.dot` wants both sides in one dtype. Your weights are fp32, and
 # the values may be bf16: cast the weights, with `weights.to(v.dtype)`. (Casting
 # the values instead gives right numbers and a bad kernel: they would take twice
-# the registers, and tensor cores do not multiply fp32.)
+# the room, and tensor cores do not multiply fp32.)
 #
-# The rest is given. `UPCAST` is on for fp32, and in the interpreter, which
-# computes bf16 wrongly. Each tensor comes with its strides, since none has to
-# lie in one piece. `start` and `end` bound this program's part of the text.
+# The rest is given. The launcher, `paged_decode`, starts a program for each
+# request, KV head and part of the keys: `kernel[(B, G, num_splits)]`. `start`
+# and `end` bound this program's part. `tl.full` and `tl.zeros` make tiles,
+# `tl.cdiv` divides and rounds up. `UPCAST` is on for fp32, and in the
+# interpreter, which computes bf16 wrongly. Each tensor comes with its strides,
+# since none has to lie in one piece.
 #
 # The check takes 10 to 20 seconds, in which nothing is printed.
 
@@ -463,7 +477,8 @@ for block_size in (1, 8, 16, 100):
 # ## One long text, and nobody to help
 #
 # One program for each request and KV head: a single request to Llama 3 8B makes
-# eight programs per layer. An A100 has 108 processors, and an H100 (SXM) has
+# eight programs per layer. An A100 can run programs on 108 **multiprocessors**
+# (its parts that carry out programs), an H100 (SXM, the one for servers) on
 # 132. A hundred of them would watch eight read a long text.
 #
 # So the keys are shared out. Each program takes `split_tokens` keys, one
@@ -471,14 +486,18 @@ for block_size in (1, 8, 16, 100):
 # in splits of 512 keeps 20 programs busy per KV head, and a short text beside
 # it keeps one busy. (The launcher starts as many programs for each request as
 # the longest could need. Those that find no keys end after one look at the
-# length.) What each program has in the end is attention over its own split,
-# divided by its own sum. How do these become one?
+# length.) You may say how many, `paged_decode(..., split_tokens=512)`;
+# otherwise the launcher takes so many that a GPU has about two programs for
+# each of its multiprocessors, at least 128 and at most 2,048.
+#
+# What each program has in the end is attention over its own split, divided by
+# its own sum. How do these become one?
 #
 # ### Exercise 5.5 · `merge_splits` ★★★ (20 minutes)
 #
 # You get P partial results of each head, `outs`, and the `logsumexps` of their
-# splits. Return out and logsumexp over all keys. A split may be empty: then its
-# out is 0 and its logsumexp is -inf.
+# splits. Return out and logsumexp over all keys. A split may be without keys:
+# then you get an out of 0 and a logsumexp of -inf.
 
 # %% exercise="merge_splits"
 from lib.paged_attention import merge_splits
@@ -518,9 +537,10 @@ print(f"{len(parts)} parts, merged: off by {(merged - whole).abs().max():.0e}")
 # %% [markdown]
 # Your kernel does its part already. Look at its first lines, `start` and `end`,
 # and at its last ones, which write to the place of its split. A second kernel
-# merges, as your function does. How does it know that all programs of the first
-# are done? It is launched after it, on the same **stream**, and a GPU runs what
-# is launched on one stream in order.
+# merges, as your function does. It knows the lengths, so it skips splits that
+# have no keys, into which nobody has written. How does it know that all
+# programs of the first are done? It is launched after it, on the same
+# **stream**, and a GPU runs what is launched on one stream in order.
 
 # %%
 inputs = random_pool([200, 1, 70], H=4, G=2, D=16)
@@ -536,18 +556,22 @@ for split_tokens in (256, 128, 64):
 # So far a program was a few lines that run many times. What does a GPU make of
 # them? These are the words, with the numbers of NVIDIA's A100 and H100:
 #
-# - A **processor** (NVIDIA says streaming multiprocessor) carries out several
-#   programs at a time. An A100 has 108 of them, an H100 has 132.
+# - A **multiprocessor** (NVIDIA says streaming multiprocessor, SM) carries out
+#   several programs at a time. An A100 has 108 of them, an H100 has 132.
 # - A program is carried out by **threads**. 32 threads make a **warp**, and all
 #   threads of a warp carry out the same instruction at the same time. Our
 #   program has four warps (`num_warps=4`), so 128 threads. A tile of 64 keys by
-#   128 numbers is spread over them, 64 numbers for each. Which thread has which
-#   ones is Triton's choice, and nothing in the language shows it.
+#   128 numbers is spread over them, 64 numbers for each. A single number, such
+#   as `seq_len`, all of them know. Which thread has which part of a tile is
+#   Triton's choice, and nothing in the language shows it. Where a line needs
+#   the numbers of several threads, as `tl.max(..., axis=1)` does, the compiler
+#   writes the exchange.
 # - What a thread has lies in its **registers**, of 32 bits each. A thread has
-#   255 at most, and a processor has 65,536 for all. What finds no register is
+#   255 at most, and a multiprocessor has 65,536 for all. `acc`, 16 by 128
+#   numbers in fp32, takes 16 of each thread. What finds no register is
 #   **spilled** to memory, and that is slow.
-# - **Shared memory** is on the processor, and all threads of a program see it:
-#   164 KB on an A100, 228 KB on an H100. Triton uses it for what threads
+# - **Shared memory** is on the multiprocessor, and all threads of a program see
+#   it: 164 KB on an A100, 228 KB on an H100. Triton uses it for what threads
 #   exchange, and for tiles that are loaded ahead of time.
 #
 # Triton brings the compilers of NVIDIA and AMD. So your kernel can be compiled
@@ -565,69 +589,80 @@ if HAS_TRITON:
 
 # %% [markdown]
 # Nothing is spilled, if yours is written as the library's. How many programs
-# fit on one processor at once? That is its **occupancy**, and whatever runs out
-# first decides. (Registers are handed out in eights, and each program takes
-# 1 KB of shared memory more than it asks for.)
+# fit on one multiprocessor at once? That is its **occupancy**, and whatever
+# runs out first decides. (Registers are handed out in eights, and each program
+# takes 1 KB of shared memory more than it asks for.)
 
 # %%
-SHARED = {"A100": 164 * 1024, "H100": 228 * 1024}  # bytes per processor
+SHARED = {"A100": 164 * 1024, "H100": 228 * 1024}  # bytes per multiprocessor
+
+
+def programs_at_once(name, code, num_threads=4 * 32):
+    """By registers, and by shared memory."""
+    registers = math.ceil(code.registers / 8) * 8 * num_threads
+    return 65536 // registers, SHARED[name] // (code.shared_bytes + 1024)
+
+
 for name, code in codes.items():
-    num_threads = 4 * 32
-    per_thread = math.ceil(code.registers / 8) * 8
-    by_registers = 65536 // (per_thread * num_threads)
-    by_shared = SHARED[name] // (code.shared_bytes + 1024)
+    by_registers, by_shared = programs_at_once(name, code)
     print(f"{name}: {by_registers} programs by registers, ", end="")
     print(f"{by_shared} by shared memory")
 
 # %% [markdown]
 # Does a program wait at each load? No. A warp asks for the numbers and goes on,
 # until an instruction needs one of them. If it has not come yet, the warp
-# waits, and the processor lets another warp go on. So memory is busy as long as
-# enough bytes are **in flight**, asked for and not there yet. How many is
-# enough? As many as memory delivers in the time that one load takes, bandwidth
-# times latency. (The latency is our assumption. NVIDIA publishes none, and it
-# grows when memory is busy.)
+# waits, and the multiprocessor lets another warp go on. So memory is busy as
+# long as enough bytes are **in flight**, asked for and not there yet. How many
+# is enough? As many as memory delivers in the time that one load takes,
+# bandwidth times latency. (The latency is our assumption. NVIDIA publishes
+# none, and it grows when memory is busy.)
 
 # %%
 H100_BYTES_PER_S, LATENCY_S = 3350e9, 0.8e-6  # published; assumed
-needed_bytes = H100_BYTES_PER_S * LATENCY_S / 132  # per processor
+needed_bytes = H100_BYTES_PER_S * LATENCY_S / 132  # per multiprocessor
 tile_bytes = 2 * 64 * 128 * 2  # keys and values, 64 tokens, D = 128, bf16
-print(f"in flight for each processor of an H100: {needed_bytes:,.0f} bytes")
+print(f"in flight for each multiprocessor: {needed_bytes:,.0f} bytes")
 print(f"a tile of keys and values: {tile_bytes:,} bytes")
 
 # %% [markdown]
-# So one tile per processor is enough (at D = 128), if it is in flight *all the
-# time*: also while the tile before it is being multiplied. Other programs on
-# the same processor help, for one may load while another multiplies. A program
-# can also help itself, by loads that run ahead of its products. That is called
-# **software pipelining**. It needs a second place in shared memory to load
-# into, a **buffer**. The compiler writes all of it, and how far ahead is a
-# number that the launcher gives it, `num_stages`.
+# So one tile per multiprocessor is enough (at D = 128), if it is in flight *all
+# the time*: also while another one is being multiplied. Other programs on the
+# same multiprocessor help, for one may load while another multiplies. A program
+# can also help itself. In our loop a tile is needed right after it is asked
+# for. If the loop asks for the *next* tile before it multiplies this one, the
+# load is in flight meanwhile. That is called **software pipelining**. The next
+# tile needs a place to go to, a second **buffer** in shared memory. The
+# compiler writes all of it, and how far it works ahead is a number that the
+# launcher gives it, `num_stages`: the number of tiles that are in work at once,
+# each in another stage of it.
 #
-# Compile your kernel with 1, 2, 3 and 5 stages, and look at two things: how
-# many tiles of keys shared memory holds at a time, and how many copies may
-# still be under way when the loop waits for its next tile. (A tile has three:
-# ids, keys and values.) Before you run the cell: how many buffers would you
-# expect with three stages?
+# Compile your kernel with 1, 2, 3, 5 and 7 stages, and look at how many tiles
+# of keys shared memory holds at a time (buffers), and at how many loads may be
+# in flight still when the loop waits for its next tile. Before you run the
+# cell: if two stages give one buffer, how many do three give?
 
 # %%
-for num_stages in (1, 2, 3, 5) if HAS_TRITON else ():
+for num_stages in (1, 2, 3, 5, 7) if HAS_TRITON else ():
     code = gpu_code.compile_decode("sm_90", num_stages=num_stages)
-    left = min(code.loop_waits, default="nothing is copied ahead")
+    left = min(code.loop_waits, default="no load runs ahead")
     print(f"num_stages={num_stages}: buffers {code.num_buffers}, ", end="")
-    print(f"{code.shared_bytes:6,} bytes; copies left when it waits: {left}")
+    print(f"{code.shared_bytes:7,} bytes, ", end="")
+    print(f"{min(programs_at_once('H100', code))} programs; in flight: {left}")
 
 # %% [markdown]
-# Two stages give one buffer, and three stages do not give two. With one buffer
-# the loop waits until *no* copy is under way, so this program loads nothing
-# while it multiplies. The reason is the block table. A key's address is known
-# only when its block's id has come, so there are two loads, one behind the
-# other, and the stages are divided between them. It takes five to give each of
-# them two. That is what the library launches with.
+# Three stages give one buffer like two, and 256 bytes more. These are 64 block
+# ids of 4 bytes, and they are the reason. A key's address is known only when
+# its block's id has come, so there are two loads, one behind the other. With
+# two stages the ids are loaded on the spot, and with three they get a buffer of
+# their own. From then on a buffer more for the keys and values costs two
+# stages: one for them, and one for the ids.
 #
-# It has its price: with twice the shared memory fewer programs fit on a
-# processor, and those would have helped as well. Which of the two wins can only
-# be measured, on a GPU.
+# With one buffer the loop waits until *no* load is in flight before it
+# multiplies. With five stages a whole tile may still be in flight: three loads,
+# of ids, keys and values. That is what the library launches with. It has its
+# price: with so much shared memory fewer programs fit on a multiprocessor, and
+# those would have helped as well. Which of the two wins can only be measured,
+# on a GPU.
 #
 # There is another way, in the kernel: look up the *next* tile's blocks at the
 # end of this one. Then the ids are there when the keys are asked for, and no
@@ -663,11 +698,12 @@ if HAS_TRITON:
     else:
         code = gpu_code.compile_decode("sm_90", num_stages=3, kernel=ahead)
         print(f"num_stages=3: buffers {code.num_buffers}, ", end="")
-        print(f"{code.shared_bytes:6,} bytes; ", end="")
-        print(f"copies left when it waits: {min(code.loop_waits, default=0)}")
+        print(f"{code.shared_bytes:7,} bytes, ", end="")
+        print(f"in flight: {min(code.loop_waits, default=0)}")
 
 # %% [markdown]
-# Two buffers from three stages, in about as much shared memory. We keep the
+# Two buffers from three stages, in about as much shared memory. (Only keys and
+# values are counted as in flight here. The ids wait in registers.) We keep the
 # kernel that is easier to read.
 #
 # Next, why do rows that a table scatters over the pool cost no bandwidth?
@@ -677,11 +713,12 @@ if HAS_TRITON:
 # into whole pieces are called **coalesced**.)
 #
 # But the compiler writes such loads only where it knows that each begins at a
-# multiple of 16 bytes. Triton tells it which strides are multiples of 16
-# numbers, and nothing finer. At D = 72 the rows do begin at multiples of 16
-# bytes, for 72 numbers are 144 bytes, but nobody says so. Here are the loads of
-# three kernels: D = 128; D = 72; and D = 72 with a promise, `tl.multiple_of`,
-# in your step **address**:
+# multiple of 16 bytes, which are 8 numbers in bf16. Triton tells it which
+# strides are multiples of 16 numbers, and nothing finer. At D = 72 every row
+# begins at a multiple of 8 numbers, but nobody says so. Here are the loads of
+# three kernels: D = 128; D = 72; and D = 72 with that promise,
+# `tl.multiple_of(k_at, 8)`, in your step **address**. (`LDG` loads into
+# registers, `LDGSTS` from memory to shared memory; `.128` is 16 bytes.)
 
 # %%
 promise = {
@@ -714,15 +751,17 @@ if HAS_TRITON:
         print(error)
 
 # %% [markdown]
-# Without the promise the compiler loads number by number, cannot copy ahead,
+# Without the promise the compiler loads number by number, cannot load ahead,
 # and makes a mess of the rest: thousands of bytes per thread go through memory.
-# With it everything is back, but for the four loads of the queries. This is why
-# head sizes are multiples of 16 nearly everywhere.
+# With it everything is back, but for the queries, about which we promised
+# nothing: four narrow loads in the place of a wide one.
 #
 # And this is a piece of what the A100 would run, around the first matrix
-# product. `HMMA` is the tensor cores' instruction: a product of 16 by 16 and
-# 16 by 8 numbers in bf16, summed up in fp32. `LDSM` brings numbers from shared
-# memory into registers, R36 and others; RZ is a zero.
+# product. `HMMA` is the tensor cores' instruction, carried out by a warp as a
+# whole: a product of 16 by 16 and 16 by 8 numbers in bf16, summed up in fp32.
+# The scores of a tile take 64 of them, the weighted values another 64, which is
+# 32 for each of the four warps. `LDSM` brings numbers from shared memory into
+# registers, R36 and others; RZ is a zero, `NOP` does nothing.
 
 # %%
 if codes:
@@ -743,9 +782,9 @@ if codes:
 # stops, or begins, to be a multiple of 16. It takes seconds, so nothing that
 # grows with the text may be among them. The width of the block table and the
 # length of a split are handed over as plain numbers, about which the compiler
-# assumes nothing (`do_not_specialize`). What is left happens once: when the
-# first text is shared out, the kernel is compiled again to write its parts in
-# fp32, and so is the one that merges them.
+# assumes nothing (`do_not_specialize`). What is left happens once. When the
+# first text is shared out, the kernel is compiled a second time, to write its
+# parts in fp32, and the one that merges them for the first time.
 #
 # ## Predict the bytes
 #
@@ -891,9 +930,10 @@ for name, (bytes_per_s, flops_per_s) in roofs.items():
 # These GPUs need 150 FLOPs and more for each byte, and attention in decode has
 # four useful ones, or sixteen with the padding. There, memory sets the pace. On
 # a processor the corner is far to the left. A point may lie below the slope:
-# attention is many small calls of torch here, and does not wait for memory. A
-# point may even lie above it, for a product only reads its matrix, and reading
-# alone can be faster than a copy, which writes as well.
+# then something else than memory sets its pace, such as the many small calls of
+# torch that attention is here. A point may even lie above it, for a product
+# only reads its matrix, and reading alone can be faster than a copy, which
+# writes as well.
 #
 # Two ways lead up the slope. More requests in a batch share the weights: that
 # takes W @ 1 to W @ 64, and it is what paging made room for in chapter 4. But
@@ -930,9 +970,12 @@ for row in range(query_len * group_size):
 # %% [markdown]
 # ### Exercise 5.7 · `paged_prefill_kernel` ★★★ (30 minutes)
 #
-# Attention for any number of new tokens per request. Which request and which
-# tile of queries are a program's is given (`b`, and `first`, the tile's first
-# new token, counted in its request from 0). Two steps are yours:
+# Attention for any number of new tokens per request. There is a program for
+# each KV head and tile of queries. Which request a tile belongs to is found in
+# the kernel and is given: `tiles` has the number of tiles of each request, and
+# the program goes to the first request at which their running sum (`tl.cumsum`)
+# passes its own number. You get that request, `b`, and `first`, the tile's
+# first new token, counted in its request from 0. Two steps are yours:
 #
 # - **row**: what `row` stands for, as above. `t`: its token, counted in the
 #   request like `first`. `h`: its query head, of all H; those of KV head g are
@@ -1043,7 +1086,7 @@ def plot_bench(path, batch_size=8):
             y.append(100 * row["share_of_copy"])
     is_gpu = attention["device"] == "cuda"
     where = machine["gpu" if is_gpu else "processor"]
-    for way in result["results"]:  # the whole model, on the processor
+    for way in result["results"]:  # the whole model; paged: with a gather
         print(f"{way['name']:10} {way['tokens_per_s']:6.1f} tokens/s, ", end="")
         print(f"{way['batch_size']} requests of {way['context']} tokens")
     best = max(series["in place"][1])
@@ -1061,8 +1104,9 @@ for path in sorted((text.DATA / "results").glob("bench*.json")):
     plot_bench(path)
 
 # %% [markdown]
-# *Each way is charged the same bytes, those that have to move: what gathering
-# moves beside them makes it slower, not busier.*
+# *Each way counts the same bytes, those that have to move at least. A gather
+# moves more than that: here it looks slower for it, and not busier.* (*paged*,
+# above the figure, is chapter 4's cache, with a gather.)
 #
 # On a processor, *in place* is the torch twin, a dozen calls of torch for each
 # block of sixteen tokens. Those calls take longer than copying the block, so
@@ -1330,8 +1374,9 @@ plotting.plot_measured(
 #
 # ## What is still wrong
 #
-# - `TILE`, `num_stages` and the length of a split were chosen by reading what
-#   the compiler made of them. Where there is a GPU, they should be measured.
+# - `TILE` and `num_stages` were chosen by reading what the compiler made of
+#   them, and the length of a split by counting multiprocessors. Where there is
+#   a GPU, they should be measured.
 # - A prompt behind a long cached text has a program for each tile of queries
 #   and KV head, and each reads all keys by itself: its keys are not split.
 # - The cache makes its tables as wide as the longest text, step by step. A CUDA
@@ -1363,8 +1408,7 @@ plotting.plot_measured(
 #    over both?
 # 5. With three stages our kernel has one buffer for keys. Why not two?
 # 6. A prompt of 100 tokens is all new. Which keys does the query at position 40
-#    see, and which of them does a program load whose tile of queries ends
-#    there?
+#    see? How many keys does a program load whose tile of queries ends there?
 # 7. A batch twice as large: how many FLOPs per byte does attention have then,
 #    and how many does a weight matrix?
 #
@@ -1376,7 +1420,8 @@ plotting.plot_measured(
 # 4. 1/5 of 10 and 4/5 of 5: 6.
 # 5. The address of a key is known only when its block's id has come. The stages
 #    are divided between the two loads.
-# 6. Keys 0 to 40, and exactly these.
+# 6. Keys 0 to 40, and these 41 are loaded: `is_token` ends where the tile of
+#    queries does.
 # 7. Attention has as many as before, since each request brings its own keys.
 #    The matrix has about twice as many, as long as its bytes are most of what
 #    moves.
@@ -1413,12 +1458,12 @@ plotting.plot_measured(
 #   [2006.16236](https://arxiv.org/abs/2006.16236): the state, and elu + 1.
 # - NVIDIA's data sheets of the A100 (80 GB, SXM: 2,039 GB/s, 312 TFLOP/s in
 #   bf16) and the H100 (SXM: 3.35 TB/s, 1,979 TFLOP/s with sparsity, half of it
-#   without), and its whitepapers for the number of processors.
+#   without), and its whitepapers for the number of multiprocessors.
 # - NVIDIA's *CUDA C++ Programming Guide* (technical specifications: registers,
 #   shared memory, threads, by compute capability; memory is read in pieces of
 #   32 bytes) and *PTX ISA* (`ex2`, and the shape of `mma`).
-# - PyTorch's documentation of
-#   [CUDA graphs](https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs),
+# - PyTorch's documentation of [CUDA
+#   graphs](https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs),
 #   and Triton's of
 #   [triton.autotune](https://triton-lang.org/main/python-api/generated/triton.autotune.html).
 # - Triton's own documentation, of

@@ -664,13 +664,13 @@ def paged_decode_kernel_explain(inputs: dict, expected: dict, got: dict) -> str 
     if np.isnan(out).any() and is_sum_right:
         return (
             "A weight of 0 does not help: 0 times NaN is NaN. Load values under the mask "
-            "is_there, from their own addresses"
+            "is_there, with other=0.0, from their own addresses"
         )
     if np.isnan(out).any():
         return (
             "It reads, or computes, NaN: the block of position p has the id in the table "
             "at p // block_size, the place is p % block_size, and keys are loaded under "
-            "the mask is_there"
+            "the mask is_there, with other=0.0"
         )
     natural, S = _scale(inputs), int(inputs["seq_lens"][b])
     for words, wrong in (
