@@ -66,6 +66,15 @@ def on_its_device(x: torch.Tensor) -> Iterator[None]:
         ) from None
 
 
+def check_no_gradient(*tensors: torch.Tensor):
+    """Raise ValueError where a gradient would be lost: the kernels have no backward."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise ValueError(
+            "expected no gradient to be wanted (call it under torch.no_grad), got a "
+            "tensor with requires_grad: the kernels have no backward pass"
+        )
+
+
 @functools.cache
 def warn_of_twin():
     """Say, once, who computes where there is no Triton."""

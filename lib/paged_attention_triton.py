@@ -27,6 +27,7 @@ from lib.interpreter import (
     HAS_TRITON,
     IS_INTERPRETED,
     check_interpreter,
+    check_no_gradient,
     on_its_device,
     tl,
     triton,
@@ -139,7 +140,7 @@ def paged_decode_kernel(
         row_max = new_max
 
     # store the result, or this split's part of it
-    divisor = tl.where(row_sum > 0, row_sum, 1.0)
+    divisor = tl.where(row_sum == 0, 1.0, row_sum)
     logsumexp = (row_max + tl.log2(divisor)) / LOG2_E
     out = (acc / divisor[:, None]).to(out_ptr.dtype.element_ty)
     at = (b * tl.num_programs(1) * GROUP_SIZE + h) * num_splits + split
@@ -190,7 +191,7 @@ def merge_splits_kernel(
         largest = new_largest
 
     # store; of a request without keys 0 and -inf
-    divisor = tl.where(total > 0, total, 1.0)
+    divisor = tl.where(total == 0, 1.0, total)
     out = (acc / divisor).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + at * HEAD_DIM + col, out, mask=is_col)
     tl.store(logsumexp_ptr + at, largest + tl.log(divisor))
@@ -315,7 +316,8 @@ def paged_decode(
     request one program takes, before the next one takes over; None chooses. check_ids:
     whether to look if tables and lengths fit the pool, for which a GPU has to be waited
     for; None looks on a CPU only. Raises ValueError for tensors that do not fit each
-    other, and for more numbers per head, or heads per group, than a program holds.
+    other, for more numbers per head, or heads per group, than a program holds, and where
+    a gradient is wanted: the kernels have no backward pass.
 
     Nothing here waits for a GPU, and what is launched depends on shapes alone. So a call
     that is not the first, which compiles, can be captured in a CUDA graph, and replayed
@@ -362,11 +364,11 @@ def paged_decode(
         outs, logsumexps = out, logsumexp
     else:
         outs = torch.empty(B, H, num_splits, D, dtype=torch.float32, device=q.device)
-        logsumexps = torch.empty(B, H, num_splits, device=q.device)
+        logsumexps = torch.empty(B, H, num_splits, dtype=torch.float32, device=q.device)
     with on_its_device(q):
         paged_decode_kernel[(B, G, num_splits)](
             *(q, k_cache, v_cache, block_tables, seq_lens, outs, logsumexps),
-            (D**-0.5 if scale is None else scale) * LOG2_E.value,
+            (D**-0.5 if scale is None else float(scale)) * LOG2_E.value,
             split_tokens,
             *q.stride()[:2],
             *k_cache.stride()[:3],
@@ -435,7 +437,7 @@ def paged_prefill(
     with on_its_device(q):
         paged_prefill_kernel[(G, num_tiles)](
             *(q, k_cache, v_cache, block_tables, seq_lens, query_lens, out, logsumexp),
-            (D**-0.5 if scale is None else scale) * LOG2_E.value,
+            (D**-0.5 if scale is None else float(scale)) * LOG2_E.value,
             B,
             *q.stride()[:2],
             *k_cache.stride()[:3],
@@ -548,6 +550,10 @@ def check_inputs(**tensors: torch.Tensor):
 
     tensors: q, k_cache, v_cache, block_tables, seq_lens, and for prefill query_lens.
     """
+    for name, x in tensors.items():
+        if not isinstance(x, torch.Tensor):
+            raise ValueError(f"{name}: expected a tensor, got a {type(x).__name__}")
+    check_no_gradient(*tensors.values())
     _check_kinds(tuple((n, x.shape, x.dtype, x.device) for n, x in tensors.items()))
 
 
@@ -576,9 +582,14 @@ def _check_kinds(kinds: tuple[tuple[str, torch.Size, torch.dtype, torch.device],
             f"v_cache: expected {tuple(shapes['k_cache'])} as k_cache, "
             f"got {tuple(shapes['v_cache'])}"
         )
+    for name, shape in (("q", shapes["q"][1:]), ("k_cache", shapes["k_cache"][1:])):
+        if 0 in shape:
+            raise ValueError(
+                f"{name}: expected no size of 0 but the first, got {tuple(shapes[name])}"
+            )
     if shapes["k_cache"][3] != D:
         raise ValueError(f"k_cache: expected D = {D} as in q, got {shapes['k_cache'][3]}")
-    if G == 0 or H % G:
+    if H % G:
         raise ValueError(f"k_cache: expected a divisor of {H} query heads, got G = {G}")
     B = shapes["query_lens"][0] if "query_lens" in shapes else N
     num_rows = shapes["block_tables"][0], shapes["seq_lens"][0]

@@ -12,7 +12,14 @@ import math
 
 import torch
 
-from lib.interpreter import check_interpreter, on_its_device, tl, triton
+from lib.config import check_count
+from lib.interpreter import (
+    check_interpreter,
+    check_no_gradient,
+    on_its_device,
+    tl,
+    triton,
+)
 
 
 @triton.jit
@@ -88,7 +95,10 @@ def gather_kernel(
 def pad_rows(x: torch.Tensor) -> torch.Tensor:
     """Rows x (N, num_cols), made a power of two wide by zeros at their end."""
     check_interpreter()
+    check_no_gradient(x)
     N, num_cols = x.shape
+    if num_cols == 0:
+        raise ValueError(f"x: expected at least one column, got {tuple(x.shape)}")
     x = x if x.stride(1) == 1 else x.contiguous()
     out = torch.empty(N, triton.next_power_of_2(num_cols), dtype=x.dtype, device=x.device)
     if N > 0:
@@ -111,12 +121,14 @@ def write_kv(
     check_interpreter()
     slots = checked_ids("slots", slots, k_cache, k_cache.shape[0] * k_cache.shape[1])
     num_numbers = k_cache.shape[2] * k_cache.shape[3]
+    check_no_gradient(k, v)
     for cache, new in ((k_cache, k), (v_cache, v)):
         check_in_one_piece(cache, like=k_cache)
-        if new.shape != (len(slots), *cache.shape[2:]) or new.dtype != cache.dtype:
+        expected = (len(slots), *cache.shape[2:]), cache.dtype, cache.device
+        if (new.shape, new.dtype, new.device) != expected:
             raise ValueError(
-                f"k, v: expected {(len(slots), *cache.shape[2:])} of {cache.dtype}, "
-                f"got {tuple(new.shape)} of {new.dtype}"
+                f"k, v: expected {expected[0]} of {cache.dtype} on {cache.device}, "
+                f"got {tuple(new.shape)} of {new.dtype} on {new.device}"
             )
     tile = triton.next_power_of_2(num_numbers)
     for cache, new in ((k_cache, k), (v_cache, v)):
@@ -157,13 +169,15 @@ def gather_kv(
     Raises as `write_kv`.
     """
     check_interpreter()
-    block_size = k_cache.shape[1]
+    check_no_gradient(k_cache, v_cache)
+    seq_len, block_size = check_count("seq_len", seq_len, 0), k_cache.shape[1]
     num_used, room = math.ceil(seq_len / block_size), len(block_table) * block_size
-    if not 0 <= seq_len <= room:
+    if seq_len > room:
         raise ValueError(
             f"seq_len: expected 0 to {room} tokens, as its table is wide, got {seq_len}"
         )
-    used = block_table[:num_used].to(torch.int64)
+    used = block_table[:num_used]
+    used = used.to(torch.int64) if used.dtype == torch.int32 else used
     used = checked_ids("block_table", used, k_cache, len(k_cache))
     dense = []
     for cache in (k_cache, v_cache):
@@ -187,10 +201,10 @@ def checked_ids(
 ) -> torch.Tensor:
     """The ids in one piece; ValueError unless they are int64, beside the cache, and in
     0 to end - 1, at which on a GPU nobody looks."""
-    if ids.dtype != torch.int64 or ids.device != cache.device:
+    if ids.dtype != torch.int64 or ids.device != cache.device or ids.dim() != 1:
         raise ValueError(
-            f"{name}: expected torch.int64 on {cache.device}, got {ids.dtype} on "
-            f"{ids.device}"
+            f"{name}: expected a row of torch.int64 on {cache.device}, got "
+            f"{tuple(ids.shape)} of {ids.dtype} on {ids.device}"
         )
     if not ids.is_cuda and len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < end:
         raise ValueError(f"{name}: expected 0 to {end - 1}, got {ids.tolist()}")

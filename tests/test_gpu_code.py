@@ -1,4 +1,5 @@
 import functools
+import inspect
 import json
 import os
 import re
@@ -272,3 +273,84 @@ def test_a_paragraph_that_is_not_there_cannot_be_replaced():
     kernel = paged_attention_triton.paged_decode_kernel
     with pytest.raises(ValueError, match="under a comment `# sing`, found 0"):
         gpu_code.edited(kernel, {"sing": ""})
+
+
+def test_what_a_kernel_prints_while_it_is_compiled_does_no_harm(monkeypatch):
+    monkeypatch.setattr(gpu_code, "_compile_in_child", in_a_process_of_its_own)
+    code = gpu_code.compile_kernel(
+        kernel_that_prints, ["*fp32:16"], {"TILE": 32}, "sm_90"
+    )
+    assert "STG" in code.assembly
+
+
+@triton.jit
+def kernel_that_prints(x_ptr, TILE: tl.constexpr):
+    tl.static_print("TILE is", TILE)
+    tl.store(x_ptr + tl.arange(0, TILE), 0.0)
+
+
+def test_a_compiler_that_dies_is_told(monkeypatch):
+    dead = subprocess.CompletedProcess([], -9, "", "")
+    monkeypatch.setattr(gpu_code, "_compile_in_child", lambda job: dead)
+    with pytest.raises(gpu_code.CompileError, match="ended with status -9"):
+        compile_decode("sm_90")
+
+
+def test_an_option_that_nobody_knows_is_refused():
+    with pytest.raises(ValueError, match="options: expected one of num_warps, num_st"):
+        gpu_code.compile_kernel(
+            kernel_that_prints, ["*fp32:16"], {"TILE": 32}, "sm_90", {"warps": 4}
+        )
+
+
+@pytest.mark.parametrize("group_size", [40, 64])
+def test_prompts_of_many_heads_per_kv_head_compile(group_size):
+    code = compile_prefill("sm_80", group_size=group_size)
+    assert code.spilled_bytes == 0 and code.shared_bytes <= 163 * 1024
+    constants = paged_attention_triton.prefill_constants(
+        group_size, 128, 16, 1, torch.bfloat16, is_interpreted=False
+    )
+    assert constants["QUERIES"] * group_size <= constants["ROWS"]
+
+
+def test_the_first_paragraph_can_be_replaced_too():
+    kernel = gpu_code.edited(kernel_that_sings, {"sing": "    # sing\n    x = 2"})
+    other = gpu_code.edited(kernel_that_sings, {"sing": "    # sing\n    x = 3"})
+    assert "x = 2" in inspect.getsource(kernel.fn) and kernel is not other
+    assert "x = 3" in inspect.getsource(other.fn)
+    with pytest.raises(ValueError, match="`# dance`, found 2"):
+        gpu_code.edited(kernel_that_sings, {"dance": ""})
+
+
+@triton.jit
+def kernel_that_sings(x_ptr):
+    # sing
+    x = 1
+
+    # dance
+    tl.store(x_ptr, x)
+
+    # dance on
+    tl.store(x_ptr, x)
+
+
+def test_buffers_and_waits_are_read_from_loops_alone():
+    text = """
+  %0 = ttg.local_alloc : () -> !ttg.memdesc<3x64x128xbf16, #s>
+  %1 = ttg.local_alloc : () -> !ttg.memdesc<2x64x128xbf16, #s>
+  ttg.async_wait {num = 9 : i32}
+  scf.if %c {
+  ttg.async_wait {num = 8 : i32}
+  }
+  %1:3 = scf.for %i = %a to %b step %c iter_args(%x = %y) -> (f32)  : i32 {
+    %w = ttg.async_wait %t {num = 2 : i32}
+    %r = scf.if %c -> (f32) {
+      ttg.async_wait {num = 4 : i32}
+    } else {
+      ttg.async_wait {num = 5 : i32}
+    }
+    ttg.async_wait {num = 6 : i32}
+  }
+  ttg.async_wait {num = 7 : i32}
+"""
+    assert gpu_code._read_loops(text) == {"num_buffers": 2, "loop_waits": [2, 4, 5, 6]}

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import NOWHERE, assert_near, begun, in_float64, paged, prefilled
@@ -428,7 +429,9 @@ def test_writes_that_do_not_fit_are_refused():
         paged_kv_cache_triton.copy_blocks(cache, slots, slots[:1])
     with pytest.raises(ValueError, match="cache: expected contiguous"):
         paged_kv_cache_triton.gather_kv(cache.transpose(0, 1), cache, slots, 2)
-    with pytest.raises(ValueError, match="slots: expected torch.int64 on cpu, got"):
+    with pytest.raises(
+        ValueError, match="slots: expected a row of torch.int64 on cpu, got"
+    ):
         paged_kv_cache_triton.write_kv(cache, cache, rows, rows, slots.int())
     with pytest.raises(ValueError, match="cache: expected shape .*2, 1, 4.*2, 1, 2"):
         paged_kv_cache_triton.write_kv(cache, cache[..., :2], rows, rows, slots)
@@ -440,6 +443,14 @@ def test_writes_that_do_not_fit_are_refused():
         paged_kv_cache_triton.gather_kv(cache, cache, slots * 3, 3)
     with pytest.raises(ValueError, match="seq_len: expected 0 to 4 tokens, .* got 5"):
         paged_kv_cache_triton.gather_kv(cache, cache, slots, 5)
+    with pytest.raises(ValueError, match="seq_len: expected an integer of at least 0"):
+        paged_kv_cache_triton.gather_kv(cache, cache, slots, 2.0)
+    with pytest.raises(ValueError, match="block_table: expected a row of torch.int64"):
+        paged_kv_cache_triton.gather_kv(cache, cache, slots.float(), 2)
+    with pytest.raises(ValueError, match=r"sources: expected a row .* got \(1, 2\)"):
+        paged_kv_cache_triton.copy_blocks(cache, slots[None], slots[None])
+    with pytest.raises(ValueError, match="x: expected at least one column"):
+        paged_kv_cache_triton.pad_rows(cache[0, :, 0, :0])
 
 
 @pytest.mark.parametrize("decode", [paged_decode, *TWINS])
@@ -704,32 +715,182 @@ def test_sizes_that_no_program_could_hold_are_refused_with_what_fits():
             constants(*sizes, torch.bfloat16, is_interpreted=False)
 
 
+def promised(size, dtype=torch.float32):
+    """Zeros in memory that is promised, and not there before it is touched."""
+    memory = mmap.mmap(-1, size * dtype.itemsize, flags=PROMISED)
+    return torch.frombuffer(memory, dtype=dtype)
+
+
 @pytest.mark.parametrize("kernel", ["decode", "prefill"])
-def test_strides_beyond_2_31_numbers_are_no_trouble(kernel):
-    """Places 2^30 numbers apart, and then heads, and queries, in memory that is promised
-    and mostly not touched."""
-    for order in ((0, 1, 2), (0, 2, 1)):
-        G, block_size, D = 2, 4, 16
-        H = 2 * G
-        sizes, far = (3, block_size, G), 2**30
-        strides = [0, 0, 0]
-        strides[order[2]], strides[order[1]] = far, far * sizes[order[2]]
-        strides[order[0]] = D
-        size = sum((n - 1) * s for n, s in zip(sizes, strides)) + D
-        memory = mmap.mmap(-1, 4 * size, flags=PROMISED)
-        flat = torch.frombuffer(memory, dtype=torch.float32)
-        pool = flat.as_strided((*sizes, D), (*strides, 1))
-        pool.copy_(torch.randn(*sizes, D))
-        q = flat.as_strided((2, H, D), (far + 64, far // 4, 1), 128)
-        q.copy_(torch.randn(2, H, D))
-        tables = torch.tensor([[2, 0], [1, 2]], dtype=torch.int32)
-        lens = torch.tensor([7, 5], dtype=torch.int32)
-        inputs = (q, pool, pool, tables, lens)
-        if kernel == "decode":
-            assert_near(paged_decode(*inputs), inputs)
-        else:
-            inputs = (*inputs, torch.ones(2, dtype=torch.int32))
-            assert_near(paged_prefill(*inputs), inputs, paged_prefill_gather)
+@pytest.mark.parametrize("far", ["blocks", "places", "heads", "queries", "tables"])
+def test_strides_beyond_2_31_numbers_are_no_trouble(kernel, far):
+    """Index 2 or 3 times a stride of 2^30, in each dimension in turn."""
+    B, H, G, block_size, D, stride = 3, 3, 3, 4, 16, 2**30
+    sizes, names = [3, block_size, G], ["blocks", "places", "heads"]
+    strides, next_stride = [0, 0, 0], D
+    for i in sorted(range(3), key=lambda i: names[i] == far):
+        strides[i] = stride if names[i] == far else next_stride
+        next_stride *= sizes[i]
+    pool = promised(3 * stride + 2**10).as_strided((*sizes, D), (*strides, 1))
+    pool.copy_(torch.randn(*sizes, D))
+    row = stride if far == "queries" else H * D
+    q = promised(2 * row + H * D).as_strided((B, H, D), (row, D, 1))
+    q.copy_(torch.randn(B, H, D))
+    row = stride if far == "tables" else 2
+    tables = promised(2 * row + 2, torch.int32).as_strided((B, 2), (row, 1))
+    tables.copy_(torch.tensor([[2, 0], [1, 2], [0, 2]]))
+    inputs = (q, pool, pool, tables, torch.tensor([7, 5, 8], dtype=torch.int32))
+    if kernel == "decode":
+        assert_near(paged_decode(*inputs), inputs)
+    else:
+        inputs = (*inputs, torch.ones(3, dtype=torch.int32))
+        assert_near(paged_prefill(*inputs), inputs, paged_prefill_gather)
+
+
+def test_prefill_reads_tensors_that_are_not_in_one_piece():
+    q, k_cache, v_cache, block_tables, *lens = prefilled(
+        ([37, 20], [30, 5], (4, 2), 32, 16), torch.float32
+    )
+    strided = (
+        q.transpose(1, 2).contiguous().transpose(1, 2),
+        k_cache.transpose(1, 2).contiguous().transpose(1, 2),
+        v_cache.transpose(2, 3).contiguous().transpose(2, 3),
+        block_tables.t().contiguous().t(),
+        *(torch.stack([x, x], dim=1)[:, 0] for x in lens),
+    )
+    assert not any(tensor.is_contiguous() for tensor in strided)
+    assert_near(paged_prefill(*strided), strided, paged_prefill_gather)
+    twice = v_cache.unsqueeze(1).repeat(1, 2, 1, 1, 1)[:, 1]  # strides that are not k's
+    inputs = (q, k_cache, twice, block_tables, *lens)
+    assert_near(paged_prefill(*inputs), inputs, paged_prefill_gather)
+
+
+def test_no_two_programs_of_a_prefill_write_the_same_row():
+    """Where they do it is a race on a GPU, and nothing that shows here. Three heads per
+    KV head leave 128 // 3 = 42 queries for a tile."""
+    inputs = prefilled(([130, 50], [129, 50], (3, 1), 16, 16), torch.float32)
+    cost = measure_traffic(lambda: paged_prefill(*inputs))
+    assert cost.written_bytes == 179 * 3 * (16 + 1) * 4
+    ends = [1 + min(129, 42 * i) for i in range(1, 5)] + [42, 50]
+    assert cost.read_bytes == inputs[0].nbytes + 2 * sum(ends) * 16 * 4
+
+
+class NobodyLooks(torch.utils._python_dispatch.TorchDispatchMode):
+    """Raises where Python asks for a number: a GPU would have to be waited for."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_what_is_launched_depends_on_shapes_alone_and_nobody_waits(monkeypatch):
+    interpreter.check_interpreter()
+    decode = paged(([100, 17], (4, 2), 16, 16), torch.float32)
+    prefill = prefilled(([100, 17], [30, 5], (4, 2), 16, 16), torch.float32)
+    grids, asked = [], []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *args, **constants: None
+
+    for name in ("paged_decode_kernel", "merge_splits_kernel", "paged_prefill_kernel"):
+        monkeypatch.setattr(paged_attention_triton, name, Kernel())
+    monkeypatch.setattr(
+        paged_attention_triton,
+        "choose_split_tokens",
+        lambda *args: asked.append(args) or 32,
+    )
+    monkeypatch.setattr(torch.Tensor, "tolist", None)
+    with NobodyLooks():
+        paged_decode(*decode, check_ids=False)
+        paged_prefill(*prefill, check_ids=False)
+    assert asked == [(2 * 2, 8 * 16, torch.device("cpu"))]
+    assert grids == [(2, 2, 4), (8,), (2, 35 // 64 + 2)]
+
+
+def test_prefill_uses_another_scale():
+    inputs = prefilled(([40], [30], (4, 2), 16, 16), torch.float32)
+    got = paged_prefill(*inputs, scale=np.float32(0.5 * 16**-0.5))
+    assert_near(got, (inputs[0] * 0.5, *inputs[1:]), paged_prefill_gather)
+
+
+@pytest.mark.parametrize("block_id, change", [(-1, 0), (7, 0), (0, -18)])
+def test_prefill_and_decode_refuse_blocks_and_lengths_that_are_not_there(
+    block_id, change
+):
+    q, *pool, block_tables, seq_lens = paged(([17, 31], (4, 2), 16, 16), torch.float32)
+    assert len(pool[0]) == 7
+    index = block_tables.index_fill(1, torch.tensor([0]), block_id), seq_lens + change
+    with pytest.raises(ValueError, match="request 0: expected"):
+        paged_decode(q, *pool, *index)
+    with pytest.raises(ValueError, match="request 0: expected"):
+        paged_prefill(q, *pool, *index, torch.ones(2, dtype=torch.int32))
+
+
+def test_negative_new_tokens_are_refused_behind_right_ones():
+    inputs = prefilled(([17, 31, 9], [16, 24, 0], (4, 2), 16, 16), torch.float32)
+    query_lens = torch.tensor([17, 31, -8], dtype=torch.int32)
+    with pytest.raises(ValueError, match="request 2: expected 0 to 9"):
+        paged_prefill(*inputs[:5], query_lens)
+
+
+@pytest.mark.parametrize("split_tokens", [None, 16])
+def test_a_table_without_columns_is_that_of_requests_without_keys(split_tokens):
+    q, *pool, block_tables, seq_lens = paged(([3, 4], (4, 2), 16, 4), torch.float32)
+    out, logsumexp = paged_decode(
+        q, *pool, block_tables[:, :0], seq_lens * 0, split_tokens=split_tokens
+    )
+    assert (out == 0).all() and (logsumexp == -math.inf).all()
+
+
+def test_a_block_of_many_numbers_is_copied_whole():
+    cache = torch.randn(4, 16, 8, 17)  # 2,176 numbers in a block, 1,024 in a tile
+    expected = cache.clone()
+    paged_kv_cache_triton.copy_blocks(cache, torch.tensor([0]), torch.tensor([2]))
+    expected[2] = expected[0]
+    assert torch.equal(cache, expected)
+
+
+def test_results_do_not_hang_on_the_default_dtype():
+    inputs = paged(CASES[3], torch.float32)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = paged_decode(*inputs, split_tokens=64)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_near(got, inputs)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_nan_in_a_query_shows_in_both_results():
+    q, *rest = paged(CASES[1], torch.float32)
+    q[0, 0, 0] = math.nan
+    for split_tokens in (None, 8):
+        for result in paged_decode(q, *rest, split_tokens=split_tokens):
+            assert result[0, 0].isnan().all() and not result[1:].isnan().any()
+
+
+def test_a_gradient_that_would_be_lost_is_refused():
+    q, *rest = paged(CASES[1], torch.float32)
+    ones = torch.ones(3, dtype=torch.int32)
+    q.requires_grad_()
+    for call in (
+        lambda: paged_decode(q, *rest),
+        lambda: paged_prefill(q, *rest, ones),
+        lambda: paged_kv_cache_triton.pad_rows(q[0]),
+    ):
+        with pytest.raises(ValueError, match="expected no gradient to be wanted"):
+            call()
+    with torch.no_grad():
+        assert_near(paged_decode(q, *rest), (q, *rest))
+
+
+def test_splits_that_a_gpu_could_not_number_are_refused():
+    q, *pool, _, seq_lens = paged(([3], (2, 1), 16, 16), torch.float32)
+    wide = torch.zeros(1, 2**13, dtype=torch.int32)
+    with pytest.raises(ValueError, match="make at most 65535 splits, got 1"):
+        paged_decode(q, *pool, wide, seq_lens, split_tokens=1)
 
 
 def test_generation_in_place_from_the_prompt_on_is_generation_by_recompute(monkeypatch):

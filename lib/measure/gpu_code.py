@@ -9,6 +9,7 @@ kernels cannot compile them: `compile_kernel` asks a child process.
 """
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import inspect
@@ -81,6 +82,8 @@ def compile_kernel(
     where no loop copies ahead, and for AMD.
     """
     _check_known("gpu", gpu, GPUS)
+    for name in options or {}:
+        _check_known("options", name, ("num_warps", "num_stages"))
     _check_triton()
     job = {
         "source": "\n\n\n".join(_sources(kernel)),
@@ -95,7 +98,8 @@ def compile_kernel(
     except subprocess.TimeoutExpired as error:
         raise CompileError(f"it takes longer than {error.timeout} seconds") from None
     if child.returncode != 0:
-        raise CompileError(child.stderr.strip())
+        ended = f"the compiler ended with status {child.returncode}, without a word"
+        raise CompileError(child.stderr.strip() or ended)
     return GpuCode(**json.loads(child.stdout))
 
 
@@ -186,7 +190,7 @@ def edited(kernel: Any, paragraphs: dict[str, str]) -> Any:
     paragraphs: text by the first word of the comment that a paragraph begins with, such
     as "look" for "# look up the block ...". Raises ValueError where there is none.
     """
-    source = textwrap.dedent(inspect.getsource(kernel.fn))
+    source = textwrap.dedent(inspect.getsource(kernel.fn)).replace("):\n", "):\n\n", 1)
     parts = source.split("\n\n")
     for word, text in paragraphs.items():
         found = [
@@ -266,7 +270,9 @@ def _compile_stdin():
     """In the child: a job comes as JSON, a GpuCode goes as JSON."""
     job = json.loads(sys.stdin.read())
     try:
-        print(json.dumps(asdict(_compile_here(**job))))
+        with contextlib.redirect_stdout(sys.stderr):  # what a kernel prints meanwhile
+            code = _compile_here(**job)
+        print(json.dumps(asdict(code)))
     except Exception as error:
         sys.exit(str(error))
 
