@@ -266,15 +266,21 @@ def paged_prefill_kernel(
         is_token = position < end
         is_there = is_token[:, None] & is_col[None, :]
 
-        # look up, address, gather, upcast: as for decoding
+        # look up the blocks, as for decoding
         table_at = b.to(tl.int64) * table_stride_b + position // BLOCK_SIZE
         block_id = tl.load(block_tables_ptr + table_at, mask=is_token, other=0)
         block_id = block_id.to(tl.int64)
         place = (position % BLOCK_SIZE).to(tl.int64)
+
+        # address: where the keys and values of these tokens begin
         k_at = block_id * k_stride_block + place * k_stride_place + g * k_stride_g
         v_at = block_id * v_stride_block + place * v_stride_place + g * v_stride_g
+
+        # gather them, as for decoding
         k = tl.load(k_cache_ptr + k_at[:, None] + col[None, :], mask=is_there, other=0.0)
         v = tl.load(v_cache_ptr + v_at[:, None] + col[None, :], mask=is_there, other=0.0)
+
+        # upcast where the dtype needs it
         k, v = (k.to(tl.float32), v.to(tl.float32)) if UPCAST else (k, v)
 
         # score: each query sees the keys up to its own position, and no others
@@ -282,7 +288,7 @@ def paged_prefill_kernel(
         is_seen = position[None, :] <= query_position[:, None]
         scores = tl.where(is_seen, scores, float("-inf"))
 
-        # rescale what was summed up under another maximum, and add
+        # rescale what was summed up, as for decoding
         new_max = tl.maximum(row_max, tl.max(scores, axis=1))
         rescale = tl.exp2(row_max - new_max)
         weights = tl.exp2(scores - new_max[:, None])

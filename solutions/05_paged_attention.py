@@ -20,7 +20,7 @@
 #
 # - compute attention over keys that come in pieces, and merge partial results,
 # - write a Triton kernel: load a row, mask a tail, gather by a table, multiply,
-# - say why several query heads belong into one program, and why a long text
+# - say why several query heads belong in one program, and why a long text
 #   needs several programs,
 # - say what a program is made of (warps, registers, shared memory), and read
 #   from what the compiler made whether its loads run ahead of its products,
@@ -86,9 +86,9 @@ print(f"with a gather it takes {ratio:.1f} times as long")
 # %% [markdown]
 # With a gather, a block is read, its copy is written, and the copy is read:
 # three times the traffic. Where attention waits for memory, it can take three
-# times as long. A GPU should wait for memory here; we come to why. On a
-# processor the factor changes from run to run, for much of the time goes into
-# torch's calls, and some into getting memory for the copy.
+# times as long. On a GPU memory is the limit here; we come to why. On a CPU the
+# factor changes from run to run, for much of the time goes into torch's calls,
+# and some into getting memory for the copy.
 #
 # How long would it take on a GPU? We take the shape of Llama 3 8B, the same
 # eight requests, and the memory bandwidth that NVIDIA publishes for its A100
@@ -111,7 +111,7 @@ for name, times in (("in place", 1), ("gather", 3)):
 # scores is subtracted first. If we see only a few keys at a time, a **tile**,
 # we know neither the sum nor the maximum.
 #
-# So we keep three running numbers: the largest score so far (`row_max`), the
+# So we keep three running results: the largest score so far (`row_max`), the
 # sum of all exp(score - row_max) so far (`row_sum`), and the sum of the values
 # under these weights (`acc`). When a tile brings a larger score, everything
 # that was summed up before is too large by a factor of exp(new - old). So we
@@ -201,11 +201,12 @@ for decode in (paged_decode_gather, paged_decode_online):
     print(f"off by {error:.0e}")
 
 # %% [markdown]
-# The numbers are the same. The gather's peak is a copy of the longest request's
-# keys and values, and its scores. In place there are one block's scores and
-# three running numbers. But look at what it does: a loop in Python, with a
-# dozen small operations for every sixteen tokens. We want all of it in one go,
-# on the machine that has the bandwidth.
+# The results agree, up to rounding. The gather's peak is a copy of the longest
+# request's keys and values, and its scores. In place there are one block's
+# scores, two running numbers per head, and a running row of D numbers. But look
+# at what it does: a loop in Python, with a dozen small operations for every
+# sixteen tokens. We want all of it in one go, on the machine that has the
+# bandwidth.
 #
 # ## A kernel is a few lines that run many times
 #
@@ -218,14 +219,14 @@ for decode in (paged_decode_gather, paged_decode_online):
 # - `tl.arange(0, TILE)`: the numbers 0 to TILE - 1, all at once. TILE must be a
 #   power of two, and known when the kernel is compiled: a `tl.constexpr`.
 # - `pointer + offsets`: as many addresses as there are offsets. We give names
-#   that end in `_at` to offsets: how many numbers behind the pointer.
+#   that end in `_at` to offsets: how many numbers past the pointer.
 # - `tl.load(pointer + offsets, mask=..., other=0.0)`: the numbers at these
 #   addresses. Where the mask is False nothing is touched, and `other` comes
 #   back. Without `other` anything may come back.
 # - `tl.store(pointer + offsets, numbers, mask=...)`: the way back.
-# - `x.to(tl.int64)`: x in 64 bits. A program's number has 32, and so has a
-#   product of two such numbers, of which the largest is 2^31 - 1. An offset
-#   into a large pool may be larger.
+# - `x.to(tl.int64)`: x in 64 bits. A program's id has 32 bits, and so has the
+#   product of two such numbers. Past 2^31 - 1 it overflows, and an offset into
+#   a large pool may be larger.
 #
 # A kernel is a function under `@triton.jit`. `kernel[(N,)](...)` launches N
 # programs, with ids 0 to N - 1. With two or three numbers, `kernel[(B,
@@ -324,14 +325,15 @@ if HAS_TRITON:
     if moved:
         print(f"{moved.read_bytes:,} bytes of keys and values read, ", end="")
         print(f"{moved.written_bytes:,} written, ", end="")
-        print(f"{moved.index_bytes} of ids, which have 8 each here")
+        print(f"{moved.index_bytes} of ids")
 
 # %% [markdown]
-# That is the copy of chapter 4 as a kernel. Now we do without the copy.
+# That is the copy of chapter 4 as a kernel. (The ids are read twice, for keys
+# and for values, and have 8 bytes each here.) Now we do without the copy.
 #
 # ## One program for all heads that read the same keys
 #
-# Which work belongs into one program? A request and a KV head. All query heads
+# Which work belongs in one program? A request and a KV head. All query heads
 # that read this KV head go into the same program: it loads each key once, for
 # all of them, and their scores are *one* product of two matrices, queries
 # (rows) by keys (columns). GPUs have units for such products, **tensor cores**,
@@ -405,9 +407,9 @@ drawing.draw_reads(
 # mask of `load_row_kernel`. Four steps are yours:
 #
 # - **look up**: the `block_id` (int64) and the `place` in it (int64 too), for a
-#   whole tile of positions at once. Row b of the table begins at offset
-#   `b * table_stride_b`. Behind the last token the table holds anything, so
-#   load under `mask=is_token`.
+#   whole tile of positions at once. Row b of the table begins at offset `b *
+#   table_stride_b`. After the last token the table holds anything, so load
+#   under `mask=is_token`.
 # - **gather**: `k` and `v`, (TILE, COLS) each. `k_at` and `v_at` are offsets,
 #   one for each token. With `[:, None]` they become a column, and
 #   `col[None, :]` is the row. Load under the mask `is_there`, with
@@ -430,9 +432,10 @@ drawing.draw_reads(
 # The rest is given. The launcher, `paged_decode`, starts a program for each
 # request, KV head and part of the keys: `kernel[(B, G, num_splits)]`. `start`
 # and `end` bound this program's part. `tl.full` and `tl.zeros` make tiles,
-# `tl.cdiv` divides and rounds up. `UPCAST` is on for fp32, and in the
-# interpreter, which computes bf16 wrongly. Each tensor comes with its strides,
-# since none has to lie in one piece.
+# `tl.cdiv` divides and rounds up. `UPCAST` makes fp32 of what is loaded, for
+# the interpreter, which computes bf16 wrongly. (It is on for fp32 too, where it
+# changes nothing.) Queries, caches and tables come with strides, since their
+# rows may lie apart; the numbers of one row lie together.
 #
 # The check takes 10 to 20 seconds, in which nothing is printed.
 
@@ -486,9 +489,9 @@ for block_size in (1, 8, 16, 100):
 # in splits of 512 keeps 20 programs busy per KV head, and a short text beside
 # it keeps one busy. (The launcher starts as many programs for each request as
 # the longest could need. Those that find no keys end after one look at the
-# length.) You may say how many, `paged_decode(..., split_tokens=512)`;
-# otherwise the launcher takes so many that a GPU has about two programs for
-# each of its multiprocessors, at least 128 and at most 2,048.
+# length.) You may set the length of a split, `paged_decode(...,
+# split_tokens=512)`. Otherwise the launcher chooses one between 128 and 2,048
+# tokens, so that there are about two programs for each multiprocessor.
 #
 # What each program has in the end is attention over its own split, divided by
 # its own sum. How do these become one?
@@ -537,10 +540,10 @@ print(f"{len(parts)} parts, merged: off by {(merged - whole).abs().max():.0e}")
 # %% [markdown]
 # Your kernel does its part already. Look at its first lines, `start` and `end`,
 # and at its last ones, which write to the place of its split. A second kernel
-# merges, as your function does. It knows the lengths, so it skips splits that
-# have no keys, into which nobody has written. How does it know that all
-# programs of the first are done? It is launched after it, on the same
-# **stream**, and a GPU runs what is launched on one stream in order.
+# merges, as your function does. It reads the lengths, so it skips splits
+# without keys, into which nobody has written. And it need not check whether the
+# first kernel is done. Both are launched on one **stream**, a queue whose
+# kernels the GPU runs in order.
 
 # %%
 inputs = random_pool([200, 1, 70], H=4, G=2, D=16)
@@ -561,15 +564,15 @@ for split_tokens in (256, 128, 64):
 # - A program is carried out by **threads**. 32 threads make a **warp**, and all
 #   threads of a warp carry out the same instruction at the same time. Our
 #   program has four warps (`num_warps=4`), so 128 threads. A tile of 64 keys by
-#   128 numbers is spread over them, 64 numbers for each. A single number, such
-#   as `seq_len`, all of them know. Which thread has which part of a tile is
-#   Triton's choice, and nothing in the language shows it. Where a line needs
-#   the numbers of several threads, as `tl.max(..., axis=1)` does, the compiler
-#   writes the exchange.
+#   128 numbers is spread over them, 64 numbers for each. Of a single number,
+#   such as `seq_len`, every thread has a copy. Which thread has which part of a
+#   tile is Triton's choice, and nothing in the language shows it. Where a line
+#   needs the numbers of several threads, as `tl.max(..., axis=1)` does, the
+#   compiler writes the exchange.
 # - What a thread has lies in its **registers**, of 32 bits each. A thread has
 #   255 at most, and a multiprocessor has 65,536 for all. `acc`, 16 by 128
-#   numbers in fp32, takes 16 of each thread. What finds no register is
-#   **spilled** to memory, and that is slow.
+#   numbers in fp32, takes 16 of each thread. What does not fit into registers
+#   is **spilled** to memory, and that is slow.
 # - **Shared memory** is on the multiprocessor, and all threads of a program see
 #   it: 164 KB on an A100, 228 KB on an H100. Triton uses it for what threads
 #   exchange, and for tiles that are loaded ahead of time.
@@ -589,9 +592,10 @@ if HAS_TRITON:
 
 # %% [markdown]
 # Nothing is spilled, if yours is written as the library's. How many programs
-# fit on one multiprocessor at once? That is its **occupancy**, and whatever
-# runs out first decides. (Registers are handed out in eights, and each program
-# takes 1 KB of shared memory more than it asks for.)
+# fit on one multiprocessor at once? Whatever runs out first decides. (Their
+# warps, as a share of the 64 that it could hold, are called its **occupancy**.)
+# (Registers are handed out in eights, and each program takes 1 KB of shared
+# memory more than it asks for.)
 
 # %%
 SHARED = {"A100": 164 * 1024, "H100": 228 * 1024}  # bytes per multiprocessor
@@ -633,13 +637,16 @@ print(f"a tile of keys and values: {tile_bytes:,} bytes")
 # load is in flight meanwhile. That is called **software pipelining**. The next
 # tile needs a place to go to, a second **buffer** in shared memory. The
 # compiler writes all of it, and how far it works ahead is a number that the
-# launcher gives it, `num_stages`: the number of tiles that are in work at once,
-# each in another stage of it.
+# launcher gives it, `num_stages`: over how many rounds of the loop the work on
+# one tile is spread. The first rounds load, the last one multiplies. It is not
+# the number of buffers, as we will see.
 #
-# Compile your kernel with 1, 2, 3, 5 and 7 stages, and look at how many tiles
-# of keys shared memory holds at a time (buffers), and at how many loads may be
-# in flight still when the loop waits for its next tile. Before you run the
-# cell: if two stages give one buffer, how many do three give?
+# Compile your kernel with 1, 2, 3, 5 and 7 stages. Look at how many tiles of
+# keys shared memory holds at a time (buffers), and at how many `tl.load`s of a
+# whole tile may be in flight still when the loop waits. (With one stage nothing
+# is loaded ahead. Shared memory is needed all the same: tiles pass through it
+# on their way into a `tl.dot`.) Before you run the cell: if two stages give one
+# buffer, how many do three give?
 
 # %%
 for num_stages in (1, 2, 3, 5, 7) if HAS_TRITON else ():
@@ -658,8 +665,9 @@ for num_stages in (1, 2, 3, 5, 7) if HAS_TRITON else ():
 # stages: one for them, and one for the ids.
 #
 # With one buffer the loop waits until *no* load is in flight before it
-# multiplies. With five stages a whole tile may still be in flight: three loads,
-# of ids, keys and values. That is what the library launches with. It has its
+# multiplies: the next tile is asked for when this one has been read out of the
+# buffer. With five stages a whole tile may still be in flight: three loads, of
+# ids, keys and values. That is what the library launches with. It has its
 # price: with so much shared memory fewer programs fit on a multiprocessor, and
 # those would have helped as well. Which of the two wins can only be measured,
 # on a GPU.
@@ -713,11 +721,12 @@ if HAS_TRITON:
 # into whole pieces are called **coalesced**.)
 #
 # But the compiler writes such loads only where it knows that each begins at a
-# multiple of 16 bytes, which are 8 numbers in bf16. Triton tells it which
-# strides are multiples of 16 numbers, and nothing finer. At D = 72 every row
-# begins at a multiple of 8 numbers, but nobody says so. Here are the loads of
-# three kernels: D = 128; D = 72; and D = 72 with that promise,
-# `tl.multiple_of(k_at, 8)`, in your step **address**. (`LDG` loads into
+# multiple of 16 bytes, which are 8 numbers in bf16. At a launch Triton notes
+# which strides are multiples of 16 numbers. It does not note multiples of 8. At
+# D = 72 every row begins at a multiple of 8 numbers, but nobody says so. Here
+# are the loads of three kernels: D = 128; D = 72; and D = 72 with that promise,
+# `tl.multiple_of(k_at, 8)`, in the given step **address**, which computes
+# `k_at` and `v_at`. (A promise is believed, not checked.) (`LDG` loads into
 # registers, `LDGSTS` from memory to shared memory; `.128` is 16 bytes.)
 
 # %%
@@ -778,21 +787,22 @@ if codes:
 # shows.
 #
 # When is a kernel compiled anew? For each set of constants (here: the heads per
-# KV head, D, the block size) and of dtypes, and when a number or an address
-# stops, or begins, to be a multiple of 16. It takes seconds, so nothing that
-# grows with the text may be among them. The width of the block table and the
-# length of a split are handed over as plain numbers, about which the compiler
-# assumes nothing (`do_not_specialize`). What is left happens once. When the
-# first text is shared out, the kernel is compiled a second time, to write its
-# parts in fp32, and the one that merges them for the first time.
+# KV head, D, the block size) and of dtypes; and when a number or an address
+# stops, or begins, to be a multiple of 16, or a number becomes 1. It takes
+# seconds, so nothing that grows with the text may be among them. The width of
+# the block table (`table_stride_b`) and the length of a split (`split_tokens`)
+# are handed over as plain numbers, about which the compiler assumes nothing:
+# `do_not_specialize`. One surprise remains. The first text that is long enough
+# to be split compiles the kernel once more, because parts are stored in fp32,
+# and compiles the kernel that merges them.
 #
 # ## Predict the bytes
 #
 # ### Exercise 5.6 · `bytes_moved` ★★ (15 minutes)
 #
-# What must attention move in one step, in one layer, if one program has all
-# keys of a request and KV head? Predict it, exactly, for reading in place and
-# for gathering first.
+# What must attention move in one step, in one layer? Assume no splits, so that
+# no partial results are written and read back. Predict it, exactly, for reading
+# in place and for gathering first.
 
 # %% exercise="bytes_moved"
 from lib.paged_attention import bytes_moved
@@ -816,8 +826,8 @@ check(bytes_moved)
 
 # %% [markdown]
 # Now the prediction meets a count: load by load and store by store, in the
-# interpreter. Gathering is `gather_kernel`, and then `paged_decode_kernel` over
-# the dense copy, which is a pool with its blocks in order.
+# interpreter. Gathering is `gather_kernel`, and then the same kernel over the
+# dense copy. That moves what it moves in place, so we add the two counts.
 
 # %%
 small = ModelConfig(256, 1, 2, 1, d_model=32, d_ff=1, max_seq_len=1)  # D = 16
@@ -858,17 +868,18 @@ plotting.plot_measured(
 
 # %% [markdown]
 # *Markers: counted. Dashed: predicted.* What is not in the prediction is small:
-# an id of 4 bytes for each token and KV head, beside 2 · D numbers.
+# an id of 4 bytes for each token and KV head, beside 2 · D numbers, the
+# lengths, and one logsumexp per head.
 #
 # ## Where that puts it: the roofline
 #
-# A machine can move so many bytes per second, and compute so many FLOPs per
-# second. Work that computes little with each byte waits for the bytes, and work
-# that computes much waits for the FLOPs. So we plot FLOPs per second over
-# **FLOPs per byte moved**: first a slope, then a roof. Attention in decode
-# computes 4 · H · D FLOPs per key (two products, a multiplication and an
-# addition each), and moves 2 · G · D numbers. That is 2 · H / G FLOPs per
-# number, whatever the length of the text:
+# A machine has a limit of bytes per second, and one of FLOPs per second. With
+# few FLOPs per byte the first is reached first, and the speed grows with the
+# FLOPs per byte: a slope. With many it is the second: a flat roof. The two meet
+# at a corner. So we plot FLOPs per second over **FLOPs per byte moved**.
+# Attention in decode computes 4 · H · D FLOPs per key (two products, a
+# multiplication and an addition each), and moves 2 · G · D numbers. That is 2 ·
+# H / G FLOPs per number, whatever the length of the text:
 
 # %%
 def flops_per_byte(config, bytes_per_number, num_keys=8192):
@@ -886,7 +897,7 @@ print(f"Llama 3 8B in bf16: {flops_per_byte(LLAMA3_8B, 2):.1f} FLOPs per byte")
 #
 # Now this machine. Its bandwidth comes from a copy and its roof from a large
 # product, both measured. The points are attention in decode, contiguous, as
-# timed at the beginning of this page (in fp32 on a processor, so with half as
+# timed at the beginning of this page (in fp32 on a CPU, so with half as
 # many FLOPs per byte); and the product of one weight matrix with 1, 8, 64 and
 # 512 tokens, which is the other half of a step. Dashed are two GPUs, as NVIDIA
 # publishes them.
@@ -929,8 +940,8 @@ for name, (bytes_per_s, flops_per_s) in roofs.items():
 # %% [markdown]
 # These GPUs need 150 FLOPs and more for each byte, and attention in decode has
 # four useful ones, or sixteen with the padding. There, memory sets the pace. On
-# a processor the corner is far to the left. A point may lie below the slope:
-# then something else than memory sets its pace, such as the many small calls of
+# a CPU the corner is far to the left. A point may lie below the slope: then
+# something else than memory sets its pace, such as the many small calls of
 # torch that attention is here. A point may even lie above it, for a product
 # only reads its matrix, and reading alone can be faster than a copy, which
 # writes as well.
@@ -943,16 +954,17 @@ for name, (bytes_per_s, flops_per_s) in roofs.items():
 #
 # ## The prompt, too
 #
-# Until now `PagedKVCache` has read in place only where each request brings one
-# new token. A prompt brings many, and it was gathered, with scores stored for
-# all of its tokens by all of its keys. What does a kernel for many tokens need?
+# The kernel of 5.4 serves only steps in which each request brings one new
+# token. A prompt brings many. Until now it was gathered, and a score was stored
+# for each pair of a new token and a key. What does a kernel for many tokens
+# need?
 #
 # - A program takes a **tile of queries**: `QUERIES` tokens of one request, each
-#   with the `GROUP_SIZE` heads that read its KV head. A row of the product is
-#   now a token *and* a head.
+#   with the `GROUP_SIZE` heads that read the program's KV head. A row of the
+#   product is now a token *and* a head.
 # - The mask gets a second dimension. A query at position p sees the keys up to
 #   position p, so each row has a mask of its own.
-# - Keys behind the last query of the tile are seen by nobody, and are not even
+# - Keys after the last query of the tile are seen by nobody, and are not even
 #   loaded.
 #
 # Everything else stays. Here is one program by hand: a request of seven tokens,
@@ -975,22 +987,29 @@ for row in range(query_len * group_size):
 # the kernel and is given: `tiles` has the number of tiles of each request, and
 # the program goes to the first request at which their running sum (`tl.cumsum`)
 # passes its own number. You get that request, `b`, and `first`, the tile's
-# first new token, counted in its request from 0. Two steps are yours:
+# first token, counted among the request's *new* tokens from 0. (Tiles 2, 0 and
+# 3 have the running sums 2, 2 and 5. So program 2 belongs to the third request,
+# as its first tile. The given code counts programs from the end, so that the
+# tiles with the most keys start first; programs that are too many end at once.)
+# Two steps are yours:
 #
-# - **row**: what `row` stands for, as above. `t`: its token, counted in the
-#   request like `first`. `h`: its query head, of all H; those of KV head g are
-#   `g * GROUP_SIZE` and the ones after it. `is_row`: whether there is such a
-#   row, for ROWS may be more than `QUERIES * GROUP_SIZE`, and the last tile of
-#   a request may have fewer tokens than QUERIES. `query_position`: where the
+# - **row**: what `row` stands for, as above. `t`: its token, counted like
+#   `first`. `h`: its query head, of all H; those of KV head g are `g *
+#   GROUP_SIZE` and the ones after it. `is_row`: whether there is such a row,
+#   for ROWS may be more than `QUERIES * GROUP_SIZE`, and the last tile of a
+#   request may have fewer tokens than QUERIES. `query_position`: where the
 #   token stands in the text. `end`: one more than the position of the last
 #   query of this tile.
 # - **score**: as in 5.4, with the mask that each row has for itself.
 #
-# It is checked on whole prompts, on prompts behind a part that is cached
-# already, on pieces of prompts, on single tokens, and on requests that bring
-# none. That takes 10 to 20 seconds.
+# The steps **look up**, **gather** and **rescale** are those of 5.4, word for
+# word: bring your own.
+#
+# It is checked on whole prompts, on prompts whose beginning is cached already,
+# on pieces of prompts, on single tokens, and on requests that bring none. That
+# takes 10 to 20 seconds.
 
-# %% exercise="paged_prefill_kernel" given="1 3 4 5 6 8 9"
+# %% exercise="paged_prefill_kernel" given="1 3 4 5 7 9 12"
 from lib.paged_attention_triton import paged_prefill_kernel
 
 # %%
@@ -1104,11 +1123,11 @@ for path in sorted((text.DATA / "results").glob("bench*.json")):
     plot_bench(path)
 
 # %% [markdown]
-# *Each way counts the same bytes, those that have to move at least. A gather
-# moves more than that: here it looks slower for it, and not busier.* (*paged*,
-# above the figure, is chapter 4's cache, with a gather.)
+# *Every way is credited with the fewest bytes that could do. So the extra
+# traffic of a gather shows as lost bandwidth.* (*paged*, above the figure, is
+# chapter 4's cache, with a gather.)
 #
-# On a processor, *in place* is the torch twin, a dozen calls of torch for each
+# On a CPU, *in place* is the torch twin, a dozen calls of torch for each
 # block of sixteen tokens. Those calls take longer than copying the block, so
 # the gather wins there. An interpreted kernel says nothing about the speed of a
 # compiled one, so we do not time it. Without a GPU this chapter's win is one of
@@ -1117,8 +1136,8 @@ for path in sorted((text.DATA / "results").glob("bench*.json")):
 #
 # ## Where to go from here
 #
-# Your kernels have what the fast ones have in common. This is what else their
-# authors turn, and where to read on.
+# Your kernels have what the fast ones have in common. Here is what else their
+# authors tune, and where to read on.
 #
 # - **Settings.** The library's `TILE`, `num_warps` and `num_stages` were chosen
 #   by reading machine code. With a GPU one measures: `@triton.autotune` tries a
@@ -1138,8 +1157,8 @@ for path in sorted((text.DATA / "results").glob("bench*.json")):
 #   window is another edge of the mask, and a row may see nothing in its first
 #   tiles: then `new_max` is -inf, and has to be guarded.
 # - **Soft cap.** Gemma 2 bounds its scores by `cap * tanh(scores / cap)`,
-#   before the mask and before the factor log2(e). Triton's language has no
-#   tanh; it can be made of one exp.
+#   before the mask and before the factor log2(e). `tl` has no tanh; it can be
+#   made of one exp.
 # - **fp8.** Keys and values of one byte per number halve what moves. The kernel
 #   needs a cast after the load, `k.to(q.dtype)`, and a scale per head or block;
 #   the launcher must let the dtypes differ. (The usual format compiles for an
@@ -1149,9 +1168,8 @@ for path in sorted((text.DATA / "results").glob("bench*.json")):
 #   load, while others multiply.
 # - **FlashInfer** takes the block ids of all requests as one long list, and
 #   plans before the launch which program gets which part of a ragged batch.
-#   **vLLM**, where paged attention comes from, takes tables like ours. Of its
-#   several kernels one is in Triton, and serves prompts and decodes alike, as
-#   our `paged_prefill` can.
+#   **vLLM**, where paged attention comes from, takes tables like ours. Its
+#   Triton backend serves prompts and decodes alike, as our `paged_prefill` can.
 #
 # ## The whole table, with all of your functions in it
 #
@@ -1180,8 +1198,8 @@ check.summary()
 # %% [markdown]
 # ## Four ways to read fewer bytes
 #
-# On a GPU, bytes set the pace. So how could there be fewer? Here are four
-# ideas, each an open problem, each with one measurement on our model. To
+# When a GPU decodes, bytes set the pace. So how could there be fewer? Here are
+# four ideas, each an open problem, each with one measurement on our model. To
 # measure what an idea costs we put it in at `attend`, and ask how well the
 # model still predicts text that it never saw.
 
@@ -1377,7 +1395,7 @@ plotting.plot_measured(
 # - `TILE` and `num_stages` were chosen by reading what the compiler made of
 #   them, and the length of a split by counting multiprocessors. Where there is
 #   a GPU, they should be measured.
-# - A prompt behind a long cached text has a program for each tile of queries
+# - A prompt after a long cached text has a program for each tile of queries
 #   and KV head, and each reads all keys by itself: its keys are not split.
 # - The cache makes its tables as wide as the longest text, step by step. A CUDA
 #   graph would want them of one width.
@@ -1389,7 +1407,7 @@ plotting.plot_measured(
 # 1. Softmax can be computed tile by tile, with a running maximum, a running
 #    sum, and a rescaling when the maximum grows.
 # 2. So attention does not need its keys in one piece: it looks up each token's
-#    block, and masks what is behind the last token, in loads and in scores.
+#    block, and masks what comes after the last token, in loads and in scores.
 # 3. One program serves all query heads of a KV head, so that each key is read
 #    once; a long text is shared among programs, whose results are merged by the
 #    softmax of their logsumexps.

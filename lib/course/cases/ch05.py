@@ -203,7 +203,7 @@ def _online(
             if slip == "divided in each tile":
                 acc = acc / row_sum
             row_max = row_max if slip == "row_max stays" else new_max
-        divisor = np.where(row_sum > 0, row_sum, 1) if is_kernel else row_sum
+        divisor = np.where(row_sum == 0, 1, row_sum) if is_kernel else row_sum
         out = acc if slip == "not divided" else acc / divisor
         return out, (row_max + np.log(divisor))[:, 0]
 
