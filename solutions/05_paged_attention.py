@@ -991,7 +991,7 @@ for row in range(query_len * group_size):
 # 3 have the running sums 2, 2 and 5. So program 2 belongs to the third request,
 # as its first tile. The given code counts programs from the end, so that the
 # tiles with the most keys start first; programs that are too many end at once.)
-# Two steps are yours:
+# Two steps are new:
 #
 # - **row**: what `row` stands for, as above. `t`: its token, counted like
 #   `first`. `h`: its query head, of all H; those of KV head g are `g *
