@@ -592,10 +592,10 @@ if HAS_TRITON:
 
 # %% [markdown]
 # Nothing is spilled, if yours is written as the library's. How many programs
-# fit on one multiprocessor at once? Whatever runs out first decides. (Their
-# warps, as a share of the 64 that it could hold, are called its **occupancy**.)
-# (Registers are handed out in eights, and each program takes 1 KB of shared
-# memory more than it asks for.)
+# fit on one multiprocessor at once? Whatever runs out first decides: registers,
+# which are handed out in eights, or shared memory, of which each program takes
+# 1 KB more than it asks for. (Their warps, as a share of the 64 that a
+# multiprocessor could hold, are called its **occupancy**.)
 
 # %%
 SHARED = {"A100": 164 * 1024, "H100": 228 * 1024}  # bytes per multiprocessor
@@ -701,10 +701,10 @@ look_up_ahead = {
 if HAS_TRITON:
     try:
         ahead = gpu_code.edited(kernels.paged_decode_kernel, look_up_ahead)
-    except ValueError as error:  # where your kernel has no such comments
-        print(error)
-    else:
         code = gpu_code.compile_decode("sm_90", num_stages=3, kernel=ahead)
+    except (ValueError, gpu_code.CompileError) as error:
+        print(f"your kernel is made otherwise: {error}")
+    else:
         print(f"num_stages=3: buffers {code.num_buffers}, ", end="")
         print(f"{code.shared_bytes:7,} bytes, ", end="")
         print(f"in flight: {min(code.loop_waits, default=0)}")
@@ -726,7 +726,7 @@ if HAS_TRITON:
 # D = 72 every row begins at a multiple of 8 numbers, but nobody says so. Here
 # are the loads of three kernels: D = 128; D = 72; and D = 72 with that promise,
 # `tl.multiple_of(k_at, 8)`, in the given step **address**, which computes
-# `k_at` and `v_at`. (A promise is believed, not checked.) (`LDG` loads into
+# `k_at` and `v_at`. A promise is believed, not checked. (`LDG` loads into
 # registers, `LDGSTS` from memory to shared memory; `.128` is 16 bytes.)
 
 # %%
@@ -756,8 +756,8 @@ if HAS_TRITON:
     try:
         promised = gpu_code.edited(kernels.paged_decode_kernel, promise)
         print_loads("D = 72, promised", 72, promised)
-    except ValueError as error:
-        print(error)
+    except (ValueError, gpu_code.CompileError) as error:
+        print(f"your kernel is made otherwise: {error}")
 
 # %% [markdown]
 # Without the promise the compiler loads number by number, cannot load ahead,
