@@ -66,12 +66,12 @@ class FakeGpu(DriverBase):
         return 0
 
 
-def inputs(seq_len, head_dim=128, dtype=torch.bfloat16):
-    """Of one request to Llama 3 8B, in blocks of 16; nobody looks at the numbers."""
-    q = torch.zeros(1, 32, head_dim, dtype=dtype)
-    cache = torch.zeros(2, 16, 8, head_dim, dtype=dtype)
-    tables = torch.zeros(1, triton.cdiv(seq_len, 16), dtype=torch.int32)
-    return q, cache, cache, tables, torch.tensor([seq_len], dtype=torch.int32)
+def inputs(seq_len, head_dim=128, batch_size=1):
+    """Of requests to Llama 3 8B, in blocks of 16; nobody looks at the numbers."""
+    q = torch.zeros(batch_size, 32, head_dim, dtype=torch.bfloat16)
+    cache = torch.zeros(2, 16, 8, head_dim, dtype=torch.bfloat16)
+    tables = torch.zeros(batch_size, triton.cdiv(seq_len, 16), dtype=torch.int32)
+    return q, cache, cache, tables, torch.full((batch_size,), seq_len, dtype=torch.int32)
 
 
 def main():
@@ -102,6 +102,10 @@ def main():
         split_tokens = min(max(128, triton.next_power_of_2(seq_len) // 32), 2048)
         kernels.paged_decode(*args, split_tokens=split_tokens, check_ids=False)
         kernels.paged_prefill(*args, ones, check_ids=False)
+    for batch_size in (2, 3, 16, 17, 300):
+        args = inputs(1000, batch_size=batch_size)
+        kernels.paged_decode(*args, split_tokens=100 + batch_size, check_ids=False)
+        kernels.paged_prefill(*args, ones.expand(batch_size).clone(), check_ids=False)
     said = {"compiled": compiled[:], "launches": launches[:], "host_us": {}}
 
     Utils.shared_bytes = 48 * 1024

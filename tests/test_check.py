@@ -15,6 +15,7 @@ import torch.utils.checkpoint
 from tqdm import tqdm
 
 from lib import generate, interpreter, paged_kv_cache_triton, text
+from lib.course import WITHOUT_GPU
 from lib.course.attempt import NOT_WRITTEN, ForbiddenCallError, forbid
 from lib.course.build import ROOT, chapter_texts, student_notebook
 from lib.course.check import Check, judge
@@ -436,8 +437,11 @@ def test_a_kernel_without_an_end_is_ended_with_all_that_tries_it(
 ):
     module, children = sys.modules["lib.course.check"], []
     popen = module.subprocess.Popen
+    for name in WITHOUT_GPU:  # as where there is a GPU: the child must not see it
+        monkeypatch.setenv(name, "0")
 
     def start(*args, **options):
+        assert WITHOUT_GPU.items() <= options["env"].items()
         children.append(popen(*args, **options))
         return children[-1]
 
