@@ -188,10 +188,9 @@ def judge_elsewhere(exercise: Exercise, kernel: Callable, seed: int) -> Result:
     kernel loads. The kernel travels as source text, with the constants and kernels that
     it uses, as it does to the compiler.
     """
-    source = gpu_code.PREAMBLE + "\n\n\n".join(gpu_code._sources(kernel))
     job = {
         "exercise": exercise.name,
-        "source": source,
+        "source": gpu_code.source_of(kernel),
         "name": function_of(kernel).__name__,
         "seed": seed,
     }

@@ -86,7 +86,7 @@ def compile_kernel(
         _check_known("options", name, ("num_warps", "num_stages"))
     _check_triton()
     job = {
-        "source": "\n\n\n".join(_sources(kernel)),
+        "source": source_of(kernel),
         "name": kernel.fn.__name__,
         "types": types,
         "constants": constants,
@@ -220,8 +220,9 @@ def _check_triton():
         raise CompileError("expected Triton, which is for Linux")
 
 
-def _sources(kernel: Any) -> list[str]:
-    """The source of a kernel, behind those of the constants and kernels that it uses."""
+def source_of(kernel: Any) -> str:
+    """A file of its own for a kernel: its source, behind that of the constants and
+    kernels that it uses."""
     found = {}
 
     def visit(kernel: Any):
@@ -246,7 +247,7 @@ def _sources(kernel: Any) -> list[str]:
         found[name] = "@triton.jit\n" + source[at:]
 
     visit(kernel)
-    return list(found.values())
+    return PREAMBLE + "\n\n\n".join(found.values())
 
 
 @functools.cache  # the same job is asked for again and again
@@ -291,7 +292,7 @@ def _compile_here(
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.py"  # Triton reads the source from its file
-        path.write_text(PREAMBLE + source)
+        path.write_text(source)
         spec = importlib.util.spec_from_file_location("kernel", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
