@@ -359,7 +359,7 @@ def paged_decode(
     max_seq_len = block_tables.shape[1] * block_size
     if split_tokens is None:
         split_tokens = choose_split_tokens(B * G, max_seq_len, q.device)
-    num_splits = max(1, -(-max_seq_len // split_tokens))
+    num_splits = max(1, triton.cdiv(max_seq_len, split_tokens))
     if num_splits > MAX_SPLITS:
         raise ValueError(
             f"split_tokens: expected so many that {max_seq_len} tokens, as the table is "
@@ -486,9 +486,8 @@ def prefill_constants(
 ) -> dict[str, int | bool]:
     """The constants that `paged_prefill_kernel` is compiled with. Raises as
     `decode_constants`."""
-    cols = max(MIN_DOT, triton.next_power_of_2(head_dim))
     most = 128 if is_interpreted else PREFILL_ROWS[dtype]
-    if cols > 128 and not is_interpreted:  # for GPUs with 99 KB of shared memory too
+    if head_dim > 128 and not is_interpreted:  # for GPUs with 99 KB of shared memory too
         most = most // 4
     rows = max(MIN_DOT, most, triton.next_power_of_2(group_size))
     return {
@@ -536,8 +535,9 @@ def launch_options(rows: int, platform: str = PLATFORM) -> dict[str, int]:
 
 
 def choose_split_tokens(num_programs: int, max_seq_len: int, device: torch.device) -> int:
-    """Keys of a program: so many that a GPU has about two programs per processor, at
-    least 128, and at most 2,048, so that a long text is shared out in a large batch too.
+    """Keys of a program: so many that a GPU has about two programs for each of its
+    multiprocessors, at least 128, and at most 2,048, so that a long text is shared out in
+    a large batch too.
 
     num_programs: B · G. max_seq_len: what the tables have room for. Reading the longest
     length instead would make the GPU wait. It is a number at run time: the kernels are
@@ -563,7 +563,7 @@ def check_inputs(**tensors: torch.Tensor):
     _check_kinds(tuple((n, x.shape, x.dtype, x.device) for n, x in tensors.items()))
 
 
-# Layer after layer asks for the same: a model launches a kernel every few microseconds.
+# Layer after layer asks for the same.
 @functools.lru_cache(maxsize=256)
 def _check_kinds(kinds: tuple[tuple[str, torch.Size, torch.dtype, torch.device], ...]):
     shapes = {name: shape for name, shape, _, _ in kinds}
