@@ -208,6 +208,7 @@ def test_a_short_bench_is_shorter_and_what_is_asked_for_goes_first(monkeypatch):
 
 def test_the_help_says_how_long_it_takes(monkeypatch, capfd):
     monkeypatch.setattr(bench, "GPU_SECONDS_PER_CASE", 40)
+    monkeypatch.setattr(bench, "GPU_SECONDS_TO_START", 60)
     with pytest.raises(SystemExit):
         run(monkeypatch, "--help")
     out = " ".join(capfd.readouterr()[0].split())

@@ -471,26 +471,28 @@ def test_the_kernel_uses_another_scale(split_tokens):
     "num_programs, max_seq_len, split_tokens",
     [
         (1, 100, 128),  # too short to be shared
+        (8, 0, 128),
         (8, 2048, 128),
-        (8, 4240, 192),  # 23 splits of 8 heads: 184 programs for 132 processors
-        (8, 16384, 512),
-        (8, 40000, 1216),
-        (8, 131072, 2048),
-        (512, 2048, 2048),  # enough programs without
-        (512, 131072, 2048),  # but one of the texts may be long
+        (8, 16384, 512),  # 256 programs, about two for each of 132 multiprocessors
+        (64, 4096, 1024),  # four splits of the same length
+        (64, 16384, 4096),
+        (256, 4096, 4096),  # enough programs without
+        (136, 16384, 2112),  # 17 requests: not 4,096, which would be two rounds of 396
+        (512, 1024, 4096),  # two rounds too, but shorter programs have to be merged
+        (8, 131072, 4096),
+        (512, 131072, 4096),  # rounds enough, and one of the texts may be long
     ],
 )
 def test_texts_are_split_for_many_processors(
     monkeypatch, num_programs, max_seq_len, split_tokens
 ):
-    monkeypatch.setattr(
-        torch.cuda,
-        "get_device_properties",
-        lambda device: SimpleNamespace(multi_processor_count=132),
+    h100 = SimpleNamespace(
+        multi_processor_count=132, shared_memory_per_multiprocessor=228 * 1024
     )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h100)
     choose, gpu = paged_attention_triton.choose_split_tokens, torch.device("cuda")
     assert choose(num_programs, max_seq_len, gpu) == split_tokens
-    assert choose(num_programs, max_seq_len, torch.device("cpu")) == max_seq_len
+    assert choose(num_programs, max_seq_len, torch.device("cpu")) == max(1, max_seq_len)
 
 
 def test_a_broken_interpreter_is_named(monkeypatch):

