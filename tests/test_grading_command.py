@@ -18,11 +18,13 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from distributed import Client, LocalCluster
 
 from lib.course import ROOT
 from lib.course.build import chapter_texts, solved_notebook, student_notebook
 from lib.course.exercises import exercises, names_of
 from lib.course.grading import __main__ as command
+from lib.course.grading import cluster as clusters
 from lib.course.grading import report, results
 from lib.course.grading.grader import Grade, Score, Worker
 from lib.course.grading.submissions import find
@@ -323,3 +325,60 @@ def test_a_damaged_file_is_graded_again(tmp_path):
     kept.keep(graded(student="ada"))
     kept.path("ada").write_text('{"score": 1')
     assert kept.kept("ada", "0" * 64) is None
+
+
+@pytest.fixture
+def cluster():
+    """A scheduler, and two processes of one thread."""
+    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
+    with LocalCluster(**options, silence_logs=50) as cluster:
+        yield cluster
+
+
+def test_a_cluster_that_loses_a_process_writes_the_same_table(
+    cluster, folder, whole, tmp_path, monkeypatch
+):
+    killed, page = [], report.student_page
+
+    def student_page(grade):
+        """After the first row one of the two is lost, in the middle of another."""
+        if not killed:
+            killed.append(next(iter(cluster.workers.values())).pid)
+            os.kill(killed[0], signal.SIGKILL)
+        return page(grade)
+
+    monkeypatch.setattr(report, "student_page", student_page)
+    out, on = tmp_path / "out", ("--scheduler", cluster.scheduler_address)
+    assert run(monkeypatch, folder, "--out", out, *SEED, *on) == 0
+    assert killed and killed[0] != next(iter(cluster.workers.values())).pid
+    assert (out / "grades.csv").read_bytes() == (whole[0] / "grades.csv").read_bytes()
+
+
+def test_a_cluster_that_cannot_be_used_is_told(
+    cluster, folder, tmp_path, monkeypatch, capsys
+):
+    def start_on(address):
+        on = ("--scheduler", address)
+        return run(monkeypatch, folder, "--out", tmp_path / "out", *SEED, *on)
+
+    monkeypatch.setattr(clusters, "SECONDS_TO_CONNECT", 1)
+    for address in ("tcp://127.0.0.1:9", "nowhere", "http://127.0.0.1:9"):
+        with pytest.raises(ValueError, match="expected a Dask scheduler at " + address):
+            start_on(address)
+    monkeypatch.setattr(clusters, "version_here", lambda: "another")
+    assert start_on(cluster.scheduler_address) == 1
+    assert "expected version another of the course on every" in capsys.readouterr().out
+    cluster.scale(0)
+    with Client(cluster) as client:
+        while client.nthreads():
+            time.sleep(0.05)
+    with pytest.raises(ValueError, match="expected workers at .*, found none"):
+        start_on(cluster.scheduler_address)
+
+
+def test_without_dask_it_is_told_how_to_get_it(folder, tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "lib.course.grading.cluster")
+    monkeypatch.delattr("lib.course.grading.cluster")
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(ValueError, match=r"expected Dask installed, .*\[cluster\]"):
+        run(monkeypatch, folder, "--out", tmp_path / "out", "--scheduler", "tcp://x:1")

@@ -8,9 +8,11 @@ Exit status 2 for bad input, 1 for a full disk, 130 for an interrupt.
 """
 
 import argparse
+import functools
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
 
@@ -35,13 +37,27 @@ def main() -> int:
     if args.gradescope:
         return gradescope(args.gradescope, names, args.seed)
     out = args.out or Path("grades", args.chapters or "all")
-    return grade_class(args.submissions, out, names, args.seed, args.jobs)
+    if args.scheduler:
+        try:
+            from lib.course.grading import cluster
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"--scheduler: expected Dask installed, got no {error.name}: "
+                "pip install '.[cluster]'"
+            ) from None
+        grade_them = functools.partial(cluster.grade_all, scheduler=args.scheduler)
+    else:
+        grade_them = functools.partial(grade_all, num_jobs=args.jobs)
+    return grade_class(args.submissions, out, names, args.seed, grade_them)
 
 
 def grade_class(
-    path: Path, out: Path, names: list[str], seed: str | None, num_jobs: int
+    path: Path, out: Path, names: list[str], seed: str | None, grade_them: Callable
 ) -> int:
-    """Grade every submission in `path`; 0 when the table is written."""
+    """Grade every submission in `path`; 0 when the table is written.
+
+    grade_them: as `grader.grade_all`, which knows how many workers, and where.
+    """
     submissions, ignored = find(path)
     if ignored:
         print(f"no notebooks, left out: {', '.join(ignored)}")
@@ -68,7 +84,7 @@ def grade_class(
         bar.update()
 
     try:
-        grade_all(new, names, seed_number(results.seed), num_jobs, done)
+        grade_them(new, names, seed_number(results.seed), done=done)
     except (KeyboardInterrupt, OSError) as error:
         bar.close()
         why = "interrupted" if isinstance(error, KeyboardInterrupt) else error
@@ -147,6 +163,11 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count() or 1, help="workers (one a core)"
+    )
+    parser.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="of a running Dask cluster, in place of workers here: tcp://host:8786",
     )
     parser.add_argument("--mine", type=Path, help="a folder of your own notebooks")
     parser.add_argument(

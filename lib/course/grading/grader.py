@@ -170,9 +170,21 @@ def tried_on(name: str, seed: int) -> tuple[list[tuple[Case, dict]], float]:
 
 def grade(submission: Submission, names: list[str], seed: int, worker: Worker) -> Grade:
     """One row, whatever the submission holds."""
+    return grade_read(submission.student, *submission.read(), names, seed, worker)
+
+
+def grade_read(
+    student: str,
+    notebooks: list[list[str]],
+    notes: list[str],
+    sha256: str,
+    names: list[str],
+    seed: int,
+    worker: Worker,
+) -> Grade:
+    """`grade` of what `Submission.read` gave."""
     start = time.perf_counter()
-    notebooks, notes, digest = submission.read()
-    result = Grade(submission.student, notes=notes, sha256=digest)
+    result = Grade(student, notes=notes, sha256=sha256)
     result.is_readable = bool(notebooks)
     for name in names:
         if notebooks:
@@ -250,12 +262,13 @@ def _try(
     return replace(none, points=exercise.points, message="passed")
 
 
-def _failed(submission: Submission, names: list[str], error: Exception) -> Grade:
+def failed(student: str, names: list[str], error: Exception) -> Grade:
+    """The row of a submission that the grader itself failed over."""
     words = f"the grader failed: {in_a_line(error)}"
     scores = {
         name: Score(0, exercises()[name].points, words, status=CRASHED) for name in names
     }
-    return Grade(submission.student, scores, [words])
+    return Grade(student, scores, [words])
 
 
 def grade_all(
@@ -284,7 +297,7 @@ def grade_all(
                 except OSError as error:  # of the machine: the run ends, and can go on
                     graded.put(error)
                 except Exception as error:  # of the grader: one row more to look at
-                    graded.put(_failed(submission, names, error))
+                    graded.put(failed(submission.student, names, error))
 
     threads = [threading.Thread(target=serve, args=(w,), daemon=True) for w in workers]
     try:
