@@ -7,6 +7,10 @@ import numpy as np
 from lib.course.exercises import Case, Exercise
 
 RANDOM = 6000  # bytes of a random state of torch, and some more
+# Of the drivers' blocks: an edge x, (2, 8, 32) in float64, and what autograd keeps in a
+# block, in edges: 4, and one more for a mask of dropout.
+EDGE = 2 * 8 * 32 * 8
+INSIDE = 5
 ORDER = "Gradients come in the order of forward's inputs, each of its input's shape"
 
 
@@ -236,12 +240,12 @@ def checkpoint_cases(seed: int) -> list[Case]:
             "dropout": dropout,
             "input_wants_gradient": input_wants_gradient,
         }
-        edge = 2 * 8 * 16 * 8  # bytes of x: (2, 8, 16) in float64
-        # Room for each segment's input, once over: a block's inside is 15 edges.
+        # Room for each segment's input, once over; and backward for one segment.
+        inside = (INSIDE + 2) * EDGE
         limits = {
-            "bytes_saved_by_the_forward_pass": 2 * edge * num_segments,
-            "bytes_held_after_the_forward_pass": (2 * edge + RANDOM) * num_segments,
-            "bytes_saved_by_the_backward_pass": 20 * edge * num_layers // num_segments,
+            "bytes_saved_by_the_forward_pass": 2 * EDGE * num_segments,
+            "bytes_held_after_the_forward_pass": (2 * EDGE + RANDOM) * num_segments,
+            "bytes_saved_by_the_backward_pass": inside * num_layers // num_segments,
         }
         cases.append(Case(name, inputs, limits, draws=dropout > 0))
     return cases
@@ -378,12 +382,12 @@ def checkpoint_recursive_cases(seed: int) -> list[Case]:
             "dropout": dropout,
         }
         halvings = math.ceil(math.log2(num_layers)) if num_layers > 1 else 0
-        edge = 2 * 8 * 16 * 8  # bytes of x: (2, 8, 16) in float64
+        # An edge for each halving, and the inside of one block.
+        num_edges = halvings + INSIDE + (dropout > 0)
         limits = {
-            # The last block may keep its inside, of 15 edges or so.
-            "bytes_saved_by_the_forward_pass": (halvings + 20) * edge,
-            "bytes_held_after_the_forward_pass": (halvings + 20) * (edge + RANDOM),
-            "bytes_saved_by_the_backward_pass": (halvings + 20) * edge,
+            "bytes_saved_by_the_forward_pass": num_edges * EDGE,
+            "bytes_held_after_the_forward_pass": num_edges * (EDGE + RANDOM),
+            "bytes_saved_by_the_backward_pass": num_edges * EDGE,
             # Forward, with autograd, and for each halving half of them again.
             "block_calls": 2 * num_layers + math.ceil(num_layers * halvings / 2),
         }
