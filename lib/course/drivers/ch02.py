@@ -30,7 +30,7 @@ def training_bytes(answer: Callable, config: dict, batch_size: int, seq_len: int
 def accumulate_gradients(
     answer: Callable, seed: int, token_ids: list, num_parts: int, has_gradients: bool
 ) -> dict:
-    config = ModelConfig(32, 2, 2, 1, d_model=16, d_ff=24, max_seq_len=6)
+    config = ModelConfig(32, 1, 2, 1, d_model=16, d_ff=24, max_seq_len=6)
     model = with_weights(Transformer(config), seed)
     weights = [parameter.detach().clone() for parameter in model.parameters()]
     for parameter in model.parameters():
