@@ -19,8 +19,6 @@ pytestmark = pytest.mark.usefixtures("warm_compiler")
 
 SEEDS = [0, 1, 2]
 NIGHTLY_SEEDS = pytest.param(range(1, 23), marks=pytest.mark.nightly, id="nightly")
-# Of which a seed takes seconds: one is a sample, but for the nightly run.
-SLOW = {"generate_recompute", "generate_cached", "checkpoint_recursive"}
 
 
 NAMES = [
@@ -37,8 +35,8 @@ def pairs(table):
 
 
 def in_ci(name, seeds):
-    is_slow = exercises()[name].is_kernel or name in SLOW
-    return seeds[:1] if is_slow and seeds is SEEDS else seeds
+    """Of a kernel a seed takes seconds: one is a sample, but for the nightly run."""
+    return seeds[:1] if exercises()[name].is_kernel and seeds is SEEDS else seeds
 
 
 @functools.cache

@@ -440,7 +440,7 @@ def generate_recompute_cases(seed: int) -> list[Case]:
         }
         if inputs["chain"]:
             inputs["prompt_ids"] = np.broadcast_to(list(b"sea"), shape).tolist()
-        limits = {} if "is_refused" in more else {"kept_for_a_backward_pass_bytes": 0}
+        limits = {} if "is_refused" in more else {"tensors_kept_for_a_backward_pass": 0}
         draws = settings["temperature"] != 0 and settings.get("top_k") != 1
         cases.append(Case(name, inputs, limits, draws))
     return cases
@@ -480,7 +480,7 @@ def _why_other_length(inputs: dict, expected: dict, got: dict) -> str | None:
 
 def _why_other_calls(expected: dict, got: dict) -> str | None:
     ours, theirs = expected["calls"], got["calls"]
-    if got["kept_for_a_backward_pass_bytes"] > 0:
+    if got["tensors_kept_for_a_backward_pass"] > 0:
         return "Generate under torch.no_grad(): nobody will call backward"
     if len(theirs) != len(ours):
         return "One call of the model for each new token, no more and no fewer"

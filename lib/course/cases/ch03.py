@@ -477,7 +477,7 @@ def generate_cached_cases(seed: int) -> list[Case]:
             repeated = inputs["chain"][3:] + list(b"sea")
             prompts = (list(b"sea")[:n] if n <= 3 else repeated[-n:] for n in prompt_lens)
             inputs["prompts"] = [*prompts]
-        limits = {} if "is_refused" in more else {"kept_for_a_backward_pass_bytes": 0}
+        limits = {} if "is_refused" in more else {"tensors_kept_for_a_backward_pass": 0}
         draws = settings["temperature"] > 0 and len({*settings} & {"top_k", "top_p"}) != 1
         cases.append(Case(name, inputs, limits, draws))
     return cases
@@ -540,7 +540,7 @@ def _why_other_work(inputs: dict, expected: dict, got: dict) -> str | None:
         if B > 1 and got["tokens_in_each_call"][:B] == prompt_lens:
             return "All requests go in one call: token after token, query_lens of each"
         return "In one call: in the first step all tokens of all prompts are new"
-    if got["kept_for_a_backward_pass_bytes"] > 0:
+    if got["tensors_kept_for_a_backward_pass"] > 0:
         return "Generate under torch.no_grad(): nobody will call backward"
     return None
 

@@ -14,6 +14,8 @@ from lib.course.drivers.ch01 import (
     DEFAULTS,
     as_array,
     as_list,
+    count_calls,
+    kept_for_a_backward_pass,
     random_model,
     write_chain,
 )
@@ -103,7 +105,7 @@ def generate_cached(
         for block in model.blocks:
             block.dropout.p = training_dropout
         model.train()
-    num_projected = []
+    num_projected, num_calls = [], count_calls(model)
     model.blocks[0].attention.q_proj.register_forward_pre_hook(
         lambda _, args: num_projected.append(args[0].numel() // args[0].shape[-1])
     )
@@ -116,23 +118,26 @@ def generate_cached(
     torch.manual_seed(draw_seed + 1)
     state = torch.get_rng_state()
     try:
-        with torch.enable_grad(), _choices_seen(model) as seen:
-            cost = measure(run)
+        with (
+            torch.enable_grad(),
+            _choices_seen(model) as seen,
+            kept_for_a_backward_pass() as kept,
+        ):
+            texts = run()
             are_gradients_on = torch.is_grad_enabled()
     except refusals as error:
         kind = ValueError if isinstance(error, ValueError) else CacheFullError
         return {
             "texts": [kind.__name__],
             "tokens_in_the_cache": cache.seq_lens.tolist(),
-            "kept_for_a_backward_pass_bytes": 0,
+            "tensors_kept_for_a_backward_pass": 0,
         }
     is_torch_as_before = torch.equal(state, torch.get_rng_state())
-    texts = cost.value
     if not isinstance(texts, (list, tuple)):
         texts = [texts]
     return {
         "texts": [as_list(token_ids) for token_ids in texts],
-        "forward_calls": cost.calls["Embedding"],
+        "forward_calls": len(num_calls),
         "projected_tokens": sum(num_projected),
         "tokens_in_each_call": num_projected,
         "tokens_in_the_cache": cache.seq_lens.tolist(),
@@ -145,7 +150,7 @@ def generate_cached(
         "gradients_are_on_as_before": are_gradients_on,
         "model_is_in_its_mode_as_before": model.training
         == (training_dropout is not None),
-        "kept_for_a_backward_pass_bytes": cost.saved_bytes,
+        "tensors_kept_for_a_backward_pass": len(kept),
         **_other_choices(seen, settings, [len(ids) for ids in prompts]),
     }
 
