@@ -112,6 +112,11 @@ def difference(expected: Any, got: Any, where: str = "") -> str | None:
     return None
 
 
+def is_same(one: Any, other: Any) -> bool:
+    """Whether two are the same: to `difference` more keys in `got` are none."""
+    return not difference(one, other) and not difference(other, one)
+
+
 def _array_difference(expected: np.ndarray, got: Any, where: str) -> str | None:
     if not isinstance(got, np.ndarray):
         return _words(where, f"a tensor of shape {expected.shape}", show(got))

@@ -430,7 +430,16 @@ def generate_cached_cases(seed: int) -> list[Case]:
         ("top_p=0.001 alone", [0], [4], 4, {"temperature": 3.0, "top_p": 0.001}, {}),
         (
             "top_k and top_p",
-            *([0], [2], 5, {"temperature": 2.0, "top_k": 40, "top_p": 0.8}, {}),
+            *([0], [2], 10, {"temperature": 9.0, "top_k": 40, "top_p": 0.8}, {}),
+        ),
+        # One token is left, for one of the two settings.
+        (
+            "top_k=1 and top_p=0.9",
+            *([0], [2], 6, {"temperature": 9.0, "top_k": 1, "top_p": 0.9}, {}),
+        ),
+        (
+            "top_k=40 and top_p=0.001",
+            *([0], [2], 6, {"temperature": 9.0, "top_k": 40, "top_p": 0.001}, {}),
         ),
         ("a cache with tokens in it", [7, 3], [2, 3], 3, greedy, {}),
         ("bytes that may end a text", [0], [3], len(chain) - 3, greedy, {"chain": chain}),
@@ -454,7 +463,11 @@ def generate_cached_cases(seed: int) -> list[Case]:
         ),
         ("more tokens than the model takes", [20], [20], 25, greedy, refused),
         ("minus one new token", [4], [3], -1, greedy, refused),
-        ("a temperature below 0", [4], [3], 2, {"temperature": -1.0}, refused),
+        (
+            "no new tokens and a temperature below 0",
+            *([4], [3], 0, {"temperature": -1.0}, refused),
+        ),
+        ("one byte again and again", [0], [3], 4, greedy, {"chain": [*b"seaa"]}),
         ("a text that fills the model", [0], [58], 6, greedy, {}),
     ):
         inputs = {

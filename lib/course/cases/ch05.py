@@ -38,7 +38,7 @@ def attend_online_cases(seed: int) -> list[Case]:
         ("no tiles", [], (2, 1, 3)),
         ("tiles without keys before others", [0, 2, 0, 1], (2, 1, 3)),
         ("two tiles without keys", [0, 0], (2, 1, 3)),
-        ("half precision, a score of 8 and 299 of 0", [1] * 300, (1, 1, 2)),
+        ("half precision, a score of 8 and 59 of 0", [1] * 60, (1, 1, 2)),
         ("single precision", [3, 2], (2, 1, 4)),
         ("a random number of tiles", rng.integers(1, 9, size=5).tolist(), (6, 3, 4)),
         ("50 tiles of 20 tokens", [20] * 50, (8, 2, 16)),
@@ -358,7 +358,7 @@ def bytes_moved_explain(inputs: dict, expected: dict, got: dict) -> str | None:
     config, theirs = inputs["config"], got["bytes"]
     if isinstance(theirs, float):
         return "Bytes are counted: give an int"
-    if theirs == "a Tensor":
+    if "Tensor" in str(theirs):
         return "One number is asked for, of all requests together"
     if not isinstance(theirs, int):
         return None

@@ -9,14 +9,17 @@ from torch.nn.functional import cross_entropy
 
 from lib.checkpointing import run_blocks
 from lib.config import ModelConfig
-from lib.course.drivers.ch01 import as_array
+from lib.course.drivers.ch01 import as_array, as_number, raises_value_error
 from lib.measure.meter import measure
 from lib.model import Transformer, attend_fused
 
 
 def next_token_loss(answer: Callable, logits: np.ndarray, token_ids: np.ndarray) -> dict:
     logits = torch.from_numpy(logits).requires_grad_()
-    loss = answer(logits, torch.from_numpy(token_ids))
+    try:
+        loss = answer(logits, torch.from_numpy(token_ids))
+    except ValueError:
+        return {"loss": "ValueError", "gradient": "none"}
     if isinstance(loss, torch.Tensor) and loss.requires_grad and loss.dim() == 0:
         loss.backward()
     return {"loss": as_array(loss), "gradient": as_array(logits.grad)}
@@ -24,18 +27,28 @@ def next_token_loss(answer: Callable, logits: np.ndarray, token_ids: np.ndarray)
 
 def training_bytes(answer: Callable, config: dict, batch_size: int, seq_len: int) -> dict:
     got = answer(ModelConfig(**config), batch_size, seq_len)
-    return dict(got) if isinstance(got, dict) else {"weights": str(got)}
+    if not isinstance(got, dict):
+        return {"weights": f"a {type(got).__name__}, not a dict"}
+    return {kind: as_number(num_bytes) for kind, num_bytes in got.items()}
 
 
 def accumulate_gradients(
-    answer: Callable, seed: int, token_ids: list, num_parts: int, has_gradients: bool
+    answer: Callable,
+    seed: int,
+    token_ids: list,
+    num_parts: int,
+    has_gradients: bool,
+    is_refused: bool,
 ) -> dict:
+    """is_refused: ValueError is expected."""
     config = ModelConfig(32, 1, 2, 1, d_model=16, d_ff=24, max_seq_len=6)
     model = with_weights(Transformer(config), seed)
     weights = [parameter.detach().clone() for parameter in model.parameters()]
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter) if has_gradients else None
     batch, positions = torch.tensor(token_ids), torch.arange(6)
+    if is_refused:
+        return {"raised": raises_value_error(lambda: answer(model, batch, num_parts))}
     with torch.no_grad():
         means = [
             cross_entropy(
@@ -89,7 +102,7 @@ def checkpoint_recursive(
 def best_num_segments(
     answer: Callable, num_layers: int, edge_bytes: int, block_bytes: int
 ) -> dict:
-    return {"segments": answer(num_layers, edge_bytes, block_bytes)}
+    return {"segments": as_number(answer(num_layers, edge_bytes, block_bytes))}
 
 
 def blocks_to_keep(
@@ -102,7 +115,7 @@ def blocks_to_keep(
 ) -> dict:
     sizes = num_layers, edge_bytes, block_bytes, working_bytes, budget_bytes
     try:
-        return {"kept": answer(*sizes)}
+        return {"kept": as_number(answer(*sizes))}
     except ValueError:
         return {"kept": "ValueError"}
 

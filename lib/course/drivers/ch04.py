@@ -11,8 +11,7 @@ import numpy as np
 import torch
 
 from lib.block_manager import BlockManager, OutOfBlocksError
-from lib.course.drivers.ch01 import as_array
-from lib.course.drivers.ch03 import as_number
+from lib.course.drivers.ch01 import as_array, as_number
 from lib.measure.meter import measure
 
 CHECK_INTEGRITY = BlockManager.check_integrity  # whatever an answer makes of it
