@@ -226,6 +226,8 @@ def next_token_probs_cases(seed: int) -> list[Case]:
             ("four tokens and no settings", {}),
             ("temperature 0.5", {"temperature": 0.5}),
             ("temperature 0", {"temperature": 0}),
+            ("temperature 0.1", {"temperature": 0.1}),
+            ("top_k=1", {"top_k": 1}),
             ("top_k=2", {"top_k": 2}),
             ("top_k larger than the vocabulary", {"top_k": 9}),
             ("top_p=0.7, between 0.5 and 0.5 + 0.3", {"top_p": 0.7}),
@@ -258,6 +260,13 @@ def next_token_probs_cases(seed: int) -> list[Case]:
     cases.append(Case("huge logits", {"logits": logits, "settings": tiny}))
     steep = np.linspace(0, -40, 256)[rng.permutation(256)].astype(np.float32)
     cases.append(Case("256 logits and no settings", {"logits": steep, "settings": {}}))
+    close = {
+        "logits": np.array([1.0, 1.001, 0.999, 0.99]),
+        "settings": {"temperature": 0.01},
+    }
+    cases.append(Case("close logits and temperature 0.01", close))
+    half = {"logits": few.astype(np.float16), "settings": {"top_p": 0.9}}
+    cases.append(Case("half precision", half))
     for name, row, settings in (
         ("a temperature below 0", few, {"temperature": -1.0}),
         ("top_k=0", few, {"top_k": 0}),
@@ -428,8 +437,8 @@ def generate_recompute_cases(seed: int) -> list[Case]:
         ("top_k=1 and a high temperature", (4,), 6, {"temperature": 9.0, **one}, {}),
         ("top_p=0.001 alone", (4,), 6, {"temperature": 3.0, "top_p": 0.001}, {}),
         (
-            "top_k and top_p",
-            *((2,), 10, {"temperature": 9.0, "top_k": 40, "top_p": 0.8}, {}),
+            "a low temperature, top_k and top_p",
+            *((2,), 10, {"temperature": 0.05, "top_k": 40, "top_p": 0.8}, {}),
         ),
         # One token is left, for one of the two settings.
         (

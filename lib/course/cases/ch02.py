@@ -203,7 +203,7 @@ def accumulate_gradients_cases(seed: int) -> list[Case]:
 
 def accumulate_gradients_explain(inputs: dict, expected: dict, got: dict) -> str | None:
     if inputs["is_refused"]:
-        return "Keep the given lines: they refuse this"
+        return "Keep the given lines: they refuse this before the first part"
     num_parts, ours = inputs["num_parts"], expected["gradients"][0]
     if isinstance(got["loss"], str):
         return "Return the loss as a number: `.item()`"

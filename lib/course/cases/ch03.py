@@ -429,8 +429,8 @@ def generate_cached_cases(seed: int) -> list[Case]:
         ("top_k=1 and a high temperature", [0], [4], 4, {"temperature": 9.0, **one}, {}),
         ("top_p=0.001 alone", [0], [4], 4, {"temperature": 3.0, "top_p": 0.001}, {}),
         (
-            "top_k and top_p",
-            *([0], [2], 10, {"temperature": 9.0, "top_k": 40, "top_p": 0.8}, {}),
+            "a low temperature, top_k and top_p",
+            *([0], [2], 10, {"temperature": 0.05, "top_k": 40, "top_p": 0.8}, {}),
         ),
         # One token is left, for one of the two settings.
         (

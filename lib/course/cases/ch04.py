@@ -181,6 +181,8 @@ def allocate_cases(seed: int) -> list[Case]:
             *(("allocate", "a", 4), ("free", "a"), ("allocate", "b", 5)),
         ),
         _script("fewer than no tokens", 4, 2, ("allocate", "a", -1)),
+        _script("one token more than a large block", 3, 256, ("allocate", "a", 257)),
+        _script("many blocks", 40, 2, ("allocate", "a", 61)),
         _random_script(seed),
     ]
 
@@ -210,6 +212,12 @@ def append_cases(seed: int) -> list[Case]:
             *(("append", "a", 1), ("append", "a", 0), ("append", "a", 1)),
         ),
         _script("an unknown request", 4, 2, ("append", "a", 1)),
+        _script("an unknown request, and no tokens", 4, 2, ("append", "a", 0)),
+        _script("many tokens", 40, 2, ("allocate", "a", 3), ("append", "a", 61)),
+        _script(
+            "one token more than a large block",
+            *(3, 256, ("allocate", "a", 255), ("append", "a", 2)),
+        ),
         _script(
             "a shared last block with room",
             *(4, 2),

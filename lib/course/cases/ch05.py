@@ -53,7 +53,7 @@ def attend_online_cases(seed: int) -> list[Case]:
             tiles["fall" not in name][0][0] = q
         if "far below" in name:
             q = np.array([[-100.0], [100.0]]) + 0 * q
-            tiles = [[10 + 0.01 * k, v] for k, v in tiles]
+            tiles = [[1000 + 0.01 * k, v] for k, v in tiles]
         if "score of 0" in name:
             tiles[0][0][:] = 0
         if "half" in name:  # each exp(-8) is too small to be added to 1

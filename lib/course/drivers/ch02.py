@@ -48,7 +48,10 @@ def accumulate_gradients(
         parameter.grad = torch.ones_like(parameter) if has_gradients else None
     batch, positions = torch.tensor(token_ids), torch.arange(6)
     if is_refused:
-        return {"raised": raises_value_error(lambda: answer(model, batch, num_parts))}
+        return {
+            "raised": raises_value_error(lambda: answer(model, batch, num_parts)),
+            "gradients": [plain_gradient(parameter) for parameter in model.parameters()],
+        }
     with torch.no_grad():
         means = [
             cross_entropy(

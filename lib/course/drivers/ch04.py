@@ -244,7 +244,10 @@ def _state(manager: BlockManager) -> dict:
         integrity = str(error)
     manager.free_block_ids, manager.ref_count = free_block_ids, ref_count
     manager.block_tables = block_tables
-    if not isinstance(free_block_ids, Stack):
+    kinds = {type(table) for table in dict.values(block_tables)} - {list}
+    if kinds:
+        integrity = f"a block table that is a {kinds.pop().__name__}, not a list"
+    elif not isinstance(free_block_ids, Stack):
         integrity = "another free list in the place of the old one"
     elif not isinstance(ref_count, Counted):
         integrity = "another ref_count in the place of the old one"
