@@ -16,11 +16,13 @@ from lib.model import Transformer, attend_fused
 
 
 def decode(answer: Callable, token_ids: list[int]) -> dict:
+    token_ids = torch.tensor(token_ids, dtype=torch.int64)
+    refusals = (ValueError, TypeError) if token_ids.dim() > 1 else ValueError
     try:
-        return {"text": answer(torch.tensor(token_ids, dtype=torch.int64))}
+        return {"text": answer(token_ids)}
     except UnicodeError:  # a ValueError too, but not for an id that is no byte
         raise
-    except ValueError:
+    except refusals:
         return {"text": "ValueError"}
 
 

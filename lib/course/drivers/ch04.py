@@ -213,6 +213,8 @@ def _describe(gave, before: list, block_table: list) -> str:
         return "None" if gave is None else f"a {type(gave).__name__}"
     if not all(type(block_id) is int for block_id in gave):
         return "what are no block ids"
+    if len(gave) != 2:
+        return f"a {type(gave).__name__} of {len(gave)}, not of two blocks"
     last = len(before) - 1
     if last >= 0 and list(gave) == [before[last], block_table[last]]:
         return "(its old last block, the one in its place)"
