@@ -28,6 +28,8 @@ def one_bytearray(token_ids):
 
 @right("decode")
 def incremental(token_ids):
+    if token_ids.dim() != 1:
+        raise ValueError("rows of texts")
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     pieces = [decoder.decode(bytes([b])) for b in token_ids.numpy().tolist()]
     return "".join(pieces) + decoder.decode(b"", final=True)
@@ -470,6 +472,8 @@ def masked_where_a_score_is_zero(layer, q, k, v):
 
 @right("next_token_probs")
 def through_ranks(logits, temperature=1.0, top_k=None, top_p=1.0):
+    sampling.check_sampling(temperature, top_k, top_p)
+    logits = sampling.subtract_largest(logits)
     if temperature == 0:
         return greedy(logits)
     logits = logits / temperature
@@ -533,7 +537,8 @@ def larger_ids_first(logits, temperature=1.0, top_k=None, top_p=1.0):
 
 @right("next_token_probs")
 def one_row_at_a_time(logits, temperature=1.0, top_k=None, top_p=1.0):
-    rows = []
+    sampling.check_sampling(temperature, top_k, top_p)
+    logits, rows = sampling.subtract_largest(logits), []
     for row in logits.reshape(-1, logits.shape[-1]):
         if temperature == 0:
             probs = torch.zeros_like(row)
@@ -759,10 +764,11 @@ def a_rounded_sum_ends_the_text(logits, temperature=1.0, top_k=None, top_p=1.0):
 
 @wrong("next_token_probs", says="the one with the smaller id counts as the more")
 def sorted_in_any_order(logits, temperature=1.0, top_k=None, top_p=1.0):
+    sampling.check_sampling(temperature, top_k, top_p)
+    logits = sampling.subtract_largest(logits)
     if temperature == 0:
         return greedy(logits)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-    values, order = logits.sort(dim=-1, descending=True)
+    values, order = (logits / temperature).sort(dim=-1, descending=True)
     probs = values[..., :top_k].softmax(-1)
     if top_p < 1:
         before = F.pad(probs.cumsum(-1)[..., :-1], (1, 0))
@@ -799,6 +805,7 @@ def into_a_buffer(
     attend=attend_fused,
 ):
     check_generation(model, prompt_ids, num_new_tokens)
+    sampling.check_sampling(temperature, top_k, top_p)
     T = prompt_ids.shape[-1]
     token_ids = prompt_ids.new_zeros(*prompt_ids.shape[:-1], T + num_new_tokens)
     token_ids[..., :T] = prompt_ids
@@ -812,6 +819,7 @@ def into_a_buffer(
 @right("generate_recompute")
 def recursively(model, prompt_ids, num_new_tokens, **settings):
     check_generation(model, prompt_ids, num_new_tokens)
+    check_settings(settings)
     if num_new_tokens == 0:
         return prompt_ids
     defaults = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "generator": None}
@@ -832,8 +840,10 @@ def with_names_and_without_dice_where_greedy(
     attend = settings.pop("attend")
     if not 0 < prompt_ids.shape[-1] <= model.config.max_seq_len - num_new_tokens:
         raise ValueError("too short or too long")
-    if num_new_tokens < 0:
-        raise ValueError("too few")
+    if num_new_tokens < 0 or temperature < 0:
+        raise ValueError("too few, or too cold")
+    if model.training and model.config.dropout:
+        raise ValueError("too random")
     token_ids = prompt_ids.clone()
     for end in range(token_ids.shape[-1], token_ids.shape[-1] + num_new_tokens):
         positions = torch.arange(end)
@@ -848,8 +858,14 @@ def with_names_and_without_dice_where_greedy(
     return token_ids
 
 
+def check_settings(settings):
+    defaults = {"temperature": 1.0, "top_k": None, "top_p": 1.0}
+    sampling.check_sampling(*(settings.get(name, defaults[name]) for name in defaults))
+
+
 def loop(model, prompt_ids, num_new_tokens, settings, step, start=0, choose=pick):
     check_generation(model, prompt_ids, num_new_tokens)
+    check_settings(settings)
     return unchecked_loop(
         model, prompt_ids, num_new_tokens, settings, step, start, choose
     )
@@ -1000,13 +1016,13 @@ def prompt_overwritten(model, prompt_ids, num_new_tokens, *, attend, **settings)
     return text
 
 
-@wrong("generate_recompute", says="Raise ValueError")
+@wrong("generate_recompute", says="Keep the given lines")
 def without_checks(model, prompt_ids, num_new_tokens, *, attend, **settings):
     step = rightly(model, attend)
     return unchecked_loop(model, prompt_ids, num_new_tokens, settings, step)
 
 
-@wrong("generate_recompute", says="Raise ValueError")
+@wrong("generate_recompute", says="Keep the given lines")
 def empty_prompt_unchecked(model, prompt_ids, num_new_tokens, *, attend, **settings):
     if prompt_ids.shape[-1] > 0:
         check_generation(model, prompt_ids, num_new_tokens)
@@ -1014,21 +1030,21 @@ def empty_prompt_unchecked(model, prompt_ids, num_new_tokens, *, attend, **setti
     return unchecked_loop(model, prompt_ids, num_new_tokens, settings, step)
 
 
-@wrong("generate_recompute", says="Raise ValueError")
+@wrong("generate_recompute", says="Keep the given lines")
 def negative_number_unchecked(model, prompt_ids, num_new_tokens, *, attend, **settings):
     check_generation(model, prompt_ids, max(num_new_tokens, 0))
     step = rightly(model, attend)
     return unchecked_loop(model, prompt_ids, num_new_tokens, settings, step)
 
 
-@wrong("generate_recompute", says="Raise ValueError")
+@wrong("generate_recompute", says="Keep the given lines")
 def length_unchecked(model, prompt_ids, num_new_tokens, *, attend, **settings):
     check_generation(model, prompt_ids, min(num_new_tokens, 0))
     step = rightly(model, attend)
     return unchecked_loop(model, prompt_ids, num_new_tokens, settings, step)
 
 
-@wrong("generate_recompute", says="Raise ValueError")
+@wrong("generate_recompute", says="Keep the given lines")
 def cut_to_what_fits(model, prompt_ids, num_new_tokens, *, attend, **settings):
     room = model.config.max_seq_len - prompt_ids.shape[-1]
     step = rightly(model, attend)
@@ -1326,22 +1342,22 @@ def rounded_on_the_way(config, prompt_len, num_new_tokens):
     return int((4 * steps**2 * config.d_model * config.num_layers).sum())
 
 
-@wrong("attention_flops", says="a numpy int64, not an int")
+@right("attention_flops")
 def integer_of_numpy(config, prompt_len, num_new_tokens):
     return np.int64(closed_form(config, prompt_len, num_new_tokens))
 
 
-@wrong("attention_flops", says="a torch Tensor, not an int")
+@right("attention_flops")
 def tensor_without_dimensions(config, prompt_len, num_new_tokens):
     return torch.tensor(closed_form(config, prompt_len, num_new_tokens))
 
 
-@wrong("attention_flops", says="a numpy float64, not an int")
+@wrong("attention_flops", says="whole numbers: give an int")
 def float_of_numpy(config, prompt_len, num_new_tokens):
     return np.float64(closed_form(config, prompt_len, num_new_tokens))
 
 
-@wrong("attention_flops", says="a str, not an int")
+@wrong("attention_flops", says="a str, not a number")
 def with_commas(config, prompt_len, num_new_tokens):
     return f"{closed_form(config, prompt_len, num_new_tokens):,}"
 

@@ -14,6 +14,8 @@ from lib.model import attend_fused
 
 @right("next_token_loss")
 def by_gathering(logits, token_ids):
+    if token_ids.shape[1] < 2:
+        raise ValueError("nothing to predict")
     log_probs = logits[:, :-1].log_softmax(-1)
     return -log_probs.gather(-1, token_ids[:, 1:].unsqueeze(-1)).mean()
 
@@ -21,6 +23,8 @@ def by_gathering(logits, token_ids):
 @right("next_token_loss")
 def one_token_at_a_time(logits, token_ids):
     losses = []
+    if len(token_ids[0]) == 1:
+        raise ValueError("nothing to predict")
     for row, tokens in zip(logits, token_ids):
         for t in range(len(tokens) - 1):
             losses.append(torch.logsumexp(row[t], 0) - row[t, tokens[t + 1]])
@@ -154,7 +158,7 @@ def norms_forgotten(config, batch_size, seq_len):
     return sizes(config, batch_size, seq_len, norms=0)
 
 
-@wrong("training_bytes", says="is the block's own input in?")
+@wrong("training_bytes", says="One vector of C")
 def inputs_forgotten(config, batch_size, seq_len):
     return sizes(config, batch_size, seq_len, inputs=0)
 
@@ -211,6 +215,8 @@ def whole_loss(model, batch):
 
 @right("accumulate_gradients")
 def in_chunks(model, batch, num_parts):
+    if num_parts > len(batch):
+        raise ValueError("too many parts")
     loss = 0.0
     for part in batch.chunk(num_parts):
         part_loss = whole_loss(model, part) * len(part) / len(batch)
@@ -222,6 +228,8 @@ def in_chunks(model, batch, num_parts):
 @right("accumulate_gradients")
 def by_slices(model, batch, num_parts):
     B, losses = len(batch), []
+    if num_parts not in range(1, B + 1):
+        raise ValueError(num_parts)
     edges = [i * B // num_parts for i in range(num_parts + 1)]
     for start, end in zip(edges, edges[1:]):
         part = batch[start:end]
@@ -397,7 +405,7 @@ def rerun(run, x, *, replay=True, wants=None, backward=None, dummy=True):
     return Again.apply(x, torch.empty(0, requires_grad=dummy))
 
 
-@wrong("checkpoint", says="save x alone")
+@wrong("checkpoint", says="Save x alone")
 def nothing_done(run, x):
     out = run(x)
     return out + (run(x) * 0).detach()
@@ -482,7 +490,7 @@ def grad_out_ignored(run, x):
     return rerun(run, x, backward=backward)
 
 
-@wrong("checkpoint", says="save x alone")
+@wrong("checkpoint", says="Save x alone")
 def output_and_inside_saved(run, x):
     class Again(torch.autograd.Function):
         @staticmethod
@@ -503,7 +511,7 @@ def output_and_inside_saved(run, x):
     return Again.apply(x, torch.empty(0, requires_grad=True))
 
 
-@wrong("checkpoint", says="save x alone")
+@wrong("checkpoint", says="Save x alone")
 def inside_kept_on_the_context(run, x):
     class Again(torch.autograd.Function):
         @staticmethod
@@ -755,7 +763,7 @@ def in_a_loop(blocks, x, positions, attend):
     return checkpointing.checkpoint(lambda x: run_blocks(blocks, x, positions, attend), x)
 
 
-@wrong("checkpoint_recursive", says="one edge per halving")
+@wrong("checkpoint_recursive", says="keep one edge per halving")
 def one_edge_a_block(blocks, x, positions, attend):
     for block in blocks:
         x = checkpointing.checkpoint(

@@ -569,7 +569,7 @@ def keys_copied_one_after_the_other(q, k_cache, v_cache, seq_lens, query_lens):
     return torch.cat(outs)
 
 
-@wrong("attend_cached", says="the dtype of those that came in")
+@wrong("attend_cached", says=": expected ")
 def always_in_double_precision(q, k_cache, v_cache, seq_lens, query_lens):
     return query_by_query(
         q.double(), k_cache.double(), v_cache.double(), seq_lens, query_lens

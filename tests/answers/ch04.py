@@ -957,7 +957,7 @@ def where(seq_lens, query_lens):
     return requests, new_positions(seq_lens, query_lens)
 
 
-@wrong("slot_mapping", says="the dtype of those that came in")
+@wrong("slot_mapping", says=": expected ")
 def slots_in_int32(block_tables, seq_lens, query_lens, block_size):
     return slots_in_loops(block_tables, seq_lens, query_lens, block_size).int()
 
@@ -1137,7 +1137,7 @@ def gather_full_blocks_alone(k_cache, v_cache, block_table, seq_len):
     return tuple(c[ids].flatten(0, 1) for c in (k_cache, v_cache))
 
 
-@wrong("gather_kv", says="the dtype of those that came in")
+@wrong("gather_kv", says=": expected ")
 def gather_into_the_default_dtype(k_cache, v_cache, block_table, seq_len):
     out = gather_by_slots(k_cache, v_cache, block_table, seq_len)
     return tuple(torch.empty(x.shape).copy_(x) for x in out)
@@ -1454,7 +1454,7 @@ def fork_whatever_comes(self, parent_id, child_id):
         self.ref_count[block_id] += 1
 
 
-@wrong("fork", says="raised TypeError")
+@wrong("fork", says="a block table that is a tuple")
 def fork_into_a_tuple(self, parent_id, child_id):
     fork_with_slices(self, parent_id, child_id)
     self.block_tables[child_id] = tuple(self.block_tables[child_id])

@@ -22,17 +22,24 @@ def decode_cases(seed: int) -> list[Case]:
         "white space at both ends": b" \t sea\n ",
         "zero bytes": b"\0sea\0ship\0\0",
         "a byte order mark": "\ufeffsea".encode(),
-        "characters that look alike": "caf\u00e9 cafe\u0301 \ufb01".encode(),
+        "characters that look alike": "caf\u00e9 cafe\u0301 \ufb01\u00a0!".encode(),
         "each byte once": bytes(range(256)),
         "random bytes": rng.integers(0, 256, size=40, dtype=np.uint8).tobytes(),
     }
     cases = [Case(name, {"token_ids": list(text)}) for name, text in texts.items()]
-    no_bytes = {"an id that is no byte": [119, 256], "a negative id": [119, -1]}
-    return cases + [Case(name, {"token_ids": ids}) for name, ids in no_bytes.items()]
+    refused = {
+        "an id that is no byte": [119, 256],
+        "a negative id": [119, -1],
+        "a batch of two texts": [[115, 101, 97], [115, 104, 121]],
+        "a batch of one text": [[115, 101, 97]],
+    }
+    return cases + [Case(name, {"token_ids": ids}) for name, ids in refused.items()]
 
 
 def decode_explain(inputs: dict, expected: dict, got: dict) -> str | None:
     if expected["text"] == "ValueError":
+        if isinstance(inputs["token_ids"][0], list):
+            return "Rows of a batch are texts of their own: keep the given lines"
         return "Raise ValueError for an id that is no byte, 0 to 255"
     data, text = bytes(inputs["token_ids"]), expected["text"]
     alone = "".join(bytes([b]).decode("utf-8", "replace") for b in data)
@@ -219,6 +226,8 @@ def next_token_probs_cases(seed: int) -> list[Case]:
             ("four tokens and no settings", {}),
             ("temperature 0.5", {"temperature": 0.5}),
             ("temperature 0", {"temperature": 0}),
+            ("temperature 0.1", {"temperature": 0.1}),
+            ("top_k=1", {"top_k": 1}),
             ("top_k=2", {"top_k": 2}),
             ("top_k larger than the vocabulary", {"top_k": 9}),
             ("top_p=0.7, between 0.5 and 0.5 + 0.3", {"top_p": 0.7}),
@@ -251,6 +260,21 @@ def next_token_probs_cases(seed: int) -> list[Case]:
     cases.append(Case("huge logits", {"logits": logits, "settings": tiny}))
     steep = np.linspace(0, -40, 256)[rng.permutation(256)].astype(np.float32)
     cases.append(Case("256 logits and no settings", {"logits": steep, "settings": {}}))
+    close = {
+        "logits": np.array([1.0, 1.001, 0.999, 0.99]),
+        "settings": {"temperature": 0.01},
+    }
+    cases.append(Case("close logits and temperature 0.01", close))
+    half = {"logits": few.astype(np.float16), "settings": {"top_p": 0.9}}
+    cases.append(Case("half precision", half))
+    for name, row, settings in (
+        ("a temperature below 0", few, {"temperature": -1.0}),
+        ("top_k=0", few, {"top_k": 0}),
+        ("top_p=0", few, {"top_p": 0.0}),
+        ("a logit that is NaN", [1.0, np.nan], {}),
+        ("logits that are all -infinity", [-np.inf, -np.inf], {"temperature": 0}),
+    ):
+        cases.append(Case(name, {"logits": np.array(row), "settings": settings}))
     few_values = rng.permutation(np.arange(256.0) % 4)
     settings = {"top_k": 20}
     name = "256 logits of four values and top_k=20"
@@ -260,6 +284,8 @@ def next_token_probs_cases(seed: int) -> list[Case]:
 
 def next_token_probs_explain(inputs: dict, expected: dict, got: dict) -> str | None:
     probs, right, settings = got["probs"], expected["probs"], inputs["settings"]
+    if isinstance(right, str):
+        return "Keep the given lines: they refuse this"
     if not isinstance(probs, np.ndarray) or probs.shape != right.shape:
         return None
     temperature = settings.get("temperature", 1)
@@ -411,11 +437,17 @@ def generate_recompute_cases(seed: int) -> list[Case]:
         ("top_k=1 and a high temperature", (4,), 6, {"temperature": 9.0, **one}, {}),
         ("top_p=0.001 alone", (4,), 6, {"temperature": 3.0, "top_p": 0.001}, {}),
         (
-            "top_k and top_p",
-            (2,),
-            10,
-            {"temperature": 2.0, "top_k": 40, "top_p": 0.8},
-            {},
+            "a low temperature, top_k and top_p",
+            *((2,), 10, {"temperature": 0.05, "top_k": 40, "top_p": 0.8}, {}),
+        ),
+        # One token is left, for one of the two settings.
+        (
+            "top_k=1 and top_p=0.9",
+            *((2,), 6, {"temperature": 9.0, "top_k": 1, "top_p": 0.9}, {}),
+        ),
+        (
+            "top_k=40 and top_p=0.001",
+            *((2,), 6, {"temperature": 9.0, "top_k": 40, "top_p": 0.001}, {}),
         ),
         ("a batch of one prompt", (1, 3), 4, greedy, {}),
         ("a batch of two prompts", (2, 3), 6, greedy, {}),
@@ -425,6 +457,19 @@ def generate_recompute_cases(seed: int) -> list[Case]:
         ("an empty prompt", (0,), 0, greedy, refused),
         ("one token more than fits", (40,), 25, greedy, refused),
         ("minus one new token", (3,), -1, greedy, refused),
+        (
+            "no new tokens and a temperature below 0",
+            (3,),
+            0,
+            {"temperature": -1},
+            refused,
+        ),
+        ("a model that drops out", (3,), 2, greedy, {"training_dropout": 0.1, **refused}),
+        (
+            "a model in training mode, whose dropout is 0",
+            *((3,), 2, greedy, {"training_dropout": 0.0}),
+        ),
+        ("one byte again and again", (3,), 4, greedy, {"chain": [*b"seaa"]}),
         ("a text that fills the model", (40,), 24, greedy, {}),
     ):
         inputs = {
@@ -436,11 +481,12 @@ def generate_recompute_cases(seed: int) -> list[Case]:
             "has_generator": True,
             "is_refused": False,
             "chain": [],
+            "training_dropout": None,
             **more,
         }
         if inputs["chain"]:
             inputs["prompt_ids"] = np.broadcast_to(list(b"sea"), shape).tolist()
-        limits = {} if "is_refused" in more else {"kept_for_a_backward_pass_bytes": 0}
+        limits = {} if "is_refused" in more else {"tensors_kept_for_a_backward_pass": 0}
         draws = settings["temperature"] != 0 and settings.get("top_k") != 1
         cases.append(Case(name, inputs, limits, draws))
     return cases
@@ -448,12 +494,12 @@ def generate_recompute_cases(seed: int) -> list[Case]:
 
 def generate_recompute_explain(inputs: dict, expected: dict, got: dict) -> str | None:
     if inputs["is_refused"]:
-        return "Raise ValueError: check_generation, which was given, does"
+        return "Keep the given lines: they refuse this before the first step"
     if isinstance(got["token_ids"], str):
         return None
     if not got["prompt_is_as_before"]:
         return "prompt_ids is the caller's: append to a new tensor, as torch.cat does"
-    if not got["model_is_in_eval_mode_as_before"]:
+    if not got["model_is_in_its_mode_as_before"]:
         return "Leave the model in the mode in which it came"
     if not got["gradients_are_on_as_before"]:
         return "torch.no_grad() ends with its block, set_grad_enabled(False) does not"
@@ -480,7 +526,7 @@ def _why_other_length(inputs: dict, expected: dict, got: dict) -> str | None:
 
 def _why_other_calls(expected: dict, got: dict) -> str | None:
     ours, theirs = expected["calls"], got["calls"]
-    if got["kept_for_a_backward_pass_bytes"] > 0:
+    if got["tensors_kept_for_a_backward_pass"] > 0:
         return "Generate under torch.no_grad(): nobody will call backward"
     if len(theirs) != len(ours):
         return "One call of the model for each new token, no more and no fewer"
@@ -523,7 +569,7 @@ def attention_flops_cases(seed: int) -> list[Case]:
         ("a random shape", *(int(n) for n in rng.integers(2, 9, size=4))),
     ):
         is_large = prompt_len > 200_000  # numbers that 32 bits have no room for, nor 53
-        head_dim = 106 if is_large else 2 * int(rng.integers(1, 9))
+        head_dim = 106 if is_large else 2 * int(rng.integers(4, 9))
         config = {
             "vocab_size": 256,
             "num_layers": L,

@@ -429,8 +429,17 @@ def generate_cached_cases(seed: int) -> list[Case]:
         ("top_k=1 and a high temperature", [0], [4], 4, {"temperature": 9.0, **one}, {}),
         ("top_p=0.001 alone", [0], [4], 4, {"temperature": 3.0, "top_p": 0.001}, {}),
         (
-            "top_k and top_p",
-            *([0], [2], 5, {"temperature": 2.0, "top_k": 40, "top_p": 0.8}, {}),
+            "a low temperature, top_k and top_p",
+            *([0], [2], 10, {"temperature": 0.05, "top_k": 40, "top_p": 0.8}, {}),
+        ),
+        # One token is left, for one of the two settings.
+        (
+            "top_k=1 and top_p=0.9",
+            *([0], [2], 6, {"temperature": 9.0, "top_k": 1, "top_p": 0.9}, {}),
+        ),
+        (
+            "top_k=40 and top_p=0.001",
+            *([0], [2], 6, {"temperature": 9.0, "top_k": 40, "top_p": 0.001}, {}),
         ),
         ("a cache with tokens in it", [7, 3], [2, 3], 3, greedy, {}),
         ("bytes that may end a text", [0], [3], len(chain) - 3, greedy, {"chain": chain}),
@@ -454,7 +463,11 @@ def generate_cached_cases(seed: int) -> list[Case]:
         ),
         ("more tokens than the model takes", [20], [20], 25, greedy, refused),
         ("minus one new token", [4], [3], -1, greedy, refused),
-        ("a temperature below 0", [4], [3], 2, {"temperature": -1.0}, refused),
+        (
+            "no new tokens and a temperature below 0",
+            *([4], [3], 0, {"temperature": -1.0}, refused),
+        ),
+        ("one byte again and again", [0], [3], 4, greedy, {"chain": [*b"seaa"]}),
         ("a text that fills the model", [0], [58], 6, greedy, {}),
     ):
         inputs = {
@@ -477,7 +490,7 @@ def generate_cached_cases(seed: int) -> list[Case]:
             repeated = inputs["chain"][3:] + list(b"sea")
             prompts = (list(b"sea")[:n] if n <= 3 else repeated[-n:] for n in prompt_lens)
             inputs["prompts"] = [*prompts]
-        limits = {} if "is_refused" in more else {"kept_for_a_backward_pass_bytes": 0}
+        limits = {} if "is_refused" in more else {"tensors_kept_for_a_backward_pass": 0}
         draws = settings["temperature"] > 0 and len({*settings} & {"top_k", "top_p"}) != 1
         cases.append(Case(name, inputs, limits, draws))
     return cases
@@ -540,7 +553,7 @@ def _why_other_work(inputs: dict, expected: dict, got: dict) -> str | None:
         if B > 1 and got["tokens_in_each_call"][:B] == prompt_lens:
             return "All requests go in one call: token after token, query_lens of each"
         return "In one call: in the first step all tokens of all prompts are new"
-    if got["kept_for_a_backward_pass_bytes"] > 0:
+    if got["tensors_kept_for_a_backward_pass"] > 0:
         return "Generate under torch.no_grad(): nobody will call backward"
     return None
 

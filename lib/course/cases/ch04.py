@@ -181,6 +181,8 @@ def allocate_cases(seed: int) -> list[Case]:
             *(("allocate", "a", 4), ("free", "a"), ("allocate", "b", 5)),
         ),
         _script("fewer than no tokens", 4, 2, ("allocate", "a", -1)),
+        _script("one token more than a large block", 3, 256, ("allocate", "a", 257)),
+        _script("many blocks", 40, 2, ("allocate", "a", 61)),
         _random_script(seed),
     ]
 
@@ -210,6 +212,12 @@ def append_cases(seed: int) -> list[Case]:
             *(("append", "a", 1), ("append", "a", 0), ("append", "a", 1)),
         ),
         _script("an unknown request", 4, 2, ("append", "a", 1)),
+        _script("an unknown request, and no tokens", 4, 2, ("append", "a", 0)),
+        _script("many tokens", 40, 2, ("allocate", "a", 3), ("append", "a", 61)),
+        _script(
+            "one token more than a large block",
+            *(3, 256, ("allocate", "a", 255), ("append", "a", 2)),
+        ),
         _script(
             "a shared last block with room",
             *(4, 2),
@@ -393,7 +401,9 @@ def script_explain(inputs: dict, expected: dict, got: dict) -> str | None:
     if theirs["tokens"] != ours["tokens"]:
         is_default = call.endswith(f"append('{caller}'):")
         default = "Where no number is given it is one token"
-        return default if is_default else "seq_lens has the tokens of each live request"
+        words = "seq_lens has the tokens of each live request"
+        are_others = sorted(theirs["tokens"]) != sorted(ours["tokens"])
+        return default if is_default else words if are_others else None
     if theirs["ref_counts"] != ours["ref_counts"]:
         return "ref_count says in how many tables a block stands"
     if theirs["free_blocks"] < ours["free_blocks"]:
@@ -581,11 +591,11 @@ def paged_utilization_cases(seed: int) -> list[Case]:
     cases = []
     for name, seq_lens, block_size in (
         ("one request, half a block", [2], 4),
-        ("a full block", [4], 4),
         ("one token more than a block", [5], 4),
+        ("a full block", [4], 4),
         ("one request, a third of a block", [3], 9),
         ("two requests", [1, 5], 4),
-        ("blocks of one token", [3, 7], 1),
+        ("blocks of one token", [5, 7], 1),
         ("a request that has not begun", [0, 5], 4),
         ("two requests of one length, beside another", [2, 2, 6], 4),
         ("random lengths", rng.integers(1, 500, size=9).tolist(), 16),
@@ -620,7 +630,7 @@ def paged_utilization_explain(inputs: dict, expected: dict, got: dict) -> str | 
             used / (np.maximum(num_blocks, 1).sum() * size)
         ],
         "A block has block_size places": [used / num_blocks.sum()],
-        "That is the share that holds nothing": [1 - ours],
+        "That is the share that holds nothing": [1 - ours] * (ours < 1),
         "A share is between 0 and 1": [100 * ours],
         "A request that is as long as another counts too": [
             once.sum() / ((-(-once // size)).sum() * size),

@@ -1,10 +1,13 @@
 """Chapter 1: run an answer, give plain data."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
+from numbers import Integral, Real
 
 import numpy as np
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from lib import sampling
 from lib.config import ModelConfig
@@ -13,11 +16,13 @@ from lib.model import Transformer, attend_fused
 
 
 def decode(answer: Callable, token_ids: list[int]) -> dict:
+    token_ids = torch.tensor(token_ids, dtype=torch.int64)
+    refusals = (ValueError, TypeError) if token_ids.dim() > 1 else ValueError
     try:
-        return {"text": answer(torch.tensor(token_ids, dtype=torch.int64))}
+        return {"text": answer(token_ids)}
     except UnicodeError:  # a ValueError too, but not for an id that is no byte
         raise
-    except ValueError:
+    except refusals:
         return {"text": "ValueError"}
 
 
@@ -32,7 +37,10 @@ def attend_causal(answer: Callable, q: np.ndarray, k: np.ndarray, v: np.ndarray)
 
 
 def next_token_probs(answer: Callable, logits: np.ndarray, settings: dict) -> dict:
-    probs = as_array(answer(torch.from_numpy(logits), **settings))
+    try:
+        probs = as_array(answer(torch.from_numpy(logits), **settings))
+    except ValueError:
+        return {"probs": "ValueError", "tokens kept": "ValueError"}
     is_array = isinstance(probs, np.ndarray) and probs.ndim > 0
     kept = (probs > 0).sum(axis=-1).tolist() if is_array else probs
     return {"probs": probs, "tokens kept": kept}
@@ -48,12 +56,17 @@ def generate_recompute(
     has_generator: bool,
     is_refused: bool,
     chain: list[int],
+    training_dropout: float | None,
 ) -> dict:
     """chain: where it is not empty, the model writes these tokens one after the other.
-    is_refused: ValueError is expected."""
+    is_refused: ValueError is expected. training_dropout: where it is not None, the model
+    comes in training mode, with that probability."""
     model, calls, layers, seen = random_model(model_seed), [], [], []
     if chain:
         write_chain(model, chain)
+    if training_dropout is not None:
+        begin_training(model, training_dropout)
+    num_calls = count_calls(model)
     # The first block sees each call of the model, however it was called.
     model.blocks[0].register_forward_pre_hook(
         lambda _, args: calls.append(_tokens_and_positions(*args))
@@ -69,23 +82,25 @@ def generate_recompute(
         model, prompt, num_new_tokens, generator=generator, attend=attend, **settings
     )
     if is_refused:
-        return {"raised": _raises_value_error(run)}
+        return {"raised": raises_value_error(run)}
     torch.manual_seed(draw_seed + 1)
     state = torch.get_rng_state()
-    with torch.enable_grad(), _settings_seen(seen):
-        cost = measure(run)
+    with torch.enable_grad(), _settings_seen(seen), kept_for_a_backward_pass() as kept:
+        token_ids = run()
         are_gradients_on = torch.is_grad_enabled()
     asked = [settings.get(name, default) for name, default in DEFAULTS.items()]
     return {
-        "token_ids": as_list(cost.value),
-        "forward_calls": cost.calls["Embedding"],
+        "token_ids": as_list(token_ids),
+        "forward_calls": len(num_calls),
         "calls": calls,
         "calls_of_attend": len(layers),
         "prompt_is_as_before": prompt.tolist() == prompt_ids,
         "random_state_of_torch_is_as_before": torch.equal(state, torch.get_rng_state()),
         "gradients_are_on_as_before": are_gradients_on,
-        "model_is_in_eval_mode_as_before": not model.training,
-        "kept_for_a_backward_pass_bytes": cost.saved_bytes,
+        "model_is_in_its_mode_as_before": model.training
+        == (training_dropout is not None),
+        "next_random_number": next_random_number(settings, generator),
+        "tensors_kept_for_a_backward_pass": len(kept),
         **({} if all(s == asked for s in seen) else {"other_settings": True}),
     }
 
@@ -93,7 +108,8 @@ def generate_recompute(
 def attention_flops(
     answer: Callable, config: dict, prompt_len: int, num_new_tokens: int
 ) -> dict:
-    return {"flops": as_int(answer(ModelConfig(**config), prompt_len, num_new_tokens))}
+    flops = answer(ModelConfig(**config), prompt_len, num_new_tokens)
+    return {"flops": as_number(flops)}
 
 
 ON_META = "a tensor on the device meta, which holds no numbers"
@@ -116,6 +132,27 @@ def _settings_seen(seen: list) -> Iterator[None]:
         sampling.next_token_probs = original
 
 
+@contextlib.contextmanager
+def kept_for_a_backward_pass() -> Iterator[list]:
+    """While inside, the shapes of what autograd keeps are kept too. (The meter sees each
+    operation, which takes three times as long.)"""
+    shapes = []
+
+    def pack(tensor):
+        shapes.append(tuple(tensor.shape))
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield shapes
+
+
+def count_calls(model: Transformer) -> list:
+    """Of the model from now on: as long as there are calls."""
+    calls = []
+    model.embed.register_forward_pre_hook(lambda *_: calls.append(None))
+    return calls
+
+
 def _tokens_and_positions(x: torch.Tensor, positions: torch.Tensor, attend) -> dict:
     return {
         "num_tokens": x.shape[-2],
@@ -124,7 +161,7 @@ def _tokens_and_positions(x: torch.Tensor, positions: torch.Tensor, attend) -> d
     }
 
 
-def _raises_value_error(run: Callable) -> str:
+def raises_value_error(run: Callable) -> str:
     try:
         run()
     except ValueError:
@@ -133,21 +170,38 @@ def _raises_value_error(run: Callable) -> str:
 
 
 def write_chain(model: Transformer, chain: list[int]):
-    """Let greedy text go from each token of `chain`, which has none twice, to the next:
-    blocks that add nothing, and the unembedding that likes the token behind best."""
+    """Let greedy text go from each token of `chain` to the next: blocks that add nothing,
+    and the unembedding that likes the token behind best. No token has two behind it."""
     with torch.no_grad():
         for block in model.blocks:
             block.attention.o_proj.weight.zero_()
             block.mlp.down_proj.weight.zero_()
         norm, linear = model.unembed
         linear.weight.zero_()
-        linear.weight[chain[1:]] = norm(model.embed.weight[chain[:-1]])
+        behind = torch.tensor(chain[1:])
+        linear.weight.index_add_(0, behind, norm(model.embed.weight[chain[:-1]]))
+
+
+def begin_training(model: Transformer, dropout: float):
+    """Into training mode, with that probability of dropout."""
+    model.config = dataclasses.replace(model.config, dropout=dropout)
+    for block in model.blocks:
+        block.dropout.p = dropout
+    model.train()
+
+
+def next_random_number(settings: dict, generator: torch.Generator | None) -> float | None:
+    """Of whoever seeds anew, or draws more, another one. None where one token is left:
+    whether it is drawn is free."""
+    if settings["temperature"] > 0 and {*settings} == {"temperature"}:
+        return torch.rand(1, generator=generator).item()
+    return None
 
 
 def random_model(seed: int) -> Transformer:
     """A small model in float64, so that rounding cannot turn one token into another."""
     torch.manual_seed(seed)
-    model = Transformer(ModelConfig(256, 2, 4, 2, d_model=16, d_ff=32, max_seq_len=64))
+    model = Transformer(ModelConfig(256, 1, 4, 2, d_model=16, d_ff=32, max_seq_len=64))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(8 if parameter.dim() == 2 else 1)
@@ -175,10 +229,12 @@ def as_list(value) -> list | str:
     return value.tolist()
 
 
-def as_int(value) -> int | float | str:
-    """A number of Python's own; what is none as a word about it."""
-    if type(value) in (int, float):
-        return value
-    module = type(value).__module__.split(".")[0]
-    of = "" if module == "builtins" else f"{module} "
-    return f"a {of}{type(value).__name__}, not an int"
+def as_number(value) -> float | int | str:
+    """A number of Python's, numpy's or torch's; what is none as a word about it."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return float(value)
+    return f"a {type(value).__name__}, not a number"

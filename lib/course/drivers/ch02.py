@@ -4,18 +4,22 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from lib.checkpointing import run_blocks
 from lib.config import ModelConfig
-from lib.course.drivers.ch01 import as_array
+from lib.course.drivers.ch01 import as_array, as_number, raises_value_error
 from lib.measure.meter import measure
 from lib.model import Transformer, attend_fused
 
 
 def next_token_loss(answer: Callable, logits: np.ndarray, token_ids: np.ndarray) -> dict:
     logits = torch.from_numpy(logits).requires_grad_()
-    loss = answer(logits, torch.from_numpy(token_ids))
+    try:
+        loss = answer(logits, torch.from_numpy(token_ids))
+    except ValueError:
+        return {"loss": "ValueError", "gradient": "none"}
     if isinstance(loss, torch.Tensor) and loss.requires_grad and loss.dim() == 0:
         loss.backward()
     return {"loss": as_array(loss), "gradient": as_array(logits.grad)}
@@ -23,18 +27,31 @@ def next_token_loss(answer: Callable, logits: np.ndarray, token_ids: np.ndarray)
 
 def training_bytes(answer: Callable, config: dict, batch_size: int, seq_len: int) -> dict:
     got = answer(ModelConfig(**config), batch_size, seq_len)
-    return dict(got) if isinstance(got, dict) else {"weights": str(got)}
+    if not isinstance(got, dict):
+        return {"weights": f"a {type(got).__name__}, not a dict"}
+    return {kind: as_number(num_bytes) for kind, num_bytes in got.items()}
 
 
 def accumulate_gradients(
-    answer: Callable, seed: int, token_ids: list, num_parts: int, has_gradients: bool
+    answer: Callable,
+    seed: int,
+    token_ids: list,
+    num_parts: int,
+    has_gradients: bool,
+    is_refused: bool,
 ) -> dict:
-    config = ModelConfig(32, 2, 2, 1, d_model=16, d_ff=24, max_seq_len=6)
+    """is_refused: ValueError is expected."""
+    config = ModelConfig(32, 1, 2, 1, d_model=16, d_ff=24, max_seq_len=6)
     model = with_weights(Transformer(config), seed)
     weights = [parameter.detach().clone() for parameter in model.parameters()]
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter) if has_gradients else None
     batch, positions = torch.tensor(token_ids), torch.arange(6)
+    if is_refused:
+        return {
+            "raised": raises_value_error(lambda: answer(model, batch, num_parts)),
+            "gradients": [plain_gradient(parameter) for parameter in model.parameters()],
+        }
     with torch.no_grad():
         means = [
             cross_entropy(
@@ -88,7 +105,7 @@ def checkpoint_recursive(
 def best_num_segments(
     answer: Callable, num_layers: int, edge_bytes: int, block_bytes: int
 ) -> dict:
-    return {"segments": answer(num_layers, edge_bytes, block_bytes)}
+    return {"segments": as_number(answer(num_layers, edge_bytes, block_bytes))}
 
 
 def blocks_to_keep(
@@ -101,7 +118,7 @@ def blocks_to_keep(
 ) -> dict:
     sizes = num_layers, edge_bytes, block_bytes, working_bytes, budget_bytes
     try:
-        return {"kept": answer(*sizes)}
+        return {"kept": as_number(answer(*sizes))}
     except ValueError:
         return {"kept": "ValueError"}
 
@@ -145,7 +162,26 @@ def checkpoint_selective(
     }
 
 
-def with_weights(model: Transformer, seed: int) -> Transformer:
+class Block(nn.Module):
+    """In the place of the model's: as many things that may go wrong, dropout, positions
+    and `attend`, but less inside, so that an edge too many shows in few blocks."""
+
+    SIZE = 32
+
+    def __init__(self, layer: int, dropout: float):
+        super().__init__()
+        self.layer, self.dropout = layer, nn.Dropout(dropout)
+        self.proj = nn.Linear(self.SIZE, self.SIZE, bias=False)
+
+    def forward(
+        self, x: torch.Tensor, positions: torch.Tensor, attend: Callable
+    ) -> torch.Tensor:
+        q = self.proj(x).unsqueeze(-2)  # (B, T, 1, C): one head
+        k = q * positions.to(x.dtype).cos().view(-1, 1, 1)
+        return x + self.dropout(attend(self.layer, q, k, q).squeeze(-2))
+
+
+def with_weights(model: nn.Module, seed: int) -> nn.Module:
     """In float64, with weights that numpy draws: torch rounds its own otherwise on other
     machines."""
     rng = np.random.default_rng(seed)
@@ -166,9 +202,9 @@ def _step(
 
     The second is the same with a sum for a loss, and gives the first gradient.
     """
-    config = ModelConfig(256, num_layers, 2, 1, 16, 24, 16, dropout=dropout)
-    blocks = with_weights(Transformer(config), seed).train().blocks
-    x = torch.from_numpy(np.random.default_rng(seed).normal(size=(2, 8, 16)))
+    blocks = nn.ModuleList(Block(layer, dropout) for layer in range(num_layers))
+    with_weights(blocks, seed).train()
+    x = torch.from_numpy(np.random.default_rng(seed).normal(size=(2, 8, Block.SIZE)))
     x.requires_grad_(input_wants_gradient)
     positions, layers, seen = 2 * torch.arange(8), [], []
     hook = blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[1]))

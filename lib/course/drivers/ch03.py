@@ -1,9 +1,7 @@
 """Chapter 3: run an answer, give plain data."""
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator
-from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -14,6 +12,11 @@ from lib.course.drivers.ch01 import (
     DEFAULTS,
     as_array,
     as_list,
+    as_number,
+    begin_training,
+    count_calls,
+    kept_for_a_backward_pass,
+    next_random_number,
     random_model,
     write_chain,
 )
@@ -99,11 +102,8 @@ def generate_cached(
         token_ids = torch.randint(256, (sum(cached),), generator=generator)
         forward_cached(model, cache, token_ids, torch.tensor(cached))
     if training_dropout is not None:
-        model.config = dataclasses.replace(model.config, dropout=training_dropout)
-        for block in model.blocks:
-            block.dropout.p = training_dropout
-        model.train()
-    num_projected = []
+        begin_training(model, training_dropout)
+    num_projected, num_calls = [], count_calls(model)
     model.blocks[0].attention.q_proj.register_forward_pre_hook(
         lambda _, args: num_projected.append(args[0].numel() // args[0].shape[-1])
     )
@@ -116,36 +116,36 @@ def generate_cached(
     torch.manual_seed(draw_seed + 1)
     state = torch.get_rng_state()
     try:
-        with torch.enable_grad(), _choices_seen(model) as seen:
-            cost = measure(run)
+        with (
+            torch.enable_grad(),
+            _choices_seen(model) as seen,
+            kept_for_a_backward_pass() as kept,
+        ):
+            texts = run()
             are_gradients_on = torch.is_grad_enabled()
     except refusals as error:
         kind = ValueError if isinstance(error, ValueError) else CacheFullError
         return {
             "texts": [kind.__name__],
             "tokens_in_the_cache": cache.seq_lens.tolist(),
-            "kept_for_a_backward_pass_bytes": 0,
+            "tensors_kept_for_a_backward_pass": 0,
         }
     is_torch_as_before = torch.equal(state, torch.get_rng_state())
-    texts = cost.value
     if not isinstance(texts, (list, tuple)):
         texts = [texts]
     return {
         "texts": [as_list(token_ids) for token_ids in texts],
-        "forward_calls": cost.calls["Embedding"],
+        "forward_calls": len(num_calls),
         "projected_tokens": sum(num_projected),
         "tokens_in_each_call": num_projected,
         "tokens_in_the_cache": cache.seq_lens.tolist(),
         "prompts_are_as_before": [ids.tolist() for ids in given] == prompts,
         "random_state_of_torch_is_as_before": is_torch_as_before,
-        # Of whoever seeds anew, another one. Where one token is left none need be drawn.
-        "next_random_number": torch.rand(1, generator=generator).item()
-        if settings["temperature"] > 0 and {*settings} == {"temperature"}
-        else None,
+        "next_random_number": next_random_number(settings, generator),
         "gradients_are_on_as_before": are_gradients_on,
         "model_is_in_its_mode_as_before": model.training
         == (training_dropout is not None),
-        "kept_for_a_backward_pass_bytes": cost.saved_bytes,
+        "tensors_kept_for_a_backward_pass": len(kept),
         **_other_choices(seen, settings, [len(ids) for ids in prompts]),
     }
 
@@ -197,12 +197,3 @@ def _other_choices(seen: list, settings: dict, prompt_lens: list[int]) -> dict:
 def kv_utilization(answer: Callable, seq_lens: np.ndarray, max_seq_len: int) -> dict:
     share = answer(torch.from_numpy(seq_lens), max_seq_len)
     return {"utilization": as_number(share)}
-
-
-def as_number(value) -> float | int | str:
-    """A number, or a tensor that holds one; what is neither as a word about it."""
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        value = value.item()
-    if isinstance(value, Integral):
-        return int(value)
-    return float(value) if isinstance(value, Real) else f"a {type(value).__name__}"

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 
 from lib.block_manager import BlockManager, OutOfBlocksError
-from lib.course.drivers.ch01 import as_array
-from lib.course.drivers.ch03 import as_number
+from lib.course.drivers.ch01 import as_array, as_number
 from lib.measure.meter import measure
 
 CHECK_INTEGRITY = BlockManager.check_integrity  # whatever an answer makes of it
@@ -214,6 +213,8 @@ def _describe(gave, before: list, block_table: list) -> str:
         return "None" if gave is None else f"a {type(gave).__name__}"
     if not all(type(block_id) is int for block_id in gave):
         return "what are no block ids"
+    if len(gave) != 2:
+        return f"a {type(gave).__name__} of {len(gave)}, not of two blocks"
     last = len(before) - 1
     if last >= 0 and list(gave) == [before[last], block_table[last]]:
         return "(its old last block, the one in its place)"
@@ -245,7 +246,10 @@ def _state(manager: BlockManager) -> dict:
         integrity = str(error)
     manager.free_block_ids, manager.ref_count = free_block_ids, ref_count
     manager.block_tables = block_tables
-    if not isinstance(free_block_ids, Stack):
+    kinds = {type(table) for table in dict.values(block_tables)} - {list}
+    if kinds:
+        integrity = f"a block table that is a {kinds.pop().__name__}, not a list"
+    elif not isinstance(free_block_ids, Stack):
         integrity = "another free list in the place of the old one"
     elif not isinstance(ref_count, Counted):
         integrity = "another ref_count in the place of the old one"

@@ -19,8 +19,7 @@ import torch
 
 from lib import interpreter, paged_attention_triton, paged_kv_cache_triton
 from lib.config import ModelConfig
-from lib.course.drivers.ch01 import as_array
-from lib.course.drivers.ch03 import as_number
+from lib.course.drivers.ch01 import as_array, as_number
 from lib.measure.meter import Traffic, measure, measure_traffic
 
 # MAP_SHARED, MAP_ANONYMOUS and MAP_NORESERVE of Linux, where the kernels run: not
