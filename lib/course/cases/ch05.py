@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lib.course.exercises import Case, Exercise
+from lib.course.shipped import reference
 from lib.measure import gpu_code
 
 NOWHERE = 2147480000  # a block id that stands behind the end of a table: never to be read
@@ -176,6 +177,7 @@ ONLINE_SLIPS = {
 }
 
 
+@reference
 def _online(
     q: np.ndarray, tiles: list, slip: str, is_kernel: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -208,6 +210,7 @@ def _online(
         return out, (row_max + np.log(divisor))[:, 0]
 
 
+@reference
 def _attention(q, k, v, kv_heads=None) -> tuple[np.ndarray, np.ndarray]:
     """q (H, D) over k, v (S, G, D): out (H, D), logsumexp (H,)."""
     H, G = len(q), k.shape[1]
@@ -304,6 +307,7 @@ def merge_splits_explain(inputs: dict, expected: dict, got: dict) -> str | None:
     return None
 
 
+@reference
 def _merged(outs: np.ndarray, logsumexps: np.ndarray) -> np.ndarray:
     """Out (B, H, D) of the parts outs (B, H, P, D); NaN where none has keys."""
     with np.errstate(all="ignore"):
@@ -742,6 +746,7 @@ def _scale(inputs: dict) -> float:
     return inputs["q"].shape[-1] ** -0.5 if scale is None else scale
 
 
+@reference
 def _decode(
     inputs: dict,
     b: int,
@@ -900,6 +905,7 @@ def paged_prefill_kernel_explain(inputs: dict, expected: dict, got: dict) -> str
     return None
 
 
+@reference
 def _prefill(inputs: dict, slip: str) -> dict | None:
     """What paged_prefill_kernel gives and moves where it is interpreted, with one of
     PREFILL_SLIPS; None where it would look for a block that exists nowhere."""
@@ -976,8 +982,8 @@ def _prefill(inputs: dict, slip: str) -> dict | None:
     return {
         "out": out.reshape(N, H, D),
         "logsumexp": logsumexp.reshape(N, H),
-        "bytes_read": bytes_read,
-        "bytes_written": bytes_written,
+        "bytes_read": int(bytes_read),
+        "bytes_written": int(bytes_written),
     }
 
 
