@@ -6,6 +6,7 @@ import unicodedata
 import numpy as np
 
 from lib.course.exercises import Case, Exercise
+from lib.course.shipped import reference
 
 
 def decode_cases(seed: int) -> list[Case]:
@@ -183,6 +184,7 @@ def _are_other_ties(logits: np.ndarray, right: np.ndarray, probs: np.ndarray) ->
     return np.array_equal(kept, wanted) and ((probs > 0) != (right > 0)).any()
 
 
+@reference
 def _attend(
     q,
     k,
@@ -374,6 +376,7 @@ def _why_not_greedy(
     )
 
 
+@reference
 def _probs(
     logits,
     temperature=1.0,

@@ -9,6 +9,7 @@ import numpy as np
 from lib.course.cases.ch01 import ENDS, FEW_ENDS, _lower_the_past, _reproduced
 from lib.course.compare import TOLERANCES
 from lib.course.exercises import Case, Exercise
+from lib.course.shipped import reference
 
 
 def kv_cache_bytes_cases(seed: int) -> list[Case]:
@@ -176,6 +177,7 @@ def append_kv_explain(inputs: dict, expected: dict, got: dict) -> str | None:
     return _reproduced(found)
 
 
+@reference
 def _written(inputs: dict, k, v, starts, rows=None) -> tuple[np.ndarray, np.ndarray]:
     """The caches with each request's new tokens from its entry of `starts` on, in its
     row or that of `rows`."""
@@ -324,6 +326,7 @@ def _are_rows_in_another_order(out: np.ndarray, right: np.ndarray) -> bool:
     return np.allclose(rows, rights, atol=1e-5)
 
 
+@reference
 def _attend(
     inputs: dict,
     is_causal=True,
@@ -366,6 +369,7 @@ def _attend(
     return np.concatenate(outs)
 
 
+@reference
 def _attend_mixed(inputs: dict) -> Iterator[np.ndarray]:
     """Attention with the rows of a KV head in each wrong order, in and out."""
     q, k_cache, v_cache = inputs["q"], inputs["k_cache"], inputs["v_cache"]

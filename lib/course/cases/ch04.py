@@ -8,6 +8,7 @@ import numpy as np
 
 from lib.course.cases.ch01 import _reproduced
 from lib.course.exercises import Case, Exercise
+from lib.course.shipped import reference
 
 NOWHERE = 2147480000  # a block id that stands behind the end of a table: never to be read
 IN_BITS = "Any block_size may come: bits count in it only where it is a power of two"
@@ -108,6 +109,7 @@ def _positions(inputs: dict, shifts: np.ndarray) -> np.ndarray:
     return np.concatenate(ranges)
 
 
+@reference
 def _slots(inputs: dict, shifts: np.ndarray) -> np.ndarray:
     """The slots of these."""
     size, positions = inputs["block_size"], _positions(inputs, shifts)
@@ -116,6 +118,7 @@ def _slots(inputs: dict, shifts: np.ndarray) -> np.ndarray:
     return block_ids * size + positions % size
 
 
+@reference
 def _slots_in_bits(inputs: dict) -> Iterator[np.ndarray]:
     """The slots as bits give them, which are right where block_size is a power of two."""
     size, positions = inputs["block_size"], _positions(inputs, 0 * inputs["seq_lens"])
@@ -570,6 +573,7 @@ def gather_kv_explain(inputs: dict, expected: dict, got: dict) -> str | None:
     return None
 
 
+@reference
 def _gathered_in_bits(inputs: dict) -> Iterator[np.ndarray]:
     """The keys at slots whose place bits give."""
     k_cache, p = inputs["k_cache"], np.arange(inputs["seq_len"])

@@ -12,6 +12,7 @@ import numpy as np
 from lib.course.cases.ch01 import _reproduced
 from lib.course.compare import difference
 from lib.course.exercises import Case, Exercise
+from lib.course.shipped import reference
 from lib.measure import gpu_code
 
 NOWHERE = 2147480000  # a block id that stands behind the end of a table: never to be read
@@ -202,6 +203,7 @@ ONLINE_SLIPS = {
 }
 
 
+@reference
 def _online(
     q: np.ndarray, tiles: list, slip: str, is_kernel: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -234,6 +236,7 @@ def _online(
         return out, (row_max + np.log(divisor))[:, 0]
 
 
+@reference
 def _attention(q, k, v, kv_heads=None) -> tuple[np.ndarray, np.ndarray]:
     """q (H, D) over k, v (S, G, D): out (H, D), logsumexp (H,)."""
     H, G = len(q), k.shape[1]
@@ -330,6 +333,7 @@ def merge_splits_explain(inputs: dict, expected: dict, got: dict) -> str | None:
     return _reproduced({words: _are_close(out, other) for words, other in variants})
 
 
+@reference
 def _merged(outs: np.ndarray, logsumexps: np.ndarray) -> np.ndarray:
     """Out (B, H, D) of the parts outs (B, H, P, D); NaN where none has keys."""
     with np.errstate(all="ignore"):
@@ -774,6 +778,7 @@ def _scale(inputs: dict) -> float:
     return inputs["q"].shape[-1] ** -0.5 if scale is None else scale
 
 
+@reference
 def _decode(
     inputs: dict,
     b: int,
@@ -932,6 +937,7 @@ def paged_prefill_kernel_explain(inputs: dict, expected: dict, got: dict) -> str
     return None
 
 
+@reference
 def _prefill(inputs: dict, slip: str) -> dict | None:
     """What paged_prefill_kernel gives and moves where it is interpreted, with one of
     PREFILL_SLIPS; None where it would look for a block that exists nowhere."""
@@ -1008,8 +1014,8 @@ def _prefill(inputs: dict, slip: str) -> dict | None:
     return {
         "out": out.reshape(N, H, D),
         "logsumexp": logsumexp.reshape(N, H),
-        "bytes_read": bytes_read,
-        "bytes_written": bytes_written,
+        "bytes_read": int(bytes_read),
+        "bytes_written": int(bytes_written),
     }
 
 
