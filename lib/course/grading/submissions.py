@@ -146,6 +146,13 @@ def in_one_folder(path: Path) -> Submission:
     return _submission("", parts)
 
 
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """A few of them, and how many more there are."""
+    names = [plain(name, 100) for name in names]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 @dataclass(frozen=True)
 class _Part:
     """A file, with the folder or archive that it was handed in by, or "" for a loose one;
@@ -292,24 +299,24 @@ def _submission(student: str, parts: list[_Part]) -> Submission:
     result.files = [(part.file.name, part.file.read) for part in notebooks]
     result.notes += _ambiguities(notebooks, roots)
     if left_out:
-        result.notes.append(f"left out, no notebook: {_listed(left_out)}")
+        result.notes.append(f"left out, no notebook: {listed(left_out)}")
     if of_the_course:
         words = "left out, the course's own is in folders called solutions"
-        result.notes.append(f"{words}: {_listed(of_the_course)}")
+        result.notes.append(f"{words}: {listed(of_the_course)}")
     return result
 
 
 def _ambiguities(notebooks: list[_Part], roots: dict[_Part, str]) -> list[str]:
     tops = sorted({part.top for part in notebooks}, key=_natural)
     if len(tops) > 1:
-        names = _listed([top or "loose files" for top in tops])
+        names = listed([top or "loose files" for top in tops])
         return [f"handed in more than once, all is read: {names}"]
     groups = defaultdict(list)
     for part in notebooks:
         groups[roots[part]].append(part.file.name)
     notes = [
         f"more than one {root}, {names[-1]} counts where it is written, before "
-        f"{_listed(names[:-1])}"
+        f"{listed(names[:-1])}"
         for root, names in groups.items()
         if len(names) > 1
     ]
@@ -367,12 +374,6 @@ def _natural(name: str) -> tuple:
         (len(number), number) if index % 2 else word
         for index, (word, number) in enumerate(zip(words, numbers))
     )
-
-
-def _listed(names: Iterable[str], most: int = 5) -> str:
-    names = [plain(name, 100) for name in names]
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def _is_of_the_course(name: str) -> bool:
