@@ -9,7 +9,9 @@ import io
 import json
 import linecache
 import os
+import re
 import textwrap
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -20,7 +22,8 @@ import pytest
 from lib.course import ROOT, collect
 from lib.course.check import SEED
 from lib.course.exercises import exercises
-from lib.course.grading import grader, sandbox, wire
+from lib.course.grading import files as handed_in
+from lib.course.grading import grader, sandbox, submissions, wire
 from lib.course.grading.grader import Worker, grade
 from lib.course.grading.submissions import Submission, find
 from lib.course.stubs import answer, stub
@@ -797,28 +800,29 @@ def test_of_several_notebooks_the_last_written_answer_counts(worker):
 
 
 FILES = {
-    "truncated": (notebook(DECODE)[:200], "unreadable"),
-    "empty": (b"", "unreadable"),
-    "no JSON": (b"PK\x03\x04 and more", "unreadable"),
-    "JSON, but no notebook": (b'{"cells": 3}', "unreadable"),
-    "a list": (b"[1, 2]", "unreadable"),
-    "nested too deep": (b"[" * 100_000, "unreadable"),
-    "200 MB": (b'{"cells": "' + b" " * (200 * 2**20) + b'"}', "unreadable"),
+    "truncated": (notebook(DECODE)[:200], "unreadable, is it whole? "),
+    "empty": (b"", "unreadable, is it whole? "),
+    "no JSON": (b"PK\x03\x04 and more", "unreadable, is it whole? "),
+    "JSON, but no notebook": (b'{"cells": 3}', "unreadable, is it whole? "),
+    "a list": (b"[1, 2]", "unreadable, is it whole? "),
+    "nested too deep": (b"[" * 100_000, "left out: expected fewer lists in each other"),
+    "200 MB": (
+        b'{"cells": "' + b" " * (200 * 2**20) + b'"}',
+        "left out: expected at most 104,857,600 bytes, got 209,715,213",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_what_is_no_notebook_gives_a_row_with_a_note(worker, name, tmp_path):
-    content, status = FILES[name]
+    content, words = FILES[name]
     (tmp_path / "ada.ipynb").write_bytes(content)
     (tmp_path / "bob.ipynb").write_bytes(notebook(IMPORTS, DECODE, APPEND))
     (ada, bob), _ = find(tmp_path)
     results = [grade(one, NAMES, SECRET, worker) for one in (ada, bob)]
-    assert [r.status for r in results] == [status, "ok"]
+    assert [r.status for r in results] == ["unreadable", "ok"]
     assert [r.points for r in results] == [0, 3]
-    assert (
-        results[0].notes and "ada.ipynb: unreadable, is it whole? " in results[0].notes[0]
-    )
+    assert f"ada.ipynb: {words}" in results[0].notes[0]
 
 
 def test_formats_that_jupyter_would_refuse_are_read(worker):
@@ -829,7 +833,7 @@ def test_formats_that_jupyter_would_refuse_are_read(worker):
     ]
     cells += [{"cell_type": "code", "language": "python", "input": [APPEND]}]
     old = {"nbformat": 3, "nbformat_minor": 0, "metadata": {}}
-    old["worksheets"] = [{"cells": cells, "metadata": {}}]
+    old["worksheets"] = [{"cells": [cell], "metadata": {}} for cell in cells]
     unknown = {**bare, "metadata": {"kernelspec": {"name": "julia"}}, "nbformat": 4}
     for tree in (bare, old, unknown):
         content = json.dumps(tree).encode()
@@ -855,6 +859,7 @@ def test_a_cell_that_fails_is_told_so(worker):
 
 
 def packed(files: dict[str, bytes]) -> bytes:
+    """An archive with these members, in order."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in files.items():
@@ -862,77 +867,457 @@ def packed(files: dict[str, bytes]) -> bytes:
     return file.getvalue()
 
 
-def test_submissions_are_found_however_a_platform_hands_them_over(tmp_path):
-    one, other = notebook("ONE = 1"), notebook("OTHER = 2")
+def hand_in(folder: Path, files: dict[str, bytes] | list[str]) -> Path:
+    """A folder with these files; notebooks, where only their names are given."""
+    for name in files:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(files[name] if isinstance(files, dict) else notebook(name))
+    return folder
+
+
+# Names as platforms, systems and students write them; whose they are, in the order in
+# which they count, the last most; and what the row's notes have to say.
+MOODLE = "Ada Byron_123_assignsubmission_file_"
+BLACKBOARD = "Assignment 1_adab_attempt_2025-10-0"
+D2L = "12345-67890 - Ada Byron - "
+COPIES = (
+    *("1 (Ada's conflicted copy 2025-10-01)", "1 - Copy", "1 copy", "1 copy 2"),
+    *("1-Copy1", "1-DESKTOP-AB12", "1.bak", "1.sync-conflict-20251001-AB", "1_old"),
+)
+WHOSE = {
+    "names": (
+        ["ada.ipynb", "Bob C.IPYNB"],
+        {"ada": ["ada.ipynb"], "Bob C": ["Bob C.IPYNB"]},
+    ),
+    "folders": (
+        [
+            "李 雷/x/01_generation.ipynb",
+            "李 雷/.ipynb_checkpoints/x.ipynb",
+            "ada/2.ipynb",
+        ],
+        {"李 雷": ["李 雷/x/01_generation.ipynb"], "ada": ["ada/2.ipynb"]},
+    ),
+    "chapters": (
+        [
+            *("ada_01_generation.ipynb", "ada-02_training-final (2).ipynb"),
+            *("01_generation_Bob C.ipynb", "03_kv_cache - Bob C (1).ipynb"),
+        ],
+        {
+            "ada": ["ada_01_generation.ipynb", "ada-02_training-final (2).ipynb"],
+            "Bob C": ["01_generation_Bob C.ipynb"],
+            "Bob C (1)": ["03_kv_cache - Bob C (1).ipynb", "second download of Bob C's?"],
+        },
+    ),
+    "numbers behind a chapter": (
+        ["HW - 03_kv_cache - 123456.ipynb", "HW - 03_kv_cache - 654321.ipynb"],
+        {
+            "HW - 03_kv_cache - 123456": ["HW - 03_kv_cache - 123456.ipynb"],
+            "HW - 03_kv_cache - 654321": ["HW - 03_kv_cache - 654321.ipynb"],
+        },
+    ),
+    "nobody's": (
+        ["01_generation (1).ipynb", "01_generation (2).ipynb"],
+        {
+            "01_generation (1)": ["01_generation (1).ipynb", "says no student"],
+            "01_generation (2)": ["01_generation (2).ipynb", "says no student"],
+        },
+    ),
+    "Moodle's folders": (
+        [
+            *(f"{MOODLE}/1.ipynb", "Bob_5_assignsubmission_file/1.ipynb"),
+            "Ada Byron_123_assignsubmission_onlinetext_/onlinetext.html",
+            "Cy_6_assignsubmission_onlinetext_/onlinetext.html",
+        ],
+        {
+            "Ada Byron_123": [f"{MOODLE}/1.ipynb"],
+            "Bob_5": ["Bob_5_assignsubmission_file/1.ipynb"],
+            "Cy_6": ["expected a notebook, found none"],
+        },
+    ),
+    "Moodle's files": (
+        [
+            *(f"{MOODLE}ch 2.final.ipynb", f"{MOODLE}01_generation (1).ipynb"),
+            *(f"{MOODLE}my-work.ipynb", f"{MOODLE}rest.rar"),
+            "Ada Byron_123_assignsubmission_onlinetext_onlinetext.html",
+        ],
+        {
+            "Ada Byron_123": [
+                f"{MOODLE}01_generation (1).ipynb",
+                f"{MOODLE}ch 2.final.ipynb",
+                f"{MOODLE}my-work.ipynb",
+                f"left out, no notebook: {MOODLE}rest.rar",
+            ]
+        },
+    ),
+    "Canvas": (
+        [
+            *("byronada_12345_678901_01_generation-1.ipynb",),
+            *(
+                "byronada_12345_678902_hw 2.ipynb",
+                "li_LATE_222_333_01_generation-1.ipynb",
+            ),
+        ],
+        {
+            "byronada_12345": [
+                "byronada_12345_678901_01_generation-1.ipynb",
+                "byronada_12345_678902_hw 2.ipynb",
+            ],
+            "li_222": ["li_LATE_222_333_01_generation-1.ipynb"],
+        },
+    ),
+    "Blackboard": (
+        [
+            f"{BLACKBOARD}1-12-00-00_01_generation.ipynb",
+            *(f"{BLACKBOARD}1-12-00-00.txt", f"{BLACKBOARD}2-09-00-00_a.ipynb"),
+        ],
+        {
+            "adab": [
+                f"{BLACKBOARD}1-12-00-00_01_generation.ipynb",
+                f"{BLACKBOARD}2-09-00-00_a.ipynb",
+            ]
+        },
+    ),
+    "Brightspace, twice": (
+        [
+            f"{D2L}Oct 1, 2025 110 PM/01_generation.ipynb",
+            f"{D2L}Oct 1, 2025 1159 AM/01_generation.ipynb",
+            f"{D2L}Sep 30, 2025 1100 PM/01_generation.ipynb",
+            "index.html",
+        ],
+        {
+            "Ada Byron_12345": [
+                f"{D2L}Sep 30, 2025 1100 PM/01_generation.ipynb",
+                f"{D2L}Oct 1, 2025 1159 AM/01_generation.ipynb",
+                f"{D2L}Oct 1, 2025 110 PM/01_generation.ipynb",
+                "handed in more than once, all is read",
+            ]
+        },
+    ),
+    "a repository": (
+        [
+            *("ada/repo-main/notebooks/1.ipynb", "ada/repo-main/solutions/1.ipynb"),
+            "ada/repo-main/lib/model.py",
+        ],
+        {
+            "ada": [
+                "ada/repo-main/notebooks/1.ipynb",
+                "folders called solutions: ada/repo-main/solutions/1.ipynb",
+            ]
+        },
+    ),
+    "Colab": (
+        ["ada - Copy of 01_generation.ipynb", "bob/Copy of 1.ipynb", "bob/1.ipynb"],
+        {
+            "ada": ["ada - Copy of 01_generation.ipynb"],
+            "bob": [
+                *("bob/Copy of 1.ipynb", "bob/1.ipynb"),
+                "more than one 1, bob/1.ipynb counts where it is written, before bob",
+            ],
+        },
+    ),
+    "copies": (
+        [f"ada/{name}.ipynb" for name in ("1", *COPIES)],
+        {
+            "ada": [
+                *(f"ada/{name}.ipynb" for name in (*COPIES, "1")),
+                "more than one 1, ada/1.ipynb counts where it is written",
+            ]
+        },
+    ),
+    "downloads": (
+        [f"ada/1 ({n}).ipynb" for n in (9, 10, 1)] + ["ada/1.ipynb", "ada/2 (1).ipynb"],
+        {
+            "ada": [
+                *(
+                    "ada/1.ipynb",
+                    "ada/1 (1).ipynb",
+                    "ada/1 (9).ipynb",
+                    "ada/1 (10).ipynb",
+                ),
+                *("ada/2 (1).ipynb", "more than one 1, ada/1 (10).ipynb counts"),
+            ]
+        },
+    ),
+    "an older one, deeper": (
+        ["ada/03.ipynb", "ada/old/03.ipynb", "ada/old/04.ipynb"],
+        {
+            "ada": [
+                *("ada/old/03.ipynb", "ada/old/04.ipynb", "ada/03.ipynb"),
+                "more than one 03, ada/03.ipynb counts where it is written, before ada",
+            ]
+        },
+    ),
+    "two ways to write an accent": (
+        ["Zoe\u0308.ipynb", "Zo\u00eb/1.ipynb"],
+        {
+            "Zo\u00eb": [
+                *("Zo\u00eb/1.ipynb", "Zo\u00eb.ipynb"),
+                "handed in more than once, all is read: Zo\u00eb, Zo\u00eb.ipynb",
+            ]
+        },
+    ),
+    "other kinds of files": (
+        [
+            *(
+                "ada.ipynb.txt",
+                "bob/1.ipynb.json",
+                "cy/1.html",
+                "cy/1.py",
+                "cy/notes.txt",
+            ),
+            *("dee/.1.ipynb.icloud", "eve/~$1.ipynb", "fay/1.7z", "gil/1.ipynb~"),
+        ],
+        {
+            "ada": ["ada.ipynb.txt"],
+            "bob": ["bob/1.ipynb.json"],
+            "cy": ["left out, no notebook: cy/1.html, cy/1.py", "expected a notebook"],
+            "dee": ["left out, no notebook: dee/.1.ipynb.icloud", "expected a notebook"],
+            "eve": ["left out, no notebook: eve/~$1.ipynb", "expected a notebook"],
+            "fay": ["left out, no notebook: fay/1.7z", "expected a notebook"],
+            "gil": ["left out, no notebook: gil/1.ipynb~", "expected a notebook"],
+        },
+    ),
+    "what moves a cursor, or turns a line": (
+        ["a\x1b[2Jda.ipynb", "b\u202eob/\u2066x.ipynb"],
+        {"a [2Jda": ["a [2Jda.ipynb"], "bob": ["bob/x.ipynb"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("is_zip", [False, True])
+@pytest.mark.parametrize("case", WHOSE)
+def test_each_student_has_a_row_with_what_counts(tmp_path, case, is_zip):
+    names, expected = WHOSE[case]
+    path = hand_in(tmp_path / "class", names)
+    if is_zip:
+        path = tmp_path / "class.zip"
+        path.write_bytes(packed({name: notebook(name) for name in names}))
+    found, _ = find(path)
+    assert {one.student for one in found} == expected.keys()
+    for one in found:
+        names = [name for name, _ in one.files]
+        assert names == expected[one.student][: len(names)]
+        notes = expected[one.student][len(names) :]
+        for note, part in zip(one.read()[1], notes, strict=True):
+            assert part in note
+
+
+def test_loose_files_that_are_no_notebooks_are_named(tmp_path):
+    hand_in(tmp_path, ["ada.ipynb", "roster.csv", "bob.rar", ".DS_Store"])
+    assert find(tmp_path)[1] == ["bob.rar", "roster.csv"]
+
+
+def unflagged(archive: bytes) -> bytes:
+    """As macOS makes one: names in UTF-8, which no flag says."""
+    content = bytearray(archive)
+    for signature, offset in ((b"PK\x03\x04", 7), (b"PK\x01\x02", 9)):
+        for found in re.finditer(signature, archive):
+            content[found.start() + offset] &= ~0x08
+    return bytes(content)
+
+
+ZIPS = {
+    "PowerShell's": (packed, ["ada\\1.ipynb", "ada\\2.ipynb", "bob\\1.ipynb"], "ada bob"),
+    "macOS'": (
+        lambda files: unflagged(packed(files)),
+        ["Zoe\u0308/1.ipynb", "__MACOSX/Zoe\u0308/._1.ipynb", "李雷/1.ipynb"],
+        "Zo\u00eb 李雷",
+    ),
+    "with the folder of the class": (
+        packed,
+        [f"hw/{name}" for name in ("ada.ipynb", "bob.ipynb", "cy/01_generation.ipynb")],
+        "ada bob cy",
+    ),
+    "with numbers for names": (
+        packed,
+        ["hw/123456.ipynb", "hw/student 1.ipynb"],
+        "123456 student-1",
+    ),
+    "with that twice": (packed, ["hw/hw/ada.ipynb", "hw/hw/bob.ipynb"], "ada bob"),
+    "of one student": (packed, ["ada/01_generation.ipynb", "ada/rest.ipynb"], "ada"),
+    "of one student's folders": (packed, ["ada/x/1.ipynb", "ada/x/2.ipynb"], "ada"),
+    "of one repository": (
+        packed,
+        ["r-main/notebooks/1.ipynb", "r-main/x.ipynb"],
+        "r-main",
+    ),
+    "with a way out": (
+        packed,
+        ["../dave.ipynb", "/etc/eve.ipynb", "../../fay/1.ipynb"],
+        "dave etc fay",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ZIPS)
+def test_an_archive_of_a_class_is_read_whoever_packed_it(tmp_path, case):
+    pack, names, students = ZIPS[case]
+    (tmp_path / "class.zip").write_bytes(pack({name: notebook(name) for name in names}))
+    found, _ = find(tmp_path / "class.zip")
+    assert [one.student.replace(" ", "-") for one in found] == students.split()
+    assert sum(len(one.read()[0]) for one in found) == len(
+        [name for name in names if "__MACOSX" not in name]
+    )
+    if case == "with a way out":
+        assert found[0].notes == ["dave.ipynb: its archive calls it ../dave.ipynb"]
+
+
+def test_archives_are_read_in_folders_and_in_archives(tmp_path):
     files = {
-        "ada.ipynb": one,
-        "bob_03_kv_cache.ipynb": one,
-        "Čapek, Karel_123_assignsubmission_file_/03_kv_cache (2).ipynb": one,
-        "李 雷/inside/01_generation.ipynb": one,
-        "李 雷/02_training.ipynb": other,
-        "李 雷/.ipynb_checkpoints/02_training-checkpoint.ipynb": other,
-        "bob_03_kv_cache-final (2).ipynb": one,
-        "cy_03_kv_cache-Copy1.IPYNB": one,
-        "dora.zip": packed({"x/01.ipynb": one, "__MACOSX/x/._01.ipynb": other}),
-        "eve/all.zip": packed({"01.ipynb": one, "notes.txt": b""}),
+        "dora.zip": packed({"x/01.ipynb": notebook("ONE = 1")}),
+        "eve/all.zip": packed({"01.ipynb": notebook("ONE = 1"), "notes.txt": b""}),
         "frank.zip": b"no archive",
-        "gil/report.pdf": b"%PDF",
-        "roster.csv": b"",
-        ".DS_Store": b"",
+        "gil/1.zip": packed({"2.zip": packed({"1.ipynb": notebook("ONE = 1")})}),
+        "hal.zip": packed({"1.zip": packed({"2.zip": packed({"3.zip": packed({})})})}),
     }
-    for name, content in files.items():
-        (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "folder" / name).write_bytes(content)
-    (tmp_path / "folder" / "hal").mkdir()
-    (tmp_path / "class.zip").write_bytes(packed(files))
-    for path in (tmp_path / "folder", tmp_path / "class.zip"):
-        found, ignored = find(path)
-        sizes = {s.student: len(s.files) for s in found}
-        sizes.pop("hal", None)  # a zip need not list an empty folder
-        others = {"Čapek, Karel_123": 1, "李 雷": 2, "gil": 0}
-        names = ("ada", "cy", "dora", "eve", "frank")
-        assert sizes == others | dict.fromkeys(names, 1) | {"bob": 2}
-        assert ignored == ["roster.csv"]
-        notes = {s.student: s.read()[1] for s in found}
-        assert "expected a zip archive" in notes["frank"][0]
-        assert notes["gil"] == ["expected a notebook, found none"]
+    hand_in(tmp_path / "class", files)
+    (tmp_path / "class.zip").write_bytes(packed({f"class/{n}": files[n] for n in files}))
+    for path in (tmp_path / "class", tmp_path / "class.zip"):
+        read = {one.student: one.read() for one in find(path)[0]}
+        assert [len(read[s][0]) for s in sorted(read)] == [1, 1, 0, 1, 0]
+        assert read["dora"][0] == [["ONE = 1"]] and not read["eve"][1]
+        assert "expected a zip archive, got BadZipFile" in read["frank"][1][0]
+        assert "at most 3 archives in each other" in read["hal"][1][0]
 
 
-def test_the_last_of_several_files_is_the_one_handed_in_again(tmp_path):
-    files = ("b (1).ipynb", "b.ipynb", "a.ipynb", "b-Copy1.ipynb")
-    (tmp_path / "ada.zip").write_bytes(packed(dict.fromkeys(files, notebook())))
-    (ada,), _ = find(tmp_path)
-    assert [name for name, _ in ada.files] == [
-        f"ada.zip/{name}" for name in ("a.ipynb", "b.ipynb", "b (1).ipynb")
+def test_what_is_the_courses_own_does_not_score(worker, tmp_path):
+    solved = (ROOT / "solutions" / "01_generation.ipynb").read_bytes()
+    blank = (ROOT / "notebooks" / "01_generation.ipynb").read_bytes()
+    executed = nbformat.reads(solved.decode(), 4)
+    executed.cells[1].outputs = []
+    hand_in(
+        tmp_path,
+        {
+            "ada.ipynb": nbformat.writes(executed).encode(),
+            "bob/solutions/01_generation.ipynb": notebook(IMPORTS, DECODE, APPEND),
+            "bob/notebooks/01_generation.ipynb": blank,
+            "cy.ipynb": blank,
+        },
+    )
+    ada, bob, cy = (grade(one, NAMES, SECRET, worker) for one in find(tmp_path)[0])
+    assert (ada.points, bob.points, cy.points) == (0, 0, 0)
+    assert ada.notes == [
+        "ada.ipynb: left out: is the course's own solution, cell for cell"
     ]
+    assert "in folders called solutions: bob/solutions" in bob.notes[0]
+    assert (bob.status, cy.status, cy.notes) == ("partial", "ok", [])
+
+
+def test_links_are_refused(tmp_path):
+    folder = hand_in(tmp_path / "class", ["bob/1.ipynb", "eve/2.ipynb"])
+    (folder / "eve" / "1.ipynb").symlink_to("../bob/1.ipynb")
+    (folder / "eve" / "all").symlink_to("../bob")
+    (folder / "fay.ipynb").symlink_to("bob/1.ipynb")
+    link = zipfile.ZipInfo("gil/1.ipynb")
+    link.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(tmp_path / "class.zip", "w") as archive:
+        archive.writestr("ada/1.ipynb", notebook())
+        archive.writestr(link, "../ada/1.ipynb")
+    read = {one.student: one.read() for one in find(folder)[0]}
+    read |= {one.student: one.read() for one in find(tmp_path / "class.zip")[0]}
+    assert [len(read[student][0]) for student in sorted(read)] == [1, 1, 1, 0, 0]
+    refused = "left out: expected a file, got a link to one"
+    for student, name in (("eve", "all"), ("fay", "fay.ipynb"), ("gil", "gil/1.ipynb")):
+        assert any(f"{name}: {refused}" in note for note in read[student][1])
 
 
 def test_submissions_are_in_the_order_of_a_list_of_names(tmp_path):
-    for name in ("bob.ipynb", "Cy.ipynb", "ada.ipynb", "Bob2.ipynb"):
-        (tmp_path / name).write_bytes(notebook())
+    hand_in(tmp_path, ["bob.ipynb", "Cy.ipynb", "ada.ipynb", "Bob2.ipynb"])
     assert [s.student for s in find(tmp_path)[0]] == ["ada", "bob", "Bob2", "Cy"]
 
 
-def test_what_follows_a_chapters_name_may_be_the_students(tmp_path):
-    for name in ("HW - 03_kv_cache - Bob.ipynb", "HW - 03_kv_cache - Ada.ipynb"):
-        (tmp_path / name).write_bytes(notebook())
-    assert len(find(tmp_path)[0]) == 2
+def test_names_too_long_are_cut_to_different_ones(tmp_path):
+    names = [f"{'x' * 5000}{end}/1.ipynb" for end in "ab"]
+    (tmp_path / "class.zip").write_bytes(
+        packed(dict.fromkeys(names, notebook("ONE = 1")))
+    )
+    found, _ = find(tmp_path / "class.zip")
+    assert len({one.student for one in found}) == 2
+    assert all(len(one.student) < 150 and len(one.read()[0]) == 1 for one in found)
 
 
-def test_two_submissions_of_one_student_are_one_row_with_a_note(tmp_path):
-    (tmp_path / "Zoe\u0308.ipynb").write_bytes(notebook("ONE = 1"))  # as macOS writes it
-    (tmp_path / "Zo\u00eb.zip").write_bytes(packed({"a.ipynb": notebook("TWO = 2")}))
-    (found,), _ = find(tmp_path)
-    assert found.student == "Zo\u00eb" and len(found.files) == 2
-    assert "handed in more than once, all is read" in found.notes[0]
+def of_cells(content: bytes) -> bytes:
+    return b'{"cells": [' + content + b"]}"
 
 
-def test_an_archive_cannot_grow_without_limit(tmp_path):
-    bomb = packed({"a.ipynb": b" " * (60 * 2**20)})
-    assert len(bomb) < 100_000
-    (tmp_path / "ada.zip").write_bytes(bomb)
+MB = 2**20
+OUTPUT = b'{"cell_type": "code", "source": "", "outputs": [%s]}'
+TOO_MUCH = {
+    "spaces": ({"1.ipynb": b" " * (60 * MB)}, "4,194,304 bytes beside its outputs"),
+    "a file": ({"1.ipynb": b" " * (101 * MB)}, "at most 104,857,600 bytes, got 105,"),
+    "all files": (
+        {f"{n}.ipynb": of_cells(OUTPUT % (b'"%s"' % (b"x" * 3 * MB))) for n in range(5)},
+        "at most 10,485,760 bytes in all",
+    ),
+    "lists": ({"1.ipynb": b"[]," * (30 * MB)}, "bytes beside its outputs"),
+    "lists in lists": ({"1.ipynb": of_cells(b"[" * 10**5)}, "fewer lists in each other"),
+    "lists in an output": (
+        {"1.ipynb": of_cells(OUTPUT % (b"[]," * (30 * MB)))},
+        "at most 300,000 parts of outputs",
+    ),
+    "an emoji": (
+        {"1.ipynb": of_cells(b" " * (90 * MB) + "🐋".encode())},
+        "beside its out",
+    ),
+    "backslashes": (
+        {"1.ipynb": of_cells(OUTPUT % (b'"' + b"\\n" * 10 * MB))},
+        "unreadable, is it whole? ValueError: an output has no end",
+    ),
+    "code": (
+        {"1.ipynb": notebook("#" * 2_000_001)},
+        "2,000,000 characters of code in all",
+    ),
+    "cells": ({"1.ipynb": notebook(*[""] * 10_001)}, "at most 10,000 cells in all"),
+    "code of many": (
+        {f"{n}.ipynb": notebook("#" * 50_000) for n in range(45)},
+        "2,000,000 characters of code in all",
+    ),
+    "notebooks": (
+        {f"{n}.ipynb": notebook() for n in range(101)},
+        "at most 100 notebooks",
+    ),
+    "members": ({f"{n}": b"" for n in range(20_001)}, "at most 20,000 files in it"),
+    "long names": ({f"{n:060000}": b"" for n in range(80)}, "fewer files, or shorter"),
+    "archives": (
+        {f"{n}.zip": bytes(80 * MB) + packed({}) for n in range(4)},
+        "archives in it of at most 209,715,200 bytes",
+    ),
+    "an archive": ({"1.zip": bytes(201 * MB)}, "at most 209,715,200 bytes, got 210,"),
+}
+
+
+@pytest.mark.parametrize("case", TOO_MUCH)
+def test_what_is_too_much_is_told_so_and_takes_little_memory(tmp_path, monkeypatch, case):
+    monkeypatch.setattr(submissions, "MAX_BYTES", 10 * MB)  # one is read in any case
+    monkeypatch.setattr(handed_in, "MAX_TOKENS", 300_000)
+    files, words = TOO_MUCH[case]
+    (tmp_path / "ada.zip").write_bytes(packed(files))
+    (tmp_path / "bob.ipynb").write_bytes(notebook("ONE = 1"))
+    del files
+    tracemalloc.start()
+    (ada, bob), _ = find(tmp_path)
+    _, notes, _ = ada.read()
+    _, most_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert any(words in note for note in notes), notes
+    assert most_bytes < 250 * MB and bob.read()[0] == [["ONE = 1"]]
+
+
+def test_large_outputs_cost_nothing(worker, tmp_path):
+    """21 MB of figures, of a table's markup, of a widget's state, of nested numbers."""
+    picture = {"image/png": "iVBORw0KGgo" * 10**6, "text/html": '<b>\n"[{\\' * 10**6}
+    plot = {"application/json": [[1.5, 2]] * 250_000}
+    content = json.loads(notebook(IMPORTS, DECODE, APPEND))
+    for cell, data in zip(content["cells"], (picture, plot, {})):
+        cell["outputs"] = [{"output_type": "display_data", "data": data, "metadata": {}}]
+    content["metadata"]["widgets"] = {"state": ["outputs"] * 10**5}
+    (tmp_path / "ada.ipynb").write_text(json.dumps(content))
+    assert (tmp_path / "ada.ipynb").stat().st_size > 21 * MB
     (ada,), _ = find(tmp_path)
-    assert "expected at most 20,971,520 bytes, got more" in ada.read()[1][0]
+    assert ada.read()[0] == [[IMPORTS, DECODE, APPEND]]
+    result = grade(ada, NAMES, SECRET, worker)
+    assert (result.points, result.status) == (3, "ok")
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, Path.touch, lambda path: None])

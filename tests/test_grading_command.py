@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -38,16 +39,23 @@ POINTS_4 = sum(exercises()[name].points for name in names_of("4"))
 SEED = ("--chapters", "4", "--jobs", "1", "--seed", "secret word")
 
 
+def solved():
+    """By a student, and not cell for cell the course's own."""
+    notebook = solved_notebook(CHAPTER_4)
+    notebook.cells.append(nbformat.v4.new_code_cell("# mine"))
+    return notebook
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Five submissions of chapter 4."""
     folder = tmp_path_factory.mktemp("class")
-    nbformat.write(solved_notebook(CHAPTER_4), folder / "ada.ipynb")
+    nbformat.write(solved(), folder / "ada.ipynb")
     nbformat.write(student_notebook(CHAPTER_4), folder / "bob.ipynb")
     (folder / "李 雷").mkdir()
-    nbformat.write(solved_notebook(CHAPTER_4), folder / "李 雷" / "04.ipynb")
+    nbformat.write(solved(), folder / "李 雷" / "04.ipynb")
     (folder / "=cmd.ipynb").write_text("{")
-    endless = solved_notebook(CHAPTER_4)
+    endless = solved()
     loop = "def allocate(*args):\n    while True: pass"
     endless.cells.append(nbformat.v4.new_code_cell(loop))
     nbformat.write(endless, folder / "zoe.ipynb")
@@ -210,11 +218,21 @@ def test_a_full_disk_loses_nothing(folder, tmp_path, monkeypatch, capsys):
         ([ROOT / "lib"], "expected notebooks in"),
         (["--mine", ROOT / "lib"], "expected notebooks in"),
         (["--mine", ".", "--chapters", "9"], "expected some of 1, 2, 3, 4, 5, got '9'"),
+        (
+            ["lib", "--out", "lib/grades"],
+            "--out: expected a folder outside of lib, got lib",
+        ),
+        (["lib", "--out", "lib"], "--out: expected a folder outside of lib, got lib"),
+        (
+            ["lib/course", "--out", "lib"],
+            "--out: expected a folder without lib/course in",
+        ),
     ],
 )
 def test_bad_input_is_told_what_was_expected(monkeypatch, tmp_path, arguments, words):
+    monkeypatch.chdir(ROOT)
     with pytest.raises(ValueError, match=re.escape(words)):
-        run(monkeypatch, *arguments, "--out", tmp_path / "out")
+        run(monkeypatch, "--out", tmp_path / "out", *arguments)
     assert not (tmp_path / "out").exists()
 
 
@@ -245,9 +263,25 @@ def test_gradescope_finds_its_file(
         assert test["status"] in ("passed", "failed")
 
 
+# An answer that says where it finds the seed in what belongs to the grader.
+SPY = """
+def allocate(*args):
+    import glob
+    import lib.course
+    root, found = lib.course.ROOT, []
+    for path in [*root.glob("*"), *map(lib.course.Path, glob.glob("/proc/*/cmdline"))]:
+        try:
+            found += ["4lphabet"] * (b"4lphabet" in path.read_bytes())
+        except OSError:
+            pass
+    raise RuntimeError(f"read {found}")
+"""
+
+
 def test_the_zip_for_gradescope_runs_where_it_is_unpacked(folder, tmp_path):
     root, file = tmp_path / "autograder", tmp_path / "gradescope.zip"
     zip_it = [sys.executable, "-m", "lib.course.grading.gradescope", "4", "--out", file]
+    zip_it += ["--seed", "4lphabet"]
     said = subprocess.run(zip_it, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "it grades with the seed" in said.stdout
     with zipfile.ZipFile(file) as archive:
@@ -257,14 +291,20 @@ def test_the_zip_for_gradescope_runs_where_it_is_unpacked(folder, tmp_path):
     assert not any(name.startswith(("solutions", "tests", "data")) for name in modes)
     assert file.stat().st_size < 10**6
     (root / "submission").mkdir()
-    shutil.copy(folder / "ada.ipynb", root / "submission")
+    spy = solved()
+    spy.cells.append(nbformat.v4.new_code_cell(SPY))
+    nbformat.write(spy, root / "submission" / "ada.ipynb")
+    shutil.copytree(ROOT / "solutions", root / "submission" / "solutions")
     (root / "venv" / "bin").mkdir(parents=True)
     (root / "venv" / "bin" / "python").symlink_to(sys.executable)
     environment = {"PATH": os.environ["PATH"], "AUTOGRADER": str(root)}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)  # of the link's own packages
     subprocess.run(["bash", root / "source/run_autograder"], env=environment, check=True)
-    got = json.loads((root / "results" / "results.json").read_text())
-    assert got["score"] == POINTS_4
+    written = (root / "results" / "results.json").read_text()
+    got = json.loads(written)
+    assert got["score"] == POINTS_4 - exercises()["allocate"].points
+    assert "left out, the course's own is in folders called solutions" in got["output"]
+    assert "RuntimeError: read" in written and "4lphabet" not in written
 
 
 def graded(message="wrong for <b>x</b> (T=3)", student="<script>alert(1)</script>"):
@@ -320,11 +360,139 @@ def test_half_a_character_in_a_name_or_a_message_is_written_all_the_same(tmp_pat
     assert kept.kept(found.student, "0" * 64)
 
 
-def test_a_damaged_file_is_graded_again(tmp_path):
+SETTINGS = {"chapters": [1], "seed": "1", "salt": "2"}
+DAMAGED = [
+    *("", "{", "[]", "3", "null", '"x"', "{}", "[" * 10**5, "\ud83d"),
+    *({**SETTINGS, "chapters": value} for value in (1, None, "1", [9], [[1]], {"1": 1})),
+    *({**SETTINGS, "seed": value} for value in (1, None, [], "")),
+    *({**SETTINGS, "salt": value} for value in (1, None)),
+]
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=lambda value: str(value)[:50])
+def test_damaged_settings_are_set_aside(tmp_path, capsys, content):
+    path = tmp_path / "settings.json"
+    text = content if isinstance(content, str) else json.dumps(content)
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")
+    kept = results.Results(tmp_path, ["decode"], None)
+    assert json.loads(path.read_text())["seed"] == kept.seed
+    aside = path.with_name("settings.json.damaged")
+    assert aside.exists() and "another seed is drawn" in capsys.readouterr().out
+
+
+def changed(tree, *keys, to):
+    """The same JSON, with something else at that place."""
+    tree = json.loads(json.dumps(tree))
+    at = tree
+    for key in keys[:-1]:
+        at = at[key]
+    at[keys[-1]] = to
+    return tree
+
+
+PLACES = [
+    *(("extra_data",), ("extra_data", "grade"), ("extra_data", "grade", "student")),
+    *(("extra_data", "grade", "scores"), ("extra_data", "grade", "notes")),
+    ("extra_data", "grade", "scores", "decode"),
+    ("extra_data", "grade", "scores", "decode", "points"),
+    ("extra_data", "grade", "scores", "decode", "message"),
+]
+
+
+@pytest.mark.parametrize("place", [(), *PLACES], ids=str)
+def test_a_damaged_file_is_graded_again(tmp_path, capsys, place):
     kept = results.Results(tmp_path, ["decode"], "1")
-    kept.keep(graded(student="ada"))
-    kept.path("ada").write_text('{"score": 1')
-    assert kept.kept("ada", "0" * 64) is None
+    grade = graded(student="ada")
+    del grade.scores["append_kv"]
+    kept.keep(grade)
+    whole, aside = kept.path("ada").read_text(), kept.path("ada", ".json.damaged")
+    assert kept.kept("ada", "0" * 64) == grade and not aside.exists()
+    for value in (None, 3, "x", [], [3], {}, {"x": 3}):
+        if place and place[-1] == "notes" and value == []:
+            continue
+        if place and (place[-1], value) in (("points", 3), ("message", "x")):
+            continue
+        text = json.dumps(
+            changed(json.loads(whole), *place, to=value) if place else value
+        )
+        kept.path("ada").write_text(text)
+        assert kept.kept("ada", "0" * 64) is None
+        assert aside.exists() and "graded again" in capsys.readouterr().out
+        aside.unlink()
+    kept.path("ada").write_text(whole[: len(whole) // 2])
+    assert kept.kept("ada", "0" * 64) is None and aside.exists()
+
+
+def test_what_crashed_is_tried_again(tmp_path):
+    kept = results.Results(tmp_path, ["decode", "append_kv"], "1")
+    for status, is_kept in (("ok", True), ("timeout", True), ("crashed", False)):
+        grade = graded(student="ada")
+        grade.scores["decode"].status = status
+        kept.keep(grade)
+        assert (kept.kept("ada", "0" * 64) is not None) == is_kept
+
+
+FORMULAS = {
+    "=cmd": "'=cmd",
+    "-1": "'-1",
+    "＝cmd": "'＝cmd",
+    "eve;=cmd|x": "eve;'=cmd|x",
+    "eve, @x": "eve, '@x",
+    ' "+x': " \"'+x",
+    "expected -1; got a-b": "expected -1; got a-b",
+}
+
+
+def test_no_cell_of_the_table_is_a_formula_whatever_parts_it(tmp_path):
+    kept = results.Results(tmp_path, ["decode", "append_kv"], "1")
+    for student, written in FORMULAS.items():
+        grade = graded(student=student)
+        grade.notes = [student]
+        (row,) = rows(kept.write_table([grade])).values()
+        assert (row["student"], row["notes"]) == (written, written)
+
+
+def test_words_of_students_are_printed_in_a_line_that_does_no_harm(tmp_path):
+    evil = "\x1b[2J\u202eevil\r\n\u2066\x00" + "x" * 41_015 + "end"
+    grade = results.printable(graded(evil, student="ada"))
+    grade.notes = results.printable(replace(graded(), notes=[evil])).notes
+    kept = results.Results(tmp_path, ["decode", "append_kv"], "1")
+    kept.keep(grade)
+    kept.write_table([grade])
+    written = [path.read_text("utf-8") for path in tmp_path.rglob("*.*")]
+    written += [report.student_page(grade), report.class_page([grade], str)]
+    for text in written:
+        assert not re.search("[\x1b\u202e\u2066\x00\r]|u001b|x{500}", text)
+    assert " [2Jevil  " in grade.notes[0] and grade.notes[0].endswith("xend")
+    assert len(grade.notes[0]) == len(grade.scores["decode"].message) == 500
+
+
+# As on Windows, of which this is all that the command may notice.
+WITHOUT_FORK = """
+import os, runpy, sys
+import psutil  # there it needs none of these
+del os.fork
+sys.modules.update(resource=None, fcntl=None, pwd=None, termios=None)
+runpy.run_module("lib.course.grading", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_without_fork_ones_own_notebooks_are_tried_and_no_class(folder, tmp_path):
+    def said(*arguments):
+        return subprocess.run(
+            [sys.executable, "-c", WITHOUT_FORK, *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+
+    shutil.copy(folder / "ada.ipynb", tmp_path / "04_mine.ipynb")
+    mine = said("--mine", tmp_path, "--chapters", "4")
+    assert mine.returncode == 0 and f"{POINTS_4} of {POINTS_4} points" in mine.stdout
+    assert said("--mine", tmp_path / "none").returncode == 2
+    of_a_class = said(folder, "--out", tmp_path / "out")
+    assert of_a_class.returncode == 2 and not of_a_class.stderr
+    assert of_a_class.stdout.startswith("expected Linux or macOS")
 
 
 @pytest.fixture

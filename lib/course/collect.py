@@ -42,13 +42,15 @@ def sources(content: bytes, kinds: tuple[str, ...] = ("code",)) -> list[str]:
 
     Raises whatever there is to raise for what is no notebook.
     """
-    tree = json.loads(content.decode("utf-8-sig"))
-    if isinstance(tree, dict) and tree.get("worksheets"):  # as it was before 2015
-        tree = tree["worksheets"][0]
-    if not isinstance(tree, dict) or not isinstance(tree.get("cells"), list):
-        raise ValueError("found no cells in it")
+    tree = json.loads(content)
+    sheets = tree.get("worksheets") if isinstance(tree, dict) else None
+    cells = []
+    for sheet in sheets or [tree]:  # several, as it was before 2015
+        if not isinstance(sheet, dict) or not isinstance(sheet.get("cells"), list):
+            raise ValueError("found no cells in it")
+        cells += sheet["cells"]
     found = []
-    for cell in tree["cells"]:
+    for cell in cells:
         if isinstance(cell, dict) and cell.get("cell_type") in kinds:
             source = cell.get("source", cell.get("input", ""))
             found.append(source if isinstance(source, str) else "".join(source))

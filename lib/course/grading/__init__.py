@@ -2,7 +2,8 @@
 
 One submission's way, in the order to read:
 
-    submissions.py   its files are found and read; nothing in them is executed
+    files.py         what is in a folder or an archive; nothing in it is executed
+    submissions.py   whose it is, and which of several counts
     grader.py        its cells go to a worker, with inputs, an exercise at a time
     worker.py        executes what the answer needs, calls it, and sends what came out
     wire.py          what crosses between the two: plain data, capped

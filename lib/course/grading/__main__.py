@@ -7,6 +7,8 @@
 Exit status 2 for bad input, 1 for a full disk, 130 for an interrupt.
 """
 
+from __future__ import annotations  # some are not there on Windows
+
 import argparse
 import functools
 import json
@@ -20,12 +22,23 @@ import torch
 from tqdm import tqdm
 
 from lib.course import interpreted  # noqa: F401  first: kernels are tried here
-from lib.course.check import SEED
+from lib.course.check import SEED, check
 from lib.course.exercises import names_of
-from lib.course.grading import report
-from lib.course.grading.grader import Grade, Worker, grade, grade_all
-from lib.course.grading.results import Results, as_gradescope, seed_number, write
-from lib.course.grading.submissions import find, in_one_folder
+from lib.course.grading.submissions import find, in_one_folder, listed
+
+HAS_FORK = hasattr(
+    os, "fork"
+)  # not on Windows, where a worker could not even be imported
+if HAS_FORK:
+    from lib.course.grading import report
+    from lib.course.grading.grader import Grade, Worker, grade, grade_all
+    from lib.course.grading.results import (
+        Results,
+        as_gradescope,
+        printable,
+        seed_number,
+        write,
+    )
 
 
 def main() -> int:
@@ -33,7 +46,15 @@ def main() -> int:
     torch.set_num_threads(1)  # beside the workers
     names = names_of(args.chapters)
     if args.mine:
-        return mine(args.mine, names)
+        return mine(args.mine, names) if HAS_FORK else mine_here(args.mine, names)
+    if not HAS_FORK:
+        raise ValueError(
+            "expected Linux or macOS: here no answer can be tried in a process of its own"
+        )
+    if args.seed == "-":
+        args.seed = sys.stdin.readline().strip()
+        if not args.seed:
+            raise ValueError("--seed -: expected the seed in a line of input, got none")
     if args.gradescope:
         return gradescope(args.gradescope, names, args.seed)
     out = args.out or Path("grades", args.chapters or "all")
@@ -58,9 +79,17 @@ def grade_class(
 
     grade_them: as `grader.grade_all`, which knows how many workers, and where.
     """
+    folders = path.resolve(), out.resolve()
+    if path.is_dir() and (folders[0] in (folders[1], *folders[1].parents)):
+        raise ValueError(f"--out: expected a folder outside of {path}, got {out}")
+    if path.is_dir() and folders[1] in folders[0].parents:
+        raise ValueError(f"--out: expected a folder without {path} in it, got {out}")
     submissions, ignored = find(path)
     if ignored:
-        print(f"no notebooks, left out: {', '.join(ignored)}")
+        print(f"no notebooks, left out: {listed(ignored, 20)}")
+    around = {name.partition("/")[0] for s in submissions for name, _ in s.files}
+    if len(submissions) > 1 and len(around) == 1:
+        print(f"{around.pop()}: taken for the folder of the class, not of a student")
     if len(submissions) == 1 and len(submissions[0].files) > 1:
         print(
             f"one student, {submissions[0].student}? For a class, give the folder above"
@@ -77,7 +106,8 @@ def grade_class(
         print(f"{len(grades)} of {len(submissions)} were graded before, and are kept")
     bar = tqdm(total=len(new), unit="submission", file=sys.stdout, disable=None)
 
-    def done(grade: Grade):
+    def done(graded: Grade):
+        grade = printable(graded)
         write(results.path(grade.student, ".html"), report.student_page(grade))
         results.keep(grade)  # last: from now on it counts as graded
         grades[grade.student] = grade
@@ -121,12 +151,23 @@ def mine(path: Path, names: list[str]) -> int:
         result = grade(in_one_folder(path), names, SEED, worker)
     finally:
         worker.close()
+    result = printable(result)
     for name, score in result.scores.items():
         print(f"{name:22} {score.points} of {score.max_points}  {score.message}")
     for note in result.notes:
         print(note)
     print(f"{result.points} of {result.max_points} points")
     return 0 if result.points == result.max_points else 1
+
+
+def mine_here(path: Path, names: list[str]) -> int:
+    """The same in this process, as a cell of the notebook would."""
+    in_one_folder(path)
+    print("Each answer is tried in this process: one that hangs or crashes ends it too")
+    check.collect(path)
+    check.summary()
+    results = [check.results.get(name) for name in names]
+    return 0 if all(result and result.passed for result in results) else 1
 
 
 def gradescope(root: Path, names: list[str], seed: str | None) -> int:
@@ -139,6 +180,7 @@ def gradescope(root: Path, names: list[str], seed: str | None) -> int:
         result = Grade("", notes=[str(error)], is_readable=False)
     finally:
         worker.close()
+    result = printable(result)
     (root / "results").mkdir(parents=True, exist_ok=True)
     write(root / "results" / "results.json", json.dumps(as_gradescope(result), indent=1))
     print(f"{result.points} of {result.max_points} points")
@@ -159,7 +201,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--chapters", help="as 3 or 1,2 (default: all)")
     parser.add_argument(
         "--seed",
-        help="a secret word or number for the hidden cases (default: drawn once)",
+        help="a secret word or number for the hidden cases (default: drawn once); "
+        "- reads it from the input",
     )
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count() or 1, help="workers (one a core)"

@@ -24,10 +24,15 @@ cd /autograder/source
 export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 /autograder/venv/bin/pip install -r requirements.txt
 """
+# The seed is gone before a student's code is there to read it. Each submission has a
+# container of its own, made as the zip says.
 RUN = """#!/usr/bin/env bash
+set -e
 cd "${{AUTOGRADER:=/autograder}}/source"
+exec < seed
+rm seed
 "$AUTOGRADER/venv/bin/python" -m lib.course.grading \\
-    --gradescope "$AUTOGRADER" --chapters {chapters} --seed {seed}
+    --gradescope "$AUTOGRADER" --chapters {chapters} --seed -
 """
 COURSE = ("LICENSE", "README.md", "requirements.txt", "pyproject.toml", "lib/**/*")
 
@@ -35,13 +40,13 @@ COURSE = ("LICENSE", "README.md", "requirements.txt", "pyproject.toml", "lib/**/
 def write_zip(path: Path, chapters: str, seed: str):
     """Pack the course's library, and the two scripts. ValueError for unknown chapters."""
     names_of(chapters)
-    run = RUN.format(chapters=chapters, seed=seed)
-    scripts = {"setup.sh": SETUP, "run_autograder": run}
+    scripts = {"setup.sh": SETUP, "run_autograder": RUN.format(chapters=chapters)}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, script in scripts.items():
             info = zipfile.ZipInfo(name)
             info.external_attr = 0o755 << 16  # may be executed
             archive.writestr(info, script)
+        archive.writestr("seed", seed)
         for pattern in COURSE:
             for file in sorted(ROOT.glob(pattern)):
                 if file.is_file() and "__pycache__" not in file.parts:

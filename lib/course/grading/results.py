@@ -5,7 +5,8 @@
     OUT/settings.json           which chapters, and the secret seed: keep it to yourself
 
 A student's file is written as soon as it is graded, whole or not at all. So a run that
-was ended goes on where it was, and one after a new submission grades only that.
+was ended goes on where it was, and one after a new submission grades only that. A file
+that somebody has damaged is set aside, and what it held is made anew.
 """
 
 import csv
@@ -13,17 +14,21 @@ import hashlib
 import io
 import json
 import os
+import re
 import secrets
 import tempfile
+import typing
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lib.course import ROOT
 from lib.course.exercises import exercises
-from lib.course.grading.grader import Grade, Score
+from lib.course.grading.files import plain
+from lib.course.grading.grader import CRASHED, Grade, Score
 from lib.course.grading.submissions import by_name
 
 
@@ -47,7 +52,7 @@ class Results:
         self.out, self.names, self.version = out, names, course_version()
         (out / "students").mkdir(parents=True, exist_ok=True)
         path = out / "settings.json"
-        kept = _read(path) or {}
+        kept = _settings(path)
         chapters = sorted({exercises()[name].chapter for name in names})
         if kept.get("chapters", chapters) != chapters:
             theirs = ", ".join(map(str, kept["chapters"]))
@@ -71,12 +76,29 @@ class Results:
         return self.out / "students" / (name + suffix)
 
     def kept(self, student: str, sha256: str) -> Grade | None:
-        """The grade of an earlier run, if nothing has changed since."""
-        kept = (_read(self.path(student)) or {}).get("extra_data", {})
-        if kept.get("settings") != self.settings or kept["grade"]["sha256"] != sha256:
+        """The grade of an earlier run, if nothing has changed since.
+
+        What crashed is none: that may have been the machine's fault.
+        """
+        path = self.path(student)
+        if not path.exists():
             return None
-        scores = {name: Score(**s) for name, s in kept["grade"]["scores"].items()}
-        return Grade(**{**kept["grade"], "scores": scores})
+        try:
+            about = _read(path)["extra_data"]
+            if about["settings"] != self.settings:
+                return None
+            grade = _as(Grade, about["grade"])
+            scores = {name: _as(Score, s) for name, s in grade.scores.items()}
+            if grade.student != student or not scores.keys() >= set(self.names):
+                raise ValueError("of another student, or other exercises")
+            if not all(isinstance(note, str) for note in grade.notes):
+                raise TypeError("expected words")
+        except DAMAGES:
+            _set_aside(path, "graded again")
+            return None
+        if grade.sha256 != sha256 or any(s.status == CRASHED for s in scores.values()):
+            return None
+        return replace(grade, scores=scores)
 
     def keep(self, grade: Grade):
         """Raises OSError where there is no room."""
@@ -100,6 +122,16 @@ class Results:
         path = self.out / "grades.csv"
         write(path, "\ufeff" + file.getvalue())  # the mark lets Excel see UTF-8
         return path
+
+
+def printable(grade: Grade) -> Grade:
+    """The same, with all that a student's code may have said made plain: any that is
+    written or printed comes from here."""
+    scores = {
+        name: replace(score, message=plain(score.message), case=plain(score.case))
+        for name, score in grade.scores.items()
+    }
+    return replace(grade, scores=scores, notes=[plain(note) for note in grade.notes])
 
 
 def as_gradescope(grade: Grade) -> dict:
@@ -154,14 +186,54 @@ def write(path: Path, text: str):
     os.replace(file.name, path)
 
 
-def _read(path: Path) -> dict | None:
+# What there is to raise where a file does not hold what was written into it.
+DAMAGES = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
+
+
+def _read(path: Path) -> Any:
+    """What the file holds. Raises one of DAMAGES."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _settings(path: Path) -> dict:
+    """What an earlier run has kept, or nothing."""
+    if not path.exists():
+        return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none, or none that is whole: as if it were not there
-        return None
+        kept = _read(path)
+        texts = [kept["seed"], kept["salt"]]
+        if not all(isinstance(text, str) and text for text in texts):
+            raise TypeError("expected words")
+        if not set(kept["chapters"]) <= {e.chapter for e in exercises().values()}:
+            raise ValueError("expected chapters")
+        return kept
+    except DAMAGES:
+        _set_aside(path, "another seed is drawn, and all are graded again")
+        return {}
+
+
+def _as(kind: type, values: dict) -> Any:
+    """A dataclass from what `asdict` made of one. Raises TypeError for anything else."""
+    made = kind(**values)
+    for name, expected in typing.get_type_hints(kind).items():
+        value = getattr(made, name)
+        if not isinstance(value, typing.get_origin(expected) or expected):
+            raise TypeError(f"{name}: expected {expected}, got {value!r}")
+    return made
+
+
+def _set_aside(path: Path, what_now: str):
+    aside = path.with_name(f"{path.name}.damaged")
+    os.replace(path, aside)
+    print(
+        f"{path}: expected what a run has written, found none: {what_now}, and the file"
+    )
+    print(f"is set aside, as {aside.name}")
 
 
 def _no_formula(value):
-    """A spreadsheet runs what begins like this."""
-    is_formula = isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t")
-    return f"'{value}" if is_formula else value
+    """A spreadsheet runs what begins like this, also behind what it may take for the end
+    of a cell: a comma here, a semicolon where a comma is in numbers."""
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"(^|[,;])([\s\"']*)(?=[=+\-@＝＋－＠])", r"\1\2'", value)

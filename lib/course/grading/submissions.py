@@ -6,28 +6,52 @@
     folder/ada.zip                       several, packed
     class.zip                            all of these, packed
 
-Nothing is unpacked to disk, and no notebook is read before its turn comes. What it holds
-is known by what it defines, not by its name.
+No notebook is read before its turn comes. What it holds is known by what it defines, not
+by its name.
 """
 
+import functools
 import hashlib
-import io
 import re
-import unicodedata
-import zipfile
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from datetime import datetime
+from pathlib import Path
 
 from lib.course import ROOT
 from lib.course.attempt import in_a_line
 from lib.course.collect import sources
+from lib.course.grading.files import (
+    ARCHIVE,
+    NOTEBOOK,
+    File,
+    LeftOutError,
+    Read,
+    files_in,
+    plain,
+    without_outputs,
+)
 
-MAX_BYTES = 20 * 2**20  # of a notebook
-MAX_ZIP_BYTES = 100 * 2**20  # of a student's archive
 MAX_NOTEBOOKS = 100  # of a student
+MAX_BYTES = 300 * 2**20  # of a student's notebooks, outputs and all
+MAX_CELLS = 10_000  # of a student, with code
+MAX_CODE = 2_000_000  # characters of a student's; all chapters together have 110,000
 
-Read = Callable[[], bytes]
+# How platforms begin the names of the files, or folders, that they hand over.
+PLATFORMS = (
+    r"(?P<student>.+?)(_LATE)?(?P<number>_\d+)_\d+_(?P<file>.+)",  # Canvas
+    r"(?P<student>.+)(?P<number>_\d+)_assignsubmission_[a-z]+(_(?P<file>.*))?",  # Moodle
+    r".+_(?P<student>[^_]+)_attempt_(?P<date>[\d-]+)(_(?P<file>.+)|\.txt)?",  # Blackboard
+    r"(?P<number>\d+)-\d+ - (?P<student>.+) - (?P<date>\w+ \d+, \d+ \d+ [AP]M)",  # D2L
+)
+# What follows a notebook's name in that of a copy of it, or of a later version.
+AGAIN = (
+    r"\s?\(\d+\)|\s?\([^)]*(?:copy|conflict)[^)]*\)|\.[a-z][\w-]*"
+    r"|(?: - |[ _-])(?:copy|kopie|copie|copia)\d*|[ _-]v?\d{1,2}(?!\d)"
+    r"|[ _-](?:final|late|new|old|bak|backup)"
+)
+COPY_OF = r"(?:copy of|kopie von|copie de|copia d[ei])"  # Colab's
 
 
 @dataclass
@@ -41,14 +65,31 @@ class Submission:
     def read(self) -> tuple[list[list[str]], list[str], str]:
         """The sources of each notebook's code cells; notes; a checksum of it all.
 
-        What is no notebook is a note. Never raises.
+        What is no notebook is a note, and so is what is the course's own. Never raises.
         """
-        notebooks, notes, digest = [], list(self.notes), hashlib.sha256()
-        for name, read in self.files:
+        notebooks, notes = [], list(self.notes)
+        digest = hashlib.sha256("\n".join(notes).encode())
+        num_bytes = num_cells = num_characters = 0
+        for name, read in reversed(self.files):  # the last counts most
+            digest.update(name.encode())
             try:
+                _at_most(MAX_BYTES, num_bytes, "bytes")
                 content = read()
                 digest.update(content)
-                notebooks.append(sources(content))
+                num_bytes += len(content)
+                cells = sources(without_outputs(content))
+                del content  # before the next is read
+                num_cells += len(cells)
+                _at_most(MAX_CELLS, num_cells, "cells")
+                num_characters += sum(map(len, cells))
+                _at_most(MAX_CODE, num_characters, "characters of code")
+                if tuple(cells) in _solutions():
+                    raise LeftOutError("is the course's own solution, cell for cell")
+                notebooks.insert(0, cells)
+            except LeftOutError as error:
+                notes.append(f"{name}: left out: {error}")
+            except RecursionError:
+                notes.append(f"{name}: left out: expected fewer lists in each other")
             except Exception as error:  # whatever is wrong with a file
                 notes.append(f"{name}: unreadable, is it whole? {in_a_line(error)}")
         if not self.files:
@@ -62,37 +103,29 @@ def find(path: Path) -> tuple[list[Submission], list[str]]:
 
     Raises ValueError where there is no notebook.
     """
-    if not path.is_dir() and path.suffix.lower() != ".zip":
+    if not path.is_dir() and not ARCHIVE.search(path.name):
         raise ValueError(f"submissions: expected a folder or a .zip, got {path}")
-    found: dict[str, Submission] = {}
-    handed_in: dict[str, set[str]] = {}
-    ignored = []
-    for name, read in _files(path):
-        if read is None and "/" not in name:
-            ignored.append(name)
-            continue
-        top = PurePosixPath(name).parts[0]
-        student = _student(top)
-        submission = found.setdefault(student, Submission(student))
-        if read is not None:
-            submission.files.append((name, read))
-        handed_in.setdefault(student, set()).add(top)
-    if not any(submission.files for submission in found.values()):
+    files = list(files_in(path))
+    if not any(file.read for file in files):
         raise ValueError(f"submissions: expected notebooks in {path}, found none")
-    for submission in found.values():
-        submission.files = _in_order(submission.files)
-        tops = sorted(handed_in[submission.student])
-        if len(tops) > 1:
-            words = f"handed in more than once, all is read: {', '.join(tops)}"
-            submission.notes.append(words)
-        left_out = submission.files[MAX_NOTEBOOKS:]
-        if left_out:
-            words = (
-                f"expected at most {MAX_NOTEBOOKS} notebooks, left out {len(left_out)}"
-            )
-            submission.notes.append(words)
-            del submission.files[MAX_NOTEBOOKS:]
-    return sorted(found.values(), key=by_name), ignored
+    around = _folder_of_the_class(files, path)
+    handed_in, ignored = defaultdict(list), []
+    for file in files:
+        name = file.name.removeprefix(around)
+        if not name:  # of an empty folder
+            continue
+        part = _Part.of(file, name)
+        if file.read or "/" in name or (file.words and part.is_platforms):
+            handed_in[part.student].append(part)
+        else:
+            ignored.append(file)
+    ignored.sort(key=lambda file: not file.words)  # what may be work is named first
+    found = [_submission(student, parts) for student, parts in handed_in.items()]
+    for submission in found:
+        first = re.sub(r"\s?\(\d+\)$", "", submission.student)
+        if first != submission.student and first in handed_in:
+            submission.notes.append(f"a second download of {first}'s?")
+    return sorted(found, key=by_name), [file.name for file in ignored]
 
 
 def by_name(of_a_student) -> tuple[str, str]:
@@ -107,96 +140,258 @@ def in_one_folder(path: Path) -> Submission:
     """
     if not path.is_dir():
         raise ValueError(f"expected a folder of notebooks, got {path}")
-    files = _in_order([pair for pair in _files(path) if pair[1] is not None])
-    if not files:
+    parts = [_Part(file, "", "", file.name) for file in files_in(path)]
+    if not any(part.file.read for part in parts):
         raise ValueError(f"expected notebooks in {path}, found none")
-    return Submission("", files)
+    return _submission("", parts)
 
 
-def _in_order(files: list[tuple[str, Read]]) -> list[tuple[str, Read]]:
-    """The last counts: "03 (1).ipynb" after "03.ipynb". JupyterLab's copies do not."""
-    own = [(name, read) for name, read in files if not re.search(r"-Copy\d+\.", name)]
-
-    def key(pair: tuple[str, Read]) -> tuple[str, str]:
-        path = PurePosixPath(pair[0])
-        return path.parent.as_posix(), path.stem
-
-    return sorted(own or files, key=key)
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """A few of them, and how many more there are."""
+    names = [plain(name, 100) for name in names]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
-def _student(top: str) -> str:
-    """From the name of a file or folder; the same for any way to write an accent."""
-    name = re.sub(r"\.(ipynb|zip)$", "", top, flags=re.IGNORECASE)
-    name = re.sub(r"_assignsubmission_\w+$", "", name)  # Moodle's
-    again = r"([ _-]*(\(\d+\)|copy|final|late|v?\d+))*"  # a download, a version
-    for chapter in sorted(p.stem for p in (ROOT / "notebooks").glob("[0-9]*.ipynb")):
-        name = re.sub(rf"(?<=.)[ _-]+{chapter}{again}$", "", name, flags=re.IGNORECASE)
-    name = unicodedata.normalize("NFC", name).strip() or top
-    return name.encode("utf-8", "backslashreplace").decode()  # names from old archives
+@dataclass(frozen=True)
+class _Part:
+    """A file, with the folder or archive that it was handed in by, or "" for a loose one;
+    and its name in there."""
 
+    file: File
+    student: str
+    top: str
+    name: str
+    date: str = ""  # at which it was handed in, as the platform tells
+    is_platforms: bool = False  # its name was made by a platform
+    is_nameless: bool = False  # nothing in its name is a student's
 
-def _files(path: Path) -> Iterator[tuple[str, Read | None]]:
-    """Each file by its name below `path`, with a way to read it if it is a notebook."""
-    if not path.is_dir():
-        yield from _zipped("", path.read_bytes)
-        return
-    for file in sorted(path.rglob("*")):
-        name = file.relative_to(path).as_posix()
-        if _is_hidden(name):
-            continue
-        if name.lower().endswith(".zip") and file.is_file():
-            yield from _zipped(name, _reader(file, MAX_ZIP_BYTES))
-        elif name.lower().endswith(".ipynb") and file.is_file():
-            yield name, _reader(file, MAX_BYTES)
+    @classmethod
+    def of(cls, file: File, name: str) -> "_Part":
+        """`name`: of the file, below the folder of the class."""
+        top, slash, inside = name.partition("/")
+        is_file = not slash or bool(ARCHIVE.search(top))
+        stem = _stem(top) if is_file else top
+        if found := _of_platform(stem):
+            # A name alone may be that of two students.
+            number = (found.get("number") or "").strip("_")
+            student = f"{found['student']}_{number}" if number else found["student"]
+            label, date = found.get("file") or top, _as_date(found.get("date") or "")
         else:
-            yield (f"{name}/." if file.is_dir() else name), None
+            student, label = _without_chapter(stem) if is_file else (stem, None)
+            date = ""
+        about = (date, bool(found), not student)
+        student = _student(student or stem)
+        if slash:
+            return cls(file, student, top, inside, *about)
+        return cls(file, student, "" if label else top, label or top, *about)
 
 
-def _zipped(name: str, read: Read) -> Iterator[tuple[str, Read | None]]:
-    """The same, in an archive called `name`, and in archives in it."""
+def _of_platform(stem: str) -> dict[str, str | None] | None:
+    for pattern in PLATFORMS:
+        if found := re.fullmatch(pattern, stem):
+            return found.groupdict()
+    return None
+
+
+def _student(name: str) -> str:
+    name = name.strip() or "?"
+    if len(name) > 120:  # may be cut, but not to the same as another
+        name = f"{name[:100]}… {hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name
+
+
+def _stem(name: str) -> str:
+    return ARCHIVE.sub("", NOTEBOOK.sub("", name))
+
+
+def _as_date(words: str) -> str:
+    """So that the later comes later in the alphabet."""
+    day, _, clock = words.rpartition(", ")
+    found = re.fullmatch(r"(\d{4}) (\d+) ([AP]M)", clock)
+    if not found:
+        return words
+    year, time, half = found.groups()
     try:
-        archive = zipfile.ZipFile(io.BytesIO(read()))
-    except Exception as error:  # a broken one counts as a broken notebook
-        words = f"expected a zip archive, got {in_a_line(error)}"
-        yield f"{name}/", lambda: _refuse(words)
-        return
-    for info in archive.infolist():
-        inside = PurePosixPath(name, info.filename.lstrip("/")).as_posix()
-        if _is_hidden(inside):
-            continue
-        if inside.lower().endswith(".zip") and inside.lower().count(".zip") <= 2:
-            yield from _zipped(inside, _unpacker(archive, info, MAX_ZIP_BYTES))
-        elif inside.lower().endswith(".ipynb"):
-            yield inside, _unpacker(archive, info, MAX_BYTES)
-        else:
-            yield (f"{inside}/." if info.is_dir() else inside), None
+        form = "%b %d %Y %I%M %p"
+        return str(datetime.strptime(f"{day} {year} {time:>04} {half}", form))
+    except ValueError:
+        return words
 
 
-def _is_hidden(name: str) -> bool:
-    parts = PurePosixPath(name).parts
-    return any(part.startswith((".", "__MACOSX")) for part in parts)
+@functools.cache
+def _chapter_pattern() -> re.Pattern:
+    """Of a name around a chapter's, which needs not be in it."""
+    names = sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
+    chapter = "|".join(names) or "(?!)"
+    return re.compile(
+        rf"(?P<before>.*?)[ _-]*(?P<file>(?:{COPY_OF} )?(?:{chapter})(?:{AGAIN})*)"
+        rf"(?P<after>.*)",
+        re.IGNORECASE,
+    )
 
 
-def _reader(file: Path, limit: int) -> Read:
-    def read() -> bytes:
-        size = file.stat().st_size
-        if size > limit:
-            _refuse(f"expected at most {limit:,} bytes, got {size:,}")
-        return file.read_bytes()
-
-    return read
-
-
-def _unpacker(archive: zipfile.ZipFile, info: zipfile.ZipInfo, limit: int) -> Read:
-    def read() -> bytes:
-        with archive.open(info) as file:
-            content = file.read(limit + 1)  # a header may lie about the size
-        if len(content) > limit:
-            _refuse(f"expected at most {limit:,} bytes, got more")
-        return content
-
-    return read
+def _without_chapter(stem: str) -> tuple[str, str | None]:
+    """Of a file's name the student's part, or "", and what is left; all of it, and None,
+    where it names no chapter."""
+    found = _chapter_pattern().fullmatch(stem)
+    if not found:
+        return stem, None
+    before, after = found["before"].strip(" _-"), found["after"].strip(" _-")
+    if before and after:  # which of the two is a student's, nobody can tell
+        return stem, None
+    return before or after, found["file"]
 
 
-def _refuse(words: str):
-    raise ValueError(words)
+def _folder_of_the_class(files: list[File], path: Path) -> str:
+    """What stands before the names of all notebooks, where a class was packed with the
+    folder around it: "homework1/", or "".
+
+    A student's own is told from it by what is in it: chapters, or this course.
+    """
+    names = [file.name for file in files if file.read]
+    around = ""
+    while True:
+        top, slash, _ = names[0].removeprefix(around).partition("/")
+        around = f"{around}{top}/"
+        if not slash or ARCHIVE.search(top) or _of_platform(top):
+            return ""
+        if path.is_dir() and top.casefold() != path.resolve().name.casefold():
+            return ""
+        if not all(name.startswith(around) for name in names):
+            return ""
+        children = {name.removeprefix(around).partition("/")[0] for name in names}
+        if any(map(_is_of_one_student, children)):
+            return ""
+        if len(children) > 1:
+            return around
+
+
+def _is_of_one_student(name: str) -> bool:
+    """A file or folder called "01" or "hw 1", by a chapter, or as one of this course."""
+    kinds = "ch|chapter|hw|homework|assignment|exercise|week|lab|part"
+    is_numbered = re.match(rf"({kinds})?[ _-]*\d{{1,2}}(?!\d)", name, re.IGNORECASE)
+    is_course = name in ("notebooks", "solutions", "lib")
+    return bool(is_numbered) or is_course or not _without_chapter(_stem(name))[0]
+
+
+def _submission(student: str, parts: list[_Part]) -> Submission:
+    """What a student handed in; the last of its files counts."""
+    result = Submission(student)
+    notebooks, left_out, of_the_course = [], [], []
+    for part in parts:
+        folders = f"{part.top}/{part.name}".casefold().split("/")[:-1]
+        if part.file.read and "solutions" in folders:
+            of_the_course.append(part.file.name)
+        elif part.file.read:
+            notebooks.append(part)
+            if part.file.words:
+                result.notes.append(f"{part.file.name}: {part.file.words}")
+        elif part.file.words and not _is_of_the_course(part.name):
+            left_out.append(part.file.name)
+    roots = _roots(notebooks)
+    notebooks.sort(key=lambda part: _when(part, roots[part]))
+    if len(notebooks) > MAX_NOTEBOOKS:
+        num_others = len(notebooks) - MAX_NOTEBOOKS
+        words = f"expected at most {MAX_NOTEBOOKS} notebooks, left out {num_others}"
+        result.notes.append(words)
+        del notebooks[:num_others]
+    result.files = [(part.file.name, part.file.read) for part in notebooks]
+    result.notes += _ambiguities(notebooks, roots)
+    if left_out:
+        result.notes.append(f"left out, no notebook: {listed(left_out)}")
+    if of_the_course:
+        words = "left out, the course's own is in folders called solutions"
+        result.notes.append(f"{words}: {listed(of_the_course)}")
+    return result
+
+
+def _ambiguities(notebooks: list[_Part], roots: dict[_Part, str]) -> list[str]:
+    tops = sorted({part.top for part in notebooks}, key=_natural)
+    if len(tops) > 1:
+        names = listed([top or "loose files" for top in tops])
+        return [f"handed in more than once, all is read: {names}"]
+    groups = defaultdict(list)
+    for part in notebooks:
+        groups[roots[part]].append(part.file.name)
+    notes = [
+        f"more than one {root}, {names[-1]} counts where it is written, before "
+        f"{listed(names[:-1])}"
+        for root, names in groups.items()
+        if len(names) > 1
+    ]
+    if any(part.is_nameless for part in notebooks):
+        notes.append("its name says no student's")
+    return notes
+
+
+def _roots(notebooks: list[_Part]) -> dict[_Part, str]:
+    """By notebook, the name of which its own is a copy's or a later version's:
+    "01" of "01 (2)", and, where there is an "01" beside it, of "01 - Copy"."""
+    stems: dict[str, set[str]] = defaultdict(set)
+    for part in notebooks:
+        stems[_folder(part)].add(_name(part))
+    return {part: _root(_name(part), stems[_folder(part)]) for part in notebooks}
+
+
+def _root(stem: str, stems: set[str]) -> str:
+    for mark in re.finditer(r"[^\w]|_", stem):  # the shortest is the first
+        before, after = stem[: mark.start()], stem[mark.end() :]
+        if before in stems:
+            return before
+        if after in stems and re.fullmatch(COPY_OF, before, re.IGNORECASE):
+            return after
+    return re.sub(rf"^{COPY_OF} |(\.ipynb)?\s?\(\d+\)$", "", stem)
+
+
+def _when(part: _Part, root: str) -> tuple:
+    """The order in which what a student handed in counts, the last most: by date; what
+    lies deeper, and copies, before what they are copies of; (9) before (10)."""
+    folder, stem = _folder(part), _name(part)
+    rest = stem.removeprefix(root)
+    is_version = re.fullmatch(r"([ _-]*(\(\d+\)|v?\d{1,2}|final|late|new))*", rest)
+    depth = part.name.count("/")
+    return (
+        (part.date, _natural(part.top), -depth, _natural(folder)),
+        (bool(is_version), _natural(root), _natural(rest)),
+        part.file.name,
+    )
+
+
+def _folder(part: _Part) -> str:
+    return f"{part.top}/{part.name.rpartition('/')[0]}"
+
+
+def _name(part: _Part) -> str:
+    return _stem(part.name.rpartition("/")[2]).casefold()
+
+
+def _natural(name: str) -> tuple:
+    """To sort by: 9 before 10."""
+    words = re.split(r"([0-9]+)", name.casefold())
+    numbers = [word.lstrip("0") for word in words]
+    return tuple(
+        (len(number), number) if index % 2 else word
+        for index, (word, number) in enumerate(zip(words, numbers))
+    )
+
+
+def _is_of_the_course(name: str) -> bool:
+    """A file of this repository, or Moodle's and Canvas' page for what was typed in."""
+    parts = name.split("/")
+    if parts[-1].casefold() in ("onlinetext.html", "index.html"):
+        return True
+    ends = ["/".join(parts[start:]) for start in range(len(parts) - 1)]
+    return any((ROOT / end).is_file() for end in ends)
+
+
+@functools.cache
+def _solutions() -> frozenset[tuple[str, ...]]:
+    """The code cells of each chapter, solved; none in a release."""
+    paths = (ROOT / "solutions").glob("*.ipynb")
+    return frozenset(tuple(sources(path.read_bytes())) for path in paths)
+
+
+def _at_most(limit: int, number: int, of_what: str):
+    if number > limit:
+        raise LeftOutError(f"expected at most {limit:,} {of_what} in all, got more")
