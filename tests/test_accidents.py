@@ -48,7 +48,8 @@ RIGHT = {
         CHECK,
     ],
     "annotations of a class in text": [
-        "from dataclasses import dataclass\n@dataclass\nclass P:\n    m: 'str' = 'replace'",
+        "from dataclasses import dataclass\n"
+        "@dataclass\nclass P:\n    m: 'str' = 'replace'",
         decode(mode="P().m"),
         CHECK,
     ],
@@ -141,7 +142,8 @@ RIGHT = {
     ],
     "a decorator": [
         "import functools\ndef noisy(f):\n    @functools.wraps(f)\n"
-        "    def g(*args):\n        print('called')\n        return f(*args)\n    return g",
+        "    def g(*args):\n        print('called')\n        return f(*args)\n"
+        "    return g",
         f"@noisy\n{DECODE}",
         CHECK,
     ],

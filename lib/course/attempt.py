@@ -6,6 +6,7 @@ expected value. compare.py says what to think of it.
 
 import contextlib
 import copy
+import dis
 import importlib
 import inspect
 import os
@@ -41,6 +42,8 @@ def attempt(exercise: Exercise, answer: Callable, inputs: dict) -> dict:
     except (Exception, SystemExit) as error:
         if type(error).__name__ == "InterpreterError":  # Triton's, around the kernel's
             error = error.__cause__ or error
+        if _has_stubs_line(answer):
+            return {}  # the lines that are missing may be what it stumbled over
         if not isinstance(error, NotImplementedError) or not _is_of_a_stub(error):
             return {"error": _words(error, exercise, answer)}
         raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
@@ -64,42 +67,50 @@ def not_compiled(exercise: Exercise, answer: Callable) -> str | None:
 
 
 def is_stub(exercise: Exercise, answer: Callable, inputs: dict | None) -> bool:
-    """Whether `answer` raises NotImplementedError when it is called with `inputs`.
+    """Whether `answer` does not come past its `raise NotImplementedError` with `inputs`.
 
-    It is called only where its code mentions that, and not at all where it is a kernel,
-    or there are no inputs.
+    It is called only where it has that line, and not at all where it is a kernel, or
+    there are no inputs.
     """
-    code = code_of(answer)
-    if code is None or "NotImplementedError" not in code.co_names:
-        return False
-    if inputs is None or exercise.is_kernel:
-        return True
+    if not _has_stubs_line(answer) or inputs is None or exercise.is_kernel:
+        return _has_stubs_line(answer)
     return not attempt(exercise, answer, copy.deepcopy(inputs))
+
+
+def _has_stubs_line(answer: Callable) -> bool:
+    """Whether a bare `raise NotImplementedError` can be reached: the compiler leaves out
+    what stands behind a return."""
+    code = code_of(answer)
+    steps = list(dis.get_instructions(code)) if code else []
+    return any(
+        step.argval == "NotImplementedError" and after.opname == "RAISE_VARARGS"
+        for step, after in zip(steps, steps[1:])
+    )
 
 
 def function_of(answer: Callable) -> Callable:
     """Of a kernel the function under @triton.jit, whatever else decorates it; of a
     partial, of what is bound or wrapped, the function inside."""
     for _ in range(20):  # an odd object may have one inside for ever
-        for inside in ("fn", "func", "__func__", "__wrapped__"):
-            if not isinstance(answer, type) and hasattr(answer, inside):
-                answer = getattr(answer, inside)
-                break
-        else:
+        inside = ("fn", "func", "__func__", "__wrapped__")
+        found = [getattr(answer, name) for name in inside if hasattr(answer, name)]
+        if not found or isinstance(answer, type):
             break
+        answer = found[0]
     return answer
 
 
 def code_of(answer: Callable) -> types.CodeType | None:
     """What runs when it is called: of a class, what makes an object; of an object, its
     __call__. None where that is not Python."""
-    function = function_of(answer)
-    if isinstance(function, type):
-        parts = [function.__new__, function.__init__]
-    else:
-        parts = [function, type(function).__call__]
-    codes = [getattr(part, "__code__", None) for part in parts]
-    return next((code for code in codes if code is not None), None)
+    with contextlib.suppress(Exception):  # of an object that is asked for an attribute
+        function = function_of(answer)
+        if isinstance(function, type):
+            parts = [function.__new__, function.__init__]
+        else:
+            parts = [function, type(function).__call__]
+        codes = [getattr(part, "__code__", None) for part in parts]
+        return next((code for code in codes if code is not None), None)
 
 
 def _file_of(answer: Callable) -> str | None:
@@ -241,17 +252,21 @@ def _replaced(owner: Any, attribute: str, value: Any) -> Iterator[None]:
 
 
 def in_a_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {_text_of(error)}".split("\n")[0][:300]
+
+
+def _text_of(error: BaseException) -> str:
     try:
-        return f"{type(error).__name__}: {error}".split("\n")[0][:300]
-    except Exception:  # an error of the answer's own, that cannot be shown
-        return type(error).__name__
+        return str(error)
+    except Exception:  # of a kind of the answer's own
+        return "it cannot be shown"
 
 
 def _needs(error: NotImplementedError) -> dict:
     """What to say of a stub that was called: a notebook's, or the library's, which says
     whose it is."""
     caller = traceback.extract_tb(error.__traceback__)[-1].name
-    says = re.match(r"(\w+) is yours to write", str(error))
+    says = re.match(r"(\w+) is yours to write", _text_of(error))
     name = says[1] if says else caller
     if not says and not is_withheld(name):
         return {"error": "it calls what is not written yet: use the library's"}
@@ -267,7 +282,7 @@ def _is_of_a_stub(error: NotImplementedError) -> bool:
 
 def _words(error: BaseException, exercise: Exercise, answer: Callable) -> str:
     """What was raised, and the exercise's advice on it."""
-    advice = [text for part, text in exercise.errors.items() if part in str(error)]
+    advice = [text for part, text in exercise.errors.items() if part in _text_of(error)]
     return ". ".join([_raised(error, answer), *advice])
 
 

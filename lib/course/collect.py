@@ -29,7 +29,7 @@ from typing import Any
 
 from IPython.core.inputtransformer2 import TransformerManager
 
-from lib.course.attempt import in_a_line, is_stub
+from lib.course.attempt import in_a_line, is_stub, silence
 from lib.course.exercises import Exercise, exercises
 from lib.course.stubs import bound_names, read_names
 
@@ -164,7 +164,7 @@ class Notebook:
         compiler = codeop.Compile()  # it remembers `from __future__`, as a kernel does
         found, last = [], None
         for statement in self.needed(wanted, check, failures):
-            with _noted(failures, statement.binds), guard():
+            with _noted(failures, statement.binds), guard(), silence():
                 tree = ast.Module([statement.node], [])
                 exec(compiler(tree, statement.filename, "exec"), namespace)
             value = namespace.get(wanted)
@@ -242,13 +242,14 @@ class _Statement:
 
     @functools.cached_property
     def binds(self) -> set[str]:
-        """The names that it binds, and those whose objects it changes."""
+        """The names that it binds, and those whose objects it changes. No variables of a
+        loop: `for decode in (one, other)` defines nothing."""
         if isinstance(self.node, DEFINITIONS):
             by_global = (n for n in ast.walk(self.node) if isinstance(n, ast.Global))
             return {self.node.name}.union(*(n.names for n in by_global))
         bound = set(self.changes)
         with contextlib.suppress(SyntaxError):  # executing it will say so
-            bound |= bound_names(self.source)
+            bound |= bound_names(self.source) - self._loop_variables
         if isinstance(self.node, ast.ImportFrom):
             is_star = self.node.names[0].name == "*"
             bound |= {ANY} if is_star else {self.node.module or ""} & {"__future__"}
@@ -328,11 +329,21 @@ class _Statement:
         values = [node.value for node in self._nodes if isinstance(node, ast.Expr)]
         return [value for value in values if isinstance(value, ast.Call)]
 
+    @property
+    def _loop_variables(self) -> set[str]:
+        loops = [node.target for node in self._nodes if isinstance(node, ast.For)]
+        return {
+            name.id
+            for target in loops
+            for name in ast.walk(target)
+            if isinstance(name, ast.Name)
+        }
+
     @functools.cached_property
     def _targets(self) -> list[ast.expr]:
         """Of assignments, also of those in place and of `del`."""
         lists = [getattr(node, "targets", []) for node in self._nodes]
-        kinds = (ast.AugAssign, ast.AnnAssign, ast.For)
+        kinds = (ast.AugAssign, ast.AnnAssign)
         single = [node.target for node in self._nodes if isinstance(node, kinds)]
         return [*(target for targets in lists for target in targets), *single]
 
