@@ -62,7 +62,7 @@ def not_ready(exercise: Exercise, answer: Callable) -> str | None:
 
 def not_compiled(exercise: Exercise, answer: Callable) -> str | None:
     """What the compilers say against a kernel, in words, or None."""
-    error = exercise.is_kernel and exercise.compile_error(answer)
+    error = exercise.is_kernel and exercise.compile_error(kernel_of(answer))
     return f"right, but not for a GPU: {error}" if error else None
 
 
@@ -86,6 +86,13 @@ def _has_stubs_line(answer: Callable) -> bool:
         step.argval == "NotImplementedError" and after.opname == "RAISE_VARARGS"
         for step, after in zip(steps, steps[1:])
     )
+
+
+def kernel_of(answer: Callable) -> Callable:
+    """What @triton.jit made of a function, without @triton.autotune and its like."""
+    while hasattr(getattr(answer, "fn", None), "arg_names"):
+        answer = answer.fn
+    return answer
 
 
 def function_of(answer: Callable) -> Callable:
@@ -132,9 +139,8 @@ def known_state() -> Iterator[None]:
             ),
             (sys.getrecursionlimit, sys.setrecursionlimit, RECURSION_LIMIT),
         ):
-            if get() != value:
-                stack.callback(put, get())
-                put(value)
+            stack.callback(put, get())
+            put(value)
         stack.enter_context(np.errstate(all="ignore"))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")

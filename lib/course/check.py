@@ -22,8 +22,10 @@ from lib.course import ROOT, WITHOUT_GPU
 from lib.course.attempt import (
     NOT_WRITTEN,
     attempt,
+    code_of,
     function_of,
     in_a_line,
+    kernel_of,
     known_state,
     not_compiled,
     not_ready,
@@ -136,12 +138,16 @@ check = Check()
 
 
 def _name_of(answer: Callable, namespace: dict) -> str:
-    """Its own, if that is an exercise's, or the exercise under whose name it is known."""
-    own = getattr(answer, "__name__", None)
-    known = [name for name in exercises() if namespace.get(name) is answer]
-    if type(own) is not str or (own not in exercises() and known):
-        own = known[0] if known else type(answer).__name__
-    return own
+    """Its own, if that is an exercise's; or that under which it stands in `namespace`, or
+    that of the code inside it."""
+    own = None
+    with contextlib.suppress(Exception):  # an odd object
+        own = answer.__name__
+    known = [name for name in exercises() if namespace.get(name, exercises) is answer]
+    for name in (own, *known, getattr(code_of(answer), "co_name", None)):
+        if type(name) is str and name in exercises():
+            return name
+    return own if type(own) is str else type(answer).__name__
 
 
 def restore(exercise: Exercise):
@@ -213,7 +219,7 @@ def judge_elsewhere(exercise: Exercise, kernel: Callable, seed: int) -> Result:
     """
     job = {
         "exercise": exercise.name,
-        "source": gpu_code.source_of(kernel),
+        "source": gpu_code.source_of(kernel_of(kernel)),
         "name": function_of(kernel).__name__,
         "seed": seed,
     }
@@ -260,7 +266,11 @@ def _what_is_wrong(
 
     def try_it() -> tuple[str | None, str | None]:
         attempted = attempt(exercise, answer, copy.deepcopy(case.inputs))
-        wrong = verdict(exercise, case, expected_outputs(exercise, case), attempted)
+        expected = expected_outputs(exercise, case)
+        try:
+            wrong = verdict(exercise, case, expected, attempted)
+        except Exception:  # no plain data: it raises when it is looked at
+            wrong = f"wrong for {case.name}: gave what cannot be compared"
         return wrong, waits_for(exercise, attempted)
 
     try:
