@@ -1,3 +1,4 @@
+import contextlib
 import ctypes
 import functools
 import itertools
@@ -379,9 +380,11 @@ def compiled(monkeypatch):
     monkeypatch.setattr(sys.modules["lib.course.check"], "attempt", raising(OSError))
 
 
-def kernel(tail, tile="", **names):
-    """A `load_row_kernel` of which the last lines are these; `tile` follows TILE."""
-    head = f"""@triton.jit
+def kernel(tail, tile="", above="", **names):
+    """A `load_row_kernel` of which the last lines are these; `tile` follows TILE, and
+    `above` stands above it."""
+    head = f"""{above}
+@triton.jit
 def load_row_kernel(x_ptr, out_ptr, x_stride, num_cols, TILE: tl.constexpr{tile}):
     row, col = tl.program_id(0).to(tl.int64), tl.arange(0, TILE)
 """
@@ -579,3 +582,203 @@ def test_an_answer_without_code_of_its_own_is_told_of_its_errors_too(wrap):
     assert "raised KeyError: 'a'" in message
     message = judge(exercise, wrap(raising(NotImplementedError("mine"))), seed=0).message
     assert "it calls what is not written yet" in message or message == NOT_WRITTEN
+
+
+# What a page has set is nobody's mistake.
+
+
+@contextlib.contextmanager
+def as_set(put, value, before):
+    put(value)
+    try:
+        yield
+    finally:
+        put(before)
+
+
+STATES = {
+    "another dtype": lambda: as_set(
+        torch.set_default_dtype, torch.float64, torch.float32
+    ),
+    "tensors without numbers": lambda: torch.device("meta"),
+    "a GPU that is not there": lambda: as_set(torch.set_default_device, "cuda", None),
+    "no gradients": torch.no_grad,
+    "inference": torch.inference_mode,
+    "only what is deterministic": lambda: as_set(
+        torch.use_deterministic_algorithms, True, False
+    ),
+    "less precise products": lambda: as_set(
+        torch.set_float32_matmul_precision, "medium", "highest"
+    ),
+    "fewer bits": lambda: torch.autocast("cpu"),
+    "numpy that raises": lambda: np.errstate(all="raise"),
+    "warnings that raise": lambda: warnings_are(lambda: warnings.simplefilter("error")),
+}
+
+
+@contextlib.contextmanager
+def warnings_are(put):
+    with warnings.catch_warnings():
+        put()
+        yield
+
+
+def state():
+    """What a page may set."""
+    return (
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.get_deterministic_debug_mode(),
+        torch.get_float32_matmul_precision(),
+        torch.is_autocast_enabled("cpu"),
+        np.geterr(),
+        list(warnings.filters),
+        sys.getrecursionlimit(),
+        torch.overrides._len_torch_function_stack(),
+    )
+
+
+@pytest.mark.parametrize(
+    "name, answer",
+    [
+        *itertools.product(STATES, ["append_kv", "next_token_probs"]),
+        ("no gradients", "checkpoint"),
+        ("inference", "checkpoint"),
+    ],
+)
+def test_a_right_answer_passes_whatever_the_page_has_set(check, name, answer):
+    with STATES[name]():
+        before = state()
+        result = check(library_answer(answer))
+        assert state() == before
+    assert (result.passed, result.message) == (True, "passed")
+
+
+def test_an_answer_that_sets_something_sets_it_for_itself(check):
+    def decode(token_ids):
+        assert torch.get_default_dtype() is torch.float32 and torch.is_grad_enabled()
+        torch.set_default_dtype(torch.float64)
+        torch.set_grad_enabled(False)
+        sys.setrecursionlimit(4000)
+        return bytes(token_ids.tolist()).decode("utf-8", errors="replace")
+
+    before = state()
+    assert check(decode).passed and state() == before
+
+
+class Odd(str):
+    """Text that can be neither shown nor compared."""
+
+    __hash__ = None
+
+    def __repr__(self):
+        raise ValueError("no")
+
+    __str__ = __eq__ = __ne__ = __bool__ = __len__ = __iter__ = __repr__
+
+
+class OddError(Exception):
+    def __str__(self):
+        raise ValueError("no")
+
+
+class NoErrorError(BaseException):
+    pass
+
+
+class RaisesInInit:
+    def __init__(self, *args):
+        raise KeyError("in init")
+
+
+class RaisesWhenAsked:
+    def __getattr__(self, name):
+        raise RuntimeError(name)
+
+    def __call__(self, *args):
+        return 1 / 0
+
+
+async def coroutine(*args):
+    return "whale"
+
+
+def generator(*args):
+    yield "whale"
+
+
+ODD_ANSWERS = {
+    "odd text": (lambda *args: Odd("whale"), "gave what cannot be compared"),
+    "an odd error": (raising(OddError()), "raised OddError: it cannot be shown"),
+    "no error at all": (raising(NoErrorError("!")), "raised NoErrorError: !"),
+    "an end": (raising(SystemExit(3)), "raised SystemExit: 3"),
+    "the end of a generator": (raising(GeneratorExit()), "raised GeneratorExit"),
+    "a class": (RaisesInInit, "raised KeyError: 'in init', in `raise KeyError"),
+    "an odd object": (RaisesWhenAsked(), "raised ZeroDivisionError: division by zero"),
+    "a coroutine": (coroutine, "expected"),
+    "a generator": (generator, "expected"),
+    "a method of numbers": ((3).__add__, ""),
+    "a builtin": (sorted, ""),
+    "a number": (3, "not callable"),
+    "nothing": (None, "not callable"),
+    "without an end": (lambda *args: ODD_ANSWERS["without an end"][0](), "Recursion"),
+}
+
+
+@pytest.mark.parametrize("odd", ODD_ANSWERS)
+def test_no_answer_is_so_odd_that_check_raises(check, monkeypatch, capsys, odd):
+    answer, says = ODD_ANSWERS[odd]
+    monkeypatch.setitem(globals(), "decode", answer)
+    result = check(answer)
+    assert not result.passed and says in result.message, result.message
+    assert capsys.readouterr().out == f"decode: {result.message}\n"
+    for name in ("append_kv", "attention_flops", "checkpoint", "allocate"):
+        result = judge(exercises()[name], answer, seed=0)
+        assert not result.passed and "\n" not in result.message
+
+
+def test_a_print_that_a_page_has_replaced_is_not_used(check, monkeypatch, capsys):
+    monkeypatch.setattr("builtins.print", lambda *args: 1 / 0)
+    assert check(decode).passed and capsys.readouterr().out == "decode: passed\n"
+
+
+def test_an_interrupt_goes_through(check):
+    with pytest.raises(KeyboardInterrupt):
+        check(named("decode", raising(KeyboardInterrupt())))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: functools.partial(decode),
+        lambda: lambda token_ids: text_of(token_ids),
+        lambda: text_of,
+        lambda: Answer(text_of),
+    ],
+)
+def test_an_answer_is_known_by_the_name_that_the_page_gave_it(check, monkeypatch, make):
+    answer = make()
+    assert not hasattr(answer, "__name__") or answer.__name__ != "decode"
+    monkeypatch.setitem(globals(), "decode", answer)
+    assert check(answer).passed and text.decode is answer
+
+
+def text_of(token_ids):
+    return bytes(token_ids.tolist()).decode("utf-8", errors="replace")
+
+
+TUNED = {
+    "@triton.autotune([triton.Config({}, num_warps=4)], key=[])": "passed",
+    "@triton.heuristics({'num_warps': lambda args: 4})": "passed",
+    "@triton.autotune([triton.Config({'TILE': 16})], key=[])": "'TILE'",
+    "ZERO = 0.0": "Cannot access global variable ZERO from within @jit'ed function",
+}
+
+
+@pytest.mark.parametrize("line", TUNED)
+def test_a_kernel_under_other_decorators_or_with_globals_hears_triton(check, line):
+    pytest.importorskip("triton")
+    load = LOAD.replace("0.0", "ZERO" if "ZERO" in line else "0.0")
+    result = check(kernel([load, STORE], above=line))
+    assert TUNED[line] in result.message and "\n" not in result.message

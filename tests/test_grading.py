@@ -759,7 +759,7 @@ def test_cells_that_mention_no_needed_name_are_not_parsed():
     ]
     for number in range(len(cells)):
         linecache.cache.pop(f"<lazy, cell {number}>", None)
-    assert collect.define(cells, "lazy", {"decode"})["decode"]([]) == 6
+    assert next(collect.Notebook(cells, "lazy").define("decode"))([]) == 6
     parsed = [n for n in range(len(cells)) if f"<lazy, cell {n}>" in linecache.cache]
     assert parsed == [0, 2, 3]
 

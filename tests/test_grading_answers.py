@@ -11,7 +11,7 @@ from test_exercises import NAMES
 from test_exercises import RIGHT as ANSWERS_RIGHT
 from test_exercises import WRONG as ANSWERS_WRONG
 
-from lib.course.collect import _needed
+from lib.course.collect import Notebook
 from lib.course.exercises import exercises
 from lib.course.grading.grader import Worker, score
 from lib.interpreter import HAS_TRITON
@@ -40,7 +40,7 @@ def cells(name: str, answer) -> list[str]:
     # A kernel of the library, with other lines in it: it needs the module's imports too.
     changed = linecache.getlines(filename) if filename.startswith("<") else []
     sources = [source, "".join(changed)]
-    needed = _needed(sources, "answers", {function.__name__}, {})
+    needed = Notebook(sources, "answers").needed(function.__name__)
     return [
         *(statement.source for statement in needed),
         f"{name} = {function.__name__}",

@@ -4,23 +4,29 @@ This runs beside the reader's code, in a notebook or in a grader's worker, and k
 expected value. compare.py says what to think of it.
 """
 
-import ast
 import contextlib
+import copy
+import dis
 import importlib
 import inspect
 import os
 import re
-import textwrap
+import sys
 import traceback
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+import torch
 from torch.overrides import TorchFunctionMode
 
-from lib.course.exercises import Exercise, exercises, library_answer
+from lib.course.exercises import Exercise
+from lib.course.shipped import is_withheld
 
 NOT_WRITTEN = "not written yet (it raises NotImplementedError)"
+RECURSION_LIMIT = 3000  # of calls: not the notebook's, which no grader knows
 
 
 def attempt(exercise: Exercise, answer: Callable, inputs: dict) -> dict:
@@ -31,24 +37,22 @@ def attempt(exercise: Exercise, answer: Callable, inputs: dict) -> dict:
     first, "needs" names it. What it prints goes nowhere.
     """
     try:
-        with silence(), forbid(exercise.forbidden):
+        with silence(), known_state(), forbid(exercise.forbidden):
             outputs = exercise.driver()(answer, **inputs)
-    except NotImplementedError as error:
-        if not _is_of_a_stub(error):
+    except (Exception, SystemExit) as error:
+        if type(error).__name__ == "InterpreterError":  # Triton's, around the kernel's
+            error = error.__cause__ or error
+        if _has_stubs_line(answer):
+            return {}  # the lines that are missing may be what it stumbled over
+        if not isinstance(error, NotImplementedError) or not _is_of_a_stub(error):
             return {"error": _words(error, exercise, answer)}
         raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-        if raised_in == _file_of(answer):
-            return {}
-        return _needs(error)
-    except (Exception, SystemExit) as error:
-        return {"error": _words(error, exercise, answer)}
+        return {} if raised_in == _file_of(answer) else _needs(error)
     return {"outputs": outputs, "inputs": inputs}
 
 
 def not_ready(exercise: Exercise, answer: Callable) -> str | None:
     """Why there is no point in calling `answer`, in words, or None."""
-    if is_stub(answer):
-        return NOT_WRITTEN
     if exercise.is_kernel and not hasattr(answer, "arg_names"):
         return "expected a kernel, under @triton.jit, got a plain function"
     if exercise.is_kernel and not _has_source(answer):
@@ -58,33 +62,103 @@ def not_ready(exercise: Exercise, answer: Callable) -> str | None:
 
 def not_compiled(exercise: Exercise, answer: Callable) -> str | None:
     """What the compilers say against a kernel, in words, or None."""
-    error = exercise.is_kernel and exercise.compile_error(answer)
+    error = exercise.is_kernel and exercise.compile_error(kernel_of(answer))
     return f"right, but not for a GPU: {error}" if error else None
 
 
-def is_stub(answer: Callable) -> bool:
-    """Whether the source of `answer` still raises NotImplementedError."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function_of(answer))))
-    except (OSError, TypeError, SyntaxError):
-        return False
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Raise) and "NotImplementedError" in ast.unparse(node):
-            return True
-    return False
+def is_stub(exercise: Exercise, answer: Callable, inputs: dict | None) -> bool:
+    """Whether `answer` does not come past its `raise NotImplementedError` with `inputs`.
+
+    It is called only where it has that line, and not at all where it is a kernel, or
+    there are no inputs.
+    """
+    if not _has_stubs_line(answer) or inputs is None or exercise.is_kernel:
+        return _has_stubs_line(answer)
+    return not attempt(exercise, answer, copy.deepcopy(inputs))
+
+
+def _has_stubs_line(answer: Callable) -> bool:
+    """Whether a bare `raise NotImplementedError` can be reached: the compiler leaves out
+    what stands behind a return."""
+    code = code_of(answer)
+    steps = list(dis.get_instructions(code)) if code else []
+    return any(
+        step.argval == "NotImplementedError" and after.opname == "RAISE_VARARGS"
+        for step, after in zip(steps, steps[1:])
+    )
+
+
+def kernel_of(answer: Callable) -> Callable:
+    """What @triton.jit made of a function, without @triton.autotune and its like."""
+    while hasattr(getattr(answer, "fn", None), "arg_names"):
+        answer = answer.fn
+    return answer
 
 
 def function_of(answer: Callable) -> Callable:
-    """Of a kernel, the function under @triton.jit."""
-    return inspect.unwrap(getattr(answer, "fn", answer))
+    """Of a kernel the function under @triton.jit, whatever else decorates it; of a
+    partial, of what is bound or wrapped, the function inside."""
+    for _ in range(20):  # an odd object may have one inside for ever
+        inside = ("fn", "func", "__func__", "__wrapped__")
+        found = [getattr(answer, name) for name in inside if hasattr(answer, name)]
+        if not found or isinstance(answer, type):
+            break
+        answer = found[0]
+    return answer
+
+
+def code_of(answer: Callable) -> types.CodeType | None:
+    """What runs when it is called: of a class, what makes an object; of an object, its
+    __call__. None where that is not Python."""
+    with contextlib.suppress(Exception):  # of an object that is asked for an attribute
+        function = function_of(answer)
+        if isinstance(function, type):
+            parts = [function.__new__, function.__init__]
+        else:
+            parts = [function, type(function).__call__]
+        codes = [getattr(part, "__code__", None) for part in parts]
+        return next((code for code in codes if code is not None), None)
 
 
 def _file_of(answer: Callable) -> str | None:
-    """Where its code stands: a partial, or an object with __call__, has what it calls."""
-    function = getattr(answer, "func", answer)
-    if not hasattr(function_of(function), "__code__"):
-        function = type(function).__call__ if callable(function) else None
-    return getattr(getattr(function_of(function), "__code__", None), "co_filename", None)
+    return getattr(code_of(answer), "co_filename", None)
+
+
+@contextlib.contextmanager
+def known_state() -> Iterator[None]:
+    """While inside, torch, numpy and warnings are set as in a new process, whatever the
+    page has set; afterwards as they were."""
+    with contextlib.ExitStack() as stack:
+        for get, put, value in (
+            (torch.get_default_dtype, torch.set_default_dtype, torch.float32),
+            (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode, 0),
+            (
+                torch.get_float32_matmul_precision,
+                torch.set_float32_matmul_precision,
+                "highest",
+            ),
+            (sys.getrecursionlimit, sys.setrecursionlimit, RECURSION_LIMIT),
+        ):
+            stack.callback(put, get())
+            put(value)
+        stack.enter_context(np.errstate(all="ignore"))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        if torch.is_autocast_enabled("cpu"):
+            stack.enter_context(torch.autocast("cpu", enabled=False))
+        if not _is_made_on_the_cpu():
+            stack.enter_context(torch.device("cpu"))
+        yield
+
+
+def _is_made_on_the_cpu() -> bool:
+    """A tensor of which nobody says where."""
+    try:
+        return torch.empty(0).device.type == "cpu"
+    except Exception:  # a GPU that is not there
+        return False
 
 
 @contextlib.contextmanager
@@ -184,16 +258,23 @@ def _replaced(owner: Any, attribute: str, value: Any) -> Iterator[None]:
 
 
 def in_a_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".split("\n")[0][:300]
+    return f"{type(error).__name__}: {_text_of(error)}".split("\n")[0][:300]
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # of a kind of the answer's own
+        return "it cannot be shown"
 
 
 def _needs(error: NotImplementedError) -> dict:
     """What to say of a stub that was called: a notebook's, or the library's, which says
     whose it is."""
     caller = traceback.extract_tb(error.__traceback__)[-1].name
-    says = re.match(r"(\w+) is yours to write", str(error))
+    says = re.match(r"(\w+) is yours to write", _text_of(error))
     name = says[1] if says else caller
-    if not says and not (name in exercises() and is_stub(library_answer(name))):
+    if not says and not is_withheld(name):
         return {"error": "it calls what is not written yet: use the library's"}
     return {"error": f"needs {name}, which is yours to write: that first", "needs": name}
 
@@ -207,14 +288,12 @@ def _is_of_a_stub(error: NotImplementedError) -> bool:
 
 def _words(error: BaseException, exercise: Exercise, answer: Callable) -> str:
     """What was raised, and the exercise's advice on it."""
-    advice = [text for part, text in exercise.errors.items() if part in str(error)]
+    advice = [text for part, text in exercise.errors.items() if part in _text_of(error)]
     return ". ".join([_raised(error, answer), *advice])
 
 
 def _raised(error: BaseException, answer: Callable) -> str:
     """The error in one line, with the answer's own line where it happened."""
-    if type(error).__name__ == "InterpreterError":  # Triton's, around the kernel's own
-        error = error.__cause__ or error
     text = f"raised {in_a_line(error)}"
     if isinstance(error, ForbiddenCallError):
         return str(error)

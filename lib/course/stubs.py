@@ -51,6 +51,11 @@ def withheld(text: str, names: list[str], given: list[str], words: str) -> str:
 
 def free_names(source: str) -> set[str]:
     """The names that a cell with this source needs from cells before it."""
+    return read_names(source) - set(dir(builtins))
+
+
+def read_names(source: str) -> set[str]:
+    """The same, and the builtins that it uses."""
     table = symtable.symtable(source, "cell", "exec")
     free = {s.get_name() for s in table.get_symbols() if not s.is_assigned()}
     scopes = list(table.get_children())
@@ -58,7 +63,7 @@ def free_names(source: str) -> set[str]:
         scope = scopes.pop()
         free |= {s.get_name() for s in scope.get_symbols() if s.is_global()}
         scopes += scope.get_children()
-    return free - bound_names(source) - set(dir(builtins))
+    return free - bound_names(source)
 
 
 def bound_names(source: str) -> set[str]:

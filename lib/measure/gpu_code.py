@@ -241,6 +241,8 @@ def source_of(kernel: Any) -> str:
                     f"float('{number}')" if isinstance(number, float) else repr(number)
                 )
                 found[used] = f"{used} = tl.constexpr({words})"
+            elif isinstance(value, (int, float)):  # Triton says that it takes none such
+                found[used] = f"{used} = 0"
         source = textwrap.dedent(inspect.getsource(kernel.fn))
         at = re.search(r"^def ", source, re.MULTILINE).start()  # behind its decorators
         del found[name]  # and now behind all that it uses

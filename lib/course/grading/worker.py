@@ -13,7 +13,6 @@ it prints goes nowhere, and what it leaves running is ended.
 
 import contextlib
 import copy
-import functools
 import importlib
 import os
 import resource
@@ -31,10 +30,10 @@ import torch
 
 from lib.course import collect
 from lib.course.attempt import (
+    NOT_WRITTEN,
     attempt,
     function_of,
     in_a_line,
-    is_stub,
     not_compiled,
     not_ready,
 )
@@ -227,6 +226,8 @@ def _answer(job: dict, pipe: BinaryIO):
             return _send(pipe, {"status": TIMEOUT, "words": words})
         except BaseException as error:  # KeyboardInterrupt; others end in `attempt`
             return _send(pipe, {"status": CRASHED, "words": f"raised {in_a_line(error)}"})
+        if not attempted:
+            return _send(pipe, {"status": UNREADY, "words": NOT_WRITTEN})
         _send(pipe, attempted)
     if exercise.is_kernel:
         _send(pipe, {"status": COMPILING})
@@ -247,26 +248,43 @@ def _find(exercise: Exercise, job: dict, failures: dict[str, str]) -> Callable |
     Of several notebooks' answers the last counts that is written. Where the library's
     others are withheld, the student's stand in for these too.
     """
-    wanted = {exercise.name, *withheld_names()}
-    found = {}
-    for number, cells in enumerate(job["notebooks"], start=1):
-        with contextlib.suppress(TooLateError):
-            name = f"notebook {number}"
-            guard = functools.partial(_guard, job["seconds"])
-            defined = collect.define(cells, name, wanted, guard, failures)
-            for key, answer in defined.items():
-                if key not in found or not is_stub(answer):
-                    found[key] = answer
-    for name, answer in found.items():
-        setattr(exercises()[name].owner, name, answer)
-    return found.get(exercise.name)
+    notebooks = [
+        collect.Notebook(cells, f"notebook {number}")
+        for number, cells in enumerate(job["notebooks"], start=1)
+    ]
+    guard = _Guard(job["seconds"])
+
+    def find(name: str, inputs: dict | None) -> Callable | None:
+        candidates = (
+            answer
+            for notebook in reversed(notebooks)
+            for answer in notebook.define(name, guard, failures)
+        )
+        answer = collect.written(exercises()[name], candidates, inputs, guard)
+        if answer is not None:
+            setattr(exercises()[name].owner, name, answer)
+        return answer
+
+    for name in withheld_names():
+        if name != exercise.name:
+            find(name, None)
+    return find(exercise.name, job["calls"][0])
 
 
-@contextlib.contextmanager
-def _guard(seconds: float) -> Iterator[None]:
-    """Around each definition: too late is no worse than any other error."""
-    with contextlib.suppress(TooLateError, KeyboardInterrupt), _at_most(seconds):
-        yield
+class _Guard:
+    """Around each statement and try: too late is no worse than any other error, but it
+    halves the time that there is for the next."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        try:
+            with _at_most(self.seconds):
+                yield
+        except (TooLateError, KeyboardInterrupt):
+            self.seconds /= 2
 
 
 def remove(exercise: Exercise):
