@@ -5,27 +5,42 @@ No line of a student's is executed in this process. What comes back is plain dat
 
 import contextlib
 import functools
+import json
 import os
 import queue
+import select
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from lib.course import ROOT, WITHOUT_GPU
+from lib.course import ROOT
 from lib.course.attempt import in_a_line
 from lib.course.check import SEED, expected_outputs
 from lib.course.compare import crash, verdict, waits_for
 from lib.course.exercises import Case, exercises
 from lib.course.grading import sandbox, wire
 from lib.course.grading.submissions import Submission
-from lib.course.grading.worker import CRASHED, NOT_THERE, SECONDS_TO_COMPILE, TIMEOUT
+from lib.course.grading.worker import (
+    COMPILING,
+    CRASHED,
+    MESSAGE_BYTES,
+    NOT_THERE,
+    READY,
+    TIMEOUT,
+    UNREADY,
+)
 
 LEAST_SECONDS = 2  # of processor time, that any answer has for a call
 MOST_TIMES_SLOWER = 20  # than the library's, where that takes longer
+ALL_BY_CLOCK = 4  # seconds for all calls of an answer, for each that a call may take
+SECONDS_TO_COMPILE = 120  # a kernel; it has limits of its own
+SECONDS_TO_START = 300  # a worker, or what a worker answers at once
+REPLY_BYTES = wire.MAX_BYTES // 2  # of a job; the largest right one is 1.1 MB
 OK, PARTIAL, UNREADABLE = "ok", "partial", "unreadable"  # what else a row's status may be
 NO_NOTEBOOK = "no notebook that can be read"
 
@@ -78,7 +93,8 @@ class Grade:
 
 
 class Worker:
-    """A process that runs students' functions; started again when it has died."""
+    """A process that runs students' functions; started again when it has died, or when a
+    student has changed it."""
 
     def __init__(self):
         self.process: subprocess.Popen | None = None
@@ -86,10 +102,20 @@ class Worker:
         self.sandbox = ""
 
     def ask(self, job: dict) -> dict:
-        """The worker's reply; one about a crash where it died twice over a job.
+        """What became of a job; that it crashed where the worker died twice over it.
 
-        Raises OSError where it does not start, which is no student's fault.
+        job: {"name": of the exercise, "notebooks": code cells of each, "calls": inputs of
+        each case, "seconds": of processor time that a call may take}. Reply: {"status":
+        how it ended, "words": what there is to say of that, or None, "attempts": one a
+        case, as far as it got}. Raises OSError where the worker does not start, which is
+        no student's fault.
         """
+        header = {key: value for key, value in job.items() if key != "calls"}
+        header["num_calls"] = len(job["calls"])
+        try:
+            messages = [wire.framed(wire.encode(m)) for m in (header, *job["calls"])]
+        except wire.WireError as error:
+            return {"status": UNREADY, "words": f"its cells: {error}", "attempts": []}
         for _ in range(2):
             if self.is_closed:
                 break
@@ -98,47 +124,126 @@ class Worker:
             if not self.sandbox:
                 self._greet()
             try:
-                # A worker ends every job in time. This is for one that cannot.
-                with self._ended_after(10 * job["seconds"] + SECONDS_TO_COMPILE):
-                    wire.write(self.process.stdin, wire.encode(job))
-                    return wire.decode(wire.read(self.process.stdout))
-            except (EOFError, OSError, ValueError, wire.WireError):
+                return self._run(job["name"], messages, job["seconds"])
+            except (EOFError, OSError, ValueError, KeyError, TypeError):
                 self._end()
         return {"status": CRASHED, "words": CRASHED, "attempts": []}
 
     def start(self):
         """Do not wait for it: that is a few seconds of imports."""
-        self.sandbox = ""
-        self.folder = tempfile.TemporaryDirectory(prefix="grading-")
-        command = (sys.executable, "-m", "lib.course.grading.worker", self.folder.name)
-        self.process = subprocess.Popen(
-            [*sandbox.prefix(), *command],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=ROOT,
-            env={**os.environ, **WITHOUT_GPU},
-            start_new_session=True,  # Ctrl-C is for the grader
-        )
+        self.sandbox, self.group = "", None
+        self.folder = tempfile.mkdtemp(prefix="grading-")
+        module = "lib.course.grading.worker"
+        layers = sandbox.LAYERS
+        command = (sys.executable, "-m", module, self.folder, ",".join(layers))
+        self.control, theirs = socket.socketpair()
+        with theirs:
+            self.process = subprocess.Popen(
+                [*sandbox.prefix(layers), *command],
+                stdin=theirs,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd=ROOT,
+                env=sandbox.environment(),
+                start_new_session=True,  # Ctrl-C is for the grader
+            )
+        self.replies = self.control.makefile("r")
         if self.is_closed:  # meanwhile
             self.process.kill()
 
     def _greet(self):
         try:
-            with self._ended_after(300):
-                self.sandbox = wire.decode(wire.read(self.process.stdout))["sandbox"]
-        except EOFError:
+            self.sandbox = self._hear(SECONDS_TO_START)["sandbox"]
+        except (EOFError, OSError, ValueError):
             self._end()
             raise OSError("a worker did not start: is there memory?") from None
 
-    @contextlib.contextmanager
-    def _ended_after(self, seconds: float) -> Iterator[None]:
-        timer = threading.Timer(seconds, self.process.kill)
-        timer.start()
+    def _hear(self, seconds: float) -> dict:
+        """What the worker says. It does so in time: this is for one that cannot."""
+        self.control.settimeout(seconds)
+        line = self.replies.readline(MESSAGE_BYTES)
+        if not line:
+            raise EOFError("the worker has gone")
+        return json.loads(line)
+
+    def _run(self, name: str, messages: list[bytes], seconds: float) -> dict:
+        """The worker copies itself; we talk to the copy, until it or we have enough."""
+        (inbox, to_job), (from_job, outbox) = os.pipe(), os.pipe()
         try:
-            yield
+            try:
+                socket.send_fds(self.control, [name.encode()], [inbox, outbox])
+            finally:
+                os.close(inbox)
+                os.close(outbox)
+            self.group = self._hear(SECONDS_TO_START)["group"]
+            reply = self._talk(to_job, from_job, messages, seconds, name)
         finally:
-            timer.cancel()
+            os.close(to_job)
+            os.close(from_job)
+        self.control.sendall(b".")
+        end = self._hear(SECONDS_TO_START)
+        self.group = None
+        if not end["is_as_before"]:
+            self._end()
+        if end["words"]:  # the worker has ended it
+            reply |= {"status": CRASHED, "words": str(end["words"])}
+        return reply
+
+    def _talk(
+        self, to_job: int, from_job: int, messages: list[bytes], seconds: float, name: str
+    ) -> dict:
+        """Send each message when the copy has done what the one before asks for, and
+        collect what comes, until the copy ends or its time is used up."""
+        attempts: list[dict] = []
+
+        def ended(status: str, words: str | None) -> dict:
+            return {"status": status, "words": words, "attempts": attempts}
+
+        to_send, num_sent = bytearray(messages[0]), 1
+        os.set_blocking(to_job, False)
+        data, num_bytes = bytearray(), 0
+        may_compile = exercises()[name].is_kernel
+        deadline = time.monotonic() + ALL_BY_CLOCK * seconds
+        while True:
+            left = deadline - time.monotonic()
+            if left < 0:
+                return ended(TIMEOUT, "took too long, and could not be interrupted")
+            writing = [to_job] if to_send else []
+            here, open_ends, _ = select.select(
+                [from_job, self.control], writing, [], left
+            )
+            if open_ends:
+                try:
+                    del to_send[: os.write(to_job, to_send[: select.PIPE_BUF])]
+                except BrokenPipeError:  # it reads no more
+                    to_send.clear()
+            if from_job not in here:
+                if self.control in here:
+                    raise EOFError("the worker has gone")
+                continue
+            chunk = os.read(from_job, 2**20)
+            if not chunk:
+                return ended(CRASHED, "crashed: its process ended")
+            data += chunk
+            num_bytes += len(chunk)
+            if num_bytes > REPLY_BYTES:
+                return ended(CRASHED, f"gave more than {REPLY_BYTES:,} bytes")
+            try:
+                for message in wire.take_messages(data):
+                    if message.get("status") == COMPILING and may_compile:
+                        may_compile = False  # but once
+                        deadline = time.monotonic() + SECONDS_TO_COMPILE
+                        continue
+                    if "status" not in message:
+                        attempts.append(message)
+                    elif message["status"] != READY:  # the end
+                        words = message["words"]
+                        return ended(str(message["status"]), words and str(words)[:500])
+                    if num_sent == len(attempts) + 1 < len(messages):
+                        to_send += messages[num_sent]
+                        num_sent += 1
+            except (wire.WireError, AttributeError, KeyError):
+                return ended(CRASHED, "sent what is no message")
 
     def close(self):
         self.is_closed = True
@@ -149,9 +254,11 @@ class Worker:
         if process is not None:
             process.kill()
             process.wait()
-            process.stdin.close()
-            process.stdout.close()
-            self.folder.cleanup()
+            self.replies.close()
+            self.control.close()
+            sandbox.end_group(self.group)
+            sandbox.empty(self.folder)
+            os.rmdir(self.folder)
 
 
 @functools.cache

@@ -100,8 +100,13 @@ def _with_strides(array: np.ndarray, strides: list[int] | None) -> np.ndarray:
     return laid_out.transpose(np.argsort(order))
 
 
+def framed(message: bytes) -> bytes:
+    """As `read` and `take_messages` expect it."""
+    return struct.pack("<Q", len(message)) + message
+
+
 def write(pipe: BinaryIO, message: bytes):
-    pipe.write(struct.pack("<Q", len(message)) + message)
+    pipe.write(framed(message))
     pipe.flush()
 
 

@@ -1,27 +1,30 @@
 """Runs students' functions, on inputs that the grader sends.
 
-    python -m lib.course.grading.worker FOLDER     jobs on stdin, replies on stdout
+    python -m lib.course.grading.worker FOLDER LAYERS
 
-The worker imports what every exercise needs, once, and forks for each job. The copy takes
-the library's own answer away, executes the definitions of the notebook, calls what they
-define with the inputs of one case after the other, and sends what came out. It knows no
-expected value.
+The worker imports what every exercise needs, once, and forks for each job. The copy gets
+two pipes to the grader. From one it reads a notebook, takes the library's own answer away
+and executes the notebook's definitions; then it reads the inputs of one case after the
+other, calls what is defined, and sends what came out into the other. It knows no expected
+value, and no input before its call.
 
-Whatever a job does, the worker goes on. A job is limited in time, memory and files, what
-it prints goes nowhere, and what it leaves running is ended.
+The worker sees nothing of this, so no job finds another's in its memory. Stdin is a
+socket, by which the grader says what to begin and when to end it. Whatever a job does,
+the worker goes on. A job is limited in time, memory and files, what it prints goes
+nowhere, and what it leaves running is ended.
 """
 
 import contextlib
 import copy
+import functools
 import importlib
+import json
 import os
-import resource
 import select
-import shutil
 import signal
+import socket
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -37,21 +40,20 @@ from lib.course.attempt import (
     not_compiled,
     not_ready,
 )
+from lib.course.check import SEED
 from lib.course.exercises import Exercise, exercises, library_answer
 from lib.course.grading import sandbox, wire
 from lib.course.shipped import withheld_names
 
 MEMORY_BYTES = 2 * 2**30  # of data that a job may ask for, beyond what the worker has
-RESIDENT_BYTES = 4 * 2**30  # of all processes of a job together
 FILE_BYTES = 16 * 2**20
-REPLY_BYTES = wire.MAX_BYTES // 2  # to a job; the largest right one is 1.1 MB
-# Seconds by the clock for each of processor time that a call may take: a call, all calls.
-CALL_BY_CLOCK, ALL_BY_CLOCK = 2, 4
-SECONDS_TO_COMPILE = 120  # a kernel; it has limits of its own
+MESSAGE_BYTES = 1000  # between grader and worker; longer than any exercise's name
+# Seconds by the clock for each of processor time that a call may take.
+CALL_BY_CLOCK = 2
 # How a job ends, and what is said of an answer that nobody wrote.
 DONE, UNREADY, TIMEOUT, CRASHED = "done", "unready", "timeout", "crashed"
 NOT_THERE = "not there"
-COMPILING = "compiling"  # no end yet
+READY, COMPILING = "ready", "compiling"  # no end yet
 # What chapters import, so that no job has to wait for it.
 IMPORTS = (
     "IPython.display",
@@ -62,118 +64,94 @@ IMPORTS = (
 )
 
 
-def main(folder: str):
+def main(folder: str, layers: list[str]):
     torch.set_num_threads(1)  # the copy of a process with more of them may hang
     for name in IMPORTS:
         importlib.import_module(name)
-    jobs, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    sandbox.adopt_orphans()
+    grader = socket.socket(fileno=os.dup(0))
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1):
+        os.dup2(nowhere, descriptor)
     tempfile.tempdir = folder  # no other can be written to; torch asks for one
-    wire.write(replies, wire.encode({"sandbox": sandbox.enter(folder)}))
+    held = sandbox.enter(folder, layers)
+    _say(grader, {"sandbox": sandbox.in_words(held)})
     warm: set[str] = set()
     while True:
-        try:
-            job = wire.decode(wire.read(jobs))
-        except EOFError:
+        name, pipes, *_ = socket.recv_fds(grader, MESSAGE_BYTES, 2)
+        if not name:
             return
-        if job["name"] not in warm:
-            warm.add(job["name"])
-            _warm_up(exercises()[job["name"]], job["calls"][0])
-        wire.write(replies, wire.encode(run(job, folder)))
+        exercise = exercises()[name.decode()]
+        if exercise.name not in warm:
+            warm.add(exercise.name)
+            _warm_up(exercise)
+        words, is_as_before = run(grader, *pipes, folder, held)
+        _say(grader, {"words": words, "is_as_before": is_as_before})
 
 
-def _warm_up(exercise: Exercise, inputs: dict):
+def _say(grader: socket.socket, message: dict):
+    grader.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _warm_up(exercise: Exercise):
     """Do here, for all copies, what the first call of anything does once."""
     with contextlib.suppress(NotImplementedError):  # an answer that was not handed out
-        exercise.driver()(library_answer(exercise.name), **copy.deepcopy(inputs))
+        inputs = copy.deepcopy(_shown_inputs(exercise.name))
+        exercise.driver()(library_answer(exercise.name), **inputs)
 
 
-def run(job: dict, folder: str) -> dict:
-    """The reply to a job, whatever happens.
+@functools.cache
+def _shown_inputs(name: str) -> dict:
+    """Of the first case of a notebook, which everybody may see."""
+    return exercises()[name].cases(SEED)[0].inputs
 
-    job: {"name": of the exercise, "notebooks": code cells of each, "calls": inputs of
-    each case, "seconds": of processor time that a call may take}. Reply: {"status": how
-    it ended, "words": what there is to say of that, or None, "attempts": one a case, as
-    far as it got}.
-    """
-    read_end, write_end = os.pipe()
-    child = os.fork()
+
+def run(
+    grader: socket.socket, inbox: int, outbox: int, folder: str, held: tuple[str, ...]
+) -> tuple[str | None, bool]:
+    """A job, until the grader says that it is over: what it used up, in words, and
+    whether all of it has ended and nothing of the worker is changed."""
+    child = sandbox.fork(held)
     if child == 0:
-        with os.fdopen(write_end, "wb") as pipe:
+        with os.fdopen(outbox, "wb") as replies:
             try:
-                _prepare(folder, write_end)
-                _answer(job, pipe)
+                _prepare(inbox, outbox, folder, held)
+                with os.fdopen(inbox, "rb") as messages:
+                    _answer(messages, replies)
             except BaseException as error:  # SystemExit and KeyboardInterrupt too
                 words = f"the worker failed: {in_a_line(error)}"
-                _send(pipe, {"status": CRASHED, "words": words})
+                _send(replies, {"status": CRASHED, "words": words})
         os._exit(0)
-    os.close(write_end)
-    try:
-        is_kernel = exercises()[job["name"]].is_kernel
-        return _listen(read_end, ALL_BY_CLOCK * job["seconds"], is_kernel)
-    finally:
-        os.close(read_end)
-        _end_all(child)
-        _empty(folder)
+    for pipe in (inbox, outbox):
+        os.close(pipe)
+    words, before = None, sandbox.state()
+    _say(grader, {"group": None if sandbox.NAMESPACES in held else child})
+    while not words and not select.select([grader], [], [], 0.05)[0]:
+        words = sandbox.too_much(folder)
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            break  # whatever it has left holds its pipes
+    is_ended = sandbox.end(child)
+    sandbox.empty(folder)
+    grader.recv(1)
+    return words, is_ended and sandbox.state() == before
 
 
-def _listen(read_end: int, seconds: float, may_compile: bool) -> dict:
-    """Collect what the copy sends until it ends, or its time or memory is used up."""
-    attempts: list[dict] = []
+def _prepare(inbox: int, outbox: int, folder: str, held: tuple[str, ...]):
+    """In the copy: a group of its own, limits, no terminal, no way to the grader but the
+    two pipes, an empty folder, and nothing beside it that `held` keeps away."""
+    import resource  # not on Windows
 
-    def ended(status: str, words: str | None) -> dict:
-        return {"status": status, "words": words, "attempts": attempts}
-
-    data, num_bytes, deadline = bytearray(), 0, time.monotonic() + seconds
-    look_again = 0.0  # at the memory
-    while True:
-        now = time.monotonic()
-        if now > deadline:
-            return ended(TIMEOUT, "took too long, and could not be interrupted")
-        if now > look_again:
-            look_again = now + 0.05
-            if _resident_bytes() > RESIDENT_BYTES:
-                return ended(CRASHED, f"used more than {RESIDENT_BYTES // 2**30} GiB")
-        if not select.select([read_end], [], [], 0.05)[0]:
-            continue
-        chunk = os.read(read_end, 2**20)
-        if not chunk:
-            return ended(CRASHED, "crashed: its process ended")
-        data += chunk
-        num_bytes += len(chunk)
-        if num_bytes > REPLY_BYTES:
-            return ended(CRASHED, f"gave more than {REPLY_BYTES:,} bytes")
-        try:
-            for message in wire.take_messages(data):
-                if message.get("status") == COMPILING and may_compile:
-                    may_compile = False  # but once
-                    deadline = time.monotonic() + SECONDS_TO_COMPILE
-                elif "status" in message:  # the end, whoever still holds the pipe
-                    words = message["words"]
-                    return ended(str(message["status"]), words and str(words)[:500])
-                else:
-                    attempts.append(message)
-        except (wire.WireError, AttributeError, KeyError):
-            return ended(CRASHED, "sent what is no message")
-
-
-def _prepare(folder: str, pipe: int):
-    """In the copy: a group of its own, limits, no terminal, no way to the grader but
-    `pipe`, an empty folder."""
     os.setsid()
-    os.closerange(3, pipe)
-    os.closerange(pipe + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-    if os.getppid() == 1:
-        sandbox.drop_rights()
-    sandbox.end_with_parent()
     nowhere = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(nowhere, descriptor)
+    first = 3
+    for kept in (*sorted((inbox, outbox)), resource.getrlimit(resource.RLIMIT_NOFILE)[0]):
+        os.closerange(first, kept)
+        first = kept + 1
     sys.stdin = open(os.devnull)  # noqa: SIM115  for as long as the copy lives
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    os.chdir(folder)
-    os.environ["HOME"] = os.environ["TMPDIR"] = folder
+    for name in ("HOME", "TMPDIR", "PYTHONPATH"):
+        os.environ[name] = folder
     for kind, limit in (
         (resource.RLIMIT_DATA, _data_bytes() + MEMORY_BYTES),
         (resource.RLIMIT_FSIZE, FILE_BYTES),
@@ -183,6 +161,7 @@ def _prepare(folder: str, pipe: int):
     signal.signal(signal.SIGPROF, _too_late)
     signal.signal(signal.SIGALRM, _too_late)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sandbox.confine(folder, held)
 
 
 class TooLateError(BaseException):
@@ -206,7 +185,11 @@ def _at_most(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _answer(job: dict, pipe: BinaryIO):
+def _answer(messages: BinaryIO, replies: BinaryIO):
+    """What the grader sends first: {"name": of the exercise, "notebooks": code cells of
+    each, "seconds": of processor time that a call may take, "num_calls"}; then, for each
+    call, its inputs."""
+    job = wire.decode(wire.read(messages))
     exercise = exercises()[job["name"]]
     remove(exercise)
     failures: dict[str, str] = {}
@@ -216,22 +199,25 @@ def _answer(job: dict, pipe: BinaryIO):
     else:
         unready = not_ready(exercise, answer)
     if unready:
-        return _send(pipe, {"status": UNREADY, "words": unready})
-    for inputs in job["calls"]:
+        return _send(replies, {"status": UNREADY, "words": unready})
+    _send(replies, {"status": READY})
+    for _ in range(job["num_calls"]):
+        inputs = wire.decode(wire.read(messages))
         try:
             with _at_most(job["seconds"]):
                 attempted = attempt(exercise, answer, inputs)
         except TooLateError:
             words = f"took longer than {job['seconds']:.0f} seconds"
-            return _send(pipe, {"status": TIMEOUT, "words": words})
+            return _send(replies, {"status": TIMEOUT, "words": words})
         except BaseException as error:  # KeyboardInterrupt; others end in `attempt`
-            return _send(pipe, {"status": CRASHED, "words": f"raised {in_a_line(error)}"})
+            words = f"raised {in_a_line(error)}"
+            return _send(replies, {"status": CRASHED, "words": words})
         if not attempted:
-            return _send(pipe, {"status": UNREADY, "words": NOT_WRITTEN})
-        _send(pipe, attempted)
+            return _send(replies, {"status": UNREADY, "words": NOT_WRITTEN})
+        _send(replies, attempted)
     if exercise.is_kernel:
-        _send(pipe, {"status": COMPILING})
-    return _send(pipe, {"status": DONE, "words": not_compiled(exercise, answer)})
+        _send(replies, {"status": COMPILING})
+    return _send(replies, {"status": DONE, "words": not_compiled(exercise, answer)})
 
 
 def _send(pipe: BinaryIO, message: dict):
@@ -268,7 +254,7 @@ def _find(exercise: Exercise, job: dict, failures: dict[str, str]) -> Callable |
     for name in withheld_names():
         if name != exercise.name:
             find(name, None)
-    return find(exercise.name, job["calls"][0])
+    return find(exercise.name, _shown_inputs(exercise.name))
 
 
 class _Guard:
@@ -311,52 +297,8 @@ def _data_bytes() -> int:
         pages = int(Path("/proc/self/statm").read_text().split()[5])
     except OSError:  # no Linux
         return 0
-    return pages * resource.getpagesize()
-
-
-def _resident_bytes() -> int:
-    """Of all processes of the job, from 0 where nobody can tell."""
-    total = 0
-    for pid in _descendants(os.getpid()):
-        with contextlib.suppress(OSError):
-            total += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return total * resource.getpagesize()
-
-
-def _descendants(pid: int) -> list[int]:
-    try:
-        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    except OSError:
-        return []
-    children = [int(child) for child in text.split()]
-    return children + [other for child in children for other in _descendants(child)]
-
-
-def _end_all(child: int):
-    """The copy, and all that it started, also what left its group."""
-    with contextlib.suppress(OSError):
-        os.killpg(child, signal.SIGKILL)
-    while True:
-        with contextlib.suppress(OSError):
-            if os.getpid() == 1:
-                os.kill(-1, signal.SIGKILL)  # all of this namespace but the worker
-            else:
-                for pid in _descendants(os.getpid()):
-                    os.kill(pid, signal.SIGKILL)
-        try:
-            os.waitpid(-1, 0)
-        except ChildProcessError:
-            return
-
-
-def _empty(folder: str):
-    for path in Path(folder).iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):
-                path.unlink()
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], sys.argv[2].split(",") if sys.argv[2] else [])
