@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -21,6 +22,8 @@ from lib.course.build import (
     solved_notebook,
     student_notebook,
 )
+from lib.course.check import SEED
+from lib.course.compare import difference
 from lib.course.exercises import exercises, names_of
 from lib.course.release import FILES, release, write
 from lib.course.stubs import answer, stub
@@ -182,6 +185,62 @@ def test_in_the_bundle_answers_are_judged_in_the_order_of_the_page(chapter, unpa
     assert all(passed for _, passed, _ in messages), messages
     if chapter != 4:  # in which methods are tried together with those further down
         assert all(message == "passed" for *_, message in messages), messages
+
+
+def solved(bundle, chapter, share, prefix="lib."):
+    """What solves an exercise of the chapter there: [exercise, function, how]."""
+    result = subprocess.run(
+        [sys.executable, ROOT / "tests" / "solving.py", str(chapter), str(share), prefix],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        cwd=bundle.parent,
+        env={**os.environ, "PYTHONPATH": str(bundle)},
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+SAMPLE = [(3, 50), *(pytest.param(n, 1, marks=pytest.mark.nightly) for n in CHAPTERS)]
+
+
+@pytest.mark.parametrize("chapter, share", SAMPLE)
+def test_nothing_in_the_bundle_solves_an_exercise_of_its_chapter(
+    unpacked, chapter, share
+):
+    assert solved(unpacked(chapter), chapter, share) == []
+
+
+LEAKS = [  # what computes an answer again, and is found where it is put back
+    (3, "attend_cached", "_attend"),
+    pytest.param(1, "attend_causal", "_attend", marks=pytest.mark.nightly),
+    pytest.param(4, "slot_mapping", "_slots", marks=pytest.mark.nightly),
+]
+
+
+@pytest.mark.parametrize("chapter, exercise, function", LEAKS)
+def test_what_computes_an_answer_again_would_be_found(
+    unpacked, tmp_path, chapter, exercise, function
+):
+    shutil.copytree(unpacked(chapter), tmp_path / "bundle")
+    cases = f"lib/course/cases/ch{chapter:02}.py"
+    shutil.copy(ROOT / cases, tmp_path / "bundle" / cases)
+    module = cases.replace("/", ".").removesuffix(".py")
+    rows = solved(tmp_path / "bundle", chapter, 1, module)
+    found = {(name, path.removesuffix(".__wrapped__")) for name, path, _ in rows}
+    assert (exercise, f"{module}.{function}") in found
+
+
+def test_outputs_that_are_shipped_are_none_of_hidden_cases():
+    """Whoever looks an answer up among them fails where there is another seed."""
+    for name, exercise in exercises().items():
+        shipped = [case.inputs for case in exercise.cases(SEED)]
+        for seed in range(1, 6):
+            hidden = [case.inputs for case in exercise.cases(seed)]
+            assert not all(
+                any(not difference(inputs, known) for known in shipped)
+                for inputs in hidden
+            ), (name, seed)
 
 
 AFTERWARDS = """
