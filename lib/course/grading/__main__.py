@@ -79,11 +79,7 @@ def grade_class(
 
     grade_them: as `grader.grade_all`, which knows how many workers, and where.
     """
-    folders = path.resolve(), out.resolve()
-    if path.is_dir() and (folders[0] in (folders[1], *folders[1].parents)):
-        raise ValueError(f"--out: expected a folder outside of {path}, got {out}")
-    if path.is_dir() and folders[1] in folders[0].parents:
-        raise ValueError(f"--out: expected a folder without {path} in it, got {out}")
+    _check_apart(path, out)
     submissions, ignored = find(path)
     if ignored:
         print(f"no notebooks, left out: {listed(ignored, 20)}")
@@ -123,6 +119,15 @@ def grade_class(
         return 130 if isinstance(error, KeyboardInterrupt) else 1
     bar.close()
     return _finish(results, list(grades.values()))
+
+
+def _check_apart(path: Path, out: Path):
+    """Raises ValueError where results would be taken for submissions, or around them."""
+    handed_in, written = path.resolve(), out.resolve()
+    if path.is_dir() and handed_in in (written, *written.parents):
+        raise ValueError(f"--out: expected a folder outside of {path}, got {out}")
+    if path.is_dir() and written in handed_in.parents:
+        raise ValueError(f"--out: expected a folder without {path} in it, got {out}")
 
 
 def _finish(results: Results, grades: list[Grade]) -> int:

@@ -190,9 +190,9 @@ def _opened(place: _Place) -> zipfile.ZipFile:
 def _on_disk(name: str, file: Path) -> Iterator[File]:
     status = file.lstat()
     if stat.S_ISLNK(status.st_mode):
-        yield _link(name)
+        yield from _link(name)
     elif not stat.S_ISREG(status.st_mode):
-        yield File(name, None, "is no file")
+        yield File(name, None, "no file")
     elif ARCHIVE.search(name) and not _is_hidden(name):
         yield from _in_archive(name, _Place(file, status.st_mtime_ns), _Left())
     else:
@@ -216,7 +216,7 @@ def _in_archive(name: str, place: _Place, left: _Left | None) -> Iterator[File]:
         inside = f"{name}/{member}" if name else member
         this = replace(place, members=(*place.members, number))
         if stat.S_ISLNK(info.external_attr >> 16):
-            yield _link(inside)
+            yield from _link(inside)
         elif info.is_dir():
             yield File(f"{inside}/", None)
         elif ARCHIVE.search(inside) and not _is_hidden(inside):
@@ -265,7 +265,7 @@ def _file(name: str, read: Read, words: str = "") -> Iterator[File]:
     if is_notebook:
         yield File(name, read, words)
     else:
-        yield File(name, None, "is no notebook" if MAY_BE_WORK.search(name) else "")
+        yield File(name, None, "no notebook" if MAY_BE_WORK.search(name) else "")
 
 
 # What may be a student's work all the same, and is named where it is left out.
@@ -275,9 +275,14 @@ MAY_BE_WORK = re.compile(
 )
 
 
-def _link(name: str) -> File:
-    error = LeftOutError("expected a file, got a link to one")
-    return File(name, functools.partial(_refuse, error))
+def _link(name: str) -> Iterator[File]:
+    if _is_hidden(name):
+        return
+    if NOTEBOOK.search(name) or ARCHIVE.search(name):
+        error = LeftOutError("expected a file, got a link to one")
+        yield File(name, functools.partial(_refuse, error))
+    else:
+        yield File(name, None, "a link")
 
 
 def _is_hidden(name: str) -> bool:

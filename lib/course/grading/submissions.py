@@ -287,8 +287,8 @@ def _submission(student: str, parts: list[_Part]) -> Submission:
             notebooks.append(part)
             if part.file.words:
                 result.notes.append(f"{part.file.name}: {part.file.words}")
-        elif part.file.words and not _is_of_the_course(part.name):
-            left_out.append(part.file.name)
+        elif part.file.words and not _is_of_the_course(f"{part.top}/{part.name}"):
+            left_out.append(f"{part.file.name} ({part.file.words})")
     roots = _roots(notebooks)
     notebooks.sort(key=lambda part: _when(part, roots[part]))
     if len(notebooks) > MAX_NOTEBOOKS:
@@ -299,7 +299,7 @@ def _submission(student: str, parts: list[_Part]) -> Submission:
     result.files = [(part.file.name, part.file.read) for part in notebooks]
     result.notes += _ambiguities(notebooks, roots)
     if left_out:
-        result.notes.append(f"left out, no notebook: {listed(left_out)}")
+        result.notes.append(f"left out: {listed(left_out)}")
     if of_the_course:
         words = "left out, the course's own is in folders called solutions"
         result.notes.append(f"{words}: {listed(of_the_course)}")
