@@ -713,7 +713,7 @@ for title, says, *changes in (
     ),
     (
         "no other for k",
-        "NaN",
+        "got nan",
         (
             "k_at[:, None] + col[None, :], mask=is_there, other=0.0",
             "k_at[:, None] + col[None, :], mask=is_there",
@@ -739,7 +739,7 @@ for title, says, *changes in (
     ),
     (
         "row_max begins at 0",
-        "row_max and row_sum",
+        "row_max begins with it",
         (
             "tl.full([ROWS], " + NEGATIVE_INF + ", tl.float32)",
             "tl.zeros([ROWS], tl.float32)",
@@ -786,7 +786,7 @@ for title, says, *changes in (
             "v_at = k_at",
         ),
     ),
-    ("another logsumexp", "row_max and row_sum", (" / LOG2_E", "")),
+    ("another logsumexp", "divide by LOG2_E", (" / LOG2_E", "")),
     ("not divided", "acc is divided by row_sum", ("(acc / divisor[:, None])", "acc")),
     (
         "every share reads all",
