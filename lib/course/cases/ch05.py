@@ -294,6 +294,8 @@ def merge_splits_explain(inputs: dict, expected: dict, got: dict) -> str | None:
         return None
     if out.shape != expected["out"].shape:
         return "The parts become one: out is (B, H, D)"
+    if logsumexp.shape != expected["logsumexp"].shape:
+        return None
     is_small, is_empty = logsumexps.max(axis=-1) < -900, np.isinf(expected["logsumexp"])
     if np.isfinite(logsumexps).all() and is_small.any():
         if not np.nan_to_num(out[is_small]).any():  # all weights have become 0
