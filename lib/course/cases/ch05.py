@@ -741,7 +741,7 @@ def paged_decode_kernel_explain(inputs: dict, expected: dict, got: dict) -> str 
     is_head_right = np.isclose(out[b], expected["out"][b], atol=1e-3).all(axis=-1)
     is_grouped = inputs["k_cache"].shape[2] < len(is_head_right)
     if is_grouped and is_head_right[0] and not is_head_right[1]:
-        return "Only the first head of a group is right: all rows of the product count"
+        return "Of a group only the first head is right"
     return None
 
 
