@@ -267,7 +267,8 @@ drawing.draw_attention(
 # asking: not needed here, chapter 3 uses it. Torch's own attention is not
 # allowed, and neither is a tensor of T × T × D numbers. (The library divides
 # the queries by √D before it multiplies, so that large scores do not overflow
-# in half precision. Here either order will do.)
+# in half precision. Here either order will do, and nobody has to subtract the
+# largest score before `exp`.)
 
 # %% exercise="attend_causal" given="1"
 from lib.model import attend_causal
@@ -609,7 +610,8 @@ print(text.decode(min(sentences, key=len)))
 # ### Exercise 1.5 · `attention_flops` ★★ (10 minutes)
 #
 # Predict attention's FLOPs for a whole generation, by this convention, to the
-# last digit. `config` has `num_layers`, `num_heads` and `head_dim`.
+# last digit: a whole number, of Python's, numpy's or torch's, for a float
+# rounds. `config` has `num_layers`, `num_heads` and `head_dim`.
 
 # %% exercise="attention_flops"
 from lib.generate import attention_flops

@@ -218,6 +218,19 @@ NOT_THE_CAUSE = [
     ("bytes_moved", "bytes_moved_and_the_table", "outputs"),
     ("bytes_moved", "bytes_moved_with_one_query", "outputs are written"),
     ("blocks_to_keep", "work_forgotten", "One can always be kept"),
+    ("next_token_probs", "as_half_as_the_logits", "those that came in"),
+    ("next_token_loss", "last_id_taken_for_padding", "exp overflows"),
+    ("training_bytes", "nothing_for_the_optimizer", "two"),
+    ("accumulate_gradients", "divided_in_the_end", "are added to"),
+    ("checkpoint", "backward_twice", "grad_out"),
+    ("best_num_segments", "equal_segments_alone", "√L"),
+    ("checkpoint_recursive", "layer_0_for_all", "runs once"),
+    ("checkpoint_recursive", "x_taken_out_of_the_graph", "halve"),
+    ("checkpoint_selective", "rows_of_the_input", "computed again"),
+    ("append", "append_without_saying_what_was_copied", "still the source"),
+    ("merge_splits", "merge_splits_keeping_a_dimension", "that of the parts'"),
+    ("merge_splits", "merge_splits_with_a_very_small_logsumexp", "that of the parts'"),
+    ("bytes_moved", "bytes_moved_of_those_with_keys", "outputs are written"),
 ]
 if HAS_TRITON:
     NOT_THE_CAUSE += [

@@ -236,6 +236,16 @@ def ids_cut_to_eight_bits(token_ids):
     return bytes(data).decode("utf-8", errors="replace")
 
 
+@wrong("decode", says="texts of their own")
+def rows_joined(token_ids):
+    return bytes(token_ids.flatten().tolist()).decode("utf-8", errors="replace")
+
+
+@wrong("decode", says="characters that look alike")
+def no_break_space_as_a_space(token_ids):
+    return incremental(token_ids).replace("\xa0", " ")
+
+
 # attend_causal
 
 
@@ -783,6 +793,34 @@ def a_little_less_than_top_p(logits, temperature=1.0, top_k=None, top_p=1.0):
     return through_ranks(logits, temperature, top_k, max(top_p, 1e-9))
 
 
+@wrong("next_token_probs", says="Keep the given lines")
+def settings_unchecked(logits, temperature=1.0, top_k=None, top_p=1.0):
+    if temperature < 0:
+        temperature = -temperature
+    return through_ranks(logits, temperature, top_k, top_p)
+
+
+@wrong("next_token_probs", says="temperature 0.1")
+def greedy_where_it_is_cold(logits, temperature=1.0, top_k=None, top_p=1.0):
+    temperature = 0 if 0 < temperature < 0.3 else temperature
+    return through_ranks(logits, temperature, top_k, top_p)
+
+
+@wrong("next_token_probs", says="This leaves more than the top_k largest")
+def top_k_of_one_forgotten(logits, temperature=1.0, top_k=None, top_p=1.0):
+    return through_ranks(logits, temperature, None if top_k == 1 else top_k, top_p)
+
+
+@wrong("next_token_probs", says="expected float32, got float16")
+def as_half_as_the_logits(logits, temperature=1.0, top_k=None, top_p=1.0):
+    return through_ranks(logits, temperature, top_k, top_p).to(logits.dtype)
+
+
+@wrong("next_token_probs", says="the first one counts")
+def nearly_zero_for_zero(logits, temperature=1.0, top_k=None, top_p=1.0):
+    return through_ranks(logits, temperature or 1e-5, top_k, top_p)
+
+
 # generate_recompute
 
 
@@ -894,6 +932,7 @@ def rightly(model, attend):
 
 def until(is_end, model, prompt_ids, num_new_tokens, attend, **settings):
     check_generation(model, prompt_ids, num_new_tokens)
+    check_settings(settings)
     token_ids, step = prompt_ids, rightly(model, attend)
     settings = {"temperature": 1.0, "top_k": None, "top_p": 1.0, **settings}
     with torch.no_grad():
@@ -1255,6 +1294,62 @@ def left_in_training_mode(model, prompt_ids, num_new_tokens, **settings):
     text = into_a_buffer(model, prompt_ids, num_new_tokens, **settings)
     model.train()
     return text
+
+
+@wrong("generate_recompute", says="exactly num_new_tokens")
+def until_a_byte_repeats(model, prompt_ids, num_new_tokens, *, attend, **settings):
+    seen = [None]
+
+    def is_end(new):
+        seen.append(int(new) if new.dim() == 0 else None)
+        return new.dim() == 0 and seen[-1] == seen[-2]
+
+    return until(is_end, model, prompt_ids, num_new_tokens, attend, **settings)
+
+
+@wrong("generate_recompute", says="Keep the given lines")
+def settings_unchecked_first(model, prompt_ids, num_new_tokens, *, attend, **settings):
+    check_generation(model, prompt_ids, num_new_tokens)
+    step = rightly(model, attend)
+    return unchecked_loop(model, prompt_ids, num_new_tokens, settings, step)
+
+
+@wrong("generate_recompute", says="a model that drops out")
+def eval_mode_first(model, prompt_ids, num_new_tokens, *, attend, **settings):
+    was_training = model.training
+    model.eval()
+    step = rightly(model, attend)
+    token_ids = loop(model, prompt_ids, num_new_tokens, settings, step)
+    model.train(was_training)
+    return token_ids
+
+
+@wrong("generate_recompute", says="next_random_number")
+def one_draw_too_many(
+    model, prompt_ids, num_new_tokens, *, attend, generator=None, **settings
+):
+    settings["generator"], step = generator, rightly(model, attend)
+    token_ids = loop(model, prompt_ids, num_new_tokens, settings, step)
+    torch.rand(1, generator=generator)
+    return token_ids
+
+
+@wrong("generate_recompute", says="all three settings")
+def top_k_or_top_p(model, prompt_ids, num_new_tokens, *, attend, **settings):
+    if settings.get("top_k"):
+        settings["top_p"] = 1.0
+    step = rightly(model, attend)
+    return loop(model, prompt_ids, num_new_tokens, settings, step)
+
+
+@wrong("generate_recompute", says="all three settings")
+def no_temperature_beside_top_k_and_top_p(
+    model, prompt_ids, num_new_tokens, *, attend, **settings
+):
+    if settings.get("top_k") and settings.get("top_p", 1) < 1:
+        settings["temperature"] = 1.0
+    step = rightly(model, attend)
+    return loop(model, prompt_ids, num_new_tokens, settings, step)
 
 
 # attention_flops

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
@@ -91,6 +92,26 @@ def one_loss_a_token(logits, token_ids):
     return F.cross_entropy(
         logits[:, :-1].flatten(0, 1), token_ids[:, 1:].flatten(), reduction="none"
     )
+
+
+@wrong("next_token_loss", says="Keep the given lines")
+def nothing_to_predict_is_nan(logits, token_ids):
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), token_ids[:, 1:].flatten())
+
+
+def ignoring(logits, token_ids, ignored):
+    logits, targets = logits[:, :-1].flatten(0, 1), token_ids[:, 1:].flatten()
+    return F.cross_entropy(logits, targets, ignore_index=ignored)
+
+
+@wrong("next_token_loss")
+def first_id_taken_for_padding(logits, token_ids):
+    return ignoring(logits, token_ids, 0)
+
+
+@wrong("next_token_loss")
+def last_id_taken_for_padding(logits, token_ids):
+    return ignoring(logits, token_ids, logits.shape[-1] - 1)
 
 
 # training_bytes
@@ -203,6 +224,17 @@ def masks_counted_too(config, batch_size, seq_len):
 def in_32_bits(config, batch_size, seq_len):
     found = by_formula(config, batch_size, seq_len)
     return {kind: torch.tensor(n).int().item() for kind, n in found.items()}
+
+
+@right("training_bytes")
+def numbers_of_numpy(config, batch_size, seq_len):
+    numbers = sizes(config, batch_size, seq_len)
+    return {kind: np.int64(number) for kind, number in numbers.items()}
+
+
+@wrong("training_bytes", says="optimizer: expected 2784, got 0")
+def nothing_for_the_optimizer(config, batch_size, seq_len):
+    return {**sizes(config, batch_size, seq_len), "optimizer": 0}
 
 
 # accumulate_gradients
@@ -327,6 +359,28 @@ def positions_from_one(model, batch, num_parts):
         part_loss = training.next_token_loss(logits, part) * len(part) / len(batch)
         part_loss.backward()
         loss += part_loss.item()
+    return loss
+
+
+@wrong("accumulate_gradients", says="Keep the given lines")
+def parts_without_a_passage(model, batch, num_parts):
+    loss = 0.0
+    for part in batch.chunk(num_parts):
+        part_loss = whole_loss(model, part) * len(part) / len(batch)
+        part_loss.backward()
+        loss += part_loss.item()
+    return loss
+
+
+@wrong("accumulate_gradients", says="gradients that are there already")
+def divided_in_the_end(model, batch, num_parts):
+    loss = 0.0
+    for part in batch.tensor_split(num_parts):
+        part_loss = whole_loss(model, part) * len(part)
+        part_loss.backward()
+        loss += part_loss.item() / len(batch)
+    for parameter in model.parameters():
+        parameter.grad /= len(batch)
     return loss
 
 
@@ -531,6 +585,15 @@ def inside_kept_on_the_context(run, x):
     return Again.apply(x, torch.empty(0, requires_grad=True))
 
 
+@wrong("checkpoint", says="gradient of x at")
+def backward_twice(run, x):
+    def backward(out, grad):
+        out.backward(grad, retain_graph=True)
+        out.backward(grad)
+
+    return rerun(run, x, backward=backward)
+
+
 # best_num_segments
 
 
@@ -613,6 +676,49 @@ def segments_not_rounded_up(num_layers, edge_bytes, block_bytes):
     return min(
         range(1, num_layers + 1),
         key=lambda k: k * edge_bytes + num_layers / k * block_bytes,
+    )
+
+
+@right("best_num_segments")
+def by_numpy(num_layers, edge_bytes, block_bytes):
+    k = np.arange(1, num_layers + 1)
+    return 1 + np.argmin(k * edge_bytes - (-num_layers // k) * block_bytes)
+
+
+@wrong("best_num_segments", says="five layers in three segments")
+def up_to_half_of_them(num_layers, edge_bytes, block_bytes):
+    return min(
+        [*range(1, num_layers // 2 + 1), num_layers],
+        key=lambda k: peak(num_layers, k, edge_bytes, block_bytes),
+    )
+
+
+@wrong("best_num_segments", says="400 layers, each a segment of its own")
+def of_the_first_200(num_layers, edge_bytes, block_bytes):
+    return min(
+        range(1, min(num_layers, 200) + 1),
+        key=lambda k: peak(num_layers, k, edge_bytes, block_bytes),
+    )
+
+
+@wrong("best_num_segments", says="400 layers, where the best is far from the root")
+def as_far_as_it_falls(num_layers, edge_bytes, block_bytes):
+    def tried(k):
+        return peak(num_layers, k, edge_bytes, block_bytes)
+
+    k = min(num_layers, max(1, round(math.sqrt(num_layers * block_bytes / edge_bytes))))
+    while k > 1 and tried(k - 1) <= tried(k):
+        k -= 1
+    while k < num_layers and tried(k + 1) < tried(k):
+        k += 1
+    return k
+
+
+@wrong("best_num_segments")
+def equal_segments_alone(num_layers, edge_bytes, block_bytes):
+    return min(
+        [k for k in range(1, num_layers + 1) if num_layers % k == 0],
+        key=lambda k: peak(num_layers, k, edge_bytes, block_bytes),
     )
 
 
@@ -723,6 +829,27 @@ def divided_by_nothing(num_layers, edge_bytes, block_bytes, working_bytes, budge
     if num_kept < 1:
         raise ValueError(budget_bytes)
     return min(num_kept, num_layers)
+
+
+@right("blocks_to_keep")
+def by_bisection(num_layers, edge_bytes, block_bytes, working_bytes, budget_bytes):
+    def fits(n):
+        held = (num_layers - n) * edge_bytes + n * block_bytes
+        return held + working_bytes <= budget_bytes
+
+    if not fits(1):
+        raise ValueError("not even one")
+    low, high = 1, num_layers
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return np.int64(low)
+
+
+@wrong("blocks_to_keep", says="Blocks are counted")
+def true_for_one(*sizes):
+    num_kept = counting_down(*sizes)
+    return True if num_kept == 1 else num_kept
 
 
 # checkpoint_recursive
@@ -838,6 +965,59 @@ def positions_of_its_own(blocks, x, positions, attend):
 def forward_twice(blocks, x, positions, attend):
     run_blocks(blocks, x.detach(), positions, attend)
     return in_a_loop(blocks, x, positions, attend)
+
+
+def in_segments(blocks, x, positions, attend, size):
+    for start in range(0, len(blocks), size):
+        segment = blocks[start : start + size]
+        x = checkpointing.checkpoint(
+            lambda x, segment=segment: run_blocks(segment, x, positions, attend), x
+        )
+    return x
+
+
+@wrong("checkpoint_recursive", says="has to halve too")
+def segments_of_the_root(blocks, x, positions, attend):
+    return in_segments(blocks, x, positions, attend, math.isqrt(len(blocks)))
+
+
+@wrong("checkpoint_recursive", says="32 blocks")
+def eleven_segments(blocks, x, positions, attend):
+    return in_segments(blocks, x, positions, attend, math.ceil(len(blocks) / 11))
+
+
+@wrong("checkpoint_recursive", says="the inside of one block")
+def insides_of_two(blocks, x, positions, attend):
+    if len(blocks) <= 2:
+        return run_blocks(blocks, x, positions, attend)
+    middle = len(blocks) // 2
+    first = blocks[:middle]
+    x = checkpointing.checkpoint(lambda x: insides_of_two(first, x, positions, attend), x)
+    return insides_of_two(blocks[middle:], x, positions, attend)
+
+
+@wrong("checkpoint_recursive", says="layers that attended")
+def layer_0_for_all(blocks, x, positions, attend):
+    def attend_as_the_first(layer, q, k, v):
+        return attend(0, q, k, v)
+
+    return in_a_loop(blocks, x, positions, attend_as_the_first)
+
+
+@wrong("checkpoint_recursive", says="x got no gradient")
+def x_taken_out_of_the_graph(blocks, x, positions, attend):
+    return in_a_loop(blocks, x.detach(), positions, attend)
+
+
+@wrong("checkpoint_recursive", says="block calls: expected at most 28")
+def one_block_less_each_time(blocks, x, positions, attend):
+    if len(blocks) == 1:
+        return blocks[0](x, positions, attend)
+    first = blocks[:-1]
+    x = checkpointing.checkpoint(
+        lambda x: one_block_less_each_time(first, x, positions, attend), x
+    )
+    return blocks[-1](x, positions, attend)
 
 
 # checkpoint_selective
@@ -1008,3 +1188,23 @@ def what_run_made_on_the_context(run, inputs, weights):
             return (*below, *(grad.flatten(0, -2).T @ rows for grad in grads))
 
     return Selective.apply(*inputs, *weights)
+
+
+@wrong("checkpoint_selective")
+def rows_of_the_input(run, inputs, weights):
+    def backward(saved, grads):
+        below, _ = gradients_by_hand(saved, grads, run, len(inputs))
+        rows = saved[0].flatten(0, -2)
+        return (*below, *(grad.flatten(0, -2).T @ rows for grad in grads))
+
+    return by_a_function(run, inputs, weights, backward)
+
+
+@wrong("checkpoint_selective", says="three weights")
+def mean_of_the_products(run, inputs, weights):
+    def backward(saved, grads):
+        equal = [grad / len(grads) for grad in grads]
+        below, weight_grads = gradients_by_hand(saved, equal, run, len(inputs))
+        return (*below, *(len(grads) * grad for grad in weight_grads))
+
+    return by_a_function(run, inputs, weights, backward)

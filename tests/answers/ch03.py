@@ -1326,6 +1326,39 @@ def in_chunks_of_four(model, prompts, num_new_tokens, cache, **settings):
     return texts
 
 
+@wrong("generate_cached", says="exactly num_new_tokens")
+def until_a_byte_repeats(model, prompts, num_new_tokens, cache, **settings):
+    given_lines(model, prompts, num_new_tokens, cache, settings)
+    texts, ids = list(prompts), torch.cat(list(prompts))
+    lens = torch.tensor([len(p) for p in prompts])
+    for _ in range(num_new_tokens):
+        logits = forward_cached(model, cache, ids, lens)
+        ids = pick(logits[lens.cumsum(0) - 1], **settings)
+        texts = [torch.cat((t, ids[b : b + 1])) for b, t in enumerate(texts)]
+        lens = torch.ones_like(lens)
+        if all(len(text) > 1 and text[-1] == text[-2] for text in texts):
+            break
+    return texts
+
+
+@wrong("generate_cached", says="all three settings")
+def top_k_or_top_p(model, prompts, num_new_tokens, cache, **settings):
+    given_lines(model, prompts, num_new_tokens, cache, settings)
+    if settings.get("top_p", 1) < 1:
+        settings["top_k"] = None
+    return loop(model, prompts, num_new_tokens, cache, settings)
+
+
+@wrong("generate_cached", says="all three settings")
+def no_temperature_beside_top_k_and_top_p(
+    model, prompts, num_new_tokens, cache, **settings
+):
+    given_lines(model, prompts, num_new_tokens, cache, settings)
+    if settings.get("top_k") and settings.get("top_p", 1) < 1:
+        settings["temperature"] = 1.0
+    return loop(model, prompts, num_new_tokens, cache, settings)
+
+
 # kv_utilization
 
 

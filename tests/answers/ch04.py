@@ -332,6 +332,32 @@ def allocate_with_rounded_length(self, request_id, num_tokens):
     begin(self, request_id, needed * self.block_size, needed)
 
 
+@wrong("allocate", says="a block table that is a tuple")
+def allocate_a_tuple(self, request_id, num_tokens):
+    allocate_in_a_loop(self, request_id, num_tokens)
+    self.block_tables[request_id] = tuple(self.block_tables[request_id])
+
+
+@wrong("allocate", says="wrong for many blocks")
+def allocate_sixteen_blocks_at_most(self, request_id, num_tokens):
+    allocate_in_a_loop(self, request_id, num_tokens)
+    block_table = self.block_tables[request_id]
+    while len(block_table) > 16:
+        block_id = block_table.pop()
+        self.ref_count[block_id] = 0
+        self.free_block_ids.append(block_id)
+
+
+@wrong("allocate", says="one token more than a large block")
+def allocate_rounded_to_hundredths(self, request_id, num_tokens):
+    allocate_in_a_loop(self, request_id, num_tokens)
+    needed = math.ceil(round(num_tokens / self.block_size, 2))
+    while len(self.block_tables[request_id]) > needed:
+        block_id = self.block_tables[request_id].pop()
+        self.ref_count[block_id] = 0
+        self.free_block_ids.append(block_id)
+
+
 # append
 
 
@@ -640,6 +666,16 @@ def append_looking_for_other_users(self, request_id, num_tokens=1):
         num_tokens,
         is_copied=lambda has_room, n: has_room and n and is_shared,
     )
+
+
+@wrong("append", says="an unknown request, and no tokens")
+def append_nothing_to_nobody(self, request_id, num_tokens=1):
+    return append_token_by_token(self, request_id, num_tokens) if num_tokens else None
+
+
+@wrong("append", says="wrong for many tokens")
+def append_sixteen_at_most(self, request_id, num_tokens=1):
+    return append_token_by_token(self, request_id, min(num_tokens, 16))
 
 
 # free

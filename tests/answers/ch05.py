@@ -346,6 +346,11 @@ def attend_online_last_tile(q, tiles):
     return result
 
 
+@wrong("attend_online", says="begin with -inf")
+def attend_online_beginning_at_minus_ten_thousand(q, tiles):
+    return online(q, tiles, begin=-1e4)
+
+
 # load_row_kernel
 
 
@@ -713,7 +718,7 @@ for title, says, *changes in (
     ),
     (
         "no other for k",
-        "NaN",
+        "got nan",
         (
             "k_at[:, None] + col[None, :], mask=is_there, other=0.0",
             "k_at[:, None] + col[None, :], mask=is_there",
@@ -739,7 +744,7 @@ for title, says, *changes in (
     ),
     (
         "row_max begins at 0",
-        "row_max and row_sum",
+        "row_max begins with it",
         (
             "tl.full([ROWS], " + NEGATIVE_INF + ", tl.float32)",
             "tl.zeros([ROWS], tl.float32)",
@@ -786,7 +791,7 @@ for title, says, *changes in (
             "v_at = k_at",
         ),
     ),
-    ("another logsumexp", "row_max and row_sum", (" / LOG2_E", "")),
+    ("another logsumexp", "divide by LOG2_E", (" / LOG2_E", "")),
     ("not divided", "acc is divided by row_sum", ("(acc / divisor[:, None])", "acc")),
     (
         "every share reads all",
@@ -1397,6 +1402,22 @@ def merge_splits_not_divided(outs, logsumexps):
     return (weights.unsqueeze(-2) @ outs).squeeze(-2), logsumexps.logsumexp(dim=-1)
 
 
+@wrong("merge_splits", says="that of the parts' logsumexps")
+def merge_splits_with_the_largest_logsumexp(outs, logsumexps):
+    return merge_splits_by_hand(outs, logsumexps)[0], logsumexps.amax(-1)
+
+
+@wrong("merge_splits", says="a request without keys")
+def merge_splits_with_a_very_small_logsumexp(outs, logsumexps):
+    return merge_splits_by_hand(outs, logsumexps.clamp(min=-1e4))
+
+
+@wrong("merge_splits", says="expected shape")
+def merge_splits_keeping_a_dimension(outs, logsumexps):
+    out, logsumexp = merge_splits_by_hand(outs, logsumexps)
+    return out, logsumexp.unsqueeze(-1)
+
+
 # bytes_moved
 
 
@@ -1541,3 +1562,13 @@ def bytes_moved_and_the_table(config, seq_lens, bytes_per_number=4, *, is_gather
 @wrong("bytes_moved", says="give an int")
 def bytes_moved_as_a_float(config, seq_lens, bytes_per_number=4, *, is_gathered=False):
     return moved(config, seq_lens, bytes_per_number, is_gathered) / 1
+
+
+@wrong("bytes_moved", says="has a query and an output too")
+def bytes_moved_of_those_with_keys(
+    config, seq_lens, bytes_per_number=4, *, is_gathered=False
+):
+    seq_lens = seq_lens[seq_lens > 0]
+    return bytes_moved_request_by_request(
+        config, seq_lens, bytes_per_number, is_gathered=is_gathered
+    )

@@ -297,6 +297,8 @@ def merge_splits_explain(inputs: dict, expected: dict, got: dict) -> str | None:
         return None
     if out.shape != expected["out"].shape:
         return "The parts become one: out is (B, H, D)"
+    if logsumexp.shape != expected["logsumexp"].shape:
+        return None
     is_small, is_empty = logsumexps.max(axis=-1) < -900, np.isinf(expected["logsumexp"])
     if np.isfinite(logsumexps).all() and is_small.any():
         if not np.nan_to_num(out[is_small]).any():  # all weights have become 0
@@ -703,11 +705,7 @@ def paged_decode_kernel_explain(inputs: dict, expected: dict, got: dict) -> str 
             "is_there, with other=0.0, from their own addresses"
         )
     if np.isnan(out).any():
-        return (
-            "It reads, or computes, NaN: the block of position p has the id in the table "
-            "at p // block_size, the place is p % block_size, and keys are loaded under "
-            "the mask is_there, with other=0.0"
-        )
+        return None
     natural, S = _scale(inputs), int(inputs["seq_lens"][b])
     for words, wrong in (
         (
@@ -732,11 +730,22 @@ def paged_decode_kernel_explain(inputs: dict, expected: dict, got: dict) -> str 
         if is_same and (not is_right or _is_near(logsumexp[b], wrong[1])):
             return words
     if is_right:
-        return "logsumexp is made of row_max and row_sum: are both right?"
+        has_keys = inputs["seq_lens"] > 0
+        others, right = logsumexp[has_keys], expected["logsumexp"][has_keys]
+        found = {
+            "logsumexp is natural, row_max and log2(row_sum) are not: divide by LOG2_E": (
+                _is_near(others, LOG2_E * right)
+            ),
+            "Without keys logsumexp is -inf: row_max begins with it": _is_near(
+                others, right
+            )
+            and (logsumexp[~has_keys] == 0).all(),
+        }
+        return _reproduced(found)
     is_head_right = np.isclose(out[b], expected["out"][b], atol=1e-3).all(axis=-1)
     is_grouped = inputs["k_cache"].shape[2] < len(is_head_right)
     if is_grouped and is_head_right[0] and not is_head_right[1]:
-        return "Only the first head of a group is right: all rows of the product count"
+        return "Of a group only the first head is right"
     return None
 
 
