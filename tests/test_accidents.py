@@ -121,6 +121,29 @@ RIGHT = {
         decode(mode="T[0]"),
         CHECK,
     ],
+    "a table that a function knows": [
+        "T = []\ndef fill():\n    T.append('replace')",
+        "fill()",
+        decode(mode="T[0]"),
+        CHECK,
+    ],
+    "functions that register themselves": [
+        "TOOLS = {}\ndef register(f):\n    TOOLS[f.__name__] = f\n    return f",
+        "@register\ndef mode():\n    return 'replace'",
+        decode(mode="TOOLS['mode']()"),
+        CHECK,
+    ],
+    "a list that is put into another order": [
+        "import random\nfrom heapq import heapify\nT = ['replace'] * 3",
+        "random.shuffle(T)\nheapify(T)",
+        decode(mode="T[0]"),
+        CHECK,
+    ],
+    "threads": [
+        "from concurrent.futures import ThreadPoolExecutor",
+        decode("ThreadPoolExecutor(2).submit(int, 3).result()"),
+        CHECK,
+    ],
     "a name that a function makes global": [
         "def setup():\n    global MODE\n    MODE = 'replace'",
         "setup()",
@@ -347,6 +370,31 @@ NEVER = {
             CHECK,
         ],
         "No module named 'mine'",
+    ),
+    "processes": (
+        [
+            "import multiprocessing",
+            decode("multiprocessing.get_context('fork').Pool(2).map(abs, [1])"),
+            CHECK,
+        ],
+        "",
+    ),
+    "a file beside the notebook": (
+        [
+            "import pathlib\npathlib.Path('mode.txt').write_text('replace')",
+            decode(mode="open('mode.txt').read()"),
+            CHECK,
+        ],
+        "raised FileNotFoundError: [Errno 2] No such file or directory: 'mode.txt'",
+    ),
+    "what must be waited for": (
+        [
+            "async def mode():\n    return 'replace'",
+            "MODE = await mode()",
+            decode(mode="MODE"),
+            CHECK,
+        ],
+        "raised NameError: name 'MODE' is not defined",
     ),
     "a name that stands in text alone": (
         ["MODE = 'replace'", decode(mode="globals()['MODE']"), CHECK],

@@ -42,7 +42,7 @@ def attempt(exercise: Exercise, answer: Callable, inputs: dict) -> dict:
     except (Exception, SystemExit) as error:
         if type(error).__name__ == "InterpreterError":  # Triton's, around the kernel's
             error = error.__cause__ or error
-        if _has_stubs_line(answer):
+        if _has_stubs_line(answer, is_bare=True):
             return {}  # the lines that are missing may be what it stumbled over
         if not isinstance(error, NotImplementedError) or not _is_of_a_stub(error):
             return {"error": _words(error, exercise, answer)}
@@ -77,13 +77,14 @@ def is_stub(exercise: Exercise, answer: Callable, inputs: dict | None) -> bool:
     return not attempt(exercise, answer, copy.deepcopy(inputs))
 
 
-def _has_stubs_line(answer: Callable) -> bool:
-    """Whether a bare `raise NotImplementedError` can be reached: the compiler leaves out
-    what stands behind a return."""
+def _has_stubs_line(answer: Callable, is_bare: bool = False) -> bool:
+    """Whether a `raise NotImplementedError`, or one without words, can be reached: the
+    compiler leaves out what stands behind a return."""
     code = code_of(answer)
     steps = list(dis.get_instructions(code)) if code else []
     return any(
-        step.argval == "NotImplementedError" and after.opname == "RAISE_VARARGS"
+        step.argval == "NotImplementedError"
+        and not (is_bare and after.opname != "RAISE_VARARGS")
         for step, after in zip(steps, steps[1:])
     )
 

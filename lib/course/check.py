@@ -25,6 +25,7 @@ from lib.course.attempt import (
     code_of,
     function_of,
     in_a_line,
+    is_stub,
     kernel_of,
     known_state,
     not_compiled,
@@ -177,6 +178,8 @@ def _judge(exercise: Exercise, answer: Callable, seed: int) -> Result:
         return Result(False, needs)
     is_alone = is_withheld(exercise.name)
     wrong = not_ready(exercise, answer) or is_alone and not_shipped(exercise.name)
+    if wrong and is_stub(exercise, answer, None):
+        wrong = NOT_WRITTEN
     if wrong:
         return Result(False, wrong)
     if exercise.is_kernel and not interpreter.IS_INTERPRETED:
