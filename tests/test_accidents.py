@@ -9,9 +9,13 @@ import sys
 import textwrap
 from pathlib import Path
 
+import nbformat
 import pytest
 
 from lib.course.attempt import NOT_WRITTEN
+from lib.course.check import SEED, judge
+from lib.course.collect import answers
+from lib.course.exercises import exercises
 from lib.course.fork import in_fork
 from lib.course.grading.grader import Worker, score
 from lib.course.stubs import answer, stub
@@ -371,14 +375,6 @@ NEVER = {
         ],
         "No module named 'mine'",
     ),
-    "processes": (
-        [
-            "import multiprocessing",
-            decode("multiprocessing.get_context('fork').Pool(2).map(abs, [1])"),
-            CHECK,
-        ],
-        "",
-    ),
     "a file beside the notebook": (
         [
             "import pathlib\npathlib.Path('mode.txt').write_text('replace')",
@@ -457,6 +453,24 @@ def test_a_right_answer_passes_in_the_notebook_and_in_the_grader(
 ):
     live, graded = verdicts(worker, RIGHT[accident], "decode", tmp_path)
     assert (live, graded) == ((True, "passed"), (True, "passed"))
+
+
+def test_check_collect_finds_what_the_grader_finds(tmp_path, capfd):
+    def collected(cells: list[str]) -> str:
+        main = sys.modules["__main__"]
+        cells = [nbformat.v4.new_code_cell(source) for source in [IMPORTS, *cells]]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "a.ipynb")
+        messages = {
+            name: judge(exercises()[name], found, SEED).message
+            for name, found in answers(tmp_path / "a.ipynb")
+        }
+        assert sys.modules["__main__"] is main
+        return messages["decode"]
+
+    for accident, cells in RIGHT.items():
+        message = in_fork(lambda cells=cells: collected(cells))
+        assert message == "passed", f"{accident}: {message}"
+    assert capfd.readouterr() == ("", ""), "no page is run"
 
 
 @pytest.mark.parametrize("accident", WRONG)

@@ -34,8 +34,9 @@ SHOWS = {"check", "print", "display"}
 RUNS_ITS_CELL = {"time", "capture", "prun"}  # as a magic of a whole cell
 
 
-def answers(path: Path) -> dict[str, Callable]:
-    """By exercise, what the notebook at `path` defines under its name, stubs too.
+def answers(path: Path) -> Iterator[tuple[str, Callable]]:
+    """Exercises, and what the notebook at `path` defines under their names, stubs too.
+    While one is looked at the notebook is the module __main__.
 
     Raises ValueError for what is no notebook.
     """
@@ -46,13 +47,12 @@ def answers(path: Path) -> dict[str, Callable]:
         raise ValueError(f"{path.name}: {words}") from None
     ours = sys.modules["__main__"]
     try:
-        found = {
-            name: written(exercise, notebook.define(name))
-            for name, exercise in exercises().items()
-        }
+        for name, exercise in exercises().items():
+            answer = written(exercise, notebook.define(name))
+            if answer is not None:
+                yield name, answer
     finally:
         sys.modules["__main__"] = ours
-    return {name: answer for name, answer in found.items() if answer is not None}
 
 
 def written(
@@ -246,13 +246,20 @@ def _statements(
         lines = source.split("\n")
         register(filename, source)
         for index, node in enumerate(tree.body):
-            decorators = getattr(node, "decorator_list", [])
-            if decorators:  # alone in their lines
-                own = "\n".join(lines[decorators[0].lineno - 1 : node.end_lineno])
-            else:
-                own = ast.get_source_segment(source, node)
+            own = _segment(lines, node)
             found.append(Statement((number, index), filename, node, own))
     return found
+
+
+def _segment(lines: list[str], node: ast.stmt) -> str:
+    """A statement's own source: it may share its lines with others."""
+    decorators = getattr(node, "decorator_list", [])
+    first = min([node.lineno, *(d.lineno for d in decorators)])
+    own = lines[first - 1 : node.end_lineno]
+    if not decorators:  # columns are of UTF-8
+        own[-1] = own[-1].encode()[: node.end_col_offset].decode()
+        own[0] = own[0].encode()[node.col_offset :].decode()
+    return "\n".join(own)
 
 
 def _parse(source: str, filename: str) -> tuple[str, ast.Module]:
