@@ -273,6 +273,12 @@ RIGHT = {
     "a broken lambda below": [DECODE, CHECK, "twice = lambda x, x: decode(x)"],
     "a broken lambda above": ["twice = lambda x, x: decode(x)", DECODE, CHECK],
     "a cell that does not parse": [DECODE, CHECK, "decode(decode("],
+    "a cell that raises what is no error": [
+        "class Odd(BaseException):\n    pass\ndef fail():\n    raise Odd",
+        "X = decode = fail()",
+        DECODE,
+        CHECK,
+    ],
     "a cell that raises": [DECODE, CHECK, "raise ValueError(decode)"],
     "a cell in another language": ["%%bash\ndecode", DECODE, CHECK],
     "a name made and taken away": ["x = decode = 3\ndel decode, x", DECODE, CHECK],

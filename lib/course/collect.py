@@ -63,12 +63,12 @@ def written(
 ) -> Callable | None:
     """Of candidates, the best first, the first that is written; a stub where all are.
 
-    inputs: to call them with; without, what mentions NotImplementedError is a stub.
+    inputs: to call them with. Without, what has the line of a stub is one.
     """
     first = None
     for answer in candidates:
         first = answer if first is None else first
-        with guard():
+        with _noted({}, ()), guard():
             if not is_stub(exercise, answer, inputs):
                 return answer
     return first
@@ -232,7 +232,9 @@ def _noted(failures: dict[str, str], names: Collection[str]) -> Iterator[None]:
     """What is raised inside ends here, and is noted under these names."""
     try:
         yield
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:  # the reader's
+        raise
+    except BaseException as error:
         words = f"its cell fails: {in_a_line(error)}"
         failures.update(dict.fromkeys(names, words))
 

@@ -33,7 +33,7 @@ class Statement:
         if isinstance(self.node, DEFINITIONS):  # of most we need to know no more
             return {self.node.name}
         bound = set(self.changes)
-        with contextlib.suppress(SyntaxError):  # executing it will say so
+        with contextlib.suppress(SyntaxError, RecursionError):  # compiling it says so
             bound |= bound_names(self.source) - _loop_variables(self._nodes)
         if isinstance(self.node, ast.ImportFrom):
             is_star = self.node.names[0].name == "*"
@@ -58,17 +58,17 @@ class Statement:
     def reads(self) -> set[str]:
         """The names that it needs, builtins among them, which a cell may rebind; of what
         is executed as text, all words."""
-        try:
-            words = words_of(self.source) if "exec" in self.calls else set()
+        words = words_of(self.source) if "exec" in self.calls else set()
+        with contextlib.suppress(SyntaxError, RecursionError):
             return words | read_names(self.source)
-        except SyntaxError:
-            return set()
+        return words
 
     @cached_property
     def calls(self) -> set[str]:
         """Of `fill(t)`, `tools.fill(t)` and `@fill`: fill, and tools."""
         decorators = getattr(self.node, "decorator_list", [])
-        called = [*(call.func for call in _calls(self._nodes)), *decorators]
+        called = [call.func for call in _calls(self._nodes)]
+        called += [getattr(node, "func", node) for node in decorators]
         return {_root(node) for node in called} - {None}
 
     @cached_property
@@ -162,6 +162,5 @@ def _base(node: ast.AST) -> ast.AST:
 
 
 def _root(node: ast.AST) -> str | None:
-    """The name that `_base` has, if it is one; of a call, of what is called."""
-    node = _base(node)
-    return _root(node.func) if isinstance(node, ast.Call) else getattr(node, "id", None)
+    """The name that `_base` has, if it is one."""
+    return getattr(_base(node), "id", None)
