@@ -9,9 +9,13 @@ import sys
 import textwrap
 from pathlib import Path
 
+import nbformat
 import pytest
 
 from lib.course.attempt import NOT_WRITTEN
+from lib.course.check import SEED, judge
+from lib.course.collect import answers
+from lib.course.exercises import exercises
 from lib.course.fork import in_fork
 from lib.course.grading.grader import Worker, score
 from lib.course.stubs import answer, stub
@@ -119,6 +123,29 @@ RIGHT = {
         "T = []\ndef fill(table):\n    table.append('replace')",
         "fill(T)",
         decode(mode="T[0]"),
+        CHECK,
+    ],
+    "a table that a function knows": [
+        "T = []\ndef fill():\n    T.append('replace')",
+        "fill()",
+        decode(mode="T[0]"),
+        CHECK,
+    ],
+    "functions that register themselves": [
+        "TOOLS = {}\ndef register(f):\n    TOOLS[f.__name__] = f\n    return f",
+        "@register\ndef mode():\n    return 'replace'",
+        decode(mode="TOOLS['mode']()"),
+        CHECK,
+    ],
+    "a list that is put into another order": [
+        "import random\nfrom heapq import heapify\nT = ['replace'] * 3",
+        "random.shuffle(T)\nheapify(T)",
+        decode(mode="T[0]"),
+        CHECK,
+    ],
+    "threads": [
+        "from concurrent.futures import ThreadPoolExecutor",
+        decode("ThreadPoolExecutor(2).submit(int, 3).result()"),
         CHECK,
     ],
     "a name that a function makes global": [
@@ -246,6 +273,12 @@ RIGHT = {
     "a broken lambda below": [DECODE, CHECK, "twice = lambda x, x: decode(x)"],
     "a broken lambda above": ["twice = lambda x, x: decode(x)", DECODE, CHECK],
     "a cell that does not parse": [DECODE, CHECK, "decode(decode("],
+    "a cell that raises what is no error": [
+        "class Odd(BaseException):\n    pass\ndef fail():\n    raise Odd",
+        "X = decode = fail()",
+        DECODE,
+        CHECK,
+    ],
     "a cell that raises": [DECODE, CHECK, "raise ValueError(decode)"],
     "a cell in another language": ["%%bash\ndecode", DECODE, CHECK],
     "a name made and taken away": ["x = decode = 3\ndel decode, x", DECODE, CHECK],
@@ -348,6 +381,23 @@ NEVER = {
         ],
         "No module named 'mine'",
     ),
+    "a file beside the notebook": (
+        [
+            "import pathlib\npathlib.Path('mode.txt').write_text('replace')",
+            decode(mode="open('mode.txt').read()"),
+            CHECK,
+        ],
+        "raised FileNotFoundError: [Errno 2] No such file or directory: 'mode.txt'",
+    ),
+    "what must be waited for": (
+        [
+            "async def mode():\n    return 'replace'",
+            "MODE = await mode()",
+            decode(mode="MODE"),
+            CHECK,
+        ],
+        "raised NameError: name 'MODE' is not defined",
+    ),
     "a name that stands in text alone": (
         ["MODE = 'replace'", decode(mode="globals()['MODE']"), CHECK],
         "raised KeyError: 'MODE'",
@@ -409,6 +459,25 @@ def test_a_right_answer_passes_in_the_notebook_and_in_the_grader(
 ):
     live, graded = verdicts(worker, RIGHT[accident], "decode", tmp_path)
     assert (live, graded) == ((True, "passed"), (True, "passed"))
+
+
+def test_check_collect_finds_what_the_grader_finds(tmp_path, capfd):
+    def collected(cells: list[str]) -> str:
+        main = sys.modules["__main__"]
+        cells = [nbformat.v4.new_code_cell(source) for source in [IMPORTS, *cells]]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "a.ipynb")
+        messages = {
+            name: judge(exercises()[name], found, SEED).message
+            for name, found in answers(tmp_path / "a.ipynb")
+        }
+        assert sys.modules["__main__"] is main
+        return messages["decode"]
+
+    def collect() -> dict[str, str]:
+        return {accident: collected(cells) for accident, cells in RIGHT.items()}
+
+    assert in_fork(collect) == dict.fromkeys(RIGHT, "passed")
+    assert capfd.readouterr() == ("", ""), "no page is run"
 
 
 @pytest.mark.parametrize("accident", WRONG)

@@ -26,7 +26,7 @@ from lib.course.exercises import Exercise
 from lib.course.shipped import is_withheld
 
 NOT_WRITTEN = "not written yet (it raises NotImplementedError)"
-RECURSION_LIMIT = 3000  # of calls: not the notebook's, which no grader knows
+RECURSION_LIMIT = 1500  # of calls: not the notebook's, which no grader knows
 
 
 def attempt(exercise: Exercise, answer: Callable, inputs: dict) -> dict:
@@ -42,7 +42,7 @@ def attempt(exercise: Exercise, answer: Callable, inputs: dict) -> dict:
     except (Exception, SystemExit) as error:
         if type(error).__name__ == "InterpreterError":  # Triton's, around the kernel's
             error = error.__cause__ or error
-        if _has_stubs_line(answer):
+        if _has_stubs_line(answer, is_bare=True):
             return {}  # the lines that are missing may be what it stumbled over
         if not isinstance(error, NotImplementedError) or not _is_of_a_stub(error):
             return {"error": _words(error, exercise, answer)}
@@ -53,6 +53,8 @@ def attempt(exercise: Exercise, answer: Callable, inputs: dict) -> dict:
 
 def not_ready(exercise: Exercise, answer: Callable) -> str | None:
     """Why there is no point in calling `answer`, in words, or None."""
+    if exercise.is_kernel and _has_stubs_line(answer):  # no GPU can raise it
+        return NOT_WRITTEN
     if exercise.is_kernel and not hasattr(answer, "arg_names"):
         return "expected a kernel, under @triton.jit, got a plain function"
     if exercise.is_kernel and not _has_source(answer):
@@ -77,13 +79,14 @@ def is_stub(exercise: Exercise, answer: Callable, inputs: dict | None) -> bool:
     return not attempt(exercise, answer, copy.deepcopy(inputs))
 
 
-def _has_stubs_line(answer: Callable) -> bool:
-    """Whether a bare `raise NotImplementedError` can be reached: the compiler leaves out
-    what stands behind a return."""
+def _has_stubs_line(answer: Callable, is_bare: bool = False) -> bool:
+    """Whether a `raise NotImplementedError`, or one without words, can be reached: the
+    compiler leaves out what stands behind a return."""
     code = code_of(answer)
     steps = list(dis.get_instructions(code)) if code else []
     return any(
-        step.argval == "NotImplementedError" and after.opname == "RAISE_VARARGS"
+        step.argval == "NotImplementedError"
+        and not (is_bare and after.opname != "RAISE_VARARGS")
         for step, after in zip(steps, steps[1:])
     )
 
