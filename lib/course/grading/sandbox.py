@@ -94,7 +94,7 @@ ABSENT = ("clone3", *range(452, 512))
 # From Linux' asm-generic/unistd.h, capability.h, fcntl.h, landlock.h, mount.h, prctl.h,
 # sched.h and seccomp.h
 SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = 442, -100, 0x8000, 1
-MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
+MS_NOSUID, MS_NODEV = 2, 4
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 1, 4, 36
 PR_SET_NO_NEW_PRIVS = 38
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWPID = 0x20000, 0x08000000, 0x20000000
@@ -167,7 +167,7 @@ def enter(folder: str, layers: Collection[str]) -> tuple[str, ...]:
 def _hold(layers: tuple[str, ...], folder: str) -> bool:
     try:
         if layers == (NAMESPACES,):
-            _make_read_only()
+            _make_read_only_but(folder)
         child = fork(layers)
     except (OSError, AttributeError):
         return False
@@ -183,12 +183,14 @@ def _hold(layers: tuple[str, ...], folder: str) -> bool:
     return holds
 
 
-def _make_read_only():
+def _make_read_only_but(folder: str):
+    """For the worker too: torch writes there."""
     read_only = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY, 0, 0, 0)
     args = (AT_FDCWD, b"/", AT_RECURSIVE, read_only, ctypes.sizeof(read_only))
     if os.getpid() != 1:
         raise OSError("expected to be the first process of a namespace")
     _check(_libc().syscall(SYS_MOUNT_SETATTR, *args))
+    _mount_in_memory(folder)
 
 
 def fork(layers: Collection[str]) -> int:
@@ -284,11 +286,13 @@ def _descendants(pid: int) -> list[int]:
 
 
 def empty(folder: str):
-    """However deep it is, and whatever may not be done to what is in it."""
+    """However deep it is, and whatever may not be done to what is in it. Links are not
+    followed: they may lead anywhere."""
     if os.listdir(folder):
-        for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):
-            inside = [os.path.join(folder, name) for name in os.listdir(folder)]
-            subprocess.run([*command, "--", *inside], stderr=subprocess.DEVNULL)
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        subprocess.run(["chmod", "-R", "u+rwx", "--", folder], **quiet)
+        inside = [os.path.join(folder, name) for name in os.listdir(folder)]
+        subprocess.run(["rm", "-rf", "--", *inside], **quiet)
 
 
 def state() -> list:
@@ -321,9 +325,8 @@ def confine(folder: str, layers: Collection[str]):
     """
     if NAMESPACES in layers:
         _check(_libc().unshare(CLONE_NEWNS | CLONE_NEWIPC))
-        flags, options = MS_NOSUID | MS_NODEV, f"size={FOLDER_BYTES},nr_inodes=4k"
-        _mount("proc", "/proc", flags | MS_NOEXEC, "")
-        _mount("tmpfs", folder, flags, options)
+        _mount("proc", "/proc", "")
+        _mount_in_memory(folder)
     elif hasattr(_libc(), "prctl"):  # whatever ends the worker ends this too
         _libc().prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     os.chdir(folder)
@@ -339,9 +342,13 @@ def confine(folder: str, layers: Collection[str]):
         _refuse_calls(NAMESPACES in layers, can_scope)
 
 
-def _mount(kind: str, path: str, flags: int, options: str):
+def _mount_in_memory(folder: str):
+    _mount("tmpfs", folder, f"size={FOLDER_BYTES},nr_inodes={MOST_FILES}")
+
+
+def _mount(kind: str, path: str, options: str):
     kind, path, options = kind.encode(), path.encode(), options.encode()
-    _check(_libc().mount(kind, path, kind, flags, options))
+    _check(_libc().mount(kind, path, kind, MS_NOSUID | MS_NODEV, options))
 
 
 def _restrict_files(folder: str, layers: Collection[str]) -> bool:
