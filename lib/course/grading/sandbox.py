@@ -131,8 +131,8 @@ def environment() -> dict[str, str]:
 
 def in_words(layers: Collection[str]) -> str:
     """For the table of grades: what this machine refuses of a sandbox."""
-    missing = [layer for layer in LAYERS if layer not in layers]
-    if len(missing) == len(LAYERS):
+    missing = [name for name in (NAMESPACES, LANDLOCK, SECCOMP) if name not in layers]
+    if not layers:
         return "limits only"
     return f"without {', '.join(missing)}" if missing else "full"
 
@@ -245,7 +245,7 @@ def _is_full(folder: str) -> bool:
                     num_bytes += os.lstat(os.path.join(path, name)).st_size
             if num_bytes > FOLDER_BYTES or num_files > MOST_FILES:
                 return True
-    except OSError:
+    except (OSError, RecursionError):
         return True
     return False
 
