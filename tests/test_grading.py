@@ -637,83 +637,210 @@ def test_no_reply_makes_the_grader_fail_or_give_points_for_wrong_outputs():
     assert len(cases) == len(right)
 
 
-def test_what_a_job_leaves_behind_is_gone_when_the_next_begins(worker, tmp_path):
+# Which layers a worker may try, by what the table of grades says then on a machine that
+# allows all of them.
+MODES = {
+    "full": sandbox.LAYERS,
+    "without namespaces": (sandbox.LANDLOCK, sandbox.SECCOMP),
+    "limits only": (),
+}
+
+
+@pytest.fixture(scope="module", params=MODES)
+def boxed(request, no_hurry):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sandbox, "LAYERS", MODES[request.param])
+        worker = Worker()
+        yield worker
+        worker.close()
+
+
+def is_boxed(worker) -> bool:
+    """Whether it has the layers that its mode asks for, and some."""
+    if worker.sandbox == "limits only":
+        return False
+    if worker.sandbox not in MODES:
+        pytest.skip(f"this machine grades {worker.sandbox}")
+    return True
+
+
+# What a job may not do, as an expression that raises or is false where it cannot.
+REACHES = {
+    "reads submissions": "open(target).read()",
+    "changes grades": "open(target, 'r+')",
+    "removes grades": "os.remove(target)",
+    "changes rights of grades": "os.chmod(target, 0o644) is None",
+    "lists submissions": "os.listdir(os.path.dirname(target))",
+    "lists the course": "os.listdir(root)",
+    "writes beside the course": "open(root + '/lib/written', 'w')",
+    "links out of its folder": "os.symlink(target, 'x') or open('x').read()",
+    "looks into its worker": "open(f'/proc/{worker}/environ').read()",
+    "writes into its worker": "open(f'/proc/{worker}/mem', 'r+b')",
+    "signals its worker": "os.kill(worker, 0) is None",
+    "limits its worker": "resource.prlimit(worker, resource.RLIMIT_CORE)",
+    "binds its worker": "os.sched_setaffinity(worker, [0]) is None",
+    "is nice": "os.nice(0) == 0 and os.setpriority(0, worker, 0) is None",
+    "opens a socket": "socket.socket(socket.AF_UNIX)",
+    "sends to any socket": "socket.socketpair(type=socket.SOCK_DGRAM)",
+    "keeps memory in no process": "os.memfd_create('x')",
+    "keeps memory of System V": "ctypes.CDLL(None).shmget(0, 100, 0o1600) >= 0",
+    "writes to shared memory": "open(f'/dev/shm/{os.path.basename(root)}-x', 'w')",
+    "opens a terminal": "os.openpty()",
+    "makes a device": "os.mknod('device', 0o20600, os.makedev(1, 1)) is None",
+    "makes namespaces": "ctypes.CDLL(None).unshare(0x10000000) == 0",
+}
+
+
+def test_a_job_reaches_nothing_outside_its_folder(boxed, tmp_path):
+    target = tmp_path / "grades.csv"
+    target.write_text("safe")
+    calls = ",\n".join(f"{name!r}: lambda: {code}" for name, code in REACHES.items())
+    cells = body(
+        "import ctypes, os, resource, socket\n"
+        f"target, root = {str(target)!r}, {str(ROOT)!r}\n"
+        "if hasattr(decode, 'tried'): return right(token_ids)\n"
+        "decode.tried, done, worker = True, [], os.getppid() or 1\n"
+        "if os.getpid() == 1: worker = 2  # itself is no other\n"
+        f"calls = {{{calls}}}\n"
+        "for name, call in calls.items():\n"
+        "    try:\n"
+        "        if call(): done.append(name)\n"
+        "    except OSError: pass\n"
+        "os.remove('x')\n"
+        "raise RuntimeError(', '.join(done))"
+    )
+    _, result = points(boxed, notebook(IMPORTS, cells), seed=SEED)  # once
+    message = result.scores["decode"].message
+    (ROOT / "lib" / "written").unlink(missing_ok=True)
+    Path(f"/dev/shm/{ROOT.name}-x").unlink(missing_ok=True)
+    if is_boxed(boxed):
+        assert "raised RuntimeError: , in" in message, message
+        assert target.read_text() == "safe"
+    else:  # so each of these would be seen
+        assert "reads submissions, changes grades, removes grades" in message
+    assert points(boxed, notebook(IMPORTS, DECODE, APPEND))[0] == BOTH
+
+
+# What harmed the students graded next, or left something: it earns nothing, and they get
+# their points in each mode. Of what is promised without any layer.
+HARMS = {
+    "limits its worker": body(
+        """
+        import os, resource
+        resource.prlimit(os.getppid(), resource.RLIMIT_FSIZE, (0, 0))
+        """
+        + GIVE_UP
+    ),
+    "makes its worker nice": body(
+        """
+        import os
+        os.setpriority(os.PRIO_PROCESS, os.getppid(), 19)
+        os.sched_setaffinity(os.getppid(), [0])
+        """
+        + GIVE_UP
+    ),
+    "makes folders 3,000 deep": body(
+        """
+        import os
+        for _ in range(3000):
+            os.mkdir("x")
+            os.chdir("x")
+        """
+        + GIVE_UP
+    ),
+    "makes a folder that nobody may enter": body(
+        "import os\nos.makedirs('x/y')\nos.chmod('x', 0)\n" + GIVE_UP
+    ),
+    "starts shells that fork": body(
+        """
+        import subprocess, time
+        for _ in range(3):
+            subprocess.Popen(["sh", "-c", "f() { f | f & }; f"], start_new_session=True)
+        time.sleep(1000)
+        """
+    ),
+    "forks in a thread": body(
+        """
+        import os, threading, time
+        thread = threading.Thread(target=lambda: os.fork() or time.sleep(1000))
+        thread.start()
+        """
+        + GIVE_UP
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HARMS)
+def test_who_is_graded_next_is_not_harmed(boxed, no_hurry, monkeypatch, name):
+    monkeypatch.setitem(no_hurry, "decode", 1)
+    got, _ = points(boxed, notebook(IMPORTS, HARMS[name]), seed=SEED)
+    assert got == NONE
+    monkeypatch.delitem(no_hurry, "decode")
+    assert points(boxed, notebook(IMPORTS, DECODE, APPEND), seed=SEED)[0] == BOTH
+    if boxed.sandbox != "full":  # there a job's folder is gone with it
+        assert os.listdir(boxed.folder) == []
+
+
+def test_what_a_job_leaves_behind_is_gone_when_the_next_begins(boxed):
     mark = f"left-behind-{os.getpid()}"
     cells = [
         body(
             f"""
             import subprocess, sys
             code = "import time; time.sleep(1000)  # {mark}"
-            subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+            subprocess.Popen([sys.executable, "-c", code])
             open("left", "w").write("behind")
             return right(token_ids)
             """
         ),
         APPEND,
     ]
-    assert points(worker, notebook(IMPORTS, *cells))[0] == BOTH
-    processes = Path("/proc").glob("[0-9]*/cmdline")
-    for path in processes:
+    assert points(boxed, notebook(IMPORTS, *cells))[0] == BOTH
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             assert mark not in path.read_bytes().decode(errors="replace")
-    assert os.listdir(worker.folder.name) == []
 
 
-def test_a_job_writes_nowhere_and_reaches_nobody(worker, tmp_path):
-    if worker.sandbox != sandbox.NAMESPACES:
-        pytest.skip("this machine lets no user make namespaces")
-    target = tmp_path / "grades.csv"
-    target.write_text("safe")
-    out = ROOT / "written_by_a_student"
-    cells = body(
-        f"""
-        import os, socket
-        done = []
-        for path in ({str(target)!r}, {str(out)!r}, "/dev/shm/x", "/proc/1/mem"):
-            try:
-                open(path, "r+" if os.path.exists(path) else "w").write("x")
-                done.append(path)
-            except OSError: pass
-        try:
-            os.remove({str(target)!r})
-            done.append("removed")
-        except OSError: pass
-        try:
-            socket.create_connection(("127.0.0.1", 22), timeout=1)
-            done.append("connected")
-        except ConnectionRefusedError: done.append("refused: there is a network")
-        except OSError: pass
-        try:
-            open("/proc/1/environ", "rb").read()
-            done.append("looked into the worker")
-        except OSError: pass
-        assert not done, done
-        return right(token_ids)
-        """
-    )
-    got, result = points(worker, notebook(IMPORTS, cells, APPEND))
+def test_a_job_sees_no_environment_no_later_input_and_no_other_student(
+    boxed, monkeypatch
+):
+    monkeypatch.setenv("API_KEY", "sesame")
+    boxed.close()
+    boxed.is_closed = False
+    points(boxed, notebook(IMPORTS, "# MARK" + "OFADA\n" + DECODE))
+    cells = [
+        "import sys, gc, os",
+        "def found():\n"
+        "    frame, texts = sys._getframe(), []\n"
+        "    while frame:\n"
+        "        texts.append(repr(list(frame.f_locals.values())))\n"
+        "        frame = frame.f_back\n"
+        "    texts += [repr(x) for x in gc.get_objects() if type(x) in (dict, list)\n"
+        "              and ('token_ids' in x or 'notebooks' in x)]\n"
+        "    return ' '.join(texts)",
+        "SEEN = found()\nENVIRONMENT = str(os.environ)",
+        body(
+            """
+            if "sesame" in ENVIRONMENT or "sesame" in open("/proc/self/environ").read():
+                raise RuntimeError("saw the environment")
+            if str(token_ids.tolist())[1:-1] in SEEN and len(token_ids) > 3:
+                raise RuntimeError("saw an input")
+            if "MARK" + "OFADA" in SEEN: raise RuntimeError("saw another")
+            return right(token_ids)
+            """
+        ),
+        APPEND,
+    ]
+    got, result = points(boxed, notebook(IMPORTS, *cells))
     assert got == BOTH, result.scores["decode"].message
-    assert target.read_text() == "safe" and not out.exists()
 
 
-def test_the_same_holds_without_namespaces(monkeypatch, no_hurry):
-    monkeypatch.setattr(sandbox, "prefix", lambda: ())
-    worker = Worker()
-    try:
-        assert points(worker, notebook(IMPORTS, DECODE, APPEND))[0] == BOTH
-        monkeypatch.setitem(no_hurry, "decode", 1)
-        for name in ("os._exit", "a loop in C", "one terabyte"):
-            cells, expected = ACCIDENTS[name]
-            assert points(worker, notebook(IMPORTS, *cells))[0] == expected, name
-        for name in ("kills its parent", "leaves a process that holds the pipe"):
-            cells = [ATTACKS[name], APPEND]
-            # With the seed of the notebook it is not asked again for words: each time
-            # the worker dies, and starts in seconds.
-            got, _ = points(worker, notebook(IMPORTS, *cells), seed=SEED)
-            assert got == ONLY_APPEND, name
-        assert worker.sandbox == sandbox.LIMITS
-    finally:
-        worker.close()
+def test_the_worker_has_ended_with_what_its_job_had_started(boxed):
+    assert points(boxed, notebook(IMPORTS, DECODE, APPEND))[0] == BOTH
+    cells = [ATTACKS["kills its parent"], APPEND]
+    # With the seed of the notebook it is not asked again for words: each time the worker
+    # dies, and starts in seconds.
+    assert points(boxed, notebook(IMPORTS, *cells), seed=SEED)[0] == ONLY_APPEND
 
 
 def test_a_note_says_which_exercise_it_was(worker, no_hurry, monkeypatch):

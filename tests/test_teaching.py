@@ -199,10 +199,10 @@ def test_the_limits_of_the_grader_are_those_that_the_page_states():
     for words in (
         f"A call may take {grader.LEAST_SECONDS} seconds",
         f"by the clock {worker.CALL_BY_CLOCK} times that, and an exercise "
-        f"{worker.ALL_BY_CLOCK} times",
+        f"{grader.ALL_BY_CLOCK} times",
         f"or {grader.MOST_TIMES_SLOWER} times as long as the library's",
         f"may ask for {worker.MEMORY_BYTES // gib} GiB beyond",
-        f"together may hold {worker.RESIDENT_BYTES // gib} GiB",
+        f"together may hold {sandbox.RESIDENT_BYTES // gib} GiB",
         f"nothing but {sandbox.FOLDER_BYTES // 2**20} MiB in memory",
     ):
         assert words in text, words
