@@ -823,7 +823,8 @@ def test_a_job_sees_no_environment_no_later_input_and_no_other_student(
             """
             if "sesame" in ENVIRONMENT or "sesame" in open("/proc/self/environ").read():
                 raise RuntimeError("saw the environment")
-            if str(token_ids.tolist())[1:-1] in SEEN and len(token_ids) > 3:
+            is_shown = bytes(token_ids.tolist()) == b"whale"  # in every seed
+            if str(token_ids.tolist())[1:-1] in SEEN and not is_shown:
                 raise RuntimeError("saw an input")
             if "MARK" + "OFADA" in SEEN: raise RuntimeError("saw another")
             return right(token_ids)

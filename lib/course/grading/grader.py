@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from lib.course import ROOT
@@ -28,6 +28,7 @@ from lib.course.grading.submissions import Submission
 from lib.course.grading.worker import (
     COMPILING,
     CRASHED,
+    DONE,
     MESSAGE_BYTES,
     NOT_THERE,
     READY,
@@ -101,21 +102,22 @@ class Worker:
         self.is_closed = False
         self.sandbox = ""
 
-    def ask(self, job: dict) -> dict:
+    def ask(self, job: dict, is_enough: Callable[[int, dict], bool]) -> dict:
         """What became of a job; that it crashed where the worker died twice over it.
 
         job: {"name": of the exercise, "notebooks": code cells of each, "calls": inputs of
-        each case, "seconds": of processor time that a call may take}. Reply: {"status":
-        how it ended, "words": what there is to say of that, or None, "attempts": one a
-        case, as far as it got}. Raises OSError where the worker does not start, which is
-        no student's fault.
+        each case, "seconds": of processor time that a call may take}. is_enough: of the
+        number of a call and what came of it, whether no other has to be made. Reply:
+        {"status": how it ended, "words": what there is to say of that, or None, "called":
+        whether it has got the inputs of a call, "attempts": one a call, as far as it
+        got}. Raises OSError where the worker does not start, which is no student's fault.
         """
         header = {key: value for key, value in job.items() if key != "calls"}
         header["num_calls"] = len(job["calls"])
         try:
             messages = [wire.framed(wire.encode(m)) for m in (header, *job["calls"])]
         except wire.WireError as error:
-            return {"status": UNREADY, "words": f"its cells: {error}", "attempts": []}
+            return _reply(UNREADY, f"its cells: {error}")
         for _ in range(2):
             if self.is_closed:
                 break
@@ -124,10 +126,10 @@ class Worker:
             if not self.sandbox:
                 self._greet()
             try:
-                return self._run(job["name"], messages, job["seconds"])
+                return self._run(job["name"], messages, job["seconds"], is_enough)
             except (EOFError, OSError, ValueError, KeyError, TypeError):
                 self._end()
-        return {"status": CRASHED, "words": CRASHED, "attempts": []}
+        return _reply(CRASHED, CRASHED)
 
     def start(self):
         """Do not wait for it: that is a few seconds of imports."""
@@ -166,7 +168,9 @@ class Worker:
             raise EOFError("the worker has gone")
         return json.loads(line)
 
-    def _run(self, name: str, messages: list[bytes], seconds: float) -> dict:
+    def _run(
+        self, name: str, messages: list[bytes], seconds: float, is_enough: Callable
+    ) -> dict:
         """The worker copies itself; we talk to the copy, until it or we have enough."""
         (inbox, to_job), (from_job, outbox) = os.pipe(), os.pipe()
         try:
@@ -176,7 +180,7 @@ class Worker:
                 os.close(inbox)
                 os.close(outbox)
             self.group = self._hear(SECONDS_TO_START)["group"]
-            reply = self._talk(to_job, from_job, messages, seconds, name)
+            reply = self._talk(to_job, from_job, messages, seconds, name, is_enough)
         finally:
             os.close(to_job)
             os.close(from_job)
@@ -190,14 +194,20 @@ class Worker:
         return reply
 
     def _talk(
-        self, to_job: int, from_job: int, messages: list[bytes], seconds: float, name: str
+        self,
+        to_job: int,
+        from_job: int,
+        messages: list[bytes],
+        seconds: float,
+        name: str,
+        is_enough: Callable[[int, dict], bool],
     ) -> dict:
         """Send each message when the copy has done what the one before asks for, and
-        collect what comes, until the copy ends or its time is used up."""
+        collect what comes, until it is enough, the copy ends or its time is used up."""
         attempts: list[dict] = []
 
         def ended(status: str, words: str | None) -> dict:
-            return {"status": status, "words": words, "attempts": attempts}
+            return _reply(status, words, attempts, num_sent > 1)
 
         to_send, num_sent = bytearray(messages[0]), 1
         os.set_blocking(to_job, False)
@@ -236,6 +246,8 @@ class Worker:
                         continue
                     if "status" not in message:
                         attempts.append(message)
+                        if is_enough(len(attempts) - 1, message):
+                            return ended(DONE, None)
                     elif message["status"] != READY:  # the end
                         words = message["words"]
                         return ended(str(message["status"]), words and str(words)[:500])
@@ -259,6 +271,17 @@ class Worker:
             sandbox.end_group(self.group)
             sandbox.empty(self.folder)
             os.rmdir(self.folder)
+
+
+def _reply(
+    status: str, words: str | None, attempts: Iterable[dict] = (), called: bool = False
+) -> dict:
+    return {
+        "status": status,
+        "words": words,
+        "called": called,
+        "attempts": list(attempts),
+    }
 
 
 @functools.cache
@@ -313,15 +336,17 @@ def score(notebooks: list[list[str]], name: str, seed: int, worker: Worker) -> S
     notebooks: code cells of each. Where the answer fails, the words are about the cases
     that the notebook shows, which have another seed: those of `seed` are hidden.
     """
-    result = _try(notebooks, name, seed, worker)
-    if not result.case or seed == SEED or result.status == TIMEOUT:
+    result, called = _try(notebooks, name, seed, worker)
+    if result.points or not called or seed == SEED or result.status == TIMEOUT:
         return result
-    for last in (result.case, None):  # most answers fail the same case here: try no more
-        shown = _try(notebooks, name, SEED, worker, last)
+    # From here on what it says may hold a hidden input. Most answers fail the same case
+    # here: try no more.
+    for last in (result.case, None):
+        shown, _ = _try(notebooks, name, SEED, worker, last)
         if not shown.points:
             return replace(shown, case=result.case)
     words = "right for all cases that the notebook shows, wrong for a hidden one: "
-    return replace(result, message=words + result.case)
+    return replace(result, message=words + (result.case or "it did not come to its end"))
 
 
 def _try(
@@ -330,43 +355,60 @@ def _try(
     seed: int,
     worker: Worker,
     last: str | None = None,
-) -> Score:
-    """Points for the cases of `seed`, as far as the one called `last`."""
+) -> tuple[Score, bool]:
+    """Points for the cases of `seed`, as far as the one called `last`, or the first that
+    fails; and whether the answer was called at all."""
     exercise, (cases, seconds) = exercises()[name], tried_on(name, seed)
     called = [case.name for case, _ in cases]
     if last in called:
         cases = cases[: called.index(last) + 1]
+    wrong: dict[int, str | None] = {}
+
+    def is_enough(number: int, attempted: dict) -> bool:
+        if number == len(cases):  # somebody has forged a message
+            return True
+        case, expected = cases[number]
+        try:
+            wrong[number] = verdict(exercise, case, expected, attempted)
+        except Exception:  # no answer gives such data: forged too
+            wrong[number] = f"wrong for {case.name}: gave what cannot be compared"
+        return bool(wrong[number])
+
     reply = worker.ask(
         {
             "name": name,
             "notebooks": notebooks,
             "calls": [case.inputs for case, _ in cases],
             "seconds": seconds,
-        }
+        },
+        is_enough,
     )
-    none = Score(0, exercise.points, reply["words"] or "")
-    for (case, expected), attempted in zip(cases, reply["attempts"]):
-        try:
-            wrong = verdict(exercise, case, expected, attempted)
-        except Exception:  # no answer gives such data: somebody has forged a message
-            wrong = f"wrong for {case.name}: gave what cannot be compared"
-        if wrong:
-            return replace(none, message=wrong, case=case.name)
-    waiting = [
-        name for name in (waits_for(exercise, a) for a in reply["attempts"]) if name
-    ]
+    attempts, words = reply["attempts"], reply["words"]
+    none = Score(0, exercise.points, words or "")
+
+    def scored(score: Score) -> tuple[Score, bool]:
+        return score, reply["called"]
+
+    if attempts and wrong.get(len(attempts) - 1):
+        case, _ = cases[len(attempts) - 1]
+        return scored(replace(none, message=wrong[len(attempts) - 1], case=case.name))
+    waiting = [name for name in (waits_for(exercise, a) for a in attempts) if name]
     if waiting and len(waiting) == len(cases):  # in a release
-        return replace(none, message=f"needs {waiting[0]}, which is yours to write")
-    is_all_tried = len(reply["attempts"]) == len(cases)
+        return scored(
+            replace(none, message=f"needs {waiting[0]}, which is yours to write")
+        )
     if reply["status"] in (TIMEOUT, CRASHED):
-        case, _ = cases[min(len(reply["attempts"]), len(cases) - 1)]
-        words = crash(exercise, case, str(reply["words"]))
-        return replace(none, message=words, case=case.name, status=reply["status"])
-    if reply["words"]:  # unready, or not compiled
-        return none
-    if not is_all_tried:  # forged too
-        return replace(none, message="sent another number of outputs than cases")
-    return replace(none, points=exercise.points, message="passed")
+        case, _ = cases[min(len(attempts), len(cases) - 1)]
+        if reply["status"] == TIMEOUT:  # whatever it says itself
+            words = f"took longer than {seconds:.0f} seconds"
+        message = crash(exercise, case, str(words))
+        about = {"message": message, "case": case.name, "status": reply["status"]}
+        return scored(replace(none, **about))
+    if words:  # unready, or not compiled
+        return scored(none)
+    if len(attempts) != len(cases):  # forged
+        return scored(replace(none, message="sent another number of outputs than cases"))
+    return scored(replace(none, points=exercise.points, message="passed"))
 
 
 def failed(student: str, names: list[str], error: Exception) -> Grade:
