@@ -270,6 +270,11 @@ RIGHT = {
         CHECK,
         "decode = decode(torch.tensor([65]))",
     ],
+    "its name for the variable of a loop": [
+        DECODE,
+        "for decode in (decode, decode):\n    pass",
+        CHECK,
+    ],
     "a broken lambda below": [DECODE, CHECK, "twice = lambda x, x: decode(x)"],
     "a broken lambda above": ["twice = lambda x, x: decode(x)", DECODE, CHECK],
     "a cell that does not parse": [DECODE, CHECK, "decode(decode("],
