@@ -668,7 +668,7 @@ def is_boxed(worker) -> bool:
 REACHES = {
     "reads submissions": "open(target).read()",
     "changes grades": "open(target, 'r+')",
-    "removes grades": "os.remove(target)",
+    "removes grades": "os.remove(target) is None",
     "changes rights of grades": "os.chmod(target, 0o644) is None",
     "lists submissions": "os.listdir(os.path.dirname(target))",
     "lists the course": "os.listdir(root)",
