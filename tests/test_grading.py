@@ -454,10 +454,10 @@ ATTACKS = {
     ),
     "a fork bomb": body(
         """
-        import os
-        while True:
-            try: os.fork()
-            except OSError: pass
+        import os, time
+        for _ in range(8):  # bounded, lest a fault here take the machine
+            os.fork()
+        time.sleep(1000)
         """
     ),
     "leaves a process that holds the pipe": body(
@@ -754,8 +754,11 @@ HARMS = {
     "starts shells that fork": body(
         """
         import subprocess, time
+        # Bounded, lest a fault here take the machine.
+        fork = "if [ $1 -gt 0 ]; then f $(($1-1)) | f $(($1-1)) & else sleep 9; fi"
+        bomb = "f() { " + fork + "; }; f 7"
         for _ in range(3):
-            subprocess.Popen(["sh", "-c", "f() { f | f & }; f"], start_new_session=True)
+            subprocess.Popen(["sh", "-c", bomb], start_new_session=True)
         time.sleep(1000)
         """
     ),

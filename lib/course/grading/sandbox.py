@@ -267,6 +267,14 @@ def end(child: int) -> bool:
 
 
 def end_all(pids: list[int]):
+    """By groups first: no process of a group can fork while all of it is killed."""
+    groups = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            groups.add(os.getpgid(pid))
+    for group in groups - {os.getpgid(0)}:
+        with contextlib.suppress(OSError):
+            os.killpg(group, signal.SIGKILL)
     for number in (signal.SIGSTOP, signal.SIGKILL):
         for pid in pids:
             with contextlib.suppress(OSError):

@@ -47,6 +47,7 @@ from lib.course.shipped import withheld_names
 
 MEMORY_BYTES = 2 * 2**30  # of data that a job may ask for, beyond what the worker has
 FILE_BYTES = 16 * 2**20
+MOST_PROCESSES = 4096  # of a user: of root's none are counted
 MESSAGE_BYTES = 1000  # between grader and worker; longer than any exercise's name
 # Seconds by the clock for each of processor time that a call may take.
 CALL_BY_CLOCK = 2
@@ -157,7 +158,11 @@ def _prepare(inbox: int, outbox: int, folder: str, held: tuple[str, ...]):
         (resource.RLIMIT_DATA, _data_bytes() + MEMORY_BYTES),
         (resource.RLIMIT_FSIZE, FILE_BYTES),
         (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_NPROC, MOST_PROCESSES),
     ):
+        hard = resource.getrlimit(kind)[1]
+        if hard != resource.RLIM_INFINITY:  # it may be lowered, and not raised
+            limit = min(limit, hard)
         resource.setrlimit(kind, (limit, limit))
     signal.signal(signal.SIGPROF, _too_late)
     signal.signal(signal.SIGALRM, _too_late)
