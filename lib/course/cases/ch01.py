@@ -587,20 +587,30 @@ def attention_flops_cases(seed: int) -> list[Case]:
     return cases
 
 
+@reference
+def _other_flops(inputs: dict) -> tuple[int, int, int, list[int]]:
+    """Of the halves that are seen, of the last step, of the one after it, and of steps
+    from other beginnings."""
+    config, first, N = inputs["config"], inputs["prompt_len"], inputs["num_new_tokens"]
+    each = 4 * config["d_model"] * config["num_layers"]
+
+    def squares(first: int) -> int:
+        return each * sum(T * T for T in range(first, first + N))
+
+    half = each * sum(T * (T + 1) for T in range(first, first + N)) // 2
+    others = [squares(first - 1), squares(first + 1), squares(1)]
+    return half, each * (first + N - 1) ** 2, each * (first + N) ** 2, others
+
+
 def attention_flops_explain(inputs: dict, expected: dict, got: dict) -> str | None:
     ours, theirs = expected["flops"], got["flops"]
     if isinstance(theirs, float):
         return "FLOPs are whole numbers: give an int"
     if isinstance(theirs, str) or not ours:
         return None
-    config, first, N = inputs["config"], inputs["prompt_len"], inputs["num_new_tokens"]
-    L, H, width = config["num_layers"], config["num_heads"], config["d_model"]
-
-    def squares(first: int) -> int:
-        return 4 * width * L * sum(T * T for T in range(first, first + N))
-
-    half = 2 * width * L * sum(T * (T + 1) for T in range(first, first + N))
-    last = 4 * width * L * (first + N - 1) ** 2
+    config, N = inputs["config"], inputs["num_new_tokens"]
+    L, H = config["num_layers"], config["num_heads"]
+    half, last, one_late, others = _other_flops(inputs)
     wrong = {
         "Two products (q @ k.T and weights @ v), and two FLOPs per multiply-add": [
             ours // 2
@@ -611,10 +621,8 @@ def attention_flops_explain(inputs: dict, expected: dict, got: dict) -> str | No
         "That is the last step alone: sum over all of them": [last],
         "Earlier steps have fewer tokens: T differs from step to step": [last * N],
         "T goes from prompt_len to prompt_len + num_new_tokens - 1": [
-            squares(first - 1),
-            squares(first + 1),
-            squares(1),
-            ours + 4 * width * L * (first + N) ** 2,
+            *others,
+            ours + one_late,
         ],
     }
     return _reproduced(

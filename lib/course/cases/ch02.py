@@ -6,6 +6,7 @@ import numpy as np
 
 from lib.course.cases.ch01 import _reproduced
 from lib.course.exercises import Case, Exercise
+from lib.course.shipped import reference
 
 RANDOM = 6000  # bytes of a random state of torch, and some more
 # Of the drivers' blocks: an edge x, (2, 8, 32) in float64, and what autograd keeps in a
@@ -37,28 +38,19 @@ def next_token_loss_cases(seed: int) -> list[Case]:
     return [*cases, Case("huge logits", huge), Case(name, alone)]
 
 
-def next_token_loss_explain(inputs: dict, expected: dict, got: dict) -> str | None:
-    if isinstance(expected["loss"], str):
-        return "Keep the given lines: they refuse this"
-    if not isinstance(got["loss"], np.ndarray):
-        return None
-    logits, token_ids = inputs["logits"], inputs["token_ids"]
+@reference
+def _other_losses(logits: np.ndarray, token_ids: np.ndarray) -> tuple[float, dict]:
+    """What comes of exp without care, and of each slip."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     log_probs = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
     def mean_loss(rows: np.ndarray, targets: np.ndarray) -> float:
         return -np.take_along_axis(rows, targets[..., None], axis=-1).mean()
 
-    if got["loss"].shape:
-        return "Return one number, the mean over all predictions"
-    if isinstance(got["gradient"], str):
-        return "The loss has to be part of the graph, or nothing can be learned from it"
     targets = token_ids[:, 1:]
     with np.errstate(all="ignore"):
         rows = np.log(np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True))
         overflown = mean_loss(rows[:, :-1], targets)
-    if not np.isfinite(overflown) and not np.isfinite(got["loss"]):
-        return "exp overflows: use a function made for logits"
     probs = np.exp(log_probs)
     flat = logits.reshape(-1, logits.shape[-1])[:-1]
     flat = flat - np.log(np.exp(flat - flat.max()).sum(-1, keepdims=True)) - flat.max()
@@ -92,6 +84,21 @@ def next_token_loss_explain(inputs: dict, expected: dict, got: dict) -> str | No
         )
         / np.log(2),
     }
+    return overflown, words
+
+
+def next_token_loss_explain(inputs: dict, expected: dict, got: dict) -> str | None:
+    if isinstance(expected["loss"], str):
+        return "Keep the given lines: they refuse this"
+    if not isinstance(got["loss"], np.ndarray):
+        return None
+    if got["loss"].shape:
+        return "Return one number, the mean over all predictions"
+    if isinstance(got["gradient"], str):
+        return "The loss has to be part of the graph, or nothing can be learned from it"
+    overflown, words = _other_losses(inputs["logits"], inputs["token_ids"])
+    if not np.isfinite(overflown) and not np.isfinite(got["loss"]):
+        return "exp overflows: use a function made for logits"
     right = expected["loss"]
     return _reproduced(
         {

@@ -609,17 +609,14 @@ def paged_utilization_cases(seed: int) -> list[Case]:
     return cases
 
 
-def paged_utilization_explain(inputs: dict, expected: dict, got: dict) -> str | None:
-    seq_lens, size = np.array(inputs["seq_lens"]), inputs["block_size"]
-    ours, theirs, used = expected["utilization"], got["utilization"], seq_lens.sum()
-    if isinstance(theirs, str):
-        return None
-    if isinstance(theirs, int) and theirs == int(ours):
-        return "A share is a fraction: // and int() cut it off"
+@reference
+def _other_shares(seq_lens: np.ndarray, size: int, ours: float) -> dict[str, list[float]]:
+    """What comes of each slip."""
+    used = seq_lens.sum()
     num_blocks = -(-seq_lens // size)
     begun, once = num_blocks > 0, np.unique(seq_lens)
     shares = seq_lens[begun] / (num_blocks[begun] * size)
-    wrong = {
+    return {
         "A request that fills its blocks needs no other": [
             used / ((seq_lens // size + 1).sum() * size)
         ]
@@ -648,6 +645,16 @@ def paged_utilization_explain(inputs: dict, expected: dict, got: dict) -> str | 
             used / (num_blocks.max() * len(seq_lens) * size)
         ],
     }
+
+
+def paged_utilization_explain(inputs: dict, expected: dict, got: dict) -> str | None:
+    seq_lens, size = np.array(inputs["seq_lens"]), inputs["block_size"]
+    ours, theirs = expected["utilization"], got["utilization"]
+    if isinstance(theirs, str):
+        return None
+    if isinstance(theirs, int) and theirs == int(ours):
+        return "A share is a fraction: // and int() cut it off"
+    wrong = _other_shares(seq_lens, size, ours)
     return _reproduced(
         {
             words: any(math.isclose(theirs, other, rel_tol=1e-6) for other in others)

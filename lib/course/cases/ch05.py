@@ -386,19 +386,15 @@ def _bytes_case(name, L, H, G, D, seq_lens, bytes_per_number, is_gathered) -> Ca
     return Case(name, inputs)
 
 
-def bytes_moved_explain(inputs: dict, expected: dict, got: dict) -> str | None:
-    config, theirs = inputs["config"], got["bytes"]
-    if isinstance(theirs, float):
-        return "Bytes are counted: give an int"
-    if "Tensor" in str(theirs):
-        return "One number is asked for, of all requests together"
-    if not isinstance(theirs, int):
-        return None
+@reference
+def _other_bytes(inputs: dict, ours: int) -> dict[str, int]:
+    """What comes of each slip."""
+    config = inputs["config"]
     B, S, L = len(inputs["seq_lens"]), int(inputs["seq_lens"].sum()), config["num_layers"]
     H, G = config["num_heads"], config["num_kv_heads"]
     D, number = config["d_model"] // H, inputs["bytes_per_number"]
     times = 3 if inputs["is_gathered"] else 1
-    ours, keys = expected["bytes"], 2 * S * G * D * number
+    keys = 2 * S * G * D * number
     around = 2 * B * H * D * number
     longest = 2 * int(inputs["seq_lens"].max()) * G * D * number
     variants = (
@@ -436,7 +432,20 @@ def bytes_moved_explain(inputs: dict, expected: dict, got: dict) -> str | None:
             ours - around // B * int((inputs["seq_lens"] == 0).sum()),
         ),
     )
-    return _reproduced({words: theirs == wrong != ours for words, wrong in variants})
+    return dict(variants)
+
+
+def bytes_moved_explain(inputs: dict, expected: dict, got: dict) -> str | None:
+    theirs = got["bytes"]
+    if isinstance(theirs, float):
+        return "Bytes are counted: give an int"
+    if "Tensor" in str(theirs):
+        return "One number is asked for, of all requests together"
+    if not isinstance(theirs, int):
+        return None
+    ours = expected["bytes"]
+    wrong = _other_bytes(inputs, ours)
+    return _reproduced({words: theirs == other != ours for words, other in wrong.items()})
 
 
 # What overflows where memory is far away, the last case but one or two.
