@@ -23,7 +23,9 @@
 # stands `check(...)`, which tells you in one line what is wrong. Once it says
 # *passed*, your function takes the library's place, and the rest of the page
 # runs on your code. If you skip one, the page runs on the library's, which it
-# always calls through its module, as in `text.decode(...)`.
+# always calls through its module, as in `text.decode(...)`. (If somebody grades
+# your notebook: an answer takes along the imports, helpers and tables of this
+# notebook that it needs. It cannot take a file beside it, or other processes.)
 
 # %%
 import math

@@ -20,7 +20,7 @@ from lib.course import WITHOUT_GPU
 from lib.course.attempt import NOT_WRITTEN, ForbiddenCallError, forbid
 from lib.course.build import ROOT, chapter_texts, student_notebook
 from lib.course.check import Check, judge
-from lib.course.collect import define, register
+from lib.course.collect import Notebook, register
 from lib.course.compare import difference
 from lib.course.exercises import exercises, library_answer
 from lib.course.fork import ForkDiedError, in_fork
@@ -190,7 +190,7 @@ def test_what_has_another_name_is_found_by_the_name_that_a_cell_gives_it(check):
     cell = {"check": check}
     exec(f"decode = {text}\nresult = check(decode)", cell)
     assert cell["result"].passed
-    assert define([f"decode = {text}"], "a notebook", ["decode"])
+    assert next(Notebook([f"decode = {text}"], "a notebook").define("decode"))
 
 
 def test_only_nbgrader_sees_an_exception(check, monkeypatch):

@@ -613,10 +613,16 @@ class Forger:
     sandbox = "none"
 
     def __init__(self, status, words, attempts):
-        self.reply = {"status": status, "words": words, "attempts": attempts}
+        self.reply = {"status": status, "words": words, "called": True}
+        self.attempts = attempts
 
-    def ask(self, job):
-        return self.reply
+    def ask(self, job, is_enough):
+        made = []
+        for attempted in self.attempts:
+            made.append(attempted)
+            if is_enough(len(made) - 1, attempted):
+                break
+        return {**self.reply, "attempts": made}
 
 
 def test_no_reply_makes_the_grader_fail_or_give_points_for_wrong_outputs():
@@ -827,7 +833,8 @@ def test_a_job_sees_no_environment_no_later_input_and_no_other_student(
             if "sesame" in ENVIRONMENT or "sesame" in open("/proc/self/environ").read():
                 raise RuntimeError("saw the environment")
             is_shown = bytes(token_ids.tolist()) == b"whale"  # in every seed
-            if str(token_ids.tolist())[1:-1] in SEEN and not is_shown:
+            text = str(token_ids.tolist())[1:-1]
+            if text in SEEN and len(token_ids) > 3 and not is_shown:
                 raise RuntimeError("saw an input")
             if "MARK" + "OFADA" in SEEN: raise RuntimeError("saw another")
             return right(token_ids)
@@ -859,8 +866,9 @@ def test_all_shown_cases_are_tried_where_those_up_to_the_hidden_one_are_right(
 ):
     def tried(notebooks, name, seed, worker, last=None):
         if seed == SECRET:
-            return grader.Score(0, 1, "hidden", case="second")
-        return grader.Score(bool(last), 1, "passed" if last else "wrong for the fourth")
+            return grader.Score(0, 1, "hidden", case="second"), True
+        words = "passed" if last else "wrong for the fourth"
+        return grader.Score(bool(last), 1, words), True
 
     monkeypatch.setattr(grader, "_try", tried)
     result = grader.score([], "decode", SECRET, None)
@@ -872,9 +880,9 @@ def test_a_wrong_answer_meets_the_shown_cases_as_far_as_the_one_it_failed(worker
     asked = []
 
     class Spy:
-        def ask(self, job):
+        def ask(self, job, is_enough):
             asked.append(len(job["calls"]))
-            return worker.ask(job)
+            return worker.ask(job, is_enough)
 
     result = grader.score([[IMPORTS, WRONG]], "decode", SECRET, Spy())
     names = [case.name for case, _ in grader.tried_on("decode", SECRET)[0]]

@@ -47,6 +47,10 @@ def hand_in(folder, num_students: int):
             else:
                 of_a_kind = right(name) if drawn < 0.7 else wrong(name)
                 sources = cells(name, rng.choice(of_a_kind)[1])
+            sources = [
+                *sources,
+                f"check({name})",
+            ]  # the last: what stands above it counts
             notebook.cells += [nbformat.v4.new_code_cell(source) for source in sources]
         nbformat.write(notebook, path)
 

@@ -56,7 +56,7 @@ def folder(tmp_path_factory):
     nbformat.write(solved(), folder / "李 雷" / "04.ipynb")
     (folder / "=cmd.ipynb").write_text("{")
     endless = solved()
-    loop = "def allocate(*args):\n    while True: pass"
+    loop = "def allocate(*args):\n    while True: pass\n\n\ncheck(allocate)"
     endless.cells.append(nbformat.v4.new_code_cell(loop))
     nbformat.write(endless, folder / "zoe.ipynb")
     return folder
@@ -275,6 +275,9 @@ def allocate(*args):
         except OSError:
             pass
     raise RuntimeError(f"read {found}")
+
+
+check(allocate)
 """
 
 

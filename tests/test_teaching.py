@@ -14,7 +14,7 @@ from lib.course.attempt import function_of
 from lib.course.build import chapter_texts
 from lib.course.check import judge
 from lib.course.exercises import exercises
-from lib.course.grading import grader, sandbox, worker
+from lib.course.grading import grader, sandbox, submissions, worker
 
 for module in pkgutil.iter_modules(answers.__path__):
     importlib.import_module(f"answers.{module.name}")
@@ -203,7 +203,9 @@ def test_the_limits_of_the_grader_are_those_that_the_page_states():
         f"or {grader.MOST_TIMES_SLOWER} times as long as the library's",
         f"may ask for {worker.MEMORY_BYTES // gib} GiB beyond",
         f"together may hold {sandbox.RESIDENT_BYTES // gib} GiB",
-        f"nothing but {sandbox.FOLDER_BYTES // 2**20} MiB in memory",
+        f"{sandbox.FOLDER_BYTES // 2**20} MiB in memory",
+        f"{submissions.MAX_NOTEBOOKS} notebooks, {submissions.MAX_CELLS:,} code cells",
+        f"and {submissions.MAX_CODE:,} characters of code",
     ):
         assert words in text, words
 
