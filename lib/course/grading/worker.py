@@ -207,7 +207,7 @@ def _answer(messages: BinaryIO, replies: BinaryIO):
         unready = not_ready(exercise, answer)
     if unready:
         return _send(replies, {"status": UNREADY, "words": unready})
-    gc.freeze()  # what is there stays: the meter collects what calls leave, again and again
+    gc.freeze()  # what is there stays: the meter collects again and again
     _send(replies, {"status": READY})
     for _ in range(job["num_calls"]):
         inputs = wire.decode(wire.read(messages))
