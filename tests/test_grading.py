@@ -21,6 +21,7 @@ import pytest
 
 from lib.course import ROOT, collect
 from lib.course.check import SEED
+from lib.course.compare import difference
 from lib.course.exercises import exercises
 from lib.course.grading import files as handed_in
 from lib.course.grading import grader, sandbox, submissions, wire
@@ -641,6 +642,24 @@ def test_no_reply_makes_the_grader_fail_or_give_points_for_wrong_outputs():
                 assert result.points == 0, (status, words, attempts)
     assert grader.score([["x"]], "decode", SECRET, Forger("done", None, right)).points
     assert len(cases) == len(right)
+
+
+@pytest.mark.parametrize("status", ["done", "unready", "timeout", "crashed"])
+def test_no_words_come_from_a_run_that_has_seen_a_hidden_input(status):
+    shown = grader.tried_on("decode", SEED)[0]
+
+    class Teller(Forger):
+        """Tells what it has seen in the hidden run, and is right in the other."""
+
+        def ask(self, job, is_enough):
+            calls = [case.inputs for case, _ in shown][: len(job["calls"])]
+            if not difference(calls, job["calls"]):
+                right = [{"outputs": e, "inputs": c.inputs} for c, e in shown]
+                return Forger("done", None, right[: len(calls)]).ask(job, is_enough)
+            return super().ask(job, is_enough)
+
+    result = grader.score([["x"]], "decode", SECRET, Teller(status, "saw 4711", []))
+    assert result.points == 0 and "4711" not in result.message
 
 
 # Which layers a worker may try, by what the table of grades says then on a machine that
