@@ -86,6 +86,7 @@ def main(folder: str, layers: list[str]):
         if exercise.name not in warm:
             warm.add(exercise.name)
             _warm_up(exercise)
+            gc.freeze()  # lest each copy look through, and so copy, all that is here
         words, is_as_before = run(grader, *pipes, folder, held)
         _say(grader, {"words": words, "is_as_before": is_as_before})
 
