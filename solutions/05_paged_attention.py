@@ -1160,7 +1160,7 @@ for path in sorted((text.DATA / "results").glob("bench*.json")):
 # - **CUDA graphs.** Launching from Python takes tens of microseconds, and for a
 #   short text the GPU may need less than that for its part. A graph records all
 #   launches of a step once, and the GPU replays them without Python. (One text
-#   of 128 tokens, on the H200: 73 microseconds a call, 6 in a graph.) That
+#   of 128 tokens, on the H200: 73 microseconds per call, 6 in a graph.) That
 #   works if nothing that is launched depends on a number that Python would have
 #   to look at. Ours depends on shapes alone; lengths and tables are read in the
 #   kernel. But the width of the table is a shape, so a graph needs tables that

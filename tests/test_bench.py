@@ -1,11 +1,13 @@
 import datetime
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lib import paged_attention
+from lib.course import ROOT
 from lib.measure import bench, bench_attention
 
 
@@ -252,3 +254,40 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch, capfd):
         run(monkeypatch, "--device", "cuda")
     assert "device: expected cpu" in (err := capfd.readouterr().err)
     assert "got cuda" in err
+
+
+def test_the_pages_say_of_a_gpu_what_was_measured_on_it():
+    result = json.loads((ROOT / "data/results/bench_gpu.json").read_text())
+    cases = bench_attention.by_case(result["attention"]["rows"])
+    ways = cases[8, 16384]
+    shares = {name: round(100 * row["share_of_copy"]) for name, row in ways.items()}
+
+    def of_torch(case):
+        in_place, dense = (
+            cases[case][name]["gb_per_s"] for name in ("in place", "torch")
+        )
+        return round(100 * in_place / dense)
+
+    short = [of_torch(case) for case in cases if case[1] <= 4096]
+    host = {(r["batch_size"], r["context"]): r for r in result["attention"]["host_rows"]}
+    readme, chapter = (
+        re.sub(r"\s+(# )?", " ", (ROOT / path).read_text(encoding="utf-8"))
+        for path in ("README.md", "solutions/05_paged_attention.py")
+    )
+    assert result["machine"]["gpu"] == "NVIDIA H200"
+    for words in (
+        f"at {shares['in place']}% of a copy's bandwidth, where a gather reaches "
+        f"{shares['gather']}% and torch's own attention, over one dense piece, "
+        f"{shares['torch']}%",
+        f"it has {min(short)}% to {max(short)}% of the speed of torch's",
+    ):
+        assert words in readme, words
+    for words in (
+        f"16,384 tokens at {shares['in place']}% of a copy's bandwidth",
+        f"The gather reaches {shares['gather']}%",
+        f"Our kernel has {of_torch((8, 16384))}% of its speed there",
+        f"{host[1, 128]['host_us']:.0f} microseconds per call, "
+        f"{host[1, 128]['graph_us']:.0f} in a graph",
+    ):
+        assert words in chapter, words
+    assert abs(of_torch((8, 512)) - 75) < 3, "three quarters at 512 tokens"

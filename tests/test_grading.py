@@ -780,8 +780,8 @@ HARMS = {
         """
         import subprocess, time
         # Bounded, lest a fault here take the machine.
-        fork = "if [ $1 -gt 0 ]; then f $(($1-1)) | f $(($1-1)) & else sleep 9; fi"
-        bomb = "f() { " + fork + "; }; f 7"
+        fork = "if [ $1 -gt 0 ]; then f $(($1-1)) | f $(($1-1)) & else sleep 99; fi"
+        bomb = "f() { " + fork + "; }; f 7  # bomb"
         for _ in range(3):
             subprocess.Popen(["sh", "-c", bomb], start_new_session=True)
         time.sleep(1000)
@@ -802,11 +802,20 @@ HARMS = {
 def test_who_is_graded_next_is_not_harmed(boxed, no_hurry, monkeypatch, name):
     monkeypatch.setitem(no_hurry, "decode", 1)
     got, _ = points(boxed, notebook(IMPORTS, HARMS[name]), seed=SEED)
-    assert got == NONE
+    assert got == NONE and not is_running("f 7  # bomb")
     monkeypatch.delitem(no_hurry, "decode")
     assert points(boxed, notebook(IMPORTS, DECODE, APPEND), seed=SEED)[0] == BOTH
     if boxed.sandbox != "full":  # there a job's folder is gone with it
         assert os.listdir(boxed.folder) == []
+
+
+def is_running(mark: str) -> bool:
+    """Whether a process has this in its command."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if mark in path.read_bytes().decode(errors="replace"):
+                return True
+    return False
 
 
 def test_what_a_job_leaves_behind_is_gone_when_the_next_begins(boxed):
@@ -824,9 +833,7 @@ def test_what_a_job_leaves_behind_is_gone_when_the_next_begins(boxed):
         APPEND,
     ]
     assert points(boxed, notebook(IMPORTS, *cells))[0] == BOTH
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            assert mark not in path.read_bytes().decode(errors="replace")
+    assert not is_running(mark)
 
 
 def test_a_job_sees_no_environment_no_later_input_and_no_other_student(
@@ -867,10 +874,18 @@ def test_a_job_sees_no_environment_no_later_input_and_no_other_student(
 
 def test_the_worker_has_ended_with_what_its_job_had_started(boxed):
     assert points(boxed, notebook(IMPORTS, DECODE, APPEND))[0] == BOTH
-    cells = [ATTACKS["kills its parent"], APPEND]
+    mark = f"outlives-its-worker-{os.getpid()}"
+    starts = f"""
+        import os, signal, subprocess, sys
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(99)  # {mark}"])
+        os.kill(os.getppid(), signal.SIGKILL)
+        return "whale"
+        """
+    cells = [body(starts), APPEND]
     # With the seed of the notebook it is not asked again for words: each time the worker
     # dies, and starts in seconds.
     assert points(boxed, notebook(IMPORTS, *cells), seed=SEED)[0] == ONLY_APPEND
+    assert not is_running(mark)
 
 
 def test_a_note_says_which_exercise_it_was(worker, no_hurry, monkeypatch):

@@ -991,8 +991,10 @@ def in_inverted_loops(model, prompts, num_new_tokens, cache, **settings):
     return tuple(texts)
 
 
-def stopping(model, prompts, num_new_tokens, cache, settings, ends):
-    """Until the first text has drawn one of `ends`."""
+def stopping(
+    model, prompts, num_new_tokens, cache, settings, ends, is_end=lambda texts: False
+):
+    """Until the first text has drawn one of `ends`, or the texts are such an end."""
     given_lines(model, prompts, num_new_tokens, cache, settings)
     texts, ids = list(prompts), torch.cat(list(prompts))
     lens = torch.tensor([len(p) for p in prompts])
@@ -1001,7 +1003,7 @@ def stopping(model, prompts, num_new_tokens, cache, settings, ends):
         ids = pick(logits[lens.cumsum(0) - 1], **settings)
         texts = [torch.cat((t, ids[b : b + 1])) for b, t in enumerate(texts)]
         lens = torch.ones_like(lens)
-        if int(ids[0]) in ends:
+        if int(ids[0]) in ends or is_end(texts):
             break
     return texts
 
@@ -1328,17 +1330,10 @@ def in_chunks_of_four(model, prompts, num_new_tokens, cache, **settings):
 
 @wrong("generate_cached", says="exactly num_new_tokens")
 def until_a_byte_repeats(model, prompts, num_new_tokens, cache, **settings):
-    given_lines(model, prompts, num_new_tokens, cache, settings)
-    texts, ids = list(prompts), torch.cat(list(prompts))
-    lens = torch.tensor([len(p) for p in prompts])
-    for _ in range(num_new_tokens):
-        logits = forward_cached(model, cache, ids, lens)
-        ids = pick(logits[lens.cumsum(0) - 1], **settings)
-        texts = [torch.cat((t, ids[b : b + 1])) for b, t in enumerate(texts)]
-        lens = torch.ones_like(lens)
-        if all(len(text) > 1 and text[-1] == text[-2] for text in texts):
-            break
-    return texts
+    def is_end(texts):
+        return all(len(text) > 1 and text[-1] == text[-2] for text in texts)
+
+    return stopping(model, prompts, num_new_tokens, cache, settings, [], is_end)
 
 
 @wrong("generate_cached", says="all three settings")

@@ -208,7 +208,7 @@ def _settings(path: Path) -> dict:
             raise ValueError("expected chapters")
         return kept
     except DAMAGES:
-        _set_aside(path, "another seed is drawn, and all are graded again")
+        _set_aside(path, "all are graded again, with another seed unless --seed gives it")
         return {}
 
 
