@@ -809,11 +809,11 @@ def test_who_is_graded_next_is_not_harmed(boxed, no_hurry, monkeypatch, name):
         assert os.listdir(boxed.folder) == []
 
 
-@pytest.mark.parametrize("name", ["limits its worker", "makes its worker nice"])
-def test_a_worker_that_was_changed_is_another_for_the_next(boxed, no_hurry, name):
+def test_a_worker_that_was_changed_is_another_for_the_next(boxed):
     points(boxed, notebook(IMPORTS, DECODE, APPEND))
     before = boxed.process
-    points(boxed, notebook(IMPORTS, HARMS[name], APPEND), seed=SEED)
+    # (Of root the kernel lets nobody change the priority who has fewer rights.)
+    points(boxed, notebook(IMPORTS, HARMS["limits its worker"], APPEND), seed=SEED)
     # Where there is a layer nothing was changed.
     assert (boxed.process is before) == is_boxed(boxed)
 
