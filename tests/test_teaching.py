@@ -14,7 +14,7 @@ from lib.course.attempt import function_of
 from lib.course.build import chapter_texts
 from lib.course.check import judge
 from lib.course.exercises import exercises
-from lib.course.grading import grader, sandbox, submissions, worker
+from lib.course.grading import files, grader, sandbox, submissions, worker
 
 for module in pkgutil.iter_modules(answers.__path__):
     importlib.import_module(f"answers.{module.name}")
@@ -204,8 +204,13 @@ def test_the_limits_of_the_grader_are_those_that_the_page_states():
         f"may ask for {worker.MEMORY_BYTES // gib} GiB beyond",
         f"together may hold {sandbox.RESIDENT_BYTES // gib} GiB",
         f"{sandbox.FOLDER_BYTES // 2**20} MiB in memory",
+        f"may have {files.MAX_NOTEBOOK_BYTES // 2**20} MiB, of which "
+        f"{files.MAX_TEXT_BYTES // 2**20} MiB beside its outputs",
+        f"a student {submissions.MAX_BYTES // 2**20} MiB, "
         f"{submissions.MAX_NOTEBOOKS} notebooks, {submissions.MAX_CELLS:,} code cells",
         f"and {submissions.MAX_CODE:,} characters of code",
+        f"an archive {files.MAX_MEMBERS:,} files, and archives in it "
+        f"{files.MAX_ZIP_BYTES // 2**20} MiB, at most {files.MAX_ZIP_DEPTH} in each other",
     ):
         assert words in text, words
 
