@@ -210,7 +210,7 @@ def test_the_limits_of_the_grader_are_those_that_the_page_states():
         f"{submissions.MAX_NOTEBOOKS} notebooks, {submissions.MAX_CELLS:,} code cells",
         f"and {submissions.MAX_CODE:,} characters of code",
         f"an archive {files.MAX_MEMBERS:,} files, and archives in it "
-        f"{files.MAX_ZIP_BYTES // 2**20} MiB, at most {files.MAX_ZIP_DEPTH} in each other",
+        f"{files.MAX_ZIP_BYTES // 2**20} MiB, at most {files.MAX_ZIP_DEPTH} in each",
     ):
         assert words in text, words
 
