@@ -401,7 +401,26 @@ NEVER = {
             decode(mode="MODE"),
             CHECK,
         ],
-        "raised NameError: name 'MODE' is not defined",
+        "errors=MODE)`. MODE: its cell fails: SyntaxError: 'await' outside function",
+    ),
+    "a table of other processes": (
+        [
+            "from multiprocessing import Pool",
+            "with Pool(2) as pool:\n    MODES = pool.map(str.lower, ['REPLACE'])",
+            decode(mode="MODES[0]"),
+            CHECK,
+        ],
+        "MODES: its cell fails: ",
+    ),
+    "a table filled in passing": (
+        [
+            "def fill(table):\n    table['mode'] = 'replace'",
+            "t = {}",
+            "_ = fill(t)",
+            decode(mode="t['mode']"),
+            CHECK,
+        ],
+        "raised KeyError: 'mode'",
     ),
     "a name that stands in text alone": (
         ["MODE = 'replace'", decode(mode="globals()['MODE']"), CHECK],

@@ -27,6 +27,7 @@ from lib.course.grading import files as handed_in
 from lib.course.grading import grader, sandbox, submissions, wire
 from lib.course.grading.grader import Worker, grade
 from lib.course.grading.submissions import Submission, find
+from lib.course.grading.worker import READY, TIMEOUT
 from lib.course.stubs import answer, stub
 from lib.interpreter import HAS_TRITON
 
@@ -614,7 +615,7 @@ class Forger:
     sandbox = "none"
 
     def __init__(self, status, words, attempts):
-        self.reply = {"status": status, "words": words, "called": True}
+        self.reply = {"status": status, "words": words, "failed": "", "called": True}
         self.attempts = attempts
 
     def ask(self, job, is_enough):
@@ -660,6 +661,24 @@ def test_no_words_come_from_a_run_that_has_seen_a_hidden_input(status):
 
     result = grader.score([["x"]], "decode", SECRET, Teller(status, "saw 4711", []))
     assert result.points == 0 and "4711" not in result.message
+
+
+def test_no_words_about_cells_come_from_it_either(worker, no_hurry, monkeypatch):
+    monkeypatch.setitem(no_hurry, "decode", 1)
+    source = f"""
+import sys
+def decode(t):
+    from lib.course.grading import worker
+    frame = sys._getframe()
+    while "replies" not in frame.f_locals:
+        frame = frame.f_back
+    message = {{"status": {READY!r}, "words": f"saw {{t.tolist()}}"}}
+    worker._send(frame.f_locals["replies"], message)
+    while True:
+        pass
+"""
+    result = grader.score([[source]], "decode", SECRET, worker)
+    assert (result.points, result.status) == (0, TIMEOUT) and "saw" not in result.message
 
 
 # Which layers a worker may try, by what the table of grades says then on a machine that

@@ -24,7 +24,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -260,10 +260,10 @@ class _Meter(TorchDispatchMode):
         if (
             func is not torch.ops.aten.lift_fresh.default
         ):  # torch.tensor(...) shows its new data as an input
-            for tensor in _tensors((args, tuple(kwargs.values()))):
+            for tensor in _tensors((*args, *kwargs.values())):
                 self._meet(tensor.untyped_storage())
         out = func(*args, **kwargs)
-        for tensor in _tensors(out):
+        for tensor in _tensors((out,)):
             self._meet(tensor.untyped_storage(), made_by=func.__name__.split(".")[0])
             if tensor.is_cuda:
                 self.gpus.add(tensor.device.index)
@@ -325,13 +325,13 @@ class _Held:
                 self.meter.held_bytes -= self.storage.nbytes()
 
 
-def _tensors(tree: Any) -> Iterator[torch.Tensor]:
-    """Those in the arguments of an operation, or in what it returns."""
-    if isinstance(tree, torch.Tensor):
-        yield tree
-    elif isinstance(tree, (tuple, list)):
-        for branch in tree:
-            yield from _tensors(branch)
+def _tensors(values: Iterable) -> Iterator[torch.Tensor]:
+    """Those among the arguments of an operation, or in what it returns."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(value)
 
 
 def _count_flops(func, args: tuple, out: Any) -> dict[str, int]:

@@ -108,9 +108,10 @@ class Worker:
         job: {"name": of the exercise, "notebooks": code cells of each, "calls": inputs of
         each case, "seconds": of processor time that a call may take}. is_enough: of the
         number of a call and what came of it, whether no other has to be made. Reply:
-        {"status": how it ended, "words": what there is to say of that, or None, "called":
-        whether it has got the inputs of a call, "attempts": one a call, as far as it
-        got}. Raises OSError where the worker does not start, which is no student's fault.
+        {"status": how it ended, "words": what there is to say of that, or None, "failed":
+        what there is to say of the cells that it needs, "called": whether it has got the
+        inputs of a call, "attempts": one a call, as far as it got}. Raises OSError where
+        the worker does not start, which is no student's fault.
         """
         header = {key: value for key, value in job.items() if key != "calls"}
         header["num_calls"] = len(job["calls"])
@@ -205,9 +206,10 @@ class Worker:
         """Send each message when the copy has done what the one before asks for, and
         collect what comes, until it is enough, the copy ends or its time is used up."""
         attempts: list[dict] = []
+        failed = ""
 
         def ended(status: str, words: str | None) -> dict:
-            return _reply(status, words, attempts, num_sent > 1)
+            return _reply(status, words, attempts, num_sent > 1, failed)
 
         to_send, num_sent = bytearray(messages[0]), 1
         os.set_blocking(to_job, False)
@@ -248,9 +250,12 @@ class Worker:
                         attempts.append(message)
                         if is_enough(len(attempts) - 1, message):
                             return ended(DONE, None)
-                    elif message["status"] != READY:  # the end
-                        words = message["words"]
-                        return ended(str(message["status"]), words and str(words)[:500])
+                    else:
+                        words = message["words"] and str(message["words"])[:500]
+                        if message["status"] != READY:  # the end
+                            return ended(str(message["status"]), words)
+                        if num_sent == 1:  # it has seen no inputs
+                            failed = words or ""
                     if num_sent == len(attempts) + 1 < len(messages):
                         to_send += messages[num_sent]
                         num_sent += 1
@@ -274,11 +279,16 @@ class Worker:
 
 
 def _reply(
-    status: str, words: str | None, attempts: Iterable[dict] = (), called: bool = False
+    status: str,
+    words: str | None,
+    attempts: Iterable[dict] = (),
+    called: bool = False,
+    failed: str = "",
 ) -> dict:
     return {
         "status": status,
         "words": words,
+        "failed": failed,
         "called": called,
         "attempts": list(attempts),
     }
@@ -387,6 +397,8 @@ def _try(
     none = Score(0, exercise.points, words or "")
 
     def scored(score: Score) -> tuple[Score, bool]:
+        if reply["failed"] and not score.points:
+            score = replace(score, message=f"{score.message}. {reply['failed']}")
         return score, reply["called"]
 
     if attempts and wrong.get(len(attempts) - 1):

@@ -209,7 +209,8 @@ def _answer(messages: BinaryIO, replies: BinaryIO):
     if unready:
         return _send(replies, {"status": UNREADY, "words": unready})
     gc.freeze()  # what is there stays: the meter collects again and again
-    _send(replies, {"status": READY})
+    others = [f"{n}: {words}" for n, words in failures.items() if n != exercise.name]
+    _send(replies, {"status": READY, "words": ". ".join(others[:3])})
     for _ in range(job["num_calls"]):
         inputs = wire.decode(wire.read(messages))
         try:
