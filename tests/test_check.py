@@ -19,6 +19,7 @@ from lib import generate, interpreter, paged_kv_cache_triton, text
 from lib.course import WITHOUT_GPU
 from lib.course.attempt import NOT_WRITTEN, ForbiddenCallError, forbid
 from lib.course.build import ROOT, chapter_texts, student_notebook
+from lib.course.cases.ch02 import TORCHS_CHECKPOINTS
 from lib.course.check import Check, judge
 from lib.course.collect import Notebook, register
 from lib.course.compare import difference
@@ -471,7 +472,6 @@ def test_a_kernel_that_cannot_be_defined_elsewhere_is_told_so(check, compiled):
 # What an exercise forbids, however an answer came by it.
 
 SDPA = "torch.nn.functional.scaled_dot_product_attention"
-CHECKPOINT = "torch.utils.checkpoint.checkpoint"
 
 
 def kept_in_a_default(q, attend=torch.nn.functional.scaled_dot_product_attention):
@@ -499,12 +499,27 @@ WAYS_TO_CHECKPOINT = {
         "lambda f, *x, **kw: "
         "checkpoint.checkpoint_sequential([f, torch.clone], 2, *x, **kw)"
     ),
+    "from torch.utils.checkpoint import CheckpointFunction as c": (
+        "lambda f, *x, **kw: c.apply(f, True, *x)"
+    ),
+    "from torch.distributed._composable import checkpoint as c": (
+        "lambda f, x, **kw: c(Calls(f))(x)"
+    ),
 }
+
+
+class Calls(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
 
 
 def imported(line, expression):
     """The function, from a cell that imports it before anything is forbidden."""
-    cell = {}
+    cell = {"Calls": Calls}
     exec(f"{line}\nfunction = {expression}\n", cell)
     exec("def helper(*args, **kwargs):\n    return function(*args, **kwargs)", cell)
     return cell
@@ -524,13 +539,14 @@ def test_torchs_attention_is_refused_by_any_name(line, expression, name):
 def test_torchs_checkpoint_is_refused_by_any_name(line, expression, name):
     function, x = imported(line, expression)[name], torch.ones(2, requires_grad=True)
     for _ in range(2):
-        with forbid((CHECKPOINT,)), pytest.raises(ForbiddenCallError, match=CHECKPOINT):
+        refused = pytest.raises(ForbiddenCallError, match="torch.utils.checkpoint")
+        with forbid(TORCHS_CHECKPOINTS), refused:
             function(torch.sin, x, use_reentrant=False)
         assert torch.equal(function(torch.sin, x, use_reentrant=False), x.sin())
 
 
 def test_what_was_forbidden_is_whole_again_after_an_error_inside():
-    with pytest.raises(ZeroDivisionError), forbid((SDPA, CHECKPOINT)):
+    with pytest.raises(ZeroDivisionError), forbid((SDPA, *TORCHS_CHECKPOINTS)):
         raise ZeroDivisionError
     q = torch.zeros(1, 2, 3, 4, requires_grad=True)
     assert kept_in_a_default(q).shape == q.shape
@@ -550,7 +566,7 @@ def test_what_is_not_forbidden_works_beside_what_is():
     with forbid((SDPA,)):
         (q @ q.T).softmax(-1).sum().backward()
         assert torch.nn.functional.silu(q).shape == q.shape
-    with forbid((CHECKPOINT,)):
+    with forbid(TORCHS_CHECKPOINTS):
         x = torch.zeros(3, 2, 4)
         assert attend_fused(0, x, x, x).shape == x.shape
     with forbid(()):

@@ -1002,7 +1002,7 @@ def test_of_several_notebooks_the_last_written_answer_counts(worker):
 
 FILES = {
     "truncated": (notebook(DECODE)[:200], "unreadable, is it whole? "),
-    "empty": (b"", "unreadable, is it whole? "),
+    "empty": (b"", "left out: is empty"),
     "no JSON": (b"PK\x03\x04 and more", "unreadable, is it whole? "),
     "JSON, but no notebook": (b'{"cells": 3}', "unreadable, is it whole? "),
     "a list": (b"[1, 2]", "unreadable, is it whole? "),

@@ -7,9 +7,9 @@ expected value. compare.py says what to think of it.
 import contextlib
 import copy
 import dis
-import importlib
 import inspect
 import os
+import pkgutil
 import re
 import sys
 import traceback
@@ -186,16 +186,16 @@ def forbid(names: tuple[str, ...]) -> Iterator[None]:
     compiled = {}
     with contextlib.ExitStack() as stack:
         for name in names:
-            module_name, attribute = name.rsplit(".", 1)
-            module = importlib.import_module(module_name)
-            function = getattr(module, attribute)
+            owner_name, attribute = name.rsplit(".", 1)
+            owner = pkgutil.resolve_name(owner_name)
+            function = getattr(owner, attribute)
             if isinstance(function, types.FunctionType):
                 for part in _layers(function):
                     code = _refusing_code(name, part.__code__)
                     stack.enter_context(_replaced(part, "__code__", code))
             else:  # compiled: torch asks the mode before it calls
                 compiled[attribute] = name
-                stack.enter_context(_replaced(module, attribute, _refusal(name)))
+                stack.enter_context(_replaced(owner, attribute, _refusal(name)))
         if compiled:
             stack.enter_context(_RefusingMode(compiled))
         yield

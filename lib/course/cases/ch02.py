@@ -13,6 +13,14 @@ RANDOM = 6000  # bytes of a random state of torch, and some more
 # block, in edges: 4, and one more for a mask of dropout.
 EDGE = 2 * 8 * 32 * 8
 INSIDE = 5
+# The public one, and what others in torch that call a function again are made of.
+TORCHS_CHECKPOINTS = tuple(
+    f"torch.utils.checkpoint.{name}"
+    for name in (
+        *("checkpoint", "CheckpointFunction.forward"),
+        "_checkpoint_without_reentrant_generator",
+    )
+)
 ORDER = "Gradients come in the order of forward's inputs, each of its input's shape"
 
 
@@ -570,7 +578,7 @@ EXERCISES = [
         3,
         checkpoint_cases,
         checkpoint_explain,
-        forbidden=("torch.utils.checkpoint.checkpoint",),
+        forbidden=TORCHS_CHECKPOINTS,
         parts=("Checkpoint",),
         errors=BACKWARD_ERRORS,
     ),
@@ -592,7 +600,7 @@ EXERCISES = [
         3,
         checkpoint_recursive_cases,
         checkpoint_recursive_explain,
-        forbidden=("torch.utils.checkpoint.checkpoint",),
+        forbidden=TORCHS_CHECKPOINTS,
         errors={"maximum recursion depth": "It never ends: what of a single block?"},
     ),
     Exercise(
@@ -600,7 +608,7 @@ EXERCISES = [
         3,
         checkpoint_selective_cases,
         checkpoint_selective_explain,
-        forbidden=("torch.utils.checkpoint.checkpoint",),
+        forbidden=TORCHS_CHECKPOINTS,
         parts=("SelectiveCheckpoint",),
         errors=BACKWARD_ERRORS,
     ),

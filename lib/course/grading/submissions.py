@@ -75,7 +75,9 @@ class Submission:
             try:
                 _at_most(MAX_BYTES, num_bytes, "bytes")
                 content = read()
-                digest.update(content)
+                if not content:
+                    raise LeftOutError("is empty")
+                digest.update(f"{len(content)} bytes".encode() + content)
                 num_bytes += len(content)
                 cells = sources(without_outputs(content))
                 del content  # before the next is read
