@@ -15,7 +15,8 @@ Read lib/model.py, for the seam `attend`, and lib/generate.py before.
 import abc
 import contextlib
 import copy
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,10 +44,14 @@ class KVCache(abc.ABC):
     attention there raise. And a step counts when its `with` block ends, or not at all: an
     error inside it, or the interrupt of a notebook, leaves the cache as it was.
 
-    A kind of cache says how by `_begin_row`, `_free_row`, `_open_step` and `_take_back`.
+    A kind of cache says how by `_begin_row`, `_free_row`, `_open_step` and `_take_back`,
+    and how it hands out memory by `block_size`, `num_blocks` and what counts blocks.
     """
 
     config: ModelConfig  # of the model whose keys and values it takes
+    block_size: int  # tokens that are reserved together
+    num_blocks: int  # of so many tokens, for all requests
+    can_fork = False  # whether it has `fork`
     k_cache: torch.Tensor
     request_ids: list[Hashable | None]  # by row; None where no request has begun
     reserved_bytes: int  # that nobody else can use
@@ -63,10 +68,12 @@ class KVCache(abc.ABC):
         """As `copy.deepcopy`: two caches that share their tensors would write to both."""
         return copy.deepcopy(self)
 
-    def begin(self, request_id: Hashable):
+    def begin(self, request_id: Hashable, token_ids: Sequence[int] = ()):
         """A new request, without tokens, in a row of its own.
 
-        Raises ValueError if it has begun already, or what says that there is no row.
+        token_ids: its text, as far as it is known, for a cache that finds beginnings of
+        texts again (lib/prefix_cache.py). Raises ValueError if it has begun already, or
+        what says that there is no row.
         """
         self._check_ready("begin")
         self._check_new(request_id)
@@ -79,6 +86,24 @@ class KVCache(abc.ABC):
         """
         self._check_ready("free")
         self._free_row(self._row(request_id))
+
+    def find(self, token_ids: Sequence[int]) -> tuple[int, int]:
+        """Of a text: how many of its tokens are there already, for whoever begins with
+        it, and how many blocks of these some request has."""
+        return 0, 0
+
+    @property
+    @abc.abstractmethod
+    def num_free_blocks(self) -> int:
+        """That a request could get."""
+
+    @abc.abstractmethod
+    def num_blocks_of(self, request_id: Hashable) -> int:
+        """Blocks that a request has for itself, to read and to write on."""
+
+    @abc.abstractmethod
+    def blocks_needed(self, num_new_tokens: Mapping[Hashable, int]) -> int:
+        """Free blocks that a step over so many tokens of each request takes, exactly."""
 
     @abc.abstractmethod
     def check_room(self, query_lens: torch.Tensor):
@@ -262,6 +287,8 @@ def attend_cached(
 
     start = 0
     for b, (S, T) in enumerate(zip(seq_lens.tolist(), query_lens.tolist())):
+        if T == 0:  # it rests
+            continue
         q_b = q[start : start + T]  # (T, H, D)
         k, v = (cache[b, :S].transpose(0, 1) for cache in (k_cache, v_cache))  # (G, S, D)
 
@@ -315,6 +342,43 @@ def decode_mask(seq_lens: torch.Tensor, S: int) -> torch.Tensor:
     return (places < seq_lens.unsqueeze(-1))[:, None, None]  # (B, 1, 1, S)
 
 
+@dataclass(frozen=True)
+class Decodes:
+    """Those requests of a step that bring one token: they can share one call."""
+
+    rows: torch.Tensor | slice  # int64, which requests, or all
+    is_theirs: torch.Tensor | None  # bool (N,), which tokens; None for all
+    other_lens: torch.Tensor  # query_lens of the others, 0 where these are
+
+    def attend(self, q: torch.Tensor, decode: Callable, others: Callable) -> torch.Tensor:
+        """q (N, H, D): theirs through `decode`, the rest through `others`."""
+        if self.is_theirs is None:
+            return decode(q)
+        out = torch.empty_like(q)
+        out[self.is_theirs] = decode(q[self.is_theirs])
+        out[~self.is_theirs] = others(q[~self.is_theirs])
+        return out  # (N, H, D)
+
+
+def split_decodes(query_lens: torch.Tensor) -> Decodes | None:
+    """Of a step's query_lens, int64 (B,), the requests with one new token; None where
+    there is none.
+
+    >>> split_decodes(torch.tensor([1, 3, 0, 1])).is_theirs.int()
+    tensor([1, 0, 0, 0, 1], dtype=torch.int32)
+    """
+    is_decode = query_lens == 1  # (B,)
+    other_lens = query_lens.masked_fill(is_decode, 0)
+    if not is_decode.any():
+        return None
+    if is_decode.all():
+        return Decodes(slice(None), None, other_lens)
+    is_theirs = is_decode.repeat_interleave(query_lens)  # (N,)
+    if is_theirs.all():  # the others rest
+        return Decodes(is_decode.nonzero().squeeze(-1), None, other_lens)
+    return Decodes(is_decode.nonzero().squeeze(-1), is_theirs, other_lens)
+
+
 def kv_utilization(seq_lens: torch.Tensor, max_seq_len: int) -> float:
     """The share of a contiguous cache that holds a token, at this instant.
 
@@ -330,10 +394,12 @@ class ContiguousKVCache(KVCache):
     """Room for `max_seq_len` tokens of each of B requests, reserved at once.
 
     k_cache, v_cache (L, B, S, G, D), S = max_seq_len. B = batch_size rows, without
-    requests at first; a row keeps its place when others become free.
+    requests at first; a row keeps its place when others become free. A row is one block:
+    whoever begins has it whole.
 
-    fused_decode: whether steps that bring one token for each row run as one masked call
-    of torch's fused attention, `attend_decode`, instead of the loop `attend_cached`.
+    fused_decode: whether all requests that bring one token in a step share one masked
+    call of torch's fused attention, `attend_decode`; else `attend_cached` is a loop over
+    them.
     """
 
     def __init__(
@@ -347,14 +413,16 @@ class ContiguousKVCache(KVCache):
         fused_decode: bool = False,
     ):
         batch_size = check_count("batch_size", batch_size)
+        max_seq_len = check_count("max_seq_len", max_seq_len)
         shape = (
             config.num_layers,
             batch_size,
-            check_count("max_seq_len", max_seq_len),
+            max_seq_len,
             config.num_kv_heads,
             config.head_dim,
         )
         self.config = config
+        self.block_size, self.num_blocks = max_seq_len, batch_size
         self.fused_decode = fused_decode
         self.request_ids = [None] * batch_size
         self.k_cache = torch.zeros(shape, dtype=dtype, device=device)
@@ -369,6 +437,17 @@ class ContiguousKVCache(KVCache):
     def used_bytes(self) -> int:
         num_tokens = int(self.seq_lens.sum())
         return kv_cache_bytes(self.config, num_tokens, self.k_cache.itemsize)
+
+    @property
+    def num_free_blocks(self) -> int:
+        return self.request_ids.count(None)
+
+    def num_blocks_of(self, request_id: Hashable) -> int:
+        self._row(request_id)
+        return 1
+
+    def blocks_needed(self, num_new_tokens: Mapping[Hashable, int]) -> int:
+        return 0
 
     def check_room(self, query_lens: torch.Tensor):
         """CacheFullError names the first request that query_lens more would overfill.
@@ -410,17 +489,23 @@ class ContiguousKVCache(KVCache):
     def _open_step(self, query_lens: torch.Tensor) -> Attend:
         # The places are there already, and behind the tokens that count.
         seq_lens = self.seq_lens + query_lens
-        is_decode = self.fused_decode and set(query_lens.tolist()) == {1}
-        if is_decode:
-            longest = int(seq_lens.max())
-            mask = decode_mask(seq_lens, longest)
+        step = split_decodes(query_lens) if self.fused_decode else None
+        if step is not None:
+            longest = int(seq_lens[step.rows].max())
+            mask = decode_mask(seq_lens[step.rows], longest)
 
         def attend(layer, q, k, v):
             layer_kv = self.k_cache[layer], self.v_cache[layer]
             append_kv(*layer_kv, k, v, seq_lens, query_lens)
-            if is_decode:
-                return attend_decode(q, *(x[:, :longest] for x in layer_kv), mask)
-            return attend_cached(q, *layer_kv, seq_lens, query_lens)
+            if step is None:
+                return attend_cached(q, *layer_kv, seq_lens, query_lens)
+            return step.attend(
+                q,
+                lambda q: attend_decode(
+                    q, *(x[step.rows, :longest] for x in layer_kv), mask
+                ),
+                lambda q: attend_cached(q, *layer_kv, seq_lens, step.other_lens),
+            )
 
         return attend
 

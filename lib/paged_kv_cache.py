@@ -16,7 +16,7 @@ Read lib/kv_cache.py and lib/block_manager.py before.
 """
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from lib import kv_cache
 from lib.block_manager import BlockManager, Mark, OutOfBlocksError
 from lib.config import ModelConfig
-from lib.kv_cache import KVCache, check_query_lens, new_positions
+from lib.kv_cache import KVCache, check_query_lens, new_positions, split_decodes
 from lib.model import Attend
 
 # That `attend_decode_paged` copies at one time. Tried with 8 requests of 1,024 tokens:
@@ -176,12 +176,14 @@ class PagedKVCache(KVCache):
     k_cache, v_cache (L, num_blocks, block_size, G, D). Rows are the live requests, in the
     order of their arrival; when one is freed, those behind it move up.
 
-    fused_decode: whether steps in which every request brings one token gather for torch's
-    fused attention, `attend_decode_paged`, instead of request by request.
+    fused_decode: whether all requests that bring one token in a step are gathered for one
+    call of torch's fused attention, `attend_decode_paged`, instead of one by one.
     decode, prefill: attention that reads the blocks where they lie, with arguments and
     results of chapter 5's `paged_decode`, for steps in which every request brings one
     token, and `paged_prefill`, for all others. Where one is missing its steps gather.
     """
+
+    can_fork = True
 
     def __init__(
         self,
@@ -230,6 +232,30 @@ class PagedKVCache(KVCache):
     def used_bytes(self) -> int:
         """Of the tokens in those blocks."""
         return self._token_bytes(self.manager.num_filled_slots())
+
+    @property
+    def block_size(self) -> int:
+        return self.manager.block_size
+
+    @property
+    def num_blocks(self) -> int:
+        return self.manager.num_blocks
+
+    @property
+    def num_free_blocks(self) -> int:
+        return len(self.manager.free_block_ids)
+
+    def num_blocks_of(self, request_id: Hashable) -> int:
+        """Those of its table, without the last if it has room that others use too."""
+        manager = self.manager
+        manager.check_live(request_id)
+        block_table = manager.block_tables[request_id]
+        has_room = manager.seq_lens[request_id] % manager.block_size > 0
+        is_shared = has_room and manager.ref_count[block_table[-1]] > 1
+        return len(block_table) - is_shared
+
+    def blocks_needed(self, num_new_tokens: Mapping[Hashable, int]) -> int:
+        return self.manager.blocks_needed(num_new_tokens)
 
     def fork(self, parent_id: Hashable, child_id: Hashable):
         """Begin a request with the tokens of a live one, in the same blocks.
@@ -283,22 +309,31 @@ class PagedKVCache(KVCache):
             in_place, index = self.decode, index[:2]
         if in_place is not None:
             index = [x.int() for x in index]
-        elif is_decode and self.fused_decode:
-            own = block_tables[:, :1]  # takes the place of -1; the mask hides it
-            tables = torch.where(block_tables < 0, own, block_tables)
+        elif self.fused_decode and (step := split_decodes(query_lens)) is not None:
+            tables = block_tables[step.rows]
+            own = tables[:, :1]  # takes the place of -1; the mask hides it
+            tables = torch.where(tables < 0, own, tables)
             num_places = tables.shape[1] * self.manager.block_size
-            mask = kv_cache.decode_mask(seq_lens, num_places)
-        else:  # once per step, not per layer: on a GPU each look at a number is a wait
-            lens_on_cpu = seq_lens.cpu(), query_lens.cpu()
+            mask = kv_cache.decode_mask(seq_lens[step.rows], num_places)
+        else:
+            step = None
+        # Once per step, not per layer: on a GPU each look at a number is a wait.
+        if in_place is None and (step is None or step.is_theirs is not None):
+            other_lens = query_lens if step is None else step.other_lens
+            lens_on_cpu = seq_lens.cpu(), other_lens.cpu()
 
         def attend(layer, q, k, v):
             layer_kv = self.k_cache[layer], self.v_cache[layer]
             write_kv(*layer_kv, k, v, slots)
             if in_place is not None:
                 return in_place(q, *layer_kv, *index)[0]  # (N, H, D)
-            if is_decode and self.fused_decode:
-                return attend_decode_paged(q, *layer_kv, tables, mask)
-            return attend_paged(q, *layer_kv, block_tables, *lens_on_cpu)
+            if step is None:
+                return attend_paged(q, *layer_kv, block_tables, *lens_on_cpu)
+            return step.attend(
+                q,
+                lambda q: attend_decode_paged(q, *layer_kv, tables, mask),
+                lambda q: attend_paged(q, *layer_kv, block_tables, *lens_on_cpu),
+            )
 
         return attend
 
