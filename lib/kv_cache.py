@@ -51,6 +51,7 @@ class KVCache(abc.ABC):
     config: ModelConfig  # of the model whose keys and values it takes
     block_size: int  # tokens that are reserved together
     num_blocks: int  # of so many tokens, for all requests
+    capacity: int  # tokens that one request can have
     can_fork = False  # whether it has `fork`
     k_cache: torch.Tensor
     request_ids: list[Hashable | None]  # by row; None where no request has begun
@@ -437,6 +438,10 @@ class ContiguousKVCache(KVCache):
     def used_bytes(self) -> int:
         num_tokens = int(self.seq_lens.sum())
         return kv_cache_bytes(self.config, num_tokens, self.k_cache.itemsize)
+
+    @property
+    def capacity(self) -> int:
+        return self.block_size
 
     @property
     def num_free_blocks(self) -> int:

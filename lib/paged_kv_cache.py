@@ -242,6 +242,10 @@ class PagedKVCache(KVCache):
         return self.manager.num_blocks
 
     @property
+    def capacity(self) -> int:
+        return self.num_blocks * self.block_size
+
+    @property
     def num_free_blocks(self) -> int:
         return len(self.manager.free_block_ids)
 
