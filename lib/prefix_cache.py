@@ -253,7 +253,13 @@ class RememberingBlockManager(BlockManager):
         free = self.free_block_ids
         free.clock += 1
         block_table = self.block_tables.get(request_id, [])
-        super().free(request_id)
+        try:
+            super().free(request_id)
+        except BaseException:
+            if request_id not in self.block_tables:  # its blocks are on the way
+                self.seq_lens.pop(request_id, None)
+                self.take_back({})
+            raise
         for block_id in reversed(block_table):
             if block_id in free.idle:
                 free.idle.move_to_end(block_id)
@@ -397,8 +403,8 @@ class PrefixKVCache(PagedKVCache):
     def _free_row(self, row: int):
         request_id = self.request_ids[row]
         self._remember(request_id)
-        super()._free_row(row)
         self._texts.pop(request_id, None)
+        super()._free_row(row)
 
     def _remember_all(self):
         for request_id in self._texts:
