@@ -144,8 +144,9 @@ class PrefixAgainstPlain(RuleBasedStateMachine):
         fused=st.booleans(),
         hashes=st.sampled_from([block_hashes, *HASHES]),
         seed=st.integers(0, 99),
+        choices=st.lists(texts, min_size=1, max_size=3),
     )
-    def make(self, block_size, num_blocks, fused, hashes, seed):
+    def make(self, block_size, num_blocks, fused, hashes, seed, choices):
         self.patch = pytest.MonkeyPatch()
         self.names_given = note_names(self.patch)
         self.patch.setattr(prefix_cache, "block_hashes", hashes)
@@ -157,6 +158,8 @@ class PrefixAgainstPlain(RuleBasedStateMachine):
         self.texts = {}  # request -> the list that the cache was given
         self.num_done = {}  # tokens that are in the cache
         self.num_requests = 0
+        for choice in choices:
+            self.begin(choice, True, False)
 
     def teardown(self):
         if hasattr(self, "patch"):
@@ -182,9 +185,22 @@ class PrefixAgainstPlain(RuleBasedStateMachine):
     @precondition(lambda self: len(self.texts) < 6)
     @rule(choice=texts, is_known=st.integers(0, 9), can_find=st.booleans())
     def begin(self, choice, is_known, can_find):
-        text, request_id = self.text(choice), self.new_id()
-        before = self.cache.num_free_blocks
-        known = text if is_known else []
+        text = self.text(choice)
+        self.begin_with(text, text if is_known else [], can_find)
+
+    @precondition(lambda self: 0 < len(self.texts) < 6)
+    @rule(choices=st.lists(texts, min_size=1, max_size=3))
+    def visit(self, choices):
+        """Some come one by one, compute their text, and go: it lies idle."""
+        for choice in choices:
+            text = self.text(choice)
+            self.begin_with(text, text, True)
+            start = list(self.num_done.values())[-1]
+            self.take({list(self.texts)[-1]: text[start:]})
+            self.free(len(self.texts) - 1)
+
+    def begin_with(self, text, known, can_find):
+        request_id, before = self.new_id(), self.cache.num_free_blocks
         if can_find:
             num_found, num_in_use = self.cache.find(known)
         self.cache.begin(request_id, known)
@@ -200,7 +216,7 @@ class PrefixAgainstPlain(RuleBasedStateMachine):
         extend(self.plain, {request_id: text[:num_done]})
         self.texts[request_id], self.num_done[request_id] = text, num_done
 
-    @precondition(lambda self: self.texts)
+    @precondition(lambda self: len(self.texts) > 1)
     @rule(row=row_numbers)
     def free(self, row):
         request_id = list(self.texts)[row % len(self.texts)]
@@ -214,14 +230,9 @@ class PrefixAgainstPlain(RuleBasedStateMachine):
     @rule(row=row_numbers)
     def preempt(self, row):
         """It ends, and begins again with all its tokens."""
-        request_id = list(self.texts)[row % len(self.texts)]
-        text = self.texts[request_id]
+        text = list(self.texts.values())[row % len(self.texts)]
         self.free(row)
-        self.texts[request_id], self.num_done[request_id] = text, 0
-        self.cache.begin(request_id, text)
-        self.plain.begin(request_id)
-        self.num_done[request_id] = int(self.cache.seq_lens[-1])
-        extend(self.plain, {request_id: text[: self.num_done[request_id]]})
+        self.begin_with(text, text, True)
 
     @precondition(lambda self: 0 < len(self.texts) < 6)
     @rule(row=row_numbers, has_list=st.booleans())
@@ -318,6 +329,7 @@ class PrefixAgainstPlain(RuleBasedStateMachine):
             raise KeyboardInterrupt
         assert self.state() == before and set(self.names_given) == names
 
+    @precondition(lambda self: self.texts)
     @rule()
     def go_on_with_a_copy(self):
         """Of whom the lists of tokens do not grow with the requests any more."""
@@ -746,12 +758,12 @@ def test_the_cache_calls_the_three_functions_of_its_module(monkeypatch):
 
 
 def stopped(number, calls):
-    """Run these calls up to the line with this number; the file where it stopped."""
+    """Run these calls up to a line of the cache or its manager; the file it is in."""
     count, where = 0, None
 
     def trace(frame, event, _):
         nonlocal count, where
-        if not frame.f_code.co_filename.endswith(FILES):
+        if not frame.f_code.co_filename.endswith(FILES[:2]):
             return None
         if event == "line":
             count += 1
