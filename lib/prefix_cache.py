@@ -147,7 +147,8 @@ class BlockNames:
     ) -> Name:
         """A full block's name, and that of a block that has it already, if there is one.
 
-        An interrupt at any line leaves the block with its name, or without any.
+        An interrupt at any line leaves the block with its name, or without any: the name
+        comes before the hash by which it is found, and goes after it.
         """
         before, depth, number = b"", 0, 0
         if previous:
@@ -332,7 +333,7 @@ class PrefixKVCache(PagedKVCache):
 
     def find(self, token_ids: Sequence[int]) -> tuple[int, int]:
         """Of a text: how many of its tokens are there already, for whoever begins with
-        it, and how many blocks of these some request has. One token at least is not."""
+        it, and how many blocks of these some request has now; the others lie idle."""
         self._remember_all()
         block_ids = self.manager.names.find(token_ids, self.block_size)
         num_in_use = sum(self.manager.ref_count[block_id] > 0 for block_id in block_ids)
@@ -352,13 +353,11 @@ class PrefixKVCache(PagedKVCache):
             self._texts[request_id] = Text(token_ids, last)
             self.manager.share(request_id, block_ids)
             self._marks[request_id] = self.manager.mark(request_id)
-            row = len(self.request_ids) - 1
-            self._seq_lens = self._seq_lens.clone()
-            self._seq_lens[row] = len(block_ids) * self.block_size
-            self._write_row(row, 0)
+            self._seq_lens[-1] = len(block_ids) * self.block_size
+            self._write_row(len(self.request_ids) - 1, 0)
         except BaseException:
             self.free(request_id)
-            self.manager.take_back({})  # counts of blocks that it was about to get
+            self.manager.take_back({})  # a block that was on its way, and its count
             raise
 
     def fork(
@@ -370,18 +369,17 @@ class PrefixKVCache(PagedKVCache):
         fills are not remembered. Raises ValueError if the parent is not live, the child
         is, or the texts differ in tokens that both have.
         """
-        self._remember_all()
-        parent = self._texts.get(parent_id, Text(()))
+        parents_ids = self._texts.get(parent_id, Text(())).token_ids
         seq_len = self.manager.seq_lens.get(parent_id, 0)
-        num_shared = min(seq_len, len(parent.token_ids), len(token_ids))
-        shared = [list(x[:num_shared]) for x in (parent.token_ids, token_ids)]
-        if shared[0] != shared[1]:
+        num_shared = min(seq_len, len(parents_ids), len(token_ids))
+        expected, got = as_ints(parents_ids[:num_shared]), as_ints(token_ids[:num_shared])
+        if expected != got:
             raise ValueError(
                 f"request {child_id!r}: expected its text to begin as that of request "
-                f"{parent_id!r}, {shared[0]}, got {shared[1]}"
+                f"{parent_id!r}, {expected}, got {got}"
             )
         super().fork(parent_id, child_id)
-        self._texts[child_id] = Text(token_ids, parent.last)
+        self._texts[child_id] = Text(token_ids)
 
     def check_integrity(self):
         """Raise AssertionError that names the first thing that is not as it must be."""
@@ -393,7 +391,7 @@ class PrefixKVCache(PagedKVCache):
                 start, end = i * self.block_size, (i + 1) * self.block_size
                 if not names.has(block_id) or end > len(text.token_ids):
                     continue
-                expected = tuple(text.token_ids[start:end])
+                expected = as_ints(text.token_ids[start:end])
                 got = names.name_of_block[block_id].token_ids
                 assert got == expected, (
                     f"block {block_id}: expected {expected}, which request "
