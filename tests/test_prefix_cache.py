@@ -207,7 +207,7 @@ class PrefixAgainstPlain(RuleBasedStateMachine):
         self.cache.begin(request_id, known)
         num_done = int(self.cache.seq_lens[-1])
         num_blocks = num_done // self.cache.block_size
-        assert num_done % self.cache.block_size == 0 and num_done < len(text)
+        assert num_done % self.cache.block_size == 0 and num_done <= max(len(text) - 1, 0)
         assert len(self.cache.manager.block_tables[request_id]) == num_blocks
         assert self.cache.num_blocks_of(request_id) == num_blocks
         if can_find:
@@ -376,7 +376,7 @@ def case_of(**changes):
 
 TestPrefix = case_of(max_examples=60, stateful_step_count=25, derandomize=True)
 TestPrefixNightly = pytest.mark.nightly(
-    case_of(max_examples=400, stateful_step_count=40, print_blob=True)
+    case_of(max_examples=250, stateful_step_count=40, print_blob=True)
 )
 
 
@@ -512,10 +512,12 @@ def test_a_text_whose_beginning_was_evicted_is_found_again_when_it_is_computed_a
     compute(cache, "c", [4] * 10)
     assert cache.find(text) == (0, 0), "b still has it, under no name"
     cache.check_integrity()
-    cache.free("b")
     cache.free("c")
     compute(cache, "d", text)
-    assert cache.find(text) == (6, 3)
+    assert cache.find(text) == (6, 3), "d's, although b's of the same hash are older"
+    cache.free("b")
+    cache.free("d")
+    assert cache.find(text) == (6, 0)
     cache.check_integrity()
 
 
