@@ -1,0 +1,705 @@
+"""Requests that come and go: each one's text must be the one that it has alone.
+
+The oracle for greedy texts is `generate_recompute`, in float64. Sampled ones are compared
+with those of an engine that serves one request and nobody else.
+"""
+
+import contextlib
+import functools
+import itertools
+import math
+import random
+import sys
+from collections import deque
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from helpers import random_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from lib import block_manager, engine, kv_cache, paged_kv_cache
+from lib.engine import (
+    Engine,
+    Load,
+    Request,
+    finish_reason,
+    latencies,
+    preempt,
+    schedule,
+    tokens_that_fit,
+)
+from lib.generate import generate_recompute
+from lib.kv_cache import ContiguousKVCache
+from lib.model import attend_fused
+from lib.paged_kv_cache import PagedKVCache
+from lib.sampling import next_token_probs
+
+V, MAX_SEQ_LEN = 32, 64
+BAD_ID = V - 1  # its embedding is NaN: whoever has it has no numbers
+
+
+@functools.cache
+def small_model():
+    model = random_model(
+        dtype=torch.float64,
+        vocab_size=V,
+        num_heads=2,
+        num_kv_heads=1,
+        d_model=16,
+        d_ff=16,
+        max_seq_len=MAX_SEQ_LEN,
+    )
+    with torch.no_grad():
+        for block in model.blocks:  # what came before decides, not the last token alone
+            block.attention.q_proj.weight.mul_(4)
+            block.attention.v_proj.weight.mul_(10)
+            block.attention.o_proj.weight.mul_(10)
+        model.embed.weight[BAD_ID] = torch.nan
+        model.unembed[-1].weight[BAD_ID] = 0
+        # Its logit is 0, and the first one's is that of the others, so that one of these
+        # is larger: it is never drawn greedily.
+        model.unembed[-1].weight[0] = -model.unembed[-1].weight[1]
+    return model
+
+
+@functools.cache
+def recomputed(prompt_ids, num_new_tokens):
+    """The greedy answer, by recompute."""
+    prompt = torch.tensor(prompt_ids)
+    text = generate_recompute(small_model(), prompt, num_new_tokens, temperature=0)
+    return text[len(prompt_ids) :].tolist()
+
+
+def greedy_answer(prompt_ids, max_new_tokens, stop_ids):
+    """What an engine must answer, and why it ends."""
+    if BAD_ID in prompt_ids:
+        return [], "error"
+    answer = recomputed(tuple(prompt_ids), max_new_tokens)
+    for i, token_id in enumerate(answer):
+        if token_id in stop_ids:
+            return answer[: i + 1], "stop"
+    return answer, "length"
+
+
+@dataclass
+class Ask:
+    """A request that somebody will make, and when."""
+
+    prompt_ids: list[int]
+    max_new_tokens: int
+    arrives: int = 0  # before this step
+    n: int = 1
+    stop_ids: tuple[int, ...] = ()
+    cancelled: dict[int, int] = field(default_factory=dict)  # i-th answer: before step
+    sampling: dict = field(default_factory=lambda: {"temperature": 0})
+
+
+def some_ids(rng, num_tokens):
+    return [rng.randrange(BAD_ID) for _ in range(num_tokens)]
+
+
+def assert_right(request, prompt_ids, is_live=False):
+    """A greedy request that has ended, or (is_live) is on its way."""
+    stop_ids = request.stop_ids
+    expected, reason = greedy_answer(prompt_ids, request.max_new_tokens, stop_ids)
+    got = request.new_ids
+    assert request.token_ids[: request.prompt_len] == list(prompt_ids)
+    if is_live:
+        assert request.finish_reason is None
+        assert got == expected[: len(got)] and len(got) < max(len(expected), 1)
+    elif request.finish_reason == "cancelled":
+        assert got == expected[: len(got)] and len(got) < max(len(expected), 1)
+    else:
+        assert got == expected
+        assert request.finish_reason.split(":")[0] == reason
+
+
+def check(eng):
+    """Whatever must hold between two calls, in the engine and in the pool."""
+    eng.check_integrity()
+    cache = eng.cache
+    if isinstance(cache, PagedKVCache):
+        cache.manager.check_integrity()
+        assert list(cache.manager.block_tables) == cache.request_ids
+        assert list(cache.manager.seq_lens.values()) == cache.seq_lens.tolist()
+        cache._check_manager()
+    cached = dict(zip(cache.request_ids, cache.seq_lens.tolist()))
+    for request in eng.running:
+        assert cached[request.request_id] < len(request.token_ids)
+    for request in eng.requests.values():
+        assert request.finish_reason is None
+        assert request.parent is None or request.parent in eng.requests.values()
+    assert not torch.cat([cache.k_cache, cache.v_cache]).isinf().any()
+
+
+def assert_empty(eng):
+    check(eng)
+    assert not eng.requests and not eng.running and not eng.waiting
+    assert eng.cache.num_free_blocks == eng.cache.num_blocks
+    assert eng.cache.used_bytes == 0
+
+
+def check_step(eng, step, before):
+    """What a step says that it did, beside the tokens that each request had before."""
+    assert sum(step.counts.values()) <= eng.token_budget
+    assert all(count > 0 for count in step.counts.values())
+    assert step.num_waiting == len(eng.waiting)
+    assert step.num_free_blocks == eng.cache.num_free_blocks
+    assert list(step.seconds) == ["schedule", "forward", "sample", "finish"]
+    assert min(step.seconds.values()) >= 0
+    for request_id, token_id in step.next_ids.items():
+        request, num_tokens = before[request_id]
+        assert len(request.token_ids) == num_tokens + 1
+        assert request.token_ids[-1] == token_id
+    for request_id, (request, num_tokens) in before.items():
+        assert (len(request.token_ids) > num_tokens) == (request_id in step.next_ids)
+        assert request.finish_reason == step.finished.get(request_id)
+    assert step.counts or not before, "nobody came further"
+    assert not set(step.preempted) & set(step.counts)
+
+
+def serve(eng, asks, max_steps=3000):
+    """Make these requests when their time has come, until all are served. Gives the
+    requests of each ask, and the steps."""
+    made, steps, last = {}, [], max(ask.arrives for ask in asks)
+    cancels = {
+        (i, j): at for i, ask in enumerate(asks) for j, at in ask.cancelled.items()
+    }
+    for now in range(max_steps):
+        for i, ask in enumerate(asks):
+            if ask.arrives == now:
+                got = eng.add(
+                    ask.prompt_ids,
+                    ask.max_new_tokens,
+                    n=ask.n,
+                    stop_ids=ask.stop_ids,
+                    request_id=f"ask {i}",
+                    **ask.sampling,
+                )
+                made[i] = got if ask.n > 1 else [got]
+        for (i, j), at in cancels.items():
+            if at == now and made[i][j].request_id in eng.requests:
+                eng.cancel(made[i][j].request_id)
+                check(eng)
+                assert made[i][j].finish_reason == "cancelled"
+        if now >= last and not eng.requests:
+            return [made[i] for i in range(len(asks))], steps
+        before = {i: (r, len(r.token_ids)) for i, r in eng.requests.items()}
+        steps.append(eng.step())
+        check(eng)
+        check_step(eng, steps[-1], before)
+    raise AssertionError(f"expected an end within {max_steps} steps, got {eng.requests}")
+
+
+def serve_rightly(eng, asks):
+    made, steps = serve(eng, asks)
+    for requests, ask in zip(made, asks):
+        assert len(requests) == ask.n
+        for request in requests:
+            assert_right(request, ask.prompt_ids)
+    assert_empty(eng)
+    return steps
+
+
+KINDS = [("paged", 1), ("paged", 3), ("paged", 4), ("paged", 16), ("contiguous", 4)]
+
+
+def make_cache(kind, size, fused=False, num_tokens=96):
+    """A pool of num_tokens in blocks of `size`, or so many rows of all tokens."""
+    more = {"dtype": torch.float64, "fused_decode": fused}
+    config = small_model().config
+    if kind == "paged":
+        return PagedKVCache(config, num_tokens // size, size, **more)
+    return ContiguousKVCache(config, size, MAX_SEQ_LEN - 1, **more)
+
+
+def traffic(seed, num_asks=12, cancels=True, longest=30):
+    rng = random.Random(seed)
+    asks, arrives = [], 0
+    for _ in range(num_asks):
+        arrives += rng.choice([0, 0, 1, 5])
+        ask = Ask(
+            some_ids(rng, rng.choice([1, 2, 4, 8, rng.randint(1, longest)])),
+            rng.choice([1, 2, rng.randint(1, longest)]),
+            arrives,
+            n=rng.choice([1, 1, 1, 2, 4]),
+            stop_ids=tuple(rng.sample(range(V), rng.choice([0, 0, 1, 4]))),
+        )
+        if cancels and rng.random() < 0.3:
+            ask.cancelled = {rng.randrange(ask.n): arrives + rng.randint(0, 8)}
+        asks.append(ask)
+    return asks
+
+
+def test_the_oracle_can_tell_texts_apart():
+    rng = random.Random(0)
+    answers = [recomputed(tuple(some_ids(rng, 5)), 20) for _ in range(20)]
+    assert len({tuple(answer[10:]) for answer in answers}) == 20
+    assert sum(len(set(answer)) for answer in answers) > 20 * 5
+
+
+# Equality.
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kind, size", KINDS)
+def test_greedy_texts_are_those_of_each_request_alone(kind, size, fused):
+    preempted, pieces, forks, finished = 0, 0, 0, set()
+    for seed, budget, watermark in [(0, 256, 0.0), (1, 7, 0.0), (2, 16, 0.4)]:
+        asks = traffic(seed)
+        cache = make_cache(kind, size, fused, num_tokens=64)
+        eng = Engine(small_model(), cache, token_budget=budget, watermark=watermark)
+        for step in serve_rightly(eng, asks):
+            preempted += len(step.preempted)
+            asked = step.next_ids.keys() | step.finished.keys()
+            pieces += len(step.counts.keys() - asked)
+            forks += len(asked - step.counts.keys())
+            finished |= set(step.finished.values())
+    assert pieces and finished == {"length", "stop"}
+    assert bool(preempted) == bool(forks) == (kind == "paged")
+
+
+@pytest.mark.parametrize("budget", [1, 2, 3, 5, 1000])
+def test_prompts_in_pieces_of_any_size_give_the_same_texts(budget):
+    rng = random.Random(budget)
+    asks = [Ask(some_ids(rng, n), 6, n=2) for n in (1, 7, 8, 9, 24)]
+    eng = Engine(small_model(), make_cache("paged", 4), token_budget=budget)
+    serve_rightly(eng, asks)
+
+
+@pytest.mark.parametrize("prompt_len", range(1, 10))
+@pytest.mark.parametrize("num_tokens", [12, 16, 100])
+def test_forks_share_a_prompt_and_copy_only_what_they_write(prompt_len, num_tokens):
+    rng = random.Random(prompt_len)
+    cache = make_cache("paged", 4, num_tokens=num_tokens)
+    eng = Engine(small_model(), cache)
+    prompt_ids = some_ids(rng, prompt_len)
+    requests = eng.add(prompt_ids, 4, n=4, temperature=0, request_id="a")
+    assert [r.request_id for r in requests] == [("a", i) for i in range(4)]
+    step = eng.step()
+    assert step.counts == {("a", 0): prompt_len}, "one computes the prompt"
+    assert list(step.next_ids) == [("a", i) for i in range(4)], "and all draw"
+    assert cache.num_blocks - cache.num_free_blocks == math.ceil(prompt_len / 4)
+    step = eng.step()
+    check(eng)
+    if num_tokens == 100:
+        assert len(step.counts) == 4 and not step.preempted
+        full, rest = divmod(prompt_len, 4)
+        assert cache.num_blocks - cache.num_free_blocks == full + 4, (full, rest)
+    eng.run()
+    for request in requests:
+        assert_right(request, prompt_ids)
+    assert_empty(eng)
+
+
+def test_a_step_gives_each_fork_its_own_seed():
+    eng = Engine(small_model(), make_cache("paged", 4))
+    first = eng.add([1, 2, 3], 12, n=5, seed=7)
+    eng.run()
+    assert len({tuple(r.new_ids) for r in first}) == 5
+    for i, request in enumerate(first):
+        alone = eng.add([1, 2, 3], 12, seed=7 + i)
+        eng.run()
+        assert alone.new_ids == request.new_ids
+        assert alone.seed == request.seed == 7 + i
+
+
+SAMPLING = [
+    {"temperature": 1.0},
+    {"temperature": 0.5, "top_k": 5},
+    {"temperature": 2.0, "top_p": 0.8},
+    {"temperature": 1.5, "top_k": 9, "top_p": 0.9},
+    {"temperature": 0},
+]
+
+
+def sampled_asks(seed):
+    asks = traffic(seed, num_asks=9, cancels=False, longest=20)
+    for i, ask in enumerate(asks):
+        ask.arrives, ask.max_new_tokens = i // 4, ask.max_new_tokens + 6
+        ask.sampling = {**SAMPLING[i % len(SAMPLING)], "seed": i}
+    return asks
+
+
+@functools.cache
+def sampled_alone(seed):
+    texts = []
+    for ask in sampled_asks(seed):
+        ask.arrives, answers = 0, []
+        for i in range(ask.n):
+            one = Ask(**{**vars(ask), "n": 1})
+            one.sampling = {**ask.sampling, "seed": ask.sampling["seed"] + i}
+            ((request,),), _ = serve(Engine(small_model(), make_cache("paged", 4)), [one])
+            answers.append(request.token_ids)
+        texts.append(answers)
+    return texts
+
+
+@pytest.mark.parametrize("kind, size", KINDS)
+@pytest.mark.parametrize("budget", [3, 256])
+def test_a_sampled_text_does_not_depend_on_company_budget_or_preemption(
+    kind, size, budget
+):
+    cache = make_cache(kind, size, num_tokens=40)
+    made, steps = serve(
+        Engine(small_model(), cache, token_budget=budget), sampled_asks(0)
+    )
+    assert [[r.token_ids for r in requests] for requests in made] == sampled_alone(0)
+    if kind == "paged" and budget == 256:
+        assert sum(len(step.preempted) for step in steps) > 0
+
+
+def test_a_sampled_text_is_the_same_after_steps_that_failed():
+    rng = random.Random(0)
+    eng = Engine(small_model(), make_cache("paged", 4, num_tokens=48), token_budget=9)
+    asks = sampled_asks(0)
+    made = [
+        eng.add(ask.prompt_ids, ask.max_new_tokens, n=ask.n, stop_ids=ask.stop_ids,
+                **ask.sampling)
+        for ask in asks
+    ]  # fmt: skip
+    while eng.requests:
+        if rng.random() < 0.5:
+            with Interrupt(rng.randrange(250)), contextlib.suppress(KeyboardInterrupt):
+                eng.step()
+            check(eng)
+        else:
+            eng.step()
+    made = [each if isinstance(each, list) else [each] for each in made]
+    assert [[r.token_ids for r in requests] for requests in made] == sampled_alone(0)
+
+
+def test_what_is_drawn_is_distributed_as_the_model_says():
+    """Seeds in a row, as users and `n` take them, must not be drawn alike."""
+    model, num_requests = small_model(), 500
+    eng = Engine(model, make_cache("paged", 4, num_tokens=4000), token_budget=4000)
+    requests = eng.add([3, 1, 4], 2, n=num_requests, seed=0, top_k=6, temperature=2.0)
+    eng.run()
+    with torch.no_grad():
+        logits = model(torch.tensor([3, 1, 4]), torch.arange(3), attend_fused)[-1]
+    probs = next_token_probs(logits, 2.0, top_k=6)
+    counts = torch.bincount(torch.tensor([r.new_ids[0] for r in requests]), minlength=V)
+    kept = probs > 0
+    assert counts[~kept].sum() == 0
+    expected = probs[kept] * num_requests
+    chi_square = ((counts[kept] - expected) ** 2 / expected).sum().item()
+    assert chi_square < 20.5, "5 degrees of freedom: above it in 1 of 1,000"
+    # The first token says nothing about the second one's draw.
+    pairs = {tuple(r.new_ids) for r in requests}
+    assert len(pairs) > 2 * int(kept.sum())
+
+
+# Hostile schedules.
+
+
+def hostile():
+    rng = random.Random(6)
+    ids = functools.partial(some_ids, rng)
+    stops_at_once = []
+    for _ in range(12):
+        prompt_ids = ids(rng.randint(1, 9))
+        stops_at_once.append(Ask(prompt_ids, 9, n=rng.choice([1, 3])))
+        stops_at_once[-1].stop_ids = tuple(recomputed(tuple(prompt_ids), 1))
+    same = ids(8)
+    storm = [Ask(ids(6), 12, arrives=i // 4, n=1 + i % 3) for i in range(24)]
+    for i, ask in enumerate(storm):
+        ask.cancelled = {j: i // 4 + rng.randint(0, 6) for j in range(ask.n)}
+    spared = Ask(ids(5), 20)
+    # Asks, tokens of the pool (in blocks of 4), budget.
+    return {
+        "all long": ([Ask(ids(30), 33) for _ in range(6)], 64, 16),
+        "all equal": ([Ask(same, 9) for _ in range(12)], 48, 256),
+        "one giant": ([Ask(ids(2), 4), Ask(ids(40), 24), *(Ask(ids(3), 5, i) for i in range(8))], 64, 12),
+        "bursts": ([Ask(ids(rng.randint(1, 9)), 7, 20 * (i // 8)) for i in range(32)], 48, 20),
+        "three blocks": ([Ask(ids(i % 5 + 1), 8 - i % 3, n=1 + i % 4) for i in range(9)], 12, 256),
+        "budget of one": ([Ask(ids(i + 1), 4, i, n=1 + i % 3) for i in range(7)], 32, 1),
+        "all stop at once": (stops_at_once, 32, 256),
+        "five in a tiny pool": ([Ask(ids(5), 8, n=5), Ask(ids(4), 9, n=5)], 12, 256),
+        "storm of cancels": ([*storm, spared], 40, 16),
+        "at the blocks' edges": ([Ask(ids(n), m, n=1 + n % 2) for n in (4, 8, 12, 16) for m in (1, 4, 5)], 32, 8),
+    }  # fmt: skip
+
+
+HOSTILE = hostile()
+
+
+@pytest.mark.parametrize("watermark", [0.0, 0.5])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_schedules_end_with_every_text_right(name, watermark):
+    asks, num_tokens, budget = HOSTILE[name]
+    cache = make_cache("paged", 4, fused=True, num_tokens=num_tokens)
+    eng = Engine(small_model(), cache, token_budget=budget, watermark=watermark)
+    serve_rightly(eng, asks)
+
+
+# Interrupts and errors.
+
+
+class Interrupt:
+    """KeyboardInterrupt at line number `when` that these files run."""
+
+    ENGINE = (engine.__file__,)
+    ALL = tuple(m.__file__ for m in (engine, kv_cache, paged_kv_cache, block_manager))
+
+    def __init__(self, when, files=ENGINE):
+        self.lines_left, self.files, self.where = when, files, None
+
+    def __enter__(self):
+        self.before = sys.gettrace()
+        sys.settrace(self.enter_function)
+        return self
+
+    def enter_function(self, frame, event, arg):
+        return self.at_line if frame.f_code.co_filename in self.files else None
+
+    def at_line(self, frame, event, arg):
+        if event == "line" and self.where is None:
+            self.lines_left -= 1
+            if self.lines_left < 0:
+                self.where = f"{frame.f_code.co_name}, line {frame.f_lineno}"
+                raise KeyboardInterrupt
+        return self.at_line
+
+    def __exit__(self, *_):
+        sys.settrace(self.before)
+
+
+def drain(eng, max_steps=500):
+    """`run`, that fails instead of hanging."""
+    for _ in range(max_steps):
+        if not eng.requests:
+            return
+        eng.step()
+        check(eng)
+    raise AssertionError(f"expected an end within {max_steps} steps, got {eng.requests}")
+
+
+def scenes():
+    """By name: an engine in the middle of its work, and a call that is interrupted."""
+    ids = functools.partial(some_ids, random.Random(3))
+    long, short, other = ids(14), ids(3), ids(6)
+
+    def forking(kind, size):
+        eng = Engine(small_model(), make_cache(kind, size), token_budget=12)
+        eng.add(short, 6, temperature=0)
+        eng.step()
+        eng.add(other, 1, temperature=0)
+        eng.add(other, 5, n=3, temperature=0, stop_ids=[5])
+        eng.add(long, 4, temperature=0)
+        return eng, eng.step
+
+    def behind():
+        """A prompt in pieces, behind requests that ask in this step."""
+        eng, _ = forking("paged", 4)
+        eng.step()
+        return eng, eng.step
+
+    def preempting():
+        eng = Engine(small_model(), make_cache("paged", 4, num_tokens=24))
+        for prompt_ids in (short, short, other):
+            eng.add(prompt_ids, 12, temperature=0)
+        while len(eng.running) != 2 or eng.cache.num_free_blocks:
+            eng.step()
+        while eng.cache.blocks_needed({r.request_id: 1 for r in eng.running}) == 0:
+            eng.step()
+        return eng, eng.step
+
+    def rows():
+        """Of a contiguous cache: the one that came last has the first row."""
+        eng = Engine(small_model(), make_cache("contiguous", 3), token_budget=12)
+        eng.add(short, 1, temperature=0)
+        for prompt_ids in (short, long, other):
+            eng.add(prompt_ids, 9, n=2, temperature=0)
+        for _ in range(4):
+            eng.step()
+        return eng, eng.step
+
+    def cancelled_parent():
+        eng = Engine(small_model(), make_cache("paged", 4), token_budget=8)
+        eng.add(long, 5, n=3, temperature=0, request_id="a")
+        eng.add(short, 5, temperature=0)
+        eng.step()
+        return eng, lambda: eng.cancel(("a", 0))
+
+    def cancelled():
+        eng, _ = behind()
+        return eng, lambda: eng.cancel(eng.running[0].request_id)
+
+    def added():
+        eng, _ = behind()
+        return eng, lambda: eng.add(other, 3, n=3, temperature=0, request_id="new")
+
+    def streamed():
+        eng, _ = forking("paged", 4)
+        stream = eng.stream(other, 2, temperature=0)
+        next(stream)
+        return eng, lambda: list(stream)
+
+    return {
+        "a step that forks": functools.partial(forking, "paged", 4),
+        "a step with a prompt in pieces": behind,
+        "a step that preempts": preempting,
+        "a step over rows": rows,
+        "cancel, of whom others wait for": cancelled_parent,
+        "cancel": cancelled,
+        "add": added,
+        "stream": streamed,
+    }
+
+
+SCENES = scenes()
+
+
+def interrupted_at_every_line(scene, files, first, every):
+    num_lines, is_through = first, False
+    while not is_through:
+        eng, call = scene()
+        requests = list(eng.requests.values())
+        with Interrupt(num_lines, files) as interrupt:
+            try:
+                call()
+            except KeyboardInterrupt:
+                assert interrupt.where
+        is_through = interrupt.where is None
+        try:
+            check(eng)
+            requests += [r for r in eng.requests.values() if r not in requests]
+            drain(eng)
+            for request in requests:
+                assert_right(request, request.token_ids[: request.prompt_len])
+            assert_empty(eng)
+        except Exception as error:
+            raise AssertionError(f"after an interrupt in {interrupt.where}") from error
+        num_lines += every
+    assert num_lines > 15 + every
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_after_an_interrupt_at_a_line_of_the_engine_all_texts_are_right(name):
+    interrupted_at_every_line(SCENES[name], Interrupt.ENGINE, first=0, every=5)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("files", [Interrupt.ENGINE, Interrupt.ALL])
+@pytest.mark.parametrize("name", SCENES)
+def test_after_an_interrupt_at_any_line_all_texts_are_right(name, files):
+    interrupted_at_every_line(SCENES[name], files, first=0, every=1)
+
+
+@pytest.mark.parametrize("layer", [0, 1, "unembed"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_step_in_which_the_model_fails_changes_nothing(layer, error):
+    eng, _ = SCENES["a step with a prompt in pieces"]()
+    cache, requests = eng.cache, list(eng.requests.values())
+
+    def state():
+        texts = [list(r.token_ids) for r in requests]
+        waiting = [r.request_id for r in eng.waiting]
+        cached = dict(zip(cache.request_ids, cache.seq_lens.tolist()))
+        return texts, waiting, cached, cache.num_free_blocks
+
+    def fail(module, args):
+        raise error("by the test")
+
+    eng._make_room()
+    eng._schedule_and_begin()
+    before = state()
+    model = small_model()
+    module = model.unembed if layer == "unembed" else model.blocks[layer]
+    with module.register_forward_pre_hook(fail):
+        for _ in range(3):
+            with pytest.raises(error):
+                eng.step()
+            check(eng)
+            assert state() == before
+    drain(eng)
+    for request in requests:
+        assert_right(request, request.token_ids[: request.prompt_len])
+    assert_empty(eng)
+
+
+def test_logits_without_numbers_end_that_request_alone():
+    rng = random.Random(1)
+    for kind, size, fused in [
+        ("paged", 4, True),
+        ("paged", 4, False),
+        ("contiguous", 4, True),
+    ]:
+        eng = Engine(small_model(), make_cache(kind, size, fused), token_budget=9)
+        prompts = [some_ids(rng, 6) for _ in range(5)]
+        prompts[1][5] = prompts[3][0] = BAD_ID
+        asks = [Ask(prompt_ids, 8, n=2) for prompt_ids in prompts]
+        steps = serve_rightly(eng, asks)
+        finished = {k: v for step in steps for k, v in step.finished.items()}
+        for i in range(5):
+            for j in range(2):
+                reason = finished[f"ask {i}", j]
+                assert reason.startswith("error: expected") == (i in (1, 3)), reason
+
+
+# Streams.
+
+
+def test_a_stream_gives_each_token_once_and_lets_others_go_on():
+    eng = Engine(small_model(), make_cache("paged", 4, num_tokens=24))
+    other = eng.add([9, 8], 6, temperature=0)
+    prompts = [[1, 2, 3], [4, 5, 6, 7], [8]]
+    streams = [eng.stream(prompt_ids, 7, temperature=0) for prompt_ids in prompts]
+    assert len(eng.requests) == 1, "a stream begins when somebody asks"
+    got = [[] for _ in streams]
+    for tokens in itertools.zip_longest(*streams):
+        for each, token_id in zip(got, tokens):
+            each += [] if token_id is None else [token_id]
+        check(eng)
+    assert got == [recomputed(tuple(prompt_ids), 7) for prompt_ids in prompts]
+    drain(eng)
+    assert_right(other, [9, 8])
+    assert_empty(eng)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 3])
+def test_a_stream_that_nobody_reads_on_is_cancelled(num_tokens):
+    eng = Engine(small_model(), make_cache("paged", 4))
+    stream = eng.stream([1, 2, 3], 9, temperature=0, request_id="a")
+    for _ in range(num_tokens):
+        next(stream)
+    assert ("a" in eng.requests) == (num_tokens > 0)
+    stream.close()
+    assert_empty(eng)
+
+
+def test_a_stream_that_somebody_else_cancels_ends():
+    eng = Engine(small_model(), make_cache("paged", 4))
+    stream = eng.stream([1, 2, 3], 9, temperature=0, request_id="a")
+    first = next(stream)
+    eng.step()
+    eng.cancel("a")
+    assert [first, *stream] == recomputed((1, 2, 3), 2), "with what was there already"
+    assert_empty(eng)
+
+
+def test_a_stream_that_is_interrupted_after_its_last_token_says_nothing_else():
+    """Not that it cannot be cancelled any more."""
+    eng, _ = SCENES["stream"]()
+    eng.run()
+    for when in itertools.count():
+        stream = eng.stream([1, 2, 3], 1, temperature=0)
+        with Interrupt(when) as interrupt:
+            try:
+                assert list(stream) == recomputed((1, 2, 3), 1)
+            except KeyboardInterrupt as error:
+                assert error.__context__ is None or when < 5
+        if interrupt.where is None:
+            break
+        stream.close()
+        drain(eng)
+        assert_empty(eng)
