@@ -124,6 +124,7 @@ class Request:
     seed: int
     stop_ids: frozenset[int]
     number: int  # in the order of arrival
+    num_answers: int = 1  # to this prompt, that were asked for together
     finish_reason: str | None = None  # "stop", "length", "cancelled", "error: ..."
     # Of n answers to a prompt one computes it, and the others are forks of that one.
     parent: "Request | None" = field(default=None, repr=False)
@@ -274,6 +275,7 @@ class Engine:
                 *(each, list(token_ids), len(token_ids), max_new_tokens, temperature),
                 *(top_k, top_p, seed + i, stop_ids),
                 number=number if i == 0 else next(self._numbers),
+                num_answers=n,
                 parent=made[0] if made and self.cache.can_fork else None,
             )
             made.append(request)
@@ -511,9 +513,8 @@ class Engine:
         for row, first in enumerate(asking):
             for request in (first, *self._fork(first)):
                 if not are_numbers[row]:
-                    token_id = (
-                        f"error: expected logits that are numbers, got {logits[row]}"
-                    )
+                    largest = logits[row].amax().item()
+                    token_id = f"error: expected numbers for logits, got {largest}"
                 elif request.temperature == 0:
                     token_id = greedy_ids[row]
                 else:
@@ -523,7 +524,7 @@ class Engine:
 
     def _fork(self, request: Request) -> list[Request]:
         """The requests that have waited for this one to compute their prompt."""
-        if len(request.token_ids) > request.prompt_len or not self.cache.can_fork:
+        if request.num_answers == 1 or request.new_ids or not self.cache.can_fork:
             return []
         forks = [r for r in self.requests.values() if r.parent is request]
         place = self.running.index(request)
@@ -585,7 +586,7 @@ class Engine:
                 continue
             in_cache = self.cache.request_ids
             if parent.request_id in in_cache and heir.request_id not in in_cache:
-                self.cache.fork(parent.request_id, heir.request_id)
+                self.cache.fork(parent.request_id, heir.request_id, heir.token_ids)
             heir.parent = None
 
 

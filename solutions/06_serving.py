@@ -472,7 +472,7 @@ for budget, of_budget in runs.items():
 # of chats that chapter 4 drew, and a pool of 400 blocks:
 
 # %%
-chats = simulation.draw_requests(300, 161.3, 338.0)
+chats = simulation.draw_requests(150, 161.3, 338.0)
 for watermark in (0, 0.02, 0.05):
     predicted = simulation.predict_steps(
         chats, 400, 16, token_budget=512, watermark=watermark
@@ -539,27 +539,29 @@ for name, weight_bytes, bytes_per_token in (
 # they are served; the queue grows, and latency with it. Where that happens
 # depends on how many requests fit into the pool at one time.
 #
-# We replay it with the four managers of chapter 4. For the time of a step we
-# take a line fitted to steps of our own engine on this machine: so much for any
-# step, so much for each new token, so much for each token in the cache.
+# We replay it with the four managers of chapter 4, for the model and the pool
+# of that chapter: 13 billion parameters on an A100. How long does a step take
+# there? A step reads all weights once, computes each new token, and reads the
+# keys and values of all tokens before. From the data sheet, 1.555 TB/s and 312
+# TFLOP/s, we get a lower bound, not a measurement:
 
 # %%
-pool = PagedKVCache(lm.config, 256, block_size=16, fused_decode=True)
-_, steps = serve(pool, output_lens, token_budget=128)
-step_seconds = simulation.fit_step_seconds(steps)
-print(f"a step takes {1e3 * step_seconds.fixed:.2f} ms, and ", end="")
-print(f"{1e6 * step_seconds.per_new_token:.0f} µs for each new token")
+on_a_gpu = simulation.StepSeconds(
+    fixed=26e9 / 1.555e12,
+    per_new_token=26e9 / 312e12,
+    per_cached_token=2 * 40 * 5120 * 2 / 1.555e12,
+)
+for batch_size in (1, 7, 30):
+    step_ms = 1e3 * on_a_gpu(batch_size, 300 * batch_size)
+    print(f"{batch_size:2} requests of 300 tokens: {step_ms:4.1f} ms per step")
 
 # %% [markdown]
-# One request alone, with an answer of 338 tokens, would take 338 steps. So this
-# machine serves so many per second if it serves one after the other; we try
-# multiples of that rate.
+# Thirty requests take hardly longer than one: reading the weights is most of a
+# step. So whoever has room for more of them serves more.
 
 # %%
 POOL = 15_728  # slots, as in chapter 4
-one_by_one = 1 / (338 * step_seconds(1, 300))
-rates = [one_by_one * factor for factor in (0.5, 1, 2, 4, 6, 8, 12)]
-chats = simulation.draw_requests(600, 161.3, 338.0)
+chats = simulation.draw_requests(300, 161.3, 338.0)
 kinds = {
     "maximum": lambda: Reserving(POOL, simulation.reserve_maximum),
     "power of two": lambda: Reserving(POOL, simulation.reserve_power_of_two),
@@ -571,20 +573,49 @@ kinds = {
 def mean_latency(manager, rate):
     """Normalized, in seconds per token, where so many requests come a second."""
     arrivals = simulation.draw_arrivals(len(chats), rate)
-    served = simulation.serve(manager, chats, arrivals, step_seconds)
+    served = simulation.serve(manager, chats, arrivals, on_a_gpu)
     return sum(one.normalized for one in served) / len(served)
 
 
+rates = [0.5, 1, 1.5, 2, 3, 4, 6]
 curves = {
     name: (rates, [mean_latency(manager(), rate) for rate in rates])
     for name, manager in kinds.items()
 }
+
+# %%
+LIMIT = 0.1  # seconds per token: about as fast as one reads aloud
+sustained = {
+    name: max(rate for rate, wait in zip(*curve) if wait < LIMIT)
+    for name, curve in curves.items()
+}
 plotting.plot_latency(
-    curves, title="With blocks, latency takes off at a higher rate"
+    curves,
+    title=f"{sustained['maximum']:g} requests per second with rows for the "
+    f"longest, {sustained['blocks of 16']:g} with blocks",
 );
 
 # %% [markdown]
-# *Up and to the right is where a server drowns.*
+# *In the title: the highest of these rates at which a token takes less than a
+# tenth of a second, waiting included. Beyond its limit a server falls behind
+# for good, and latency depends on how long the rush lasts.*
+#
+# And on this machine? The same line, fitted to steps of our own engine:
+
+# %%
+pool = PagedKVCache(lm.config, 256, block_size=16, fused_decode=True)
+_, steps = serve(pool, output_lens, token_budget=128)
+here = simulation.fit_step_seconds(steps)
+print(f"a step: {1e3 * here.fixed:.1f} ms, and ", end="")
+print(f"{1e3 * here.per_new_token:.2f} ms for each new token")
+growth = [seconds(30, 9000) / seconds(1, 300) for seconds in (here, on_a_gpu)]
+print("thirty requests take {:.1f} times as long as one; ".format(growth[0]), end="")
+print("on the GPU {:.1f} times".format(growth[1]))
+
+# %% [markdown]
+# A processor's core is busy with a few tokens already. More room in the pool
+# gains little there, while a GPU has computing power to spare: it is the
+# machine for which all this was invented.
 #
 # ## The same beginning, computed once
 #
