@@ -493,7 +493,7 @@ class Engine:
         query_lens = torch.tensor(query_lens, device=device)  # (B,)
         seq_lens = cache.seq_lens + query_lens  # (B,)
         positions = kv_cache.new_positions(seq_lens, query_lens)  # (N,)
-        with cache.extend(query_lens) as attend:
+        with cache.extend(query_lens) as attend, torch.inference_mode():
             x = self.model.embed(token_ids)  # (N, C)
             for block in self.model.blocks:
                 x = block(x, positions, attend)
