@@ -73,7 +73,8 @@ def schedule(
         room = (load.num_blocks + free) * block_size - load.num_cached
         counts[i] = max(min(missing[i], token_budget, room), 0)
         token_budget -= counts[i]
-        free -= max(num_blocks(load.num_cached + counts[i]) - load.num_blocks, 0)
+        if counts[i] > 0:  # a last block that others use too is copied when it is written
+            free -= max(num_blocks(load.num_cached + counts[i]) - load.num_blocks, 0)
 
     # What running prompts will still take is as good as taken.
     for load, count in zip(running, counts):
