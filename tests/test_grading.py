@@ -11,6 +11,7 @@ import linecache
 import os
 import re
 import textwrap
+import time
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -1258,6 +1259,35 @@ WHOSE = {
             ]
         },
     ),
+    "names that look the same": (
+        ["bob.ipynb", "b\u200bob.ipynb", "zoe\u0308/1.ipynb", "z\u2060o\u00eb/1.ipynb"],
+        {
+            "bob": ["bob.ipynb", "its name looks like another's, bob: whose?"],
+            "bob ffd36e07": ["bob.ipynb", "its name looks like another's, bob"],
+            "zo\u00eb": ["zo\u00eb/1.ipynb", "its name looks like another's"],
+            "zo\u00eb 5b071969": ["zo\u00eb/1.ipynb", "its name looks like another's"],
+        },
+    ),
+    "what a platform writes, in the name of a file": (
+        [
+            f"{BLACKBOARD}1-12-00-00_HW1_bob_attempt_2099-10-01-12-00-00_1.ipynb",
+            f"{BLACKBOARD}1-12-00-00_1_2_1.ipynb",
+            f"{MOODLE}Bob_5_assignsubmission_file_1.ipynb",
+            f"{MOODLE}1_2_1.ipynb",
+            "eve_1_2_HW1_bob_attempt_2099-10-01-12-00-00_1.ipynb",
+        ],
+        {
+            "adab": [
+                f"{BLACKBOARD}1-12-00-00_1_2_1.ipynb",
+                f"{BLACKBOARD}1-12-00-00_HW1_bob_attempt_2099-10-01-12-00-00_1.ipynb",
+            ],
+            "Ada Byron_123": [
+                f"{MOODLE}1_2_1.ipynb",
+                f"{MOODLE}Bob_5_assignsubmission_file_1.ipynb",
+            ],
+            "eve_1": ["eve_1_2_HW1_bob_attempt_2099-10-01-12-00-00_1.ipynb"],
+        },
+    ),
     "other kinds of files": (
         [
             *(
@@ -1351,6 +1381,16 @@ ZIPS = {
         packed,
         ["Files/Ada B/hw/1.ipynb", "Files/Bob/hw/1.ipynb"],
         "Ada-B Bob",
+    ),
+    "with a student whose file has a number for a name": (
+        packed,
+        [f"hw/{name}" for name in ("ada.ipynb", "bob.ipynb", "cy.ipynb", "01.ipynb")],
+        "01 ada bob cy",
+    ),
+    "with numbers in names": (
+        packed,
+        [f"hw/{name}" for name in ("hw1_eve.ipynb", "part 2 fay.ipynb", "7of9.ipynb")],
+        "7of9 hw1_eve part-2-fay",
     ),
     "with that twice": (packed, ["hw/hw/ada.ipynb", "hw/hw/bob.ipynb"], "ada bob"),
     "of one student": (packed, ["ada/01_generation.ipynb", "ada/rest.ipynb"], "ada"),
@@ -1457,6 +1497,24 @@ def test_names_too_long_are_cut_to_different_ones(tmp_path):
     assert all(len(one.student) < 150 and len(one.read()[0]) == 1 for one in found)
 
 
+def test_no_name_takes_long_to_read(tmp_path):
+    parts = "1", ".a-1", "(copycopy)", "_1_1", " ", "_assignsubmission_a", "a_attempt_"
+    names = [
+        f"eve/01{middle}{end}.ipynb"
+        for part in parts
+        for end in ("x", "!", ")x")
+        for middle in (part * (800 // len(part)), f" {part * (800 // len(part))}")
+    ]
+    files = dict.fromkeys(["eve/01.ipynb", *names], notebook())
+    (tmp_path / "class.zip").write_bytes(packed({f"hw/{n}": files[n] for n in files}))
+    loose = {name.partition("/")[2]: files[name] for name in files}
+    (tmp_path / "loose.zip").write_bytes(packed({f"hw/{n}": loose[n] for n in loose}))
+    start = time.process_time()
+    for name in ("class.zip", "loose.zip"):
+        find(tmp_path / name)
+    assert time.process_time() - start < 5
+
+
 def of_cells(content: bytes) -> bytes:
     return b'{"cells": [' + content + b"]}"
 
@@ -1488,6 +1546,22 @@ TOO_MUCH = {
         {"1.ipynb": notebook("#" * 2_000_001)},
         "2,000,000 characters of code in all",
     ),
+    "lists in many outputs": (
+        {f"{n}.ipynb": of_cells(OUTPUT % (b"[]," * 10**5 + b"1")) for n in range(9)},
+        "6.ipynb: left out: expected at most 300,000 parts of outputs",
+    ),
+    "a backslash at the end": (
+        {"1.ipynb": of_cells(OUTPUT % b'"')[:-4] + b"\\"},
+        "unreadable, is it whole? ValueError: an output has no end",
+    ),
+    "text of many": (
+        {f"{n}.ipynb": of_cells(b'"%s"' % (b"x" * 3 * MB)) for n in range(3)},
+        "8,388,608 bytes beside outputs in all",
+    ),
+    "odd names": (
+        {f"../{n}{'n' * 150}.ipynb": notebook() for n in range(101)},
+        "ipynb and 95 more",
+    ),
     "cells": ({"1.ipynb": notebook(*[""] * 10_001)}, "at most 10,000 cells in all"),
     "code of many": (
         {f"{n}.ipynb": notebook("#" * 50_000) for n in range(45)},
@@ -1510,6 +1584,7 @@ TOO_MUCH = {
 @pytest.mark.parametrize("case", TOO_MUCH)
 def test_what_is_too_much_is_told_so_and_takes_little_memory(tmp_path, monkeypatch, case):
     monkeypatch.setattr(submissions, "MAX_BYTES", 10 * MB)  # one is read in any case
+    monkeypatch.setattr(submissions, "MAX_TEXT_BYTES", 8 * MB)
     monkeypatch.setattr(handed_in, "MAX_TOKENS", 300_000)
     files, words = TOO_MUCH[case]
     (tmp_path / "ada.zip").write_bytes(packed(files))
@@ -1522,6 +1597,15 @@ def test_what_is_too_much_is_told_so_and_takes_little_memory(tmp_path, monkeypat
     tracemalloc.stop()
     assert any(words in note for note in notes), notes
     assert most_bytes < 250 * MB and bob.read()[0] == [["ONE = 1"]]
+
+
+def test_a_checksum_is_that_of_what_was_read(tmp_path):
+    parts = {"1.ipynb": notebook(), "2.ipynb": b"", "3.ipynb": b"{", "../4.ipynb": b"[]"}
+    (tmp_path / "ada.zip").write_bytes(packed(parts))
+    (tmp_path / "bob.ipynb").write_bytes(notebook())
+    (tmp_path / "fay.zip").write_bytes(b"no archive")
+    read = [(one.read()[2], one.sha256()) for one in find(tmp_path)[0]]
+    assert len({*read}) == 3 and all(first == again for first, again in read)
 
 
 def test_large_outputs_cost_nothing(worker, tmp_path):
