@@ -555,6 +555,27 @@ def test_an_attack_on_the_driver_of_a_method_earns_nothing(worker, attack):
         assert bool(score.points) is is_right, score.message
 
 
+# Looks around for who says that it should refuse.
+LOOK = """
+    frame = sys._getframe()
+    while frame:
+        if frame.f_locals.get("is_refused") is True:
+            raise ValueError
+        frame = frame.f_back
+"""
+
+
+def test_who_looks_around_for_what_to_refuse_earns_nothing(worker):
+    ours = answer("lib.generate", ["generate_recompute"])
+    checks = re.compile(r"    check_generation\(.*\n    sampling.check_sampling\(.*\n")
+    imports = "import sys, torch\nfrom lib.generate import *\nfrom lib import sampling"
+    imports += "\nfrom lib.generate import check_generation"
+    assert len(checks.findall(ours)) == 1
+    for source, num_points in ((ours, 2), (checks.sub(LOOK, ours), 0)):
+        score = grader.score([[imports, source]], "generate_recompute", SECRET, worker)
+        assert score.points == num_points, score.message
+
+
 @pytest.mark.parametrize("name", NAMES_WITHOUT_GPU)
 def test_the_librarys_own_answer_is_nowhere_to_be_found(worker, name):
     cells = f"from lib.course.exercises import library_answer\n{name} = 7\n"
@@ -635,6 +656,7 @@ def test_no_reply_makes_the_grader_fail_or_give_points_for_wrong_outputs():
         for case, expected in grader.tried_on("decode", SECRET)[0]
     ]
     odd = [7, None, "x", [], {}, {"outputs": 3}, {"outputs": {}, "inputs": {}}]
+    odd += [{"outputs": {"text": "", "says": says}, "inputs": {}} for says in ("", [])]
     odd += [{"error": 3}, {"needs": []}, {"needs": "decode"}, {"outputs": {"text": []}}]
     for status in ("done", "unready", "timeout", "crashed", "?"):
         for words in (None, "passed"):

@@ -44,8 +44,11 @@ def _wrong(
         return "it changed its inputs"
     if expected is None:
         return None
-    outputs = {key: expected[key] for key in expected if key not in case.limits}
-    wrong = difference(outputs, got["outputs"]) or over_limit(case.limits, got["outputs"])
+    if got["outputs"].get("says") and expected.get("raised") == "nothing":
+        return str(got["outputs"]["says"])
+    limits = {key: case.limits[key] for key in case.limits if key in expected}
+    outputs = {key: expected[key] for key in expected if key not in (*limits, "says")}
+    wrong = difference(outputs, got["outputs"]) or over_limit(limits, got["outputs"])
     if not wrong:
         return None
     why = None
