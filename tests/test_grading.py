@@ -22,7 +22,7 @@ import pytest
 
 from lib.course import ROOT, collect
 from lib.course.check import SEED
-from lib.course.compare import difference
+from lib.course.compare import difference, show
 from lib.course.exercises import exercises
 from lib.course.grading import files as handed_in
 from lib.course.grading import grader, sandbox, submissions, wire
@@ -1698,9 +1698,76 @@ def test_too_much_or_too_deep_does_not_cross():
     deep = []
     for _ in range(100):
         deep = [deep]
-    for value in (deep, np.zeros(wire.MAX_BYTES)):
+    empty, many = np.zeros((10**9, 0)), [[]] * 10**6
+    for value in (deep, np.zeros(wire.MAX_BYTES), empty, [{"a": empty}], many):
         with pytest.raises(wire.WireError, match="expected at most"):
             wire.encode(value)
+    words = {"code": '[],"{\\' * 10**6, "shape": np.zeros((0, 5000))}
+    assert not difference(words, wire.decode(wire.encode(words)))
+
+
+# What could be sent by whoever has taken a worker over: the text of a message.
+TOO_MANY = {
+    "an array of rows without numbers": b'{"__array__": ["uint8", [1000000000, 0]]}',
+    "lists": b"[" + b"[]," * 10**6 + b"[]]",
+    "lists in lists": b"[" * 10**6,
+    "strings": b"[" + b'"",' * 10**6 + b'""]',
+    "strings with brackets": b"[" + b'"\\\\",[],"",' * 10**6 + b"[]]",
+    "numbers": b"[" + b"0," * 10**6 + b"0]",
+    "a dict": b"{" + b'"":0,' * 10**6 + b'"":0}',
+}
+
+
+@pytest.mark.parametrize("what", TOO_MANY)
+def test_a_small_message_takes_little_memory(what):
+    text = TOO_MANY[what]
+    message = np.array([len(text)], "<u8").tobytes() + text
+    tracemalloc.start()
+    with pytest.raises(wire.WireError, match="expected at most"):
+        wire.decode(message)
+    _, most_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most_bytes < 4 * len(message) + 50 * 2**20
+
+
+LARGE = {
+    "rows without numbers": (np.zeros((10**8, 0)), "[[], [], ["),
+    "numbers": (np.zeros(4 * 10**6), "[0.0, 0.0"),
+    "a number in each row": (np.zeros((4 * 10**6, 1)), "[[0.0], [0.0"),
+    "lists": ([[]] * 10**6, "[[], [], ["),
+    "a dict": ({"a": {f"{n}": [1.5, None] for n in range(10**5)}}, "{'a': {'0': [1.5, "),
+    "words": ("ab " * 10**6, "'ab ab ab"),
+    "a word": ("a" * 10**6, "..."),
+}
+
+
+@pytest.mark.parametrize("what", LARGE)
+def test_what_is_large_is_shown_without_more_memory(what):
+    value, words = LARGE[what]
+    tracemalloc.start()
+    start = time.process_time()
+    message, shown = difference("whale", value), show(value)
+    seconds = time.process_time() - start
+    _, most_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert words in shown and len(shown) <= 80 and shown in message
+    assert most_bytes < MB and seconds < 0.5
+
+
+def test_what_is_small_is_shown_as_python_shows_it():
+    rng = np.random.default_rng(0)
+    values = [*PLAIN, rng.normal(size=(2, 3)), rng.integers(9, size=(9, 9, 9)), "a\n'b"]
+    values += [rng.normal(size=(2, 0, 3)), np.array(True), {"a": [], "b": {}}, (1, 2)]
+    values += [
+        [[[1], 2.5], {"c": None}],
+        np.zeros((1, 4), bool),
+        "a b-c " * 99,
+        [-1] * 99,
+    ]
+    for value in values:
+        plain = value.tolist() if isinstance(value, np.ndarray) else value
+        words = textwrap.shorten(repr(plain), 80, placeholder=" ...")
+        assert show(value) == (f"{plain:.6g}" if type(plain) is float else words)
 
 
 def test_no_bytes_at_all_make_the_reader_stumble():
