@@ -434,6 +434,8 @@ class Engine:
 
     def _make_room(self) -> list[Hashable]:
         """Send requests back until all that decode can; their ids."""
+        if self.cache.num_free_blocks >= len(self.running):
+            return []  # a token takes one block at most
         cached, preempted = dict(self._rows()), []
         decodes = {
             r.request_id: 1

@@ -149,6 +149,9 @@ def attend_decode_paged(
         blocks = cache.index_select(0, ids.flatten())
         return blocks.view(len(ids), -1, *cache.shape[2:])  # (B, S, G, D)
 
+    if len(q) <= at_once:
+        kv = dense(k_cache, block_tables), dense(v_cache, block_tables)
+        return kv_cache.attend_decode(q, *kv, mask)
     outs = []
     for some in zip(*(x.split(at_once) for x in (q, block_tables, mask))):
         q_some, ids, mask_some = some
