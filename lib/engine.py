@@ -528,7 +528,7 @@ class Engine:
         forks = [r for r in self.requests.values() if r.parent is request]
         place = self.running.index(request)
         for fork in forks:
-            self.cache.fork(request.request_id, fork.request_id)
+            self.cache.fork(request.request_id, fork.request_id, fork.token_ids)
         self.running[place + 1 : place + 1] = forks
         return forks
 

@@ -16,7 +16,7 @@ Read lib/kv_cache.py and lib/block_manager.py before.
 """
 
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -261,10 +261,13 @@ class PagedKVCache(KVCache):
     def blocks_needed(self, num_new_tokens: Mapping[Hashable, int]) -> int:
         return self.manager.blocks_needed(num_new_tokens)
 
-    def fork(self, parent_id: Hashable, child_id: Hashable):
+    def fork(
+        self, parent_id: Hashable, child_id: Hashable, token_ids: Sequence[int] = ()
+    ):
         """Begin a request with the tokens of a live one, in the same blocks.
 
-        Raises ValueError if the parent is not live, or the child is.
+        token_ids: as in `begin`. Raises ValueError if the parent is not live, or the
+        child is.
         """
         self._check_ready("fork")
         row = self._row(parent_id)

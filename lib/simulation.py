@@ -6,15 +6,21 @@ takes all that a request may need at once and in one piece, as chapter 3's cache
 `Paging` takes a block at a time, through lib/block_manager.py. This replays figure 2 of
 the PagedAttention paper (https://arxiv.org/abs/2309.06180), and divides the pool into the
 same four parts.
+
+Chapter 6 asks what the engine will do. `predict_steps` says it step by step, without a
+model; `serve` lets requests come at any time, gives each step its seconds, and replays
+figure 12.
 """
 
 import math
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
+from lib import engine
 from lib.block_manager import BlockManager, OutOfBlocksError
 from lib.config import check_count
 
@@ -283,3 +289,280 @@ def count_slots(
         counts["reservation"] += min(reserved, request.num_tokens) - num_tokens
         counts["internal"] += max(reserved - request.num_tokens, 0)
     return counts
+
+
+def static_steps(output_lens: Sequence[int], batch_size: int) -> int:
+    """Steps that batches of so many answers take, one batch after the other: each lasts
+    as long as its longest answer, the first token of which comes with the prompts.
+
+    >>> static_steps([5, 1, 2, 2], batch_size=2)
+    7
+    """
+    check_count("batch_size", batch_size)
+    starts = range(0, len(output_lens), batch_size)
+    return sum(max(output_lens[start : start + batch_size]) for start in starts)
+
+
+@dataclass(eq=False)
+class Progress:
+    """What `predict_steps` knows of a request: no tokens, but how many."""
+
+    request_id: int
+    request: Request
+    num_tokens: int  # of its prompt and its answer so far
+
+
+def predict_steps(
+    requests: Sequence[Request],
+    num_blocks: int,
+    block_size: int,
+    *,
+    token_budget: int = 256,
+    watermark: float = 0.0,
+    arrivals: Sequence[int] | None = None,
+) -> list[engine.Step]:
+    """The steps that `engine.Engine` takes for these requests over a paged cache.
+
+    Only numbers are moved. A request's id is its place in `requests`. All are there at
+    first, or request i is added before step arrivals[i], which never falls; a step does
+    nothing while nobody is there. Each token that is drawn is a 0, and `seconds` is
+    empty. Raises ValueError for a request that `Engine.add` refuses.
+
+    >>> steps = predict_steps([Request(6, 2), Request(3, 3)], 4, 4, token_budget=8)
+    >>> [step.counts for step in steps]
+    [{0: 6, 1: 2}, {0: 1, 1: 1}, {1: 1}, {1: 1}]
+    """
+    check_count("token_budget", token_budget)
+    arrivals = [0] * len(requests) if arrivals is None else list(arrivals)
+    if len(arrivals) != len(requests) or arrivals != sorted(arrivals):
+        raise ValueError(
+            f"arrivals: expected {len(requests)} steps in order, got {arrivals}"
+        )
+    # The last token of an answer never enters the cache.
+    longest = max((request.num_tokens - 1 for request in requests), default=0)
+    if longest > num_blocks * block_size:
+        raise ValueError(
+            f"expected requests of at most {num_blocks * block_size} tokens, as many as "
+            f"the pool has room for, got one of {longest} + the last"
+        )
+    manager = BlockManager(num_blocks, block_size)
+    coming = deque(Progress(i, r, r.prompt_len) for i, r in enumerate(requests))
+    waiting: deque[Progress] = deque()
+    running: list[Progress] = []
+    steps: list[engine.Step] = []
+    while coming or waiting or running:
+        while coming and arrivals[coming[0].request_id] <= len(steps):
+            waiting.append(coming.popleft())
+        step = _predict_step(
+            manager, running, waiting, token_budget, int(watermark * num_blocks)
+        )
+        steps.append(step)
+    return steps
+
+
+def _predict_step(
+    manager: BlockManager,
+    running: list[Progress],
+    waiting: deque[Progress],
+    token_budget: int,
+    watermark_blocks: int,
+) -> engine.Step:
+    """What `engine.Engine.step` does, in the same order."""
+    # Send back, until all that decode can.
+    cached, tables, preempted = manager.seq_lens, manager.block_tables, []
+    decodes = {
+        p.request_id: 1 for p in running if p.num_tokens - cached[p.request_id] == 1
+    }
+    while manager.blocks_needed(decodes) > len(manager.free_block_ids):
+        last = engine.preempt(running, waiting, manager)
+        decodes.pop(last.request_id, None)
+        preempted.append(last.request_id)
+
+    # Schedule and begin.
+    loads = [(p.num_tokens, cached[p.request_id]) for p in running]
+    num_blocks = [len(tables[p.request_id]) for p in running]
+    counts = engine.schedule(
+        [engine.Load(*load, blocks) for load, blocks in zip(loads, num_blocks)],
+        (engine.Load(p.num_tokens, 0, 0) for p in waiting),
+        len(manager.free_block_ids),
+        token_budget,
+        manager.block_size,
+        watermark_blocks,
+    )
+    for _ in counts[len(running) :]:
+        running.append(waiting.popleft())
+        manager.allocate(running[-1].request_id, 0)
+
+    # Compute.
+    counts = {p.request_id: count for p, count in zip(running, counts) if count}
+    for request_id, count in counts.items():
+        manager.append(request_id, count)
+
+    # Draw and end.
+    drawing = [p for p in running if p.num_tokens == cached[p.request_id]]
+    finished = {}
+    for p in drawing:
+        p.num_tokens += 1
+        if p.num_tokens == p.request.num_tokens:
+            finished[p.request_id] = "length"
+            running.remove(p)
+            manager.free(p.request_id)
+    return engine.Step(
+        counts,
+        {p.request_id: 0 for p in drawing},
+        finished,
+        preempted,
+        len(waiting),
+        len(manager.free_block_ids),
+        seconds={},
+    )
+
+
+def step_sizes(steps: Sequence[engine.Step]) -> list[tuple[int, int]]:
+    """Of each step, the tokens that it computes, and those that the same requests have in
+    the cache before it.
+
+    Counted from `Step.counts`: of a cache that finds no prefixes, for requests that do
+    not share a prompt.
+
+    >>> step_sizes(predict_steps([Request(6, 2), Request(3, 3)], 4, 4, token_budget=8))
+    [(8, 0), (2, 8), (1, 3), (1, 4)]
+    """
+    sizes, cached = [], Counter()
+    for step in steps:
+        for request_id in step.preempted:
+            del cached[request_id]
+        num_cached = sum(cached[request_id] for request_id in step.counts)
+        sizes.append((sum(step.counts.values()), num_cached))
+        cached.update(step.counts)
+        for request_id in step.finished:
+            del cached[request_id]
+    return sizes
+
+
+class StepSeconds(NamedTuple):
+    """What a step takes: so much in any case, and for each token (of `step_sizes`)."""
+
+    fixed: float
+    per_new_token: float
+    per_cached_token: float
+
+    def __call__(self, num_new_tokens: int, num_cached_tokens: int) -> float:
+        return (
+            self.fixed
+            + self.per_new_token * num_new_tokens
+            + self.per_cached_token * num_cached_tokens
+        )
+
+
+def fit_step_seconds(steps: Sequence[engine.Step]) -> StepSeconds:
+    """The least-squares fit to steps that an engine has taken, of relative errors.
+
+    A rate below 0 means that the steps are too few, or too much alike. ValueError for
+    fewer than three of them.
+    """
+    rows = [
+        (1, *sizes, sum(step.seconds.values()))
+        for sizes, step in zip(step_sizes(steps), steps)
+        if step.counts
+    ]
+    if len(rows) < 3:
+        raise ValueError(f"steps: expected at least 3 that compute, got {len(rows)}")
+    table = torch.tensor(rows, dtype=torch.float64)
+    table = table / table[:, 3:]  # so that a short step counts as much as a long one
+    solution = torch.linalg.lstsq(table[:, :3], table[:, 3:]).solution
+    return StepSeconds(*solution.squeeze(1).tolist())
+
+
+def draw_arrivals(num_requests: int, requests_per_s: float, seed: int = 0) -> list[float]:
+    """Seconds at which requests come, at random and independently of each other (a
+    Poisson process) at this rate. With the same seed, the same pattern at each rate."""
+    if not requests_per_s > 0:
+        raise ValueError(f"requests_per_s: expected above 0, got {requests_per_s}")
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(num_requests, dtype=torch.float64, generator=generator)
+    gaps = -torch.log1p(-uniform) / requests_per_s  # exponential
+    return gaps.cumsum(0).tolist()
+
+
+@dataclass(frozen=True)
+class Served:
+    """When a request came, had its first token, and had its last, in seconds."""
+
+    request: Request
+    arrived: float
+    first: float
+    last: float
+
+    @property
+    def normalized(self) -> float:
+        """From its arrival to its last token, per token: as of `engine.latencies`."""
+        return (self.last - self.arrived) / self.request.output_len
+
+
+def serve(
+    manager: Reserving | Paging,
+    requests: Sequence[Request],
+    arrivals: Sequence[float],
+    step_seconds: Callable[[int, int], float],
+) -> list[Served]:
+    """Serve requests that come at these seconds, which never fall, from a new manager's
+    pool: the experiment of figure 12 of the paper.
+
+    In each step those in flight get a token each, and those begin for whom the manager
+    has room, in order, with their whole prompt. It takes step_seconds(tokens that it
+    computes, tokens that these requests have in the cache before it), as `StepSeconds`. A
+    request that cannot grow sends away the last, as in `simulate`. Raises ValueError for
+    a request that is too large for the pool.
+    """
+    longest = max((request.num_tokens for request in requests), default=0)
+    if longest > manager.num_slots:
+        raise ValueError(
+            f"expected requests of at most {manager.num_slots} tokens, as the pool has "
+            f"slots, got one of {longest}"
+        )
+    if len(arrivals) != len(requests) or list(arrivals) != sorted(arrivals):
+        raise ValueError(f"arrivals: expected {len(requests)} times in order")
+    coming = deque(enumerate(requests))
+    waiting: deque[tuple[int, Request, int]] = deque()
+    running: dict[
+        int, tuple[Request, int]
+    ] = {}  # and tokens so far; the last stands last
+    first: dict[int, float] = {}
+    served: dict[int, Served] = {}
+    now = 0.0
+    while coming or waiting or running:
+        if not waiting and not running:
+            now = max(now, arrivals[coming[0][0]])
+        while coming and arrivals[coming[0][0]] <= now:
+            request_id, request = coming.popleft()
+            waiting.append((request_id, request, request.prompt_len))
+
+        # The newest token of each enters the cache, and gives the next one.
+        num_new = num_cached = 0
+        for request_id in list(running):
+            while request_id in running and not manager.grow(request_id):
+                last_id, (last, num_tokens) = running.popitem()
+                manager.end(last_id)
+                waiting.appendleft((last_id, last, num_tokens))
+            if request_id in running:
+                num_new += 1
+                num_cached += running[request_id][1] - 1
+        while waiting and manager.begin(*waiting[0]):
+            request_id, request, num_tokens = waiting.popleft()
+            running[request_id] = request, num_tokens
+            num_new += num_tokens
+        if not running:
+            raise ValueError(f"expected room for {waiting[0][1]} in an empty pool")
+
+        now += step_seconds(num_new, num_cached)
+        for request_id, (request, num_tokens) in list(running.items()):
+            running[request_id] = request, num_tokens + 1
+            first.setdefault(request_id, now)
+            if num_tokens + 1 == request.num_tokens:
+                manager.end(request_id)
+                del running[request_id]
+                served[request_id] = Served(
+                    request, arrivals[request_id], first[request_id], now
+                )
+    return [served[request_id] for request_id in range(len(requests))]

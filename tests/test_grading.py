@@ -10,7 +10,11 @@ import json
 import linecache
 import os
 import re
+import socket
+import subprocess
+import tempfile
 import textwrap
+import time
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -27,7 +31,7 @@ from lib.course.grading import files as handed_in
 from lib.course.grading import grader, sandbox, submissions, wire
 from lib.course.grading.grader import Worker, grade
 from lib.course.grading.submissions import Submission, find
-from lib.course.grading.worker import READY, TIMEOUT
+from lib.course.grading.worker import COMPILING, DONE, READY, TIMEOUT
 from lib.course.stubs import answer, stub
 from lib.interpreter import HAS_TRITON
 
@@ -732,6 +736,16 @@ REACHES = {
     "opens a terminal": "os.openpty()",
     "makes a device": "os.mknod('device', 0o20600, os.makedev(1, 1)) is None",
     "makes namespaces": "ctypes.CDLL(None).unshare(0x10000000) == 0",
+    "lets others wait for a file": "fcntl.fcntl(os.open(os.__file__, 0), 1024, 1) == 0",
+    "watches a folder": "fcntl.fcntl(os.open(os.sys.prefix, 0), 1026, 4) == 0",
+    "asks what lies in the cache": (
+        "os.preadv(os.open(os.__file__, 0), [bytearray(1)], 0, os.RWF_NOWAIT) >= 0"
+    ),
+    "empties the cache": (
+        "os.posix_fadvise(os.open(os.__file__, 0), 0, 0, os.POSIX_FADV_DONTNEED) is None"
+    ),
+    "leaves its group": "subprocess.run(['true'], start_new_session=True)",
+    "makes room in sockets": "socket.socketpair()[0].setsockopt(1, 7, 10**6) is None",
 }
 
 
@@ -740,7 +754,8 @@ def test_a_job_reaches_nothing_outside_its_folder(boxed, tmp_path):
     target.write_text("safe")
     calls = ",\n".join(f"{name!r}: lambda: {code}" for name, code in REACHES.items())
     cells = body(
-        "import ctypes, os, resource, socket\n"
+        "import ctypes, fcntl, os, resource, signal, socket, subprocess\n"
+        "signal.signal(signal.SIGIO, signal.SIG_IGN)  # which a watched folder sends\n"
         f"target, root = {str(target)!r}, {str(ROOT)!r}\n"
         "if hasattr(decode, 'tried'): return right(token_ids)\n"
         "decode.tried, done, worker = True, [], os.getppid() or 1\n"
@@ -806,6 +821,22 @@ HARMS = {
         time.sleep(1000)
         """
     ),
+    "starts too many threads": body(
+        """
+        import threading, time
+        threading.stack_size(32768)
+        for _ in range(400):  # bounded
+            threading.Thread(target=time.sleep, args=(5,), daemon=True).start()
+        time.sleep(5)
+        """
+    ),
+    "maps what is no data": body(
+        """
+        import mmap, time
+        shared = mmap.mmap(-1, 5 * 2**30)
+        time.sleep(1000)
+        """
+    ),
     "forks in a thread": body(
         """
         import os, threading, time
@@ -826,6 +857,39 @@ def test_who_is_graded_next_is_not_harmed(boxed, no_hurry, monkeypatch, name):
     assert points(boxed, notebook(IMPORTS, DECODE, APPEND), seed=SEED)[0] == BOTH
     if boxed.sandbox != "full":  # there a job's folder is gone with it
         assert os.listdir(boxed.folder) == []
+
+
+def test_who_says_that_it_compiles_before_it_is_called_has_no_more_time():
+    worker, waiting = Worker(), []
+    worker.control, theirs = socket.socketpair()
+    inbox, to_job = os.pipe()
+    from_job, outbox = os.pipe()
+    os.write(outbox, wire.framed(wire.encode({"status": COMPILING})))
+    args = to_job, from_job, [b"", b""], 0.1, "load_row_kernel", waiting.append
+    begun = time.monotonic()
+    assert worker._talk(*args)["status"] != DONE
+    assert time.monotonic() - begun < grader.SECONDS_TO_COMPILE / 4
+    for end in (inbox, to_job, from_job, outbox):
+        os.close(end)
+    worker.control.close(), theirs.close()
+
+
+def test_a_worker_that_does_not_start_is_tried_again(monkeypatch):
+    worker, popen, calls = Worker(), subprocess.Popen, []
+
+    def refuse_twice(*args, **settings):
+        calls.append(args)
+        if len(calls) <= 2:
+            raise BlockingIOError("no process left")
+        return popen(*args, **settings)
+
+    monkeypatch.setattr(grader.subprocess, "Popen", refuse_twice)
+    monkeypatch.setattr(grader, "PAUSES", (0, 0, None))
+    folders = set(Path(tempfile.gettempdir()).glob("grading-*"))
+    assert points(worker, notebook(IMPORTS, DECODE, APPEND), seed=SEED)[0] == BOTH
+    worker.close()
+    left = set(Path(tempfile.gettempdir()).glob("grading-*")) - folders
+    assert len(calls) == 3 and not left
 
 
 def test_a_worker_that_was_changed_is_another_for_the_next(boxed):

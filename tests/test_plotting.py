@@ -11,9 +11,10 @@ from matplotlib.patches import Rectangle
 from lib import checkpointing, training
 from lib.block_manager import BlockManager
 from lib.config import TINY
+from lib.engine import Step
 from lib.figures import drawing, plotting
 from lib.kv_cache import ContiguousKVCache
-from lib.simulation import Usage
+from lib.simulation import Request, Usage, predict_steps
 
 matplotlib.use("agg")
 
@@ -214,3 +215,92 @@ def test_lines_that_meet_at_their_ends_are_named_in_a_legend():
     series["c"] = (x, [3, 6, 20])  # two names may stand one over the other
     ax = plotting.plot_measured(series, xlabel="x", ylabel="y", title="t")
     assert ax.get_legend() is None and len(ax.texts) == 3
+
+
+def sent_back_once():
+    """Two requests in four blocks of three: 1 is sent back before step 3, waits for two
+    steps, and computes its prompt and three tokens of its answer again in step 5."""
+    steps = predict_steps([Request(4, 5), Request(4, 5)], 4, 3)
+    assert [step.preempted for step in steps] == [[], [], [], [1], [], [], []]
+    return steps
+
+
+def bars_of(ax):
+    """Left and right end of each bar, its height and its hatch, by row."""
+    rows = {}
+    for bar in ax.patches:
+        row = round(bar.get_y() + bar.get_height() / 2)
+        ends = bar.get_x(), bar.get_x() + bar.get_width()
+        rows.setdefault(row, []).append((ends, bar.get_height(), bar.get_hatch()))
+    return rows
+
+
+def legend(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def test_a_row_of_the_gantt_chart_is_what_a_request_did():
+    ax = drawing.draw_gantt(sent_back_once(), title="")
+    decode, prompt = 0.5, 0.8
+    assert bars_of(ax) == {
+        0: [((-0.5, 0.5), prompt, None), ((0.5, 4.5), decode, None)],
+        1: [
+            ((-0.5, 0.5), prompt, None),
+            ((0.5, 2.5), decode, None),
+            ((4.5, 5.5), prompt, plotting.WASTED["hatch"]),
+            ((5.5, 6.5), decode, None),
+        ],
+    }
+    waits, crosses = ax.lines
+    assert waits.get_xydata().tolist() == [[2.5, 1], [4.5, 1]]
+    assert crosses.get_xydata().tolist() == [[2.5, 1]]
+    assert legend(ax) == ["prompt", "decode", "computed again", "waits", "sent back"]
+
+
+def test_pieces_of_a_prompt_stand_one_by_one_and_who_has_arrived_waits():
+    steps = predict_steps([Request(9, 2), Request(1, 2)], 3, 4, token_budget=4)
+    ax = drawing.draw_gantt(steps, arrived={0: 0, 1: 1}, title="")
+    pieces = [ends for ends, height, _ in bars_of(ax)[0] if height == 0.8]
+    assert pieces == [(-0.5, 0.5), (0.5, 1.5), (1.5, 2.5)]
+    (waits,) = ax.lines
+    begins = next(i for i, step in enumerate(steps) if 1 in step.counts)
+    assert waits.get_xydata().tolist() == [[0.5, 1], [begins - 0.5, 1]]
+    assert legend(ax) == ["prompt", "decode", "waits"]
+    assert not drawing.draw_gantt(steps, title="").lines, "nobody says when they came"
+
+
+def test_only_what_was_computed_before_is_computed_again():
+    steps = [
+        Step(counts, next_ids, {}, preempted, 0, 0, {})
+        for counts, next_ids, preempted in (
+            ({"a": 3}, {}, []),
+            ({"a": 3}, {}, ["a"]),
+            ({"a": 2}, {"a": 0}, []),
+        )
+    ]
+    rows = drawing._activities(steps, {"b": 1})
+    assert rows["a"] == {0: "prompt", 1: "computed again", 2: "prompt"}
+    assert rows["b"] == {1: "waits", 2: "waits"}, "it never began"
+
+
+def test_the_pool_over_time_is_that_of_the_steps():
+    steps = sent_back_once()
+    above, below = plotting.plot_pool(steps, 4, title="").axes
+    (used,) = above.patches
+    assert used.get_data().values.tolist() == [4 - step.num_free_blocks for step in steps]
+    in_batch, waiting = (patch.get_data().values.tolist() for patch in below.patches)
+    assert in_batch == [2, 2, 2, 1, 1, 1, 1] and waiting == [0, 0, 0, 1, 1, 0, 0]
+    crosses = above.lines[-1]
+    assert crosses.get_xydata().tolist() == [[2.5, 4]]
+    assert legend(below) == ["in the batch", "waiting", "sent back"]
+    _, below = plotting.plot_pool(steps[:3], 4, title="").axes
+    assert legend(below) == ["in the batch", "waiting"]
+
+
+def test_latency_curves_are_told_apart_without_colour():
+    names = ["maximum", "power of two", "oracle", "blocks of 16"]
+    curves = {name: ([1, 2 + i], [0.02, 0.5 / (i + 1)]) for i, name in enumerate(names)}
+    ax = plotting.plot_latency(curves, title="")
+    assert sorted(texts(ax)) == sorted(names)
+    assert len({line.get_marker() for line in ax.lines}) == 4
+    assert ax.get_yscale() == "log"

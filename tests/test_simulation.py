@@ -1,18 +1,31 @@
+import dataclasses
 import math
+import random
 
 import pytest
+import torch
+from helpers import random_model
 
 from lib.block_manager import OutOfBlocksError
+from lib.engine import Engine, Step, latencies
+from lib.paged_kv_cache import PagedKVCache
 from lib.simulation import (
     BuddyReserving,
     Paging,
     Request,
     Reserving,
+    StepSeconds,
+    draw_arrivals,
     draw_requests,
+    fit_step_seconds,
+    predict_steps,
     reserve_maximum,
     reserve_oracle,
     reserve_power_of_two,
+    serve,
     simulate,
+    static_steps,
+    step_sizes,
 )
 
 SHAREGPT, ALPACA = (161.3, 338.0), (19.3, 58.5)
@@ -341,3 +354,213 @@ def test_sizes_that_make_no_pool_are_refused():
 @pytest.mark.parametrize("output_len, slots", [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8)])
 def test_a_power_of_two_is_its_own(output_len, slots):
     assert reserve_power_of_two(Request(7, output_len)) == 7 + slots
+
+
+def engine_steps(requests, num_blocks, block_size, *, arrivals, seed=0, **settings):
+    """What `predict_steps` predicts, taken by a real engine with prompts at random."""
+    model = random_model(dtype=torch.float64)
+    cache = PagedKVCache(model.config, num_blocks, block_size, dtype=torch.float64)
+    engine, steps = Engine(model, cache, **settings), []
+    generator = torch.Generator().manual_seed(seed)
+    coming = list(enumerate(requests))
+    while coming or engine.requests:
+        while coming and arrivals[coming[0][0]] <= len(steps):
+            request_id, request = coming.pop(0)
+            prompt = torch.randint(256, (request.prompt_len,), generator=generator)
+            engine.add(prompt, request.output_len, temperature=0, request_id=request_id)
+        steps.append(engine.step())
+        engine.check_integrity()
+    return steps
+
+
+def in_numbers(steps):
+    """Steps without what only a model and a clock can say."""
+    return [
+        dataclasses.replace(step, next_ids=dict.fromkeys(step.next_ids, 0), seconds={})
+        for step in steps
+    ]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_engine_takes_the_steps_that_were_predicted(seed):
+    draw = random.Random(seed)
+    requests = [
+        Request(draw.randint(1, 30), draw.randint(1, 12))
+        for _ in range(draw.randint(1, 12))
+    ]
+    block_size = draw.choice([1, 3, 4, 16])
+    longest = max(request.num_tokens - 1 for request in requests)
+    num_blocks = -(-longest // block_size) + draw.choice([0, 1, 3, 60])
+    settings = {
+        "token_budget": draw.choice([1, 2, 5, 16, 256]),
+        "watermark": draw.choice([0.0, 0.1, 0.5]),
+        "arrivals": sorted(draw.choice([0, 3, 40]) for _ in requests),
+    }
+    args = requests, num_blocks, block_size
+    predicted = predict_steps(*args, **settings)
+    taken = in_numbers(engine_steps(*args, seed=seed, **settings))
+    for i, (step, expected) in enumerate(zip(predicted, taken, strict=True)):
+        assert step == expected, f"step {i}: expected {expected}, got {step}"
+
+
+def test_requests_sent_back_and_steps_of_nobody_are_predicted_too():
+    args, arrivals = ([Request(4, 5), Request(4, 5), Request(2, 1)], 4, 3), [0, 0, 20]
+    steps = predict_steps(*args, arrivals=arrivals)
+    assert [step.preempted for step in steps if step.preempted] == [[1]]
+    assert sum(not step.counts for step in steps) > 3
+    assert len(steps) == 21 and steps[-1].finished == {2: "length"}
+    assert steps == in_numbers(engine_steps(*args, arrivals=arrivals))
+
+
+def test_blocks_of_a_watermark_are_whole_ones_in_the_prediction_too():
+    args, settings = ([Request(8, 3), Request(10, 3)], 10, 2), {"watermark": 0.19}
+    steps = predict_steps(*args, **settings)
+    assert steps[0].counts == {0: 8, 1: 10}, "four blocks, five, and one stays free"
+    assert 1 not in predict_steps(*args, watermark=0.2)[0].counts
+    assert steps == in_numbers(engine_steps(*args, arrivals=[0, 0], **settings))
+
+
+def test_static_batches_and_continuous_ones_of_four_as_the_engine_takes_them():
+    lens = [3, 9, 2, 1, 7, 7, 1, 2, 12, 1, 1, 1, 4, 2, 3, 6]
+    requests, starts = [Request(5, output_len) for output_len in lens], []
+    for i in range(0, 16, 4):
+        starts += [static_steps(lens[:i], 4)] * 4
+    static, continuous = (
+        engine_steps(requests, 4, 16, arrivals=arrivals)
+        for arrivals in (starts, [0] * 16)
+    )
+    assert len(static) == static_steps(lens, 4) == 9 + 7 + 12 + 6
+    # Each block is as wide as a request may grow: four of them are four places.
+    assert len(continuous) == len(predict_steps(requests, 4, 16)) == 18
+    assert static_steps(lens, 16) == max(lens) and static_steps(lens, 1) == sum(lens)
+    assert static_steps([], 4) == 0
+
+
+def test_the_sizes_of_steps_are_those_that_the_cache_sees(monkeypatch):
+    seen, extend = [], PagedKVCache.extend
+
+    def watched(cache, query_lens):
+        num_cached = cache.seq_lens[query_lens > 0].sum()
+        seen.append((int(query_lens.sum()), int(num_cached)))
+        return extend(cache, query_lens)
+
+    monkeypatch.setattr(PagedKVCache, "extend", watched)
+    requests = [Request(5, 6), Request(9, 9), Request(7, 8), Request(12, 3)]
+    steps = engine_steps(requests, 5, 4, arrivals=[0, 0, 2, 30], token_budget=6)
+    assert any(step.preempted for step in steps)
+    assert [size for size in step_sizes(steps) if size != (0, 0)] == seen
+    again = "an id is free again when its request has ended"
+    assert step_sizes([*steps, *steps]) == 2 * step_sizes(steps), again
+
+
+def test_a_fit_gives_back_what_each_token_took():
+    seconds = StepSeconds(0.01, 2e-4, 3e-6)
+    steps = predict_steps(draw_requests(20, *ALPACA), 200, 16, arrivals=range(0, 40, 2))
+    timed = [
+        dataclasses.replace(step, seconds={"schedule": 1e-3, "forward": taken - 1e-3})
+        for step, taken in zip(steps, (seconds(*sizes) for sizes in step_sizes(steps)))
+    ]
+    assert fit_step_seconds(timed) == pytest.approx(seconds)
+    idle = Step({}, {}, {}, [], 0, 200, {"schedule": 1.0})
+    assert fit_step_seconds([idle, *timed, idle]) == pytest.approx(seconds)
+    late = dataclasses.replace(timed[9], seconds={"forward": 1.0})  # a machine's hiccup
+    assert fit_step_seconds([*timed, late])(100, 300) == pytest.approx(0.0309, rel=0.05)
+    with pytest.raises(ValueError, match="at least 3 that compute, got 2"):
+        fit_step_seconds([idle, *timed[:2]])
+
+
+def test_requests_come_at_the_rate_that_was_asked_for():
+    arrivals = draw_arrivals(20000, 4.0)
+    assert arrivals == sorted(arrivals)
+    assert arrivals[-1] / 20000 == pytest.approx(1 / 4, rel=0.03)
+    gaps = [b - a for a, b in zip(arrivals, arrivals[1:])]
+    assert sum(gap > 0.25 for gap in gaps) / len(gaps) == pytest.approx(1 / math.e, 0.05)
+    assert draw_arrivals(9, 8.0) == pytest.approx([t / 2 for t in draw_arrivals(9, 4.0)])
+    assert draw_arrivals(9, 4.0, seed=1) != draw_arrivals(9, 4.0)
+    for rate in (0, -1, math.nan):
+        with pytest.raises(ValueError, match=f"expected above 0, got {rate}"):
+            draw_arrivals(3, rate)
+
+
+def test_seconds_of_requests_that_are_served_are_counted_by_hand():
+    # A step takes a second, and a tenth for each token that it computes.
+    seconds = StepSeconds(1.0, 0.1, 0.0)
+    requests, arrivals = [Request(4, 2), Request(3, 2), Request(9, 1)], [5.0, 5.1, 50.0]
+    served = serve(Paging(64, 4), requests, arrivals, seconds)
+    # 0 begins at once, with 4 tokens. 1 comes meanwhile, and its 3 beside a decode. Then
+    # 1 decodes alone.
+    times = [(5, 6.4, 7.8), (5.1, 7.8, 8.9), (50, 51.9, 51.9)]
+    for request, one, (arrived, first, last) in zip(requests, served, times):
+        assert one.request == request
+        assert (one.arrived, one.first, one.last) == pytest.approx((arrived, first, last))
+    assert served[0].normalized == pytest.approx((7.8 - 5) / 2)
+    times = [served[0].first, served[0].last]
+    assert served[0].normalized == latencies(5.0, times)["normalized"]
+
+
+def test_steps_of_a_server_are_those_of_the_engine_whose_prompts_enter_at_once():
+    requests, seen = draw_requests(60, *ALPACA), []
+
+    def step_seconds(num_new_tokens, num_cached_tokens):
+        seen.append((num_new_tokens, num_cached_tokens))
+        return 1.0
+
+    served = serve(Paging(4096, 16), requests, [0.0] * 60, step_seconds)
+    predicted = predict_steps(requests, 256, 16, token_budget=10**6)
+    assert seen == step_sizes(predicted) and max(predicted[0].counts.values()) > 50
+    ends = {i: t for t, step in enumerate(predicted, 1) for i in step.finished}
+    assert [one.last for one in served] == [ends[i] for i in range(60)]
+
+
+def test_a_server_that_sends_requests_back_computes_them_again():
+    seen = []
+
+    def step_seconds(*sizes):
+        seen.append(sizes)
+        return 1.0
+
+    # Four blocks of three. Both need a third block in the same step: 1 goes, with the
+    # three tokens that it has drawn, and begins when 0 is done.
+    # 2 waits for all of that.
+    requests = [Request(4, 5), Request(4, 5), Request(4, 1)]
+    served = serve(Paging(12, 3), requests, [0, 0, 0], step_seconds)
+    assert seen == [(8, 0), (2, 8), (2, 10), (1, 6), (1, 7), (7, 0), (1, 7), (4, 0)]
+    assert [one.last for one in served] == [5, 7, 8]
+    assert [one.first for one in served] == [1, 1, 8], "the first token came before"
+
+
+def test_the_better_a_manager_fits_the_more_requests_per_second_it_takes():
+    requests = draw_requests(150, *SHAREGPT)
+    arrivals = draw_arrivals(150, 3.0)
+    waits = []
+    for manager in (
+        Reserving(POOL, reserve_maximum),
+        Reserving(POOL, reserve_power_of_two),
+        Reserving(POOL, reserve_oracle),
+        Paging(POOL, 16, watermark=0.01),
+    ):
+        served = serve(manager, requests, arrivals, StepSeconds(0.017, 8e-5, 5e-7))
+        waits.append(sum(one.normalized for one in served) / len(served))
+        assert all(one.arrived < one.first <= one.last for one in served)
+    assert waits == sorted(waits, reverse=True) and waits[0] > 5 * waits[-1]
+
+
+def test_requests_that_cannot_be_predicted_or_served_are_refused():
+    with pytest.raises(ValueError, match="at most 8 tokens, .* got one of 9 . the last"):
+        predict_steps([Request(5, 5)], 2, 4)
+    assert predict_steps([Request(5, 4)], 2, 4)[-1].finished == {0: "length"}
+    with pytest.raises(ValueError, match="arrivals: expected 2 steps in order"):
+        predict_steps([Request(1, 1)] * 2, 2, 4, arrivals=[1, 0])
+    with pytest.raises(ValueError, match="token_budget"):
+        predict_steps([Request(1, 1)], 2, 4, token_budget=0)
+    with pytest.raises(ValueError, match="batch_size"):
+        static_steps([1], 0)
+    seconds = StepSeconds(1, 0, 0)
+    with pytest.raises(ValueError, match="at most 8 tokens.*got one of 10"):
+        serve(Paging(8, 4), [Request(5, 5)], [0], seconds)
+    with pytest.raises(ValueError, match="arrivals: expected 1 times in order"):
+        serve(Paging(8, 4), [Request(5, 1)], [], seconds)
+    with pytest.raises(ValueError, match="expected room for .* in an empty pool"):
+        serve(Reserving(64, reserve_maximum), [Request(5, 1)], [0], seconds)
+    assert serve(Paging(8, 4), [], [], seconds) == []
+    assert predict_steps([], 2, 4) == []

@@ -202,7 +202,8 @@ def test_the_limits_of_the_grader_are_those_that_the_page_states():
         f"{grader.ALL_BY_CLOCK} times",
         f"or {grader.MOST_TIMES_SLOWER} times as long as the library's",
         f"may ask for {worker.MEMORY_BYTES // gib} GiB beyond",
-        f"together may hold {sandbox.RESIDENT_BYTES // gib} GiB",
+        f"together may hold {sandbox.RESIDENT_BYTES // gib} GiB, in "
+        f"{sandbox.MOST_THREADS} threads",
         f"{sandbox.FOLDER_BYTES // 2**20} MiB in memory",
         f"may have {files.MAX_NOTEBOOK_BYTES // 2**20} MiB, of which "
         f"{files.MAX_TEXT_BYTES // 2**20} MiB beside its outputs",

@@ -4,8 +4,10 @@ As in plotting.py, solid is written now, and hatched grey is wasted or computed 
 A light tint was written before, white is free. Each function returns what it drew on.
 """
 
+import itertools
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import torch
@@ -18,13 +20,15 @@ from matplotlib.ticker import MaxNLocator
 
 from lib.block_manager import BlockManager
 from lib.config import ModelConfig
-from lib.figures.plotting import NEW, WASTED
+from lib.engine import Step
+from lib.figures.plotting import NEW, SENT_BACK, WASTED
 from lib.kv_cache import ContiguousKVCache
 from lib.model import Transformer, attend_fused
 
 CACHED = {"facecolor": "#B9D8EC", "edgecolor": "white"}
 FREE = {"facecolor": "white", "edgecolor": "#8C8C8C"}
 SHARED = {"facecolor": "#F5E6B8", "edgecolor": "#B8860B", "hatch": "\\\\"}
+WAITING = {"color": "#8C8C8C", "linewidth": 2.4, "solid_capstyle": "butt"}
 # Of requests, in the order of their arrival; each is named beside its colour.
 REQUESTS = ["#9FC9E3", "#F2C48D", "#A8D8B9", "#DDB9D9", "#F0E29A", "#C8C8C8"]
 
@@ -222,6 +226,89 @@ def draw_reads(
     ax.tick_params(length=0)
     ax.set(xlim=(-0.55, num_blocks - 0.45), ylim=(2.8, -0.6), title=title)
     return ax
+
+
+def draw_gantt(
+    steps: Sequence[Step],
+    *,
+    title: str,
+    arrived: Mapping[Hashable, int] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Who was in the batch when: a row for a request, a column for a step.
+
+    steps: all that an engine took, or those of `simulation.predict_steps`. arrived:
+    request id -> the first step after its arrival; who is not in it is drawn from where
+    it begins. A request that is not in the batch, but will be, waits.
+    """
+    rows = _activities(steps, arrived or {})
+    ax = ax or plt.subplots(figsize=(7.4, min(1.5 + 0.22 * len(rows), 7.0)))[1]
+    edge = "white" if len(steps) <= 80 else NEW  # a thin piece would be all edge
+    looks = {
+        "prompt": {"facecolor": NEW, "edgecolor": edge},
+        "decode": {"facecolor": "#E69F00", "edgecolor": "none"},
+        "computed again": WASTED,
+    }
+    for row, cells in enumerate(rows.values()):
+        # Pieces of a prompt stand one by one, what else goes on is one bar.
+        for kind, group in itertools.groupby(sorted(cells.items()), lambda cell: cell[1]):
+            columns = [step for step, _ in group]
+            start, stop = columns[0] - 0.5, columns[-1] + 0.5
+            if kind == "waits":
+                ax.plot([start, stop], [row, row], **WAITING)
+                continue
+            height = 0.5 if kind == "decode" else 0.8
+            width = 1 if kind == "prompt" else stop - start
+            for left in columns if kind == "prompt" else columns[:1]:
+                corner = left - 0.5, row - height / 2
+                ax.add_patch(Rectangle(corner, width, height, **looks[kind]))
+    places = list(rows)
+    for i, step in enumerate(steps):
+        for request_id in step.preempted:
+            ax.plot(i - 0.5, places.index(request_id), **SENT_BACK)
+    ax.set_yticks(range(len(rows)), [str(request_id) for request_id in rows])
+    ax.set(xlim=(-0.5, len(steps) - 0.5), ylim=(len(rows) - 0.5, -0.5))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.grid(axis="y", visible=False)
+    ax.set(xlabel="step", ylabel="request", title=title)
+    seen = {kind for cells in rows.values() for kind in cells.values()}
+    handles = [Patch(**look, label=kind) for kind, look in looks.items() if kind in seen]
+    if "waits" in seen:
+        handles.append(Line2D([], [], **WAITING, label="waits"))
+    if any(step.preempted for step in steps):
+        handles.append(Line2D([], [], **SENT_BACK, label="sent back"))
+    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
+
+
+def _activities(
+    steps: Sequence[Step], arrived: Mapping[Hashable, int]
+) -> dict[Hashable, dict[int, str]]:
+    """What each request did in each step, from its arrival to its last token."""
+    rows: dict[Hashable, dict[int, str]] = {request_id: {} for request_id in arrived}
+    cached, most, decoding = Counter(), Counter(), set()
+    for i, step in enumerate(steps):
+        for request_id in step.preempted:
+            cached[request_id] = 0
+            decoding.discard(request_id)
+        for request_id, count in step.counts.items():
+            if request_id in decoding:
+                kind = "decode"
+            elif cached[request_id] < most[request_id]:
+                kind = "computed again"
+            else:
+                kind = "prompt"
+            rows.setdefault(request_id, {})[i] = kind
+            cached[request_id] += count
+            most[request_id] = max(most[request_id], cached[request_id])
+        for request_id in step.next_ids:  # forks too, whose prompt another computed
+            rows.setdefault(request_id, {})
+            decoding.add(request_id)
+    for request_id, cells in rows.items():
+        start = arrived.get(request_id, min(cells, default=0))
+        for i in range(start, max(cells, default=len(steps))):
+            cells.setdefault(i, "waits")
+    return rows
 
 
 def _draw_pool(ax: Axes, manager: BlockManager, row: int, names: Sequence):

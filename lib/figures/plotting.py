@@ -5,6 +5,7 @@ or computed again is hatched grey too, a prediction is dashed, a measurement has
 markers. Each function returns what it drew on.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,13 +15,21 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from lib.engine import Step
 from lib.simulation import Usage
 
 NEW = "#0072B2"  # computed or written now
 # Or computed again.
 WASTED = {"facecolor": "#DDDDDD", "edgecolor": "#8C8C8C", "hatch": "////"}
+# A request, by the engine.
+SENT_BACK = {
+    "marker": "x",
+    "linestyle": "none",
+    "color": "black",
+    "markeredgewidth": 1.6,
+}
 PREDICTED = {"color": "black", "linestyle": "--"}
 
 
@@ -214,6 +223,67 @@ def plot_usage(
     ax.grid(axis="y", visible=False)
     ax.set(xlim=(0, 100), xlabel="share of the pool (%)", title=title)
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
+
+
+def plot_pool(steps: Sequence[Step], num_blocks: int, *, title: str) -> Figure:
+    """The pool over the steps of an engine: blocks in use above, requests below.
+
+    steps: an engine's, or those of `simulation.predict_steps`. A cross marks a step that
+    sent requests back.
+    """
+    figure, (above, below) = plt.subplots(2, 1, figsize=(7.0, 4.4), sharex=True)
+    edges = [i - 0.5 for i in range(len(steps) + 1)]
+    used = [num_blocks - step.num_free_blocks for step in steps]
+    above.stairs(used, edges, fill=True, color="#9FC9E3")
+    above.axhline(num_blocks, color="black", linewidth=1)
+    sent_back = [i - 0.5 for i, step in enumerate(steps) if step.preempted]
+    (crosses,) = above.plot(sent_back, [num_blocks] * len(sent_back), **SENT_BACK)
+    above.set(ylim=(0, 1.15 * num_blocks), title=title)
+    above.set_ylabel(f"blocks in use, of {num_blocks}")
+    in_batch = [len(step.counts) for step in steps]
+    look = {"color": NEW, "linewidth": 1.8}
+    handles = {"in the batch": below.stairs(in_batch, edges, **look)}
+    waiting = [step.num_waiting for step in steps]
+    look = {"color": "#D55E00", "linestyle": (0, (3, 1)), "linewidth": 1.8}
+    handles["waiting"] = below.stairs(waiting, edges, **look)
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    below.yaxis.set_major_locator(MaxNLocator(integer=True))
+    below.set(xlim=(edges[0], edges[-1]), xlabel="step", ylabel="requests")
+    below.set_ylim(bottom=0)
+    if sent_back:
+        handles["sent back"] = crosses
+    look = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 3}
+    below.legend(handles.values(), handles, **look)
+    return figure
+
+
+def plot_latency(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    title: str,
+    ax: Axes | None = None,
+) -> Axes:
+    """How long a request waits per token, over how many come per second.
+
+    curves: name -> (requests/s, normalized latencies in s per token), means of
+    `simulation.Served.normalized`.
+    """
+    ax = ax or plt.subplots()[1]
+    ends = {}
+    for (name, (rates, seconds)), marker in zip(curves.items(), itertools.cycle("osD^v")):
+        (ends[name],) = ax.plot(rates, seconds, marker=marker, markersize=5)
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: quantity(y)))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.set_xlim(left=0)
+    ax.set(
+        xlabel="requests that come per second",
+        ylabel="normalized latency (s per token)",
+        title=title,
+    )
+    _label_ends(ax, ends)
     return ax
 
 

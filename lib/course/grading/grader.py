@@ -38,8 +38,9 @@ from lib.course.grading.worker import (
 
 LEAST_SECONDS = 2  # of processor time, that any answer has for a call
 MOST_TIMES_SLOWER = 20  # than the library's, where that takes longer
-ALL_BY_CLOCK = 4  # seconds for all calls of an answer, for each that a call may take
+ALL_BY_CLOCK = 8  # seconds for all calls of an answer, for each that a call may take
 SECONDS_TO_COMPILE = 120  # a kernel; it has limits of its own
+PAUSES = (1, 5, 15, None)  # seconds, before a worker is started again
 SECONDS_TO_START = 300  # a worker, or what a worker answers at once
 REPLY_BYTES = wire.MAX_BYTES // 2  # of a job; the largest right one is 1.1 MB
 OK, PARTIAL, UNREADABLE = "ok", "partial", "unreadable"  # what else a row's status may be
@@ -122,15 +123,26 @@ class Worker:
         for _ in range(2):
             if self.is_closed:
                 break
-            if self.process is None:
-                self.start()
-            if not self.sandbox:
-                self._greet()
+            self._be_there()
             try:
                 return self._run(job["name"], messages, job["seconds"], is_enough)
             except (EOFError, OSError, ValueError, KeyError, TypeError):
                 self._end()
         return _reply(CRASHED, CRASHED)
+
+    def _be_there(self):
+        """Wait for it; begin again where what others do on the machine has ended it."""
+        for seconds in PAUSES:
+            try:
+                if self.process is None:
+                    self.start()
+                if not self.sandbox:
+                    self._greet()
+                return
+            except OSError:
+                if seconds is None or self.is_closed:
+                    raise
+                time.sleep(seconds)
 
     def start(self):
         """Do not wait for it: that is a few seconds of imports."""
@@ -140,16 +152,21 @@ class Worker:
         layers = sandbox.LAYERS
         command = (sys.executable, "-m", module, self.folder, ",".join(layers))
         self.control, theirs = socket.socketpair()
-        with theirs:
-            self.process = subprocess.Popen(
-                [*sandbox.prefix(layers), *command],
-                stdin=theirs,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                cwd=ROOT,
-                env=sandbox.environment(),
-                start_new_session=True,  # Ctrl-C is for the grader
-            )
+        try:
+            with theirs:
+                self.process = subprocess.Popen(
+                    [*sandbox.prefix(layers), *command],
+                    stdin=theirs,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    cwd=ROOT,
+                    env=sandbox.environment(),
+                    start_new_session=True,  # Ctrl-C is for the grader
+                )
+        except OSError:
+            self.control.close()
+            os.rmdir(self.folder)
+            raise
         self.replies = self.control.makefile("r")
         if self.is_closed:  # meanwhile
             self.process.kill()
@@ -242,7 +259,8 @@ class Worker:
                 return ended(CRASHED, f"gave more than {REPLY_BYTES:,} bytes")
             try:
                 for message in wire.take_messages(data):
-                    if message.get("status") == COMPILING and may_compile:
+                    is_called = len(attempts) == len(messages) - 1
+                    if message.get("status") == COMPILING and may_compile and is_called:
                         may_compile = False  # but once
                         deadline = time.monotonic() + SECONDS_TO_COMPILE
                         continue
@@ -463,7 +481,8 @@ def grade_all(
     threads = [threading.Thread(target=serve, args=(w,), daemon=True) for w in workers]
     try:
         for worker in workers:
-            worker.start()
+            with contextlib.suppress(OSError):  # it is tried again
+                worker.start()
         for name in names:  # here, before the threads ask for it
             tried_on(name, seed), tried_on(name, SEED)
         for thread in threads:

@@ -28,7 +28,7 @@ import torch
 from lib.course import ROOT
 from lib.course.exercises import exercises
 from lib.course.grading.files import plain
-from lib.course.grading.grader import CRASHED, Grade, Score
+from lib.course.grading.grader import CRASHED, TIMEOUT, Grade, Score
 from lib.course.grading.submissions import by_name
 
 
@@ -78,7 +78,7 @@ class Results:
     def kept(self, student: str, sha256: str) -> Grade | None:
         """The grade of an earlier run, if nothing has changed since.
 
-        What crashed is none: that may have been the machine's fault.
+        What crashed or took too long is none: that may have been the machine's fault.
         """
         path = self.path(student)
         if not path.exists():
@@ -96,7 +96,8 @@ class Results:
         except DAMAGES:
             _set_aside(path, "graded again")
             return None
-        if grade.sha256 != sha256 or any(s.status == CRASHED for s in scores.values()):
+        ends = {score.status for score in scores.values()}
+        if grade.sha256 != sha256 or ends & {CRASHED, TIMEOUT}:
             return None
         return replace(grade, scores=scores)
 

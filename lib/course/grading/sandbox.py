@@ -11,7 +11,9 @@ worker starts; the table of grades names those that the machine refuses.
                  submissions, grades or settings, no device, no other process. It writes
                  to its folder, and signals what it has started.
     seccomp      The kernel refuses it what stands in REFUSED: sockets, memory that no
-                 process is charged for, anyone's priority, rights and dates of files.
+                 process is charged for, anyone's priority, rights and dates of files,
+                 what lies in the machine's cache, and to leave the group of processes,
+                 which is ended as one, and has one share of the processor.
 
 Everywhere a job has limits (worker.py), no environment of the grader's, no rights of
 root's, and a worker that it has changed is replaced (`state`).
@@ -38,8 +40,9 @@ NAMESPACES, LANDLOCK, SECCOMP = "namespaces", "Landlock", "seccomp"
 LAYERS = (NAMESPACES, LANDLOCK, SECCOMP)
 FOLDER_BYTES = 64 * 2**20
 MOST_FILES = 4096  # in the folder
-MOST_PROCESSES = 64  # of a job
+MOST_PROCESSES, MOST_THREADS = 64, 256  # of a job
 RESIDENT_BYTES = 4 * 2**30  # of all processes of a job together
+VIRTUAL_BYTES = 6 * 2**30  # that they have asked for, each beyond what the worker has
 SECONDS_TO_END = 10  # what runs away, where there are no namespaces
 
 # What a worker is told of the grader's environment.
@@ -72,7 +75,8 @@ REFUSED = """
     fsmount fspick mount_setattr name_to_handle_at open_by_handle_at
     add_key request_key keyctl bpf perf_event_open userfaultfd io_uring_setup
     io_uring_enter io_uring_register inotify_init inotify_init1 inotify_add_watch
-    fanotify_init fanotify_mark
+    fanotify_init fanotify_mark setsockopt
+    fadvise64 readahead mincore cachestat preadv2 pwritev2 setsid setpgid
     init_module finit_module delete_module kexec_load kexec_file_load reboot swapon
     swapoff acct quotactl quotactl_fd syslog settimeofday clock_settime adjtimex
     clock_adjtime sethostname setdomainname iopl ioperm modify_ldt vhangup
@@ -81,15 +85,14 @@ WORD = 0xFFFFFFFF
 REFUSED_WITH = {  # name: which argument, the bits of it that count, their values
     "clone": [(0, 1 << bit, [1 << bit]) for bit in (17, *range(25, 31))],  # CLONE_NEW*
     "socketpair": [(1, 0xF, [2, 3, 5])],  # but for streams: others send to any socket
-    "fcntl": [(1, WORD, [8, 15])],  # F_SETOWN, F_SETOWN_EX: whom the kernel signals
+    # F_SETOWN, F_SETOWN_EX: whom the kernel signals. F_SETLEASE, F_NOTIFY: who waits
+    "fcntl": [(1, WORD, [8, 15, 1024, 1026])],
     "ioctl": [(1, WORD, [0x8901, 0x8902, 0x5412])],  # FIOSETOWN, SIOCSPGRP, TIOCSTI
     "prctl": [(0, WORD, [1])],  # PR_SET_PDEATHSIG
 }
 REFUSED_FOR_OTHERS = ("prlimit64",)  # with a process that is not 0, the caller
-# Where there are no namespaces: what leaves the group of processes, which is ended.
-REFUSED_IN_A_GROUP = ("setsid", "setpgid")
 # What was not known when this was written, and clone3, which hides what it is asked for.
-ABSENT = ("clone3", *range(452, 512))
+ABSENT = ("clone3", *range(451, 512))
 
 # From Linux' asm-generic/unistd.h, capability.h, fcntl.h, landlock.h, mount.h, prctl.h,
 # sched.h and seccomp.h
@@ -156,7 +159,7 @@ def enter(folder: str, layers: Collection[str]) -> tuple[str, ...]:
         _libc().prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         _libc().prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     with contextlib.suppress(OSError, AttributeError):
-        _program(os.getpid() == 1)  # here, for all jobs
+        _program()  # here, for all jobs
     held: tuple[str, ...] = ()
     for layer in layers:
         if _hold((*held, layer), folder):
@@ -215,18 +218,39 @@ def fork(layers: Collection[str]) -> int:
 
 def too_much(folder: str) -> str | None:
     """What the running job has used up, in words."""
-    pids = _descendants(os.getpid())
-    if len(pids) > MOST_PROCESSES:
-        return f"started more than {MOST_PROCESSES} processes"
-    page, total = os.sysconf("SC_PAGE_SIZE"), 0
+    pids, num_threads, resident, virtual = _descendants(os.getpid()), 0, 0, 0
+    ours = virtual_bytes()
     for pid in pids:
-        with contextlib.suppress(OSError, IndexError):
-            total += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * page
-    if total > RESIDENT_BYTES:
-        return f"used more than {RESIDENT_BYTES // 2**30} GiB"
+        with contextlib.suppress(OSError, ValueError):
+            num_threads += len(os.listdir(f"/proc/{pid}/task"))
+            of_it = _memory_bytes(pid)
+            resident += of_it[1]
+            virtual += max(of_it[0] - ours, 0)
+    if len(pids) > MOST_PROCESSES or num_threads > MOST_THREADS:
+        return f"started more than {MOST_PROCESSES} processes or {MOST_THREADS} threads"
+    if resident > RESIDENT_BYTES or virtual > VIRTUAL_BYTES:
+        return (
+            f"used more than {RESIDENT_BYTES // 2**30} GiB, or asked for more than "
+            f"{VIRTUAL_BYTES // 2**30} GiB"
+        )
     if _is_full(folder):
         return f"wrote more than {FOLDER_BYTES // 2**20} MiB or {MOST_FILES} files"
     return None
+
+
+def virtual_bytes() -> int:
+    """That this process has asked for; 0 where nobody can tell."""
+    try:
+        return _memory_bytes("self")[0]
+    except OSError:  # no Linux
+        return 0
+
+
+def _memory_bytes(pid: int | str) -> tuple[int, int]:
+    """That a process has asked for, and that it holds."""
+    pages = Path(f"/proc/{pid}/statm").read_text().split()
+    size = os.sysconf("SC_PAGE_SIZE")
+    return int(pages[0]) * size, int(pages[1]) * size
 
 
 def _is_full(folder: str) -> bool:
@@ -415,11 +439,11 @@ def _refuse_calls(is_alone: bool, can_scope: bool):
         for call in ("kill", "tgkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo"):
             others.append((call, EPERM, 0, NOT_EQUAL, os.getpid(), 0))
         _install(_compiled(others))
-    _install(_program(is_alone))
+    _install(_program())
 
 
 @functools.cache
-def _program(is_alone: bool) -> bytes:
+def _program() -> bytes:
     """What is the same for all jobs of a worker: to compile it takes 10 ms."""
     refused = [(call, ENOSYS) for call in ABSENT]
     refused += [(call, EPERM) for call in REFUSED.split()]
@@ -428,8 +452,6 @@ def _program(is_alone: bool) -> bytes:
         for argument, mask, values in conditions:
             for value in values:
                 refused.append((call, EPERM, argument, MASKED_EQUAL, mask, value))
-    if not is_alone:
-        refused += [(call, EPERM) for call in REFUSED_IN_A_GROUP]
     return _compiled(refused)
 
 

@@ -49,6 +49,7 @@ from lib.course.shipped import withheld_names
 MEMORY_BYTES = 2 * 2**30  # of data that a job may ask for, beyond what the worker has
 FILE_BYTES = 16 * 2**20
 MOST_PROCESSES = 4096  # of a user: of root's none are counted
+MOST_DESCRIPTORS = 256  # each may be a pipe or pair of sockets, with memory of its own
 MESSAGE_BYTES = 1000  # between grader and worker; longer than any exercise's name
 # Seconds by the clock for each of processor time that a call may take.
 CALL_BY_CLOCK = 2
@@ -158,6 +159,9 @@ def _prepare(inbox: int, outbox: int, folder: str, held: tuple[str, ...]):
         os.environ[name] = folder
     for kind, limit in (
         (resource.RLIMIT_DATA, _data_bytes() + MEMORY_BYTES),
+        # And of what is shared, or empty and mapped all the same.
+        (resource.RLIMIT_AS, sandbox.virtual_bytes() + 2 * MEMORY_BYTES),
+        (resource.RLIMIT_NOFILE, MOST_DESCRIPTORS),
         (resource.RLIMIT_FSIZE, FILE_BYTES),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_NPROC, MOST_PROCESSES),
@@ -166,8 +170,6 @@ def _prepare(inbox: int, outbox: int, folder: str, held: tuple[str, ...]):
         if hard != resource.RLIM_INFINITY:  # it may be lowered, and not raised
             limit = min(limit, hard)
         resource.setrlimit(kind, (limit, limit))
-    signal.signal(signal.SIGPROF, _too_late)
-    signal.signal(signal.SIGALRM, _too_late)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     sandbox.confine(folder, held)
 
@@ -176,14 +178,23 @@ class TooLateError(BaseException):
     """No Exception, lest a student's `except Exception` keep it."""
 
 
-def _too_late(*_):
-    raise TooLateError
-
-
 @contextlib.contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
     """Of processor time, so that a busy machine is nobody's fault; by the clock a limit
-    too, for what sleeps."""
+    too, for what sleeps, not for what waits for a processor."""
+    waited = _seconds_waited()
+
+    def too_late(number: int, frame):
+        nonlocal waited
+        more = _seconds_waited() - waited
+        if number == signal.SIGALRM and more > 0.1:
+            waited += more
+            signal.setitimer(signal.ITIMER_REAL, more)
+        else:
+            raise TooLateError
+
+    for number in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(number, too_late)
     signal.setitimer(signal.ITIMER_PROF, seconds)
     signal.setitimer(signal.ITIMER_REAL, CALL_BY_CLOCK * seconds)
     try:
@@ -191,6 +202,14 @@ def _at_most(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _seconds_waited() -> float:
+    """That this process was ready and had no processor; 0 where nobody can tell."""
+    try:
+        return int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return 0.0
 
 
 def _answer(messages: BinaryIO, replies: BinaryIO):
