@@ -585,7 +585,7 @@ class Engine:
                 continue
             in_cache = self.cache.request_ids
             if parent.request_id in in_cache and heir.request_id not in in_cache:
-                self.cache.fork(parent.request_id, heir.request_id)
+                self.cache.fork(parent.request_id, heir.request_id, heir.token_ids)
             heir.parent = None
 
 

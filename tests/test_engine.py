@@ -1009,3 +1009,235 @@ def test_who_is_cancelled_leaves_its_work_to_those_who_wait_for_it():
     assert first.finish_reason == "cancelled"
     for request in others:
         assert_right(request, range(14))
+
+
+# Random calls.
+
+_rng = random.Random(8)
+PROMPTS = [some_ids(_rng, n) for n in (1, 1, 2, 3, 4, 4, 5, 7, 8, 9, 12, 16, 17)]
+PROMPTS += [PROMPTS[9][:4] + some_ids(_rng, 5), [*PROMPTS[4], BAD_ID]]
+
+
+@functools.cache
+def answer_alone(prompt, max_new_tokens, stop_ids, sampling):
+    """The answer, and why it ends, of prompt number `prompt`: nobody else is there."""
+    sampling = dict(sampling)
+    if sampling["temperature"] == 0:
+        return greedy_answer(PROMPTS[prompt], max_new_tokens, stop_ids)
+    eng = Engine(small_model(), make_cache("paged", 4))
+    request = eng.add(PROMPTS[prompt], max_new_tokens, stop_ids=stop_ids, **sampling)
+    eng.run()
+    return request.new_ids, request.finish_reason.split(":")[0]
+
+
+class EngineAgainstEachAlone(RuleBasedStateMachine):
+    """After each call all is in order; at the end all texts are right and none leaks."""
+
+    max_new_tokens = 8
+
+    @initialize(
+        kind=st.sampled_from(KINDS),
+        fused=st.booleans(),
+        budget=st.sampled_from([1, 3, 8, 64]),
+        watermark=st.sampled_from([0.0, 0.3]),
+        num_tokens=st.sampled_from([24, 32, 96]),
+    )
+    def make(self, kind, fused, budget, watermark, num_tokens):
+        cache = make_cache(*kind, fused, num_tokens=max(num_tokens, kind[1] * 2))
+        self.eng = Engine(small_model(), cache, token_budget=budget, watermark=watermark)
+        self.known = {}  # request -> arguments of `answer_alone`
+        self.streams = []  # (generator, tokens that it gave, arguments)
+        self.num_named = 0
+
+    def settings_of(self, prompt, num_new, stop_id, seed):
+        """Greedy where seed is None."""
+        num_new = min(num_new, self.eng.cache.capacity + 1 - len(PROMPTS[prompt]))
+        sampling = {"temperature": 0}
+        if seed is not None:
+            sampling = {"temperature": 1.5, "top_k": 9, "seed": seed}
+        stop_ids = () if stop_id is None else (stop_id,)
+        return prompt, num_new, stop_ids, sampling
+
+    asks = {
+        "prompt": st.integers(0, len(PROMPTS) - 1),
+        "num_new": st.integers(1, max_new_tokens),
+        "stop_id": st.none() | st.integers(0, 4),
+        "seed": st.none() | st.integers(0, 2),
+    }
+    lines = st.integers(0, 60) | st.integers(0, 300)
+
+    @rule(**asks, n=st.sampled_from([1, 1, 2, 4]), when=st.none() | st.integers(0, 80))
+    def add(self, prompt, num_new, stop_id, seed, n, when):
+        prompt, num_new, stop_ids, sampling = self.settings_of(
+            prompt, num_new, stop_id, seed
+        )
+        if num_new < 1:
+            return
+        self.num_named += 1
+        old = set(self.eng.requests)
+        self.maybe_interrupted(
+            when,
+            lambda: self.eng.add(
+                PROMPTS[prompt],
+                num_new,
+                n=n,
+                stop_ids=stop_ids,
+                request_id=self.num_named,
+                **sampling,
+            ),
+        )
+        new = [r for i, r in self.eng.requests.items() if i not in old]
+        assert len(new) in (0, n) and (new or when is not None)
+        for i, request in enumerate(new):
+            own = {**sampling, "seed": seed + i} if seed is not None else sampling
+            self.known[request] = prompt, num_new, stop_ids, tuple(own.items())
+
+    def maybe_interrupted(self, when, call):
+        if when is None:
+            call()
+            return
+        with Interrupt(when), contextlib.suppress(KeyboardInterrupt):
+            call()
+
+    @rule(num_steps=st.integers(1, 4))
+    def step(self, num_steps):
+        for _ in range(num_steps):
+            before = {i: (r, len(r.token_ids)) for i, r in self.eng.requests.items()}
+            check_step(self.eng, self.eng.step(), before)
+            check(self.eng)
+
+    @precondition(lambda self: self.eng.requests)
+    @rule(when=lines)
+    def interrupted_step(self, when):
+        self.maybe_interrupted(when, self.eng.step)
+
+    @precondition(lambda self: self.eng.requests)
+    @rule(layer=st.integers(0, 1), error=st.sampled_from([RuntimeError, ValueError]))
+    def step_in_which_the_model_fails(self, layer, error):
+        def fail(module, args):
+            raise error("by the test")
+
+        block = small_model().blocks[layer]
+        with block.register_forward_pre_hook(fail), contextlib.suppress(error):
+            self.eng.step()
+
+    @precondition(lambda self: self.eng.requests)
+    @rule(number=st.integers(0, 9), when=st.none() | st.integers(0, 60))
+    def cancel(self, number, when):
+        live = list(self.eng.requests)
+        request_id = live[number % len(live)]
+        self.maybe_interrupted(when, lambda: self.eng.cancel(request_id))
+
+    @rule()
+    def call_wrongly(self):
+        with pytest.raises(ValueError, match="expected"):
+            self.eng.cancel("nobody")
+        with pytest.raises(ValueError, match="expected"):
+            self.eng.add([1.5], 3)
+        for request_id in self.eng.requests:
+            with pytest.raises(ValueError, match="expected"):
+                self.eng.add([1], 3, request_id=request_id)
+
+    @precondition(lambda self: len(self.streams) < 3)
+    @rule(**asks)
+    def stream(self, **asks):
+        prompt, num_new, stop_ids, sampling = self.settings_of(**asks)
+        if num_new < 1:
+            return
+        stream = self.eng.stream(PROMPTS[prompt], num_new, stop_ids=stop_ids, **sampling)
+        arguments = prompt, num_new, stop_ids, tuple(sampling.items())
+        self.streams.append((stream, [], arguments))
+
+    @precondition(lambda self: self.streams)
+    @rule(number=st.integers(0, 2), when=st.none() | lines)
+    def read(self, number, when):
+        stream, got, arguments = self.streams[number % len(self.streams)]
+        with Interrupt(10**9 if when is None else when):
+            try:
+                got.append(next(stream))
+                return
+            except (StopIteration, KeyboardInterrupt) as end:
+                is_whole = isinstance(end, StopIteration)
+        self.streams.remove((stream, got, arguments))
+        expected, _ = answer_alone(*arguments)
+        assert got == expected[: len(got)]
+        # One that somebody has cancelled ends too, but only `cancel` can have done it.
+        if is_whole and len(got) < len(expected):
+            assert not self.num_live_streams_expected()
+
+    def num_live_streams_expected(self):
+        return 0
+
+    @precondition(lambda self: self.streams)
+    @rule(number=st.integers(0, 2))
+    def abandon(self, number):
+        stream, got, arguments = self.streams.pop(number % len(self.streams))
+        stream.close()
+        assert got == answer_alone(*arguments)[0][: len(got)]
+
+    @invariant()
+    def all_is_in_order(self):
+        if hasattr(self, "eng"):
+            check(self.eng)
+
+    def teardown(self):
+        if not hasattr(self, "eng"):
+            return
+        for stream, _, _ in self.streams:
+            stream.close()
+        drain(self.eng, max_steps=2000)
+        for request, arguments in self.known.items():
+            expected, reason = answer_alone(*arguments)
+            got, got_reason = request.new_ids, request.finish_reason.split(":")[0]
+            if got_reason == "cancelled":
+                assert got == expected[: len(got)]
+            else:
+                assert (got, got_reason) == (expected, reason)
+        assert_empty(self.eng)
+
+
+def case_of(machine, **changes):
+    case = type(machine.__name__, (machine,), {}).TestCase
+    case.settings = settings(deadline=None, **changes)
+    return case
+
+
+SHORT = {"max_examples": 25, "stateful_step_count": 25, "derandomize": True}
+LONG = {"max_examples": 400, "stateful_step_count": 60, "print_blob": True}
+
+TestEngine = case_of(EngineAgainstEachAlone, **SHORT)
+TestEngineNightly = pytest.mark.nightly(case_of(EngineAgainstEachAlone, **LONG))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind, size", [("paged", 4), ("contiguous", 6)])
+def test_ten_thousand_requests(kind, size):
+    rng, known = random.Random(10), {}
+    cache = make_cache(kind, size, fused=True, num_tokens=160)
+    eng = Engine(small_model(), cache, token_budget=48, watermark=0.05)
+    while len(known) < 10_000 or eng.requests:
+        while len(known) < 10_000 and len(eng.waiting) < 12 and rng.random() < 0.7:
+            prompt, num_new, n = (
+                rng.randrange(15),
+                rng.randint(1, 8),
+                rng.choice([1, 1, 3]),
+            )
+            made = eng.add(PROMPTS[prompt], num_new, n=n, temperature=0)
+            for request in made if n > 1 else [made]:
+                known[request] = prompt, num_new, (), (("temperature", 0),)
+        if eng.requests and rng.random() < 0.05:
+            eng.cancel(rng.choice(list(eng.requests)))
+        if rng.random() < 0.05:
+            with Interrupt(rng.randrange(300)), contextlib.suppress(KeyboardInterrupt):
+                eng.step()
+        else:
+            eng.step()
+        check(eng)
+    for request, arguments in known.items():
+        expected, reason = answer_alone(*arguments)
+        if request.finish_reason == "cancelled":
+            assert request.new_ids == expected[: len(request.new_ids)]
+        else:
+            assert request.new_ids == expected
+            assert request.finish_reason.split(":")[0] == reason
+    assert_empty(eng)
