@@ -30,7 +30,6 @@ from lib import block_manager, engine, kv_cache, paged_kv_cache
 from lib.engine import (
     Engine,
     Load,
-    Request,
     finish_reason,
     latencies,
     preempt,
@@ -418,14 +417,22 @@ def hostile():
     return {
         "all long": ([Ask(ids(30), 33) for _ in range(6)], 64, 16),
         "all equal": ([Ask(same, 9) for _ in range(12)], 48, 256),
-        "one giant": ([Ask(ids(2), 4), Ask(ids(40), 24), *(Ask(ids(3), 5, i) for i in range(8))], 64, 12),
-        "bursts": ([Ask(ids(rng.randint(1, 9)), 7, 20 * (i // 8)) for i in range(32)], 48, 20),
-        "three blocks": ([Ask(ids(i % 5 + 1), 8 - i % 3, n=1 + i % 4) for i in range(9)], 12, 256),
+        "one giant": (
+            [Ask(ids(2), 4), Ask(ids(40), 24), *(Ask(ids(3), 5, i) for i in range(8))], 64, 12
+        ),
+        "bursts": (
+            [Ask(ids(rng.randint(1, 9)), 7, 20 * (i // 8)) for i in range(32)], 48, 20
+        ),
+        "three blocks": (
+            [Ask(ids(i % 5 + 1), 8 - i % 3, n=1 + i % 4) for i in range(9)], 12, 256
+        ),
         "budget of one": ([Ask(ids(i + 1), 4, i, n=1 + i % 3) for i in range(7)], 32, 1),
         "all stop at once": (stops_at_once, 32, 256),
         "five in a tiny pool": ([Ask(ids(5), 8, n=5), Ask(ids(4), 9, n=5)], 12, 256),
         "storm of cancels": ([*storm, spared], 40, 16),
-        "at the blocks' edges": ([Ask(ids(n), m, n=1 + n % 2) for n in (4, 8, 12, 16) for m in (1, 4, 5)], 32, 8),
+        "at the blocks' edges": (
+            [Ask(ids(n), m, n=1 + n % 3) for n in (4, 8, 12, 16) for m in (1, 4, 5)], 32, 8
+        ),
     }  # fmt: skip
 
 
@@ -703,3 +710,546 @@ def test_a_stream_that_is_interrupted_after_its_last_token_says_nothing_else():
         stream.close()
         drain(eng)
         assert_empty(eng)
+
+
+# The plain functions.
+
+
+def schedule_token_by_token(running, waiting, free, budget, block_size, watermark=0):
+    """`schedule`, one token at a time."""
+    counts, has = [0] * len(running), [load.num_blocks for load in running]
+    decodes = [i for i, x in enumerate(running) if x.num_tokens - x.num_cached == 1]
+    prompts = [i for i in range(len(running)) if i not in decodes]
+    for i in decodes + prompts:
+        load = running[i]
+        while budget and load.num_cached + counts[i] < load.num_tokens:
+            needed = max(
+                math.ceil((load.num_cached + counts[i] + 1) / block_size), has[i]
+            )
+            if needed - has[i] > free:
+                break
+            free, has[i] = free - (needed - has[i]), needed
+            counts[i], budget = counts[i] + 1, budget - 1
+    promised = sum(
+        max(math.ceil(load.num_tokens / block_size) - num_blocks, 0)
+        for load, num_blocks in zip(running, has)
+    )
+    for load in waiting:
+        needed = math.ceil(load.num_tokens / block_size) - load.num_blocks
+        spare = free - promised - needed - (watermark if counts else 0)
+        if not budget or spare < 0:
+            break
+        free -= needed
+        counts.append(min(budget, load.num_tokens - load.num_cached))
+        budget -= counts[-1]
+    return counts
+
+
+@st.composite
+def loads(draw):
+    block_size = draw(st.integers(1, 5))
+    running, waiting = [], []
+    for _ in range(draw(st.integers(0, 5))):
+        num_cached = draw(st.integers(0, 12))
+        num_tokens = num_cached + draw(st.sampled_from([1, 1, 2, 7, 12]))
+        full = math.ceil(num_cached / block_size)
+        is_shared = num_cached % block_size > 0 and draw(st.booleans())
+        running.append(Load(num_tokens, num_cached, full - is_shared))
+    for _ in range(draw(st.integers(0, 4))):
+        num_tokens = draw(st.integers(1, 12))
+        shared = draw(st.integers(0, (num_tokens - 1) // block_size))
+        in_use = draw(st.integers(0, shared))
+        waiting.append(Load(num_tokens, shared * block_size, in_use))
+    return running, waiting, block_size
+
+
+@settings(max_examples=600, deadline=None, derandomize=True)
+@given(loads(), st.integers(0, 12), st.integers(1, 20), st.integers(0, 4))
+def test_schedule_keeps_its_promises(some, free, budget, watermark):
+    running, waiting, size = some
+    seen = []
+
+    def looked_at():
+        for load in waiting:
+            seen.append(load)
+            yield load
+
+    counts = schedule(running, looked_at(), free, budget, size, watermark)
+    arguments = running, waiting, free, budget, size, watermark
+    assert counts == schedule_token_by_token(*arguments)
+
+    begun = counts[len(running) :]
+    assert sum(counts) <= budget and min(counts, default=0) >= 0
+    assert all(count > 0 for count in begun), "nobody begins without a token"
+    assert len(seen) <= len(begun) + 1, "it looks no further than it must"
+    taken = 0
+    for load, count in zip(running + waiting, counts):
+        assert count <= load.num_tokens - load.num_cached
+        if count:
+            blocks = math.ceil((load.num_cached + count) / size)
+            taken += max(blocks - load.num_blocks, 0)
+    assert taken <= free
+    # Whoever begins leaves the watermark free, for all that it knows.
+    if begun and running:
+        rest = free
+        for load, _ in zip(running + waiting, counts):
+            rest -= max(math.ceil(load.num_tokens / size) - load.num_blocks, 0)
+        assert rest >= watermark
+    # Somebody comes further, if somebody can.
+    if not any(counts):
+        for load in running:
+            blocks = math.ceil((load.num_cached + 1) / size)
+            assert blocks - load.num_blocks > free
+        if not running and waiting:
+            blocks = math.ceil(waiting[0].num_tokens / size)
+            assert blocks - waiting[0].num_blocks > free
+
+
+def test_schedule_by_hand():
+    decode, prompt = Load(9, 8, 2), Load(12, 0, 0)
+    assert schedule([], [], 4, 8, 4) == []
+    assert schedule([prompt, decode], [], 4, 8, 4) == [7, 1], "decodes first"
+    assert schedule([decode] * 3, [], 2, 8, 4) == [1, 1, 0]
+    assert schedule([decode] * 3, [], 9, 2, 4) == [1, 1, 0]
+    assert schedule([], [prompt, Load(1, 0, 0)], 2, 8, 4) == [], "nobody overtakes"
+    assert schedule([], [prompt], 3, 8, 4, watermark_blocks=3) == [8]
+    assert schedule([Load(8, 7, 2)], [prompt], 3, 8, 4, watermark_blocks=1) == [1]
+    assert schedule([], [prompt, prompt], 6, 99, 4, watermark_blocks=1) == [12]
+    # A fork that gets no block to copy into does not take another's room.
+    fork, roomy = Load(6, 5, 1), Load(6, 5, 2)
+    assert schedule([fork, fork, roomy], [], 1, 8, 4) == [1, 0, 1]
+
+
+def test_finish_reason_looks_at_the_last_token_and_the_length():
+    assert finish_reason([5], 2) is None
+    assert finish_reason([5, 6], 2) == "length"
+    assert finish_reason([5, 6, 7], 2) == "length"
+    assert finish_reason([5, 6], 2, [6]) == finish_reason([6], 2, {6, 9}) == "stop"
+    assert finish_reason([6, 5], 3, [6]) is None
+
+
+def test_preempt_sends_back_who_began_last_with_all_its_tokens():
+    cache = make_cache("paged", 4)
+    eng = Engine(small_model(), cache)
+    requests = [eng.add([1, 2, i], 5, temperature=0) for i in range(3)]
+    eng.step()
+    last, running = eng.running[-1], list(eng.running)
+    new = eng.add([7], 5, temperature=0)
+    num_free = cache.num_free_blocks
+    assert preempt(eng.running, eng.waiting, cache) is last is requests[2]
+    assert eng.running == running[:2] and eng.waiting == deque([last, new])
+    assert last.request_id not in cache.request_ids and len(last.token_ids) == 4
+    assert cache.num_free_blocks == num_free + 1
+    drain(eng)
+    assert_right(last, [1, 2, 2])
+
+
+def test_latencies_in_seconds():
+    assert latencies(2.0, [5.0]) == {"first": 3.0, "between": 0.0, "normalized": 3.0}
+    got = latencies(1.0, [2.0, 2.5, 4.0, 5.0])
+    assert got == {"first": 1.0, "between": 1.0, "normalized": 1.0}
+
+
+def test_tokens_that_fit_in_bytes():
+    assert tokens_that_fit(1000, 400, 10, share=1) == 60
+    assert tokens_that_fit(1000, 400, 10, share=0.5) == 10
+    assert tokens_that_fit(1000, 400, 7, share=1) == 85, "rounded down"
+    assert tokens_that_fit(1000, 400, 10) == 50
+    assert tokens_that_fit(1000, 2000, 10) == 0
+    assert isinstance(tokens_that_fit(1e9, 1e3, 10.0), int)
+
+
+# Bad input.
+
+LIVE, GONE = "live", "gone"
+BAD_ADDS = {
+    "longer than the pool": (([1] * 50, 9), {}),
+    "longer than the model": (([1] * 60, 5), {}),
+    "one token too long for the pool": (([1] * 40, 10), {}),
+    "empty": (([], 3), {}),
+    "empty tensor": ((torch.zeros(0, dtype=torch.int64), 3), {}),
+    "id too large": (([1, V], 3), {}),
+    "id below zero": (([1, -1], 3), {}),
+    "floats": (([1.0, 2.0], 3), {}),
+    "bools": (([True, False], 3), {}),
+    "int32": ((torch.tensor([1, 2], dtype=torch.int32), 3), {}),
+    "two dimensions": (([[1, 2], [3, 4]], 3), {}),
+    "no dimension": ((torch.tensor(5), 3), {}),
+    "ragged": (([[1, 2], [3]], 3), {}),
+    "no new tokens": (([1], 0), {}),
+    "True new tokens": (([1], True), {}),
+    "1.5 new tokens": (([1], 1.5), {}),
+    "n of 0": (([1], 3), {"n": 0}),
+    "n of 1.0": (([1], 3), {"n": 1.0}),
+    "n of True": (([1], 3), {"n": True}),
+    "id of a live one": (([1], 3), {"request_id": LIVE}),
+    "id of a live fork": (([1], 3), {"request_id": "forks", "n": 2}),
+    "seed below zero": (([1], 3), {"seed": -1}),
+    "seed of 1.5": (([1], 3), {"seed": 1.5}),
+    "temperature below zero": (([1], 3), {"temperature": -0.1}),
+    "temperature NaN": (([1], 3), {"temperature": math.nan}),
+    "top_k of 0": (([1], 3), {"top_k": 0}),
+    "top_p of 0": (([1], 3), {"top_p": 0}),
+    "top_p above 1": (([1], 3), {"top_p": 1.1}),
+    "stop_ids an int": (([1], 3), {"stop_ids": 5}),
+    "stop_ids a word": (([1], 3), {"stop_ids": "ab"}),
+    "stop_ids floats": (([1], 3), {"stop_ids": [1.0]}),
+    "stop_ids of another model": (([1], 3), {"stop_ids": [V]}),
+}
+
+
+def in_the_middle():
+    """An engine at work: an id that lives, one that has ended, forks that wait."""
+    eng = Engine(small_model(), make_cache("paged", 4, num_tokens=48), token_budget=8)
+    eng.add([1], 1, request_id=GONE, temperature=0)
+    eng.add([1, 2, 3], 9, request_id=LIVE, temperature=0)
+    eng.add(list(range(14)), 5, n=3, request_id="forks", temperature=0)
+    eng.step()
+    return eng
+
+
+def assert_refused(eng, call, match="expected .*got"):
+    def state():
+        requests = {i: list(r.token_ids) for i, r in eng.requests.items()}
+        order = [r.number for r in eng.running], [r.number for r in eng.waiting]
+        cache = eng.cache
+        return requests, order, cache.request_ids, cache.seq_lens.tolist()
+
+    before, requests = state(), list(eng.requests.values())
+    with pytest.raises(ValueError, match=match):
+        call()
+    check(eng)
+    assert state() == before
+    drain(eng)
+    for request in requests:
+        assert_right(request, request.token_ids[: request.prompt_len])
+    assert_empty(eng)
+
+
+@pytest.mark.parametrize("name", BAD_ADDS)
+def test_what_could_never_be_served_is_refused_and_nothing_changes(name):
+    args, more = BAD_ADDS[name]
+    eng = in_the_middle()
+    assert_refused(eng, lambda: eng.add(*args, **{"temperature": 0, **more}))
+
+
+@pytest.mark.parametrize("request_id", [GONE, "nobody", None, ("forks", 3)])
+def test_only_live_requests_can_be_cancelled(request_id):
+    eng = in_the_middle()
+    assert_refused(eng, lambda: eng.cancel(request_id))
+
+
+def test_nobody_is_cancelled_twice():
+    eng = in_the_middle()
+    eng.cancel(("forks", 1))
+    with pytest.raises(ValueError, match="expected one of"):
+        eng.cancel(("forks", 1))
+    drain(eng)
+
+
+@pytest.mark.parametrize("more", [{"n": 2}, {"n": 0}, {"seed": -1}])
+def test_a_stream_refuses_what_it_cannot_give(more):
+    eng = in_the_middle()
+    assert_refused(eng, lambda: next(eng.stream([1], 3, **more)))
+
+
+@pytest.mark.parametrize("more", [
+    {"token_budget": 0}, {"token_budget": True}, {"token_budget": 2.5},
+    {"watermark": 1.0}, {"watermark": -0.1}, {"watermark": math.nan},
+])  # fmt: skip
+def test_an_engine_refuses_settings_without_meaning(more):
+    with pytest.raises(ValueError, match="expected .*got"):
+        Engine(small_model(), make_cache("paged", 4), **more)
+
+
+def test_an_engine_refuses_a_cache_that_others_use_or_that_is_of_another_model():
+    cache = make_cache("paged", 4)
+    cache.begin("somebody")
+    with pytest.raises(ValueError, match="expected one without requests, got"):
+        Engine(small_model(), cache)
+    config = random_model(num_layers=3).config
+    with pytest.raises(ValueError, match="cache: expected .*got"):
+        Engine(small_model(), PagedKVCache(config, 4, 4, dtype=torch.float64))
+    with pytest.raises(ValueError, match="cache: expected .*got"):
+        Engine(small_model(), PagedKVCache(small_model().config, 4, 4))
+    dropping = random_model(dropout=0.5).train()
+    with pytest.raises(ValueError, match="expected eval mode"):
+        Engine(dropping, PagedKVCache(dropping.config, 4, 4))
+
+
+def test_ids_that_the_engine_gives_are_those_of_nobody():
+    eng = Engine(small_model(), make_cache("paged", 4))
+    for request_id in (1, 2, (4, 1)):
+        eng.add([1], 2, request_id=request_id)
+    requests = [eng.add([1], 2) for _ in range(3)] + eng.add([1], 2, n=2)
+    assert len({r.request_id for r in requests}) == 5 and len(eng.requests) == 8
+    drain(eng)
+
+
+def test_stop_ids_of_any_kind_hold_for_every_answer():
+    token_id = recomputed((1, 2, 3), 3)[2]
+    kinds = [[token_id], {token_id}, iter([token_id]), torch.tensor([token_id]), range(V)]
+    for stop_ids in kinds:
+        eng = Engine(small_model(), make_cache("paged", 4))
+        requests = eng.add([1, 2, 3], 9, n=3, temperature=0, stop_ids=stop_ids)
+        eng.run()
+        assert {r.finish_reason for r in requests} == {"stop"}
+        assert len({tuple(r.new_ids) for r in requests}) == 1
+
+
+def test_an_answer_fills_the_pool_to_its_last_place():
+    for kind, size, prompt_len in [("paged", 4, 30), ("contiguous", 1, 40)]:
+        eng = Engine(small_model(), make_cache(kind, size, num_tokens=48))
+        num_new = eng.cache.capacity + 1 - prompt_len
+        serve_rightly(eng, [Ask([1] * prompt_len, num_new)])
+
+
+def test_who_is_cancelled_leaves_its_work_to_those_who_wait_for_it():
+    eng = Engine(small_model(), make_cache("paged", 4), token_budget=8)
+    first, *others = eng.add(list(range(14)), 5, n=3, request_id="a", temperature=0)
+    eng.step()
+    eng.cancel(("a", 0))
+    check(eng)
+    assert eng.cache.seq_lens.tolist() == [8] and eng.running == [others[0]]
+    assert eng.step().counts == {("a", 1): 6}, "the rest of the prompt"
+    drain(eng)
+    assert first.finish_reason == "cancelled"
+    for request in others:
+        assert_right(request, range(14))
+
+
+# Random calls.
+
+_rng = random.Random(8)
+PROMPTS = [some_ids(_rng, n) for n in (1, 1, 2, 3, 4, 4, 5, 7, 8, 9, 12, 16, 17)]
+PROMPTS += [PROMPTS[9][:4] + some_ids(_rng, 5), [*PROMPTS[4], BAD_ID]]
+
+
+@functools.cache
+def answer_alone(prompt, max_new_tokens, stop_ids, sampling):
+    """The answer, and why it ends, of prompt number `prompt`: nobody else is there."""
+    sampling = dict(sampling)
+    if sampling["temperature"] == 0:
+        return greedy_answer(PROMPTS[prompt], max_new_tokens, stop_ids)
+    eng = Engine(small_model(), make_cache("paged", 4))
+    request = eng.add(PROMPTS[prompt], max_new_tokens, stop_ids=stop_ids, **sampling)
+    eng.run()
+    return request.new_ids, request.finish_reason.split(":")[0]
+
+
+class EngineAgainstEachAlone(RuleBasedStateMachine):
+    """After each call all is in order; at the end all texts are right and none leaks."""
+
+    max_new_tokens = 8
+
+    @initialize(
+        kind=st.sampled_from(KINDS),
+        fused=st.booleans(),
+        budget=st.sampled_from([1, 3, 8, 64]),
+        watermark=st.sampled_from([0.0, 0.3]),
+        num_tokens=st.sampled_from([24, 32, 96]),
+    )
+    def make(self, kind, fused, budget, watermark, num_tokens):
+        cache = make_cache(*kind, fused, num_tokens=max(num_tokens, kind[1] * 2))
+        self.eng = Engine(small_model(), cache, token_budget=budget, watermark=watermark)
+        self.known = {}  # request -> arguments of `answer_alone`
+        self.streams = []  # (generator, its id, tokens that it gave, arguments)
+        self.num_named, self.cancelled = 0, set()
+
+    def settings_of(self, prompt, num_new, stop_id, seed):
+        """Greedy where seed is None."""
+        num_new = min(num_new, self.eng.cache.capacity + 1 - len(PROMPTS[prompt]))
+        sampling = {"temperature": 0}
+        if seed is not None:
+            sampling = {"temperature": 1.5, "top_k": 9, "seed": seed}
+        stop_ids = () if stop_id is None else (stop_id,)
+        return prompt, num_new, stop_ids, sampling
+
+    asks = {
+        "prompt": st.integers(0, len(PROMPTS) - 1),
+        "num_new": st.integers(1, max_new_tokens),
+        "stop_id": st.none() | st.integers(0, 4),
+        "seed": st.none() | st.integers(0, 2),
+    }
+    lines = st.integers(0, 60) | st.integers(0, 300)
+
+    @rule(**asks, n=st.sampled_from([1, 1, 2, 4]), when=st.none() | st.integers(0, 80))
+    def add(self, prompt, num_new, stop_id, seed, n, when):
+        prompt, num_new, stop_ids, sampling = self.settings_of(
+            prompt, num_new, stop_id, seed
+        )
+        if num_new < 1:
+            return
+        self.num_named += 1
+        old = set(self.eng.requests)
+        self.maybe_interrupted(
+            when,
+            lambda: self.eng.add(
+                PROMPTS[prompt],
+                num_new,
+                n=n,
+                stop_ids=stop_ids,
+                request_id=self.num_named,
+                **sampling,
+            ),
+        )
+        new = [r for i, r in self.eng.requests.items() if i not in old]
+        assert len(new) in (0, n) and (new or when is not None)
+        for i, request in enumerate(new):
+            own = {**sampling, "seed": seed + i} if seed is not None else sampling
+            self.known[request] = prompt, num_new, stop_ids, tuple(own.items())
+
+    def maybe_interrupted(self, when, call):
+        if when is None:
+            call()
+            return
+        with Interrupt(when), contextlib.suppress(KeyboardInterrupt):
+            call()
+
+    @rule(num_steps=st.integers(1, 4))
+    def step(self, num_steps):
+        for _ in range(num_steps):
+            before = {i: (r, len(r.token_ids)) for i, r in self.eng.requests.items()}
+            check_step(self.eng, self.eng.step(), before)
+            check(self.eng)
+
+    @precondition(lambda self: self.eng.requests)
+    @rule(when=lines)
+    def interrupted_step(self, when):
+        self.maybe_interrupted(when, self.eng.step)
+
+    @precondition(lambda self: self.eng.requests)
+    @rule(layer=st.integers(0, 1), error=st.sampled_from([RuntimeError, ValueError]))
+    def step_in_which_the_model_fails(self, layer, error):
+        def fail(module, args):
+            raise error("by the test")
+
+        block = small_model().blocks[layer]
+        with block.register_forward_pre_hook(fail), contextlib.suppress(error):
+            self.eng.step()
+
+    @precondition(lambda self: self.eng.requests)
+    @rule(number=st.integers(0, 9), when=st.none() | st.integers(0, 60))
+    def cancel(self, number, when):
+        live = list(self.eng.requests)
+        request_id = live[number % len(live)]
+        self.cancelled.add(request_id)
+        self.maybe_interrupted(when, lambda: self.eng.cancel(request_id))
+
+    @rule()
+    def call_wrongly(self):
+        with pytest.raises(ValueError, match="expected"):
+            self.eng.cancel("nobody")
+        with pytest.raises(ValueError, match="expected"):
+            self.eng.add([1.5], 3)
+        for request_id in self.eng.requests:
+            with pytest.raises(ValueError, match="expected"):
+                self.eng.add([1], 3, request_id=request_id)
+
+    @precondition(lambda self: len(self.streams) < 3)
+    @rule(**asks)
+    def stream(self, **asks):
+        prompt, num_new, stop_ids, sampling = self.settings_of(**asks)
+        if num_new < 1:
+            return
+        self.num_named += 1
+        stream = self.eng.stream(
+            *(PROMPTS[prompt], num_new),
+            stop_ids=stop_ids,
+            request_id=self.num_named,
+            **sampling,
+        )
+        arguments = prompt, num_new, stop_ids, tuple(sampling.items())
+        self.streams.append((stream, self.num_named, [], arguments))
+
+    @precondition(lambda self: self.streams)
+    @rule(number=st.integers(0, 2), when=st.none() | lines)
+    def read(self, number, when):
+        one = stream, request_id, got, arguments = self.streams[
+            number % len(self.streams)
+        ]
+        with Interrupt(10**9 if when is None else when):
+            try:
+                got.append(next(stream))
+                return
+            except (StopIteration, KeyboardInterrupt) as end:
+                is_whole = isinstance(end, StopIteration)
+        self.streams.remove(one)
+        expected, _ = answer_alone(*arguments)
+        assert got == expected[: len(got)]
+        if is_whole and request_id not in self.cancelled:
+            assert got == expected
+
+    @precondition(lambda self: self.streams)
+    @rule(number=st.integers(0, 2))
+    def abandon(self, number):
+        stream, _, got, arguments = self.streams.pop(number % len(self.streams))
+        stream.close()
+        assert got == answer_alone(*arguments)[0][: len(got)]
+
+    @invariant()
+    def all_is_in_order(self):
+        if hasattr(self, "eng"):
+            check(self.eng)
+
+    def teardown(self):
+        if not hasattr(self, "eng"):
+            return
+        for stream, *_ in self.streams:
+            stream.close()
+        drain(self.eng, max_steps=2000)
+        for request, arguments in self.known.items():
+            expected, reason = answer_alone(*arguments)
+            got, got_reason = request.new_ids, request.finish_reason.split(":")[0]
+            if got_reason == "cancelled":
+                assert got == expected[: len(got)]
+            else:
+                assert (got, got_reason) == (expected, reason)
+        assert_empty(self.eng)
+
+
+def case_of(machine, **changes):
+    case = type(machine.__name__, (machine,), {}).TestCase
+    case.settings = settings(deadline=None, **changes)
+    return case
+
+
+SHORT = {"max_examples": 60, "stateful_step_count": 40, "derandomize": True}
+LONG = {"max_examples": 400, "stateful_step_count": 60, "print_blob": True}
+
+TestEngine = case_of(EngineAgainstEachAlone, **SHORT)
+TestEngineNightly = pytest.mark.nightly(case_of(EngineAgainstEachAlone, **LONG))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind, size", [("paged", 4), ("contiguous", 6)])
+def test_ten_thousand_requests(kind, size):
+    rng, known = random.Random(10), {}
+    cache = make_cache(kind, size, fused=True, num_tokens=160)
+    eng = Engine(small_model(), cache, token_budget=48, watermark=0.05)
+    while len(known) < 10_000 or eng.requests:
+        while len(known) < 10_000 and len(eng.waiting) < 12 and rng.random() < 0.7:
+            prompt, num_new, n = (
+                rng.randrange(15),
+                rng.randint(1, 8),
+                rng.choice([1, 1, 3]),
+            )
+            made = eng.add(PROMPTS[prompt], num_new, n=n, temperature=0)
+            for request in made if n > 1 else [made]:
+                known[request] = prompt, num_new, (), (("temperature", 0),)
+        if eng.requests and rng.random() < 0.05:
+            eng.cancel(rng.choice(list(eng.requests)))
+        if rng.random() < 0.05:
+            with Interrupt(rng.randrange(300)), contextlib.suppress(KeyboardInterrupt):
+                eng.step()
+        else:
+            eng.step()
+        check(eng)
+    for request, arguments in known.items():
+        expected, reason = answer_alone(*arguments)
+        if request.finish_reason == "cancelled":
+            assert request.new_ids == expected[: len(request.new_ids)]
+        else:
+            assert request.new_ids == expected
+            assert request.finish_reason.split(":")[0] == reason
+    assert_empty(eng)
