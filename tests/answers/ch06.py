@@ -1,7 +1,11 @@
 import copy
+import hashlib
+import heapq
 import itertools
 import math
+import random
 import statistics
+import zlib
 from collections import deque
 
 import numpy as np
@@ -1233,3 +1237,623 @@ def preempt_whoever_shares_blocks_too(running, waiting, cache):
         if first:
             send_back(running, waiting, cache, other)
     return request if first else send_back(running, waiting, cache, request)
+
+
+# block_hashes
+
+
+@right("block_hashes")
+def hashes_of_digits(token_ids, block_size, previous=b""):
+    hashes = []
+    for i in range(len(token_ids) // block_size):
+        block = list(token_ids[i * block_size : (i + 1) * block_size])
+        text = previous + b"|" + ",".join(str(int(t)) for t in block).encode()
+        hashes += [previous := hashlib.md5(text).digest()]
+    return hashes
+
+
+@right("block_hashes")
+def hashes_by_updating(token_ids, block_size, previous=b""):
+    out = [previous]
+    full = token_ids[: len(token_ids) - len(token_ids) % block_size]
+    blocks = np.array(full, dtype=np.int64).reshape(-1, block_size)
+    for block in blocks:
+        state = hashlib.blake2b(out[-1], digest_size=16)
+        state.update(block.tobytes())
+        out.append(state.digest())
+    return out[1:]
+
+
+@right("block_hashes")
+def hashes_in_recursion(token_ids, block_size, previous=b""):
+    chain, rest = [], deque(token_ids)
+    while len(rest) >= block_size:
+        block = [rest.popleft() for _ in range(block_size)]
+        as_bytes = b"".join(int(token_id).to_bytes(4, "big") for token_id in block)
+        previous = hashlib.sha1(b"block" + previous + as_bytes).digest()
+        chain.append(previous)
+    return tuple(chain)
+
+
+@right("block_hashes")
+def hashes_as_text(token_ids, block_size, previous=""):
+    hashes = []
+    for i in range(block_size, len(token_ids) + 1, block_size):
+        words = repr((previous, list(token_ids[i - block_size : i])))
+        previous = hashlib.sha256(words.encode()).hexdigest()
+        hashes.append(previous)
+    return hashes
+
+
+@right("block_hashes")
+def hashes_of_pythons_tuples_of_numbers(token_ids, block_size, previous=0):
+    hashes = []
+    for i in range(0, len(token_ids) - block_size + 1, block_size):
+        previous = hash((previous, *token_ids[i : i + block_size]))
+        hashes.append(previous)
+    return hashes
+
+
+def chained(
+    token_ids,
+    block_size,
+    previous=b"",
+    *,
+    end=lambda token_ids, size: len(token_ids) // size * size,
+    key=lambda before, block, blocks, i, token_ids: (before, block),
+    digest=lambda key: hashlib.sha256(repr(key).encode()).digest(),
+):
+    """block_hashes, with one thing to go wrong."""
+    hashes, blocks = [], []
+    for i in range(0, end(token_ids, block_size), block_size):
+        blocks.append(list(token_ids[i : i + block_size]))
+        previous = digest(key(previous, blocks[-1], blocks, i, token_ids))
+        hashes.append(previous)
+    return hashes
+
+
+@wrong("block_hashes", says="found by all of its text")
+def hashes_of_each_block_alone(*args):
+    return chained(*args, key=lambda before, block, *_: block)
+
+
+@wrong("block_hashes", says="found by all of its text")
+def hashes_of_two_blocks(*args):
+    return chained(*args, key=lambda before, block, blocks, *_: blocks[-2:])
+
+
+@wrong("block_hashes", says="found by all of its text")
+def hashes_of_block_and_place(*args):
+    return chained(*args, key=lambda before, block, blocks, i, token_ids: (i, block))
+
+
+@wrong("block_hashes", says="found by all of its text")
+def hashes_added_up(token_ids, block_size, previous=b""):
+    total, hashes = int.from_bytes(previous, "big"), []
+    for each in chained(token_ids, block_size, key=lambda before, block, *_: block):
+        total ^= int.from_bytes(each, "big")
+        hashes.append(total.to_bytes(32, "big"))
+    return hashes
+
+
+@wrong("block_hashes", says="found by all of its text")
+def hashes_with_the_first_block(*args):
+    return chained(*args, key=lambda before, block, blocks, *_: (blocks[0], block))
+
+
+@wrong("block_hashes", says="over nothing else")
+def hashes_without_previous(token_ids, block_size, previous=b""):
+    return chained(token_ids, block_size)
+
+
+@wrong("block_hashes", says="over nothing else")
+def hashes_of_the_whole_beginning(token_ids, block_size, previous=b""):
+    return [
+        hashlib.sha256(previous + repr(token_ids[:end]).encode()).digest()
+        for end in range(block_size, len(token_ids) + 1, block_size)
+    ]
+
+
+@wrong("block_hashes", says="over nothing else")
+def hashes_of_one_state(token_ids, block_size, previous=b""):
+    state, hashes = hashlib.sha256(previous), []
+    for i in range(0, len(token_ids) // block_size * block_size, block_size):
+        state.update(repr(token_ids[i : i + block_size]).encode())
+        hashes.append(state.digest())
+    return hashes
+
+
+@wrong("block_hashes", says="A hash for each full block")
+def hashes_of_the_rest_too(*args):
+    return chained(*args, end=lambda token_ids, size: len(token_ids))
+
+
+@wrong("block_hashes", says="A hash for each full block")
+def hashes_but_the_last(*args):
+    return chained(
+        *args, end=lambda token_ids, size: len(token_ids) // size * size - size
+    )
+
+
+@wrong("block_hashes", says="A hash for each full block")
+def hashes_leaving_one_token(*args):
+    return chained(*args, end=lambda token_ids, size: (len(token_ids) - 1) // size * size)
+
+
+@wrong("block_hashes", says="does not depend on what comes after it")
+def hashes_with_the_length(*args):
+    return chained(
+        *args, key=lambda before, block, blocks, i, ids: (before, block, len(ids))
+    )
+
+
+@wrong("block_hashes", says="in its place")
+def hashes_of_sets(*args):
+    return chained(*args, key=lambda before, block, *_: (before, sorted(block)))
+
+
+@wrong("block_hashes", says="in its place")
+def hashes_of_sums(*args):
+    return chained(*args, key=lambda before, block, *_: (before, sum(block)))
+
+
+@wrong("block_hashes", says="Keep tokens apart")
+def hashes_of_digits_in_a_row(*args):
+    return chained(
+        *args, key=lambda before, block, *_: (before, "".join(map(str, block)))
+    )
+
+
+@wrong("block_hashes", says="raised ValueError: bytes must be in range")
+def hashes_of_bytes(*args):
+    return chained(*args, key=lambda before, block, *_: before + bytes(block))
+
+
+@wrong("block_hashes", says="A token is not a byte")
+def hashes_of_low_bytes(*args):
+    return chained(
+        *args, key=lambda before, block, *_: (before, [t % 256 for t in block])
+    )
+
+
+@wrong("block_hashes", says="more than 16 bits")
+def hashes_of_16_bits(*args):
+    def key(before, block, *_):
+        return before + np.array(block).astype(np.uint16).tobytes()
+
+    return chained(*args, key=key)
+
+
+@wrong("block_hashes", says="differ from process to process")
+def hashes_by_python(*args):
+    return chained(*args, digest=lambda key: hash(str(key)))
+
+
+@wrong("block_hashes", says="differ from process to process")
+def hashes_by_python_of_bytes(token_ids, block_size, previous=b""):
+    return chained(
+        *(token_ids, block_size, previous),
+        key=lambda before, block, *_: (before, tuple(block)),
+        digest=lambda key: hash(key).to_bytes(8, "big", signed=True),
+    )
+
+
+@wrong("block_hashes")
+def hashes_by_identity(*args):
+    return chained(*args, key=lambda before, block, *_: (before, id(block)))
+
+
+@wrong("block_hashes")
+def hashes_at_random(*args):
+    return chained(*args, digest=lambda key: random.randbytes(16))
+
+
+known_texts = {}
+
+
+@wrong("block_hashes", says="wrong for")
+def hashes_that_count(*args):
+    def digest(key):
+        return known_texts.setdefault(repr(key), len(known_texts)) + random.randrange(
+            10**9
+        )
+
+    return chained(*args, digest=digest)
+
+
+@wrong("block_hashes")
+def hashes_by_a_polynomial(token_ids, block_size, previous=0):
+    hashes = []
+    for i in range(0, len(token_ids) // block_size * block_size, block_size):
+        for token_id in token_ids[i : i + block_size]:
+            previous = (previous * 257 + token_id) % (2**61 - 1)
+        hashes.append(previous)
+    return hashes
+
+
+@wrong("block_hashes")
+def hashes_of_one_byte(*args):
+    return chained(
+        *args, digest=lambda key: hashlib.sha256(repr(key).encode()).digest()[:1]
+    )
+
+
+@wrong("block_hashes", says="A hash is short")
+def hashes_that_are_the_text(token_ids, block_size, previous=b""):
+    hashes = []
+    for i in range(0, len(token_ids) // block_size * block_size, block_size):
+        block = np.array(token_ids[i : i + block_size], dtype=np.int64)
+        previous = previous + block.tobytes()
+        hashes.append(previous)
+    return hashes
+
+
+@wrong("block_hashes", says="a tuple, which is no hash")
+def hashes_that_are_tuples(token_ids, block_size, previous=()):
+    hashes = []
+    for i in range(0, len(token_ids) // block_size * block_size, block_size):
+        previous = (previous, *token_ids[i : i + block_size])
+        hashes.append(previous)
+    return hashes
+
+
+@wrong("block_hashes", says="a generator, not a list")
+def hashes_one_by_one(token_ids, block_size, previous=b""):
+    return (each for each in chained(token_ids, block_size, previous))
+
+
+@wrong("block_hashes", says="changed its inputs")
+def hashes_that_use_the_text_up(token_ids, block_size, previous=b""):
+    hashes = chained(token_ids, block_size, previous)
+    del token_ids[: len(hashes) * block_size]
+    return hashes
+
+
+@wrong("block_hashes", says="a bytes, not a list")
+def hashes_last_alone(token_ids, block_size, previous=b""):
+    return (chained(token_ids, block_size, previous) or [previous])[-1]
+
+
+@wrong("block_hashes")
+def hashes_of_differences(*args):
+    def key(before, block, *_):
+        return before, np.diff(block).tolist()
+
+    return chained(*args, key=key)
+
+
+@wrong("block_hashes")
+def hashes_of_first_and_last(*args):
+    return chained(*args, key=lambda before, block, *_: (before, block[0], block[-1]))
+
+
+@wrong("block_hashes")
+def hashes_by_checksum(token_ids, block_size, previous=0):
+    hashes = []
+    for i in range(0, len(token_ids) // block_size * block_size, block_size):
+        previous ^= zlib.crc32(repr(token_ids[i : i + block_size]).encode())
+        hashes.append(previous)
+    return hashes
+
+
+@wrong("block_hashes")
+def hashes_with_zero_for_nothing(*args):
+    return chained(*args, key=lambda before, block, *_: (before, [t for t in block if t]))
+
+
+# find_prefix
+
+
+@right("find_prefix")
+def prefix_by_takewhile(hashes, block_of_hash, num_tokens, block_size):
+    found = itertools.takewhile(block_of_hash.__contains__, hashes)
+    block_ids = [block_of_hash[block_hash] for block_hash in found]
+    if len(block_ids) * block_size >= num_tokens:
+        block_ids.pop()
+    return block_ids
+
+
+@right("find_prefix")
+def prefix_with_a_counter(hashes, block_of_hash, num_tokens, block_size):
+    n = 0
+    while (
+        n < len(hashes)
+        and hashes[n] in block_of_hash
+        and (n + 1) * block_size <= num_tokens - 1
+    ):
+        n += 1
+    return [block_of_hash[hashes[i]] for i in range(n)]
+
+
+@right("find_prefix")
+def prefix_with_none(hashes, block_of_hash, num_tokens, block_size):
+    block_ids, left = [], num_tokens
+    for block_hash in hashes:
+        block_id, left = block_of_hash.get(block_hash), left - block_size
+        if block_id is None or left <= 0:
+            return block_ids
+        block_ids.append(block_id)
+    return block_ids
+
+
+@right("find_prefix")
+def prefix_by_exception(hashes, block_of_hash, num_tokens, block_size):
+    found = ()
+    try:
+        for number in range(1, len(hashes) + 1):
+            if number * block_size == num_tokens:
+                break
+            found += (np.int64(block_of_hash[hashes[number - 1]]),)
+    except KeyError:
+        pass
+    return found
+
+
+def search(hashes, block_of_hash):
+    """All blocks from the first on, without a gap."""
+    found = []
+    for block_hash in hashes:
+        if block_hash not in block_of_hash:
+            break
+        found.append(block_of_hash[block_hash])
+    return found
+
+
+@wrong("find_prefix", says="One token is left to compute")
+def prefix_of_all(hashes, block_of_hash, num_tokens, block_size):
+    return search(hashes, block_of_hash)
+
+
+@wrong("find_prefix", says="gets one block less")
+def prefix_always_one_less(hashes, block_of_hash, num_tokens, block_size):
+    return search(hashes, block_of_hash)[:-1]
+
+
+@wrong("find_prefix", says="gets one block less")
+def prefix_one_less_where_all_are_there(hashes, block_of_hash, num_tokens, block_size):
+    found = search(hashes, block_of_hash)
+    return found[:-1] if len(found) == len(hashes) else found
+
+
+@wrong("find_prefix", says="Behind a block that is missing")
+def prefix_with_gaps(hashes, block_of_hash, num_tokens, block_size):
+    hashes = hashes[: (num_tokens - 1) // block_size]
+    return [block_of_hash[h] for h in hashes if h in block_of_hash]
+
+
+@wrong("find_prefix", says="Behind a block that is missing")
+def prefix_anywhere(hashes, block_of_hash, num_tokens, block_size):
+    hashes = hashes[: (num_tokens - 1) // block_size]
+    runs = [search(hashes[i:], block_of_hash) for i in range(len(hashes))]
+    return max(runs, key=len, default=[])
+
+
+@wrong("find_prefix", says="Behind a block that is missing")
+def prefix_up_to_the_last(hashes, block_of_hash, num_tokens, block_size):
+    hashes = hashes[: (num_tokens - 1) // block_size]
+    for n in range(len(hashes), 0, -1):
+        if hashes[n - 1] in block_of_hash:
+            return [block_of_hash[h] for h in hashes[:n] if h in block_of_hash]
+    return []
+
+
+@wrong("find_prefix", says="Block 0 is a block")
+def prefix_without_block_0(hashes, block_of_hash, num_tokens, block_size):
+    block_ids = []
+    for block_hash in hashes[: (num_tokens - 1) // block_size]:
+        block_id = block_of_hash.get(block_hash)
+        if not block_id:
+            break
+        block_ids.append(block_id)
+    return block_ids
+
+
+@wrong("find_prefix", says="raised KeyError")
+def prefix_that_must_be_there(hashes, block_of_hash, num_tokens, block_size):
+    return [block_of_hash[h] for h in hashes[: (num_tokens - 1) // block_size]]
+
+
+@wrong("find_prefix", says="In the order of the text")
+def prefix_in_the_order_of_the_pool(hashes, block_of_hash, num_tokens, block_size):
+    return sorted(search(hashes[: (num_tokens - 1) // block_size], block_of_hash))
+
+
+@wrong("find_prefix", says="In the order of the text")
+def prefix_from_the_end(hashes, block_of_hash, num_tokens, block_size):
+    return search(hashes[: (num_tokens - 1) // block_size], block_of_hash)[::-1]
+
+
+@wrong("find_prefix", says="a str, not a number")
+def prefix_of_hashes(hashes, block_of_hash, num_tokens, block_size):
+    found = search(hashes[: (num_tokens - 1) // block_size], block_of_hash)
+    return hashes[: len(found)]
+
+
+@wrong("find_prefix", says="a int, not a list")
+def prefix_length(hashes, block_of_hash, num_tokens, block_size):
+    return len(search(hashes[: (num_tokens - 1) // block_size], block_of_hash))
+
+
+@wrong("find_prefix", says="changed its inputs")
+def prefix_taken_away(hashes, block_of_hash, num_tokens, block_size):
+    found = search(hashes[: (num_tokens - 1) // block_size], block_of_hash)
+    for block_hash in hashes[: len(found)]:
+        del block_of_hash[block_hash]
+    return found
+
+
+@wrong("find_prefix")
+def prefix_of_one_block_fewer_than_full(hashes, block_of_hash, num_tokens, block_size):
+    return search(hashes[: num_tokens // block_size - 1], block_of_hash)
+
+
+@wrong("find_prefix", says="wrong for all of a text")
+def prefix_none_of_a_whole_text(hashes, block_of_hash, num_tokens, block_size):
+    found = search(hashes, block_of_hash)
+    return [] if len(found) * block_size == num_tokens else found
+
+
+@wrong("find_prefix")
+def prefix_by_halves(hashes, block_of_hash, num_tokens, block_size):
+    low, high = 0, min(len(hashes), (num_tokens - 1) // block_size)
+    while low < high:  # all before one that is there are there too
+        middle = (low + high + 1) // 2
+        if hashes[middle - 1] in block_of_hash:
+            low = middle
+        else:
+            high = middle - 1
+    return [block_of_hash[h] for h in hashes[:low] if h in block_of_hash]
+
+
+@wrong("find_prefix")
+def prefix_of_ten_blocks_at_most(hashes, block_of_hash, num_tokens, block_size):
+    return search(hashes[: min(10, (num_tokens - 1) // block_size)], block_of_hash)
+
+
+@wrong("find_prefix")
+def prefix_with_a_block_to_compute(hashes, block_of_hash, num_tokens, block_size):
+    found = search(hashes, block_of_hash)
+    while len(found) * block_size > num_tokens - block_size:
+        found.pop()
+    return found
+
+
+# evict
+
+
+@right("evict")
+def evict_by_sorting(idle):
+    rows = [
+        (last_used, -depth, block_id) for block_id, (last_used, depth) in idle.items()
+    ]
+    return sorted(rows)[0][2]
+
+
+@right("evict")
+def evict_in_two_steps(idle):
+    oldest = min(last_used for last_used, _ in idle.values())
+    deepest = max(depth for last_used, depth in idle.values() if last_used == oldest)
+    return next(b for b, value in idle.items() if tuple(value) == (oldest, deepest))
+
+
+@right("evict")
+def evict_in_a_loop(idle):
+    best = None
+    for block_id in idle:
+        last_used, depth = idle[block_id]
+        is_older = best is None or last_used < idle[best][0]
+        if is_older or last_used == idle[best][0] and depth > idle[best][1]:
+            best = block_id
+    return np.int64(best)
+
+
+@right("evict")
+def evict_by_a_heap(idle):
+    heap = [((used, -depth), block_id) for block_id, (used, depth) in idle.items()]
+    heapq.heapify(heap)
+    return heapq.heappop(heap)[-1]
+
+
+@right("evict")
+def evict_by_two_stable_sorts(idle):
+    by_depth = sorted(idle, key=lambda block_id: idle[block_id][1], reverse=True)
+    return min(by_depth, key=lambda block_id: idle[block_id][0])
+
+
+@wrong("evict", says="not used for longest")
+def evict_the_latest(idle):
+    return max(idle, key=lambda b: (idle[b][0], -idle[b][1]))
+
+
+@wrong("evict", says="not used for longest")
+def evict_the_latest_and_deepest(idle):
+    return max(idle, key=lambda b: idle[b])
+
+
+@wrong("evict", says="the deepest goes")
+def evict_the_shallowest(idle):
+    return min(idle, key=lambda b: idle[b])
+
+
+@wrong("evict", says="not used for longest")
+def evict_the_deepest_of_all(idle):
+    return max(idle, key=lambda b: (idle[b][1], -idle[b][0]))
+
+
+@wrong("evict")
+def evict_whichever_of_the_oldest(idle):
+    return min(idle, key=lambda b: idle[b][0])
+
+
+@wrong("evict", says="not used for longest")
+def evict_the_first(idle):
+    return next(iter(idle))
+
+
+@wrong("evict", says="not used for longest")
+def evict_the_last(idle):
+    return list(idle)[-1]
+
+
+@wrong("evict")
+def evict_the_smallest_id(idle):
+    return min(idle)
+
+
+@wrong("evict", says="a tuple, not a number")
+def evict_its_values(idle):
+    return min(idle.values(), key=lambda value: (value[0], -value[1]))
+
+
+@wrong("evict", says="whoever asks takes it away")
+def evict_and_take_away(idle):
+    block_id = evict_by_sorting(idle)
+    del idle[block_id]
+    return block_id
+
+
+@wrong("evict")
+def evict_by_difference(idle):
+    return min(idle, key=lambda b: idle[b][0] - idle[b][1])
+
+
+@wrong("evict")
+def evict_by_words(idle):
+    return min(idle, key=lambda b: (str(idle[b][0]), -idle[b][1]))
+
+
+@wrong("evict")
+def evict_by_weights(idle):
+    return min(idle, key=lambda b: 10 * idle[b][0] - idle[b][1])
+
+
+@wrong("evict")
+def evict_that_takes_0_for_none(idle):
+    best = None
+    for block_id in idle:
+        key = idle[block_id][0], -idle[block_id][1]
+        if not best or key < (idle[best][0], -idle[best][1]):
+            best = block_id
+    return best
+
+
+@wrong("evict", says="block 0, of time 0")
+def evict_without_a_time_of_0(idle):
+    used = {block_id: value for block_id, value in idle.items() if value[0]}
+    return evict_by_sorting(used)
+
+
+@wrong("evict")
+def evict_of_the_first_two(idle):
+    return evict_by_sorting(dict(list(idle.items())[:2]))
+
+
+@wrong("evict")
+def evict_from_the_longest_text(idle):
+    times = [last_used for last_used, _ in idle.values()]
+    return max(idle, key=lambda b: (times.count(idle[b][0]), -idle[b][0], idle[b][1]))
+
+
+@wrong("evict", says="a list, not a number")
+def evict_several(idle):
+    return [evict_by_sorting(idle)]

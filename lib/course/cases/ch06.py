@@ -664,6 +664,325 @@ def _about_the_queue(last, waits: list, ours: list) -> str | None:
     return None
 
 
+def block_hashes_cases(seed: int) -> list[Case]:
+    rng = np.random.default_rng(seed)
+    beginning = rng.integers(0, 128_000, size=12).tolist()
+    other = rng.integers(0, 128_000, size=12).tolist()
+    lens = rng.integers(4, 30, size=6)
+    texts = [rng.integers(0, 3, size=n).tolist() for n in lens]
+    many = rng.integers(0, 128_000, size=600).tolist()
+    return [
+        _texts("one full block", 2, [5, 6]),
+        _texts("a block that is not full", 4, [5, 6, 7]),
+        _texts("two full blocks and a token", 2, [5, 6, 7, 8, 9]),
+        _texts("no tokens", 2, []),
+        _texts("blocks of one token", 1, [5, 6, 7]),
+        _texts("a block longer than the text", 16, [5, 6, 7]),
+        _texts("two equal texts", 2, [5, 6, 7, 8], [5, 6, 7, 8]),
+        _texts("an equal block behind another", 2, [5, 6, 7, 8], [0, 0, 7, 8]),
+        _texts("equal blocks in one text", 2, [7, 8, 7, 8, 7, 8]),
+        _texts("zeros", 2, [0, 0, 0, 0, 0, 0], [0, 5], [0, 7], [5, 0]),
+        _texts(
+            "texts that differ in their first block",
+            2,
+            *([*x] for x in ([1, 1, 2, 2, 3, 3, 4, 4], [9, 9, 2, 2, 3, 3, 4, 4])),
+        ),
+        _texts("blocks that change places", 2, [5, 6, 7, 8], [7, 8, 5, 6]),
+        _texts("tokens that change places", 2, [5, 6], [6, 5]),
+        _texts("tokens within a block", 4, [5, 1, 2, 6], [5, 3, 2, 6], [5, 1, 4, 6]),
+        _texts("tokens of the same sum", 2, [3, 4], [2, 5], [1, 6]),
+        _texts("tokens of the same digits", 2, [1, 23], [12, 3]),
+        _texts(
+            "texts that end differently", 2, [5, 6, 7], [5, 6, 8], [5, 6], [5, 6, 7, 9]
+        ),
+        _texts("a token and 256 more", 2, [5, 6], [261, 6], [5 + 65_536, 6]),
+        _texts(
+            "small numbers beside large ones",
+            2,
+            [1, 0],
+            *([0, base] for base in (31, 33, 37, 131, 256, 257, 1000, 50_257, 65_536)),
+        ),
+        _texts(
+            "a text that goes on", 2, [5, 6], [7, 8], [5, 6, 7, 8], behind={1: [0, 0]}
+        ),
+        _texts(
+            "a text that goes on behind two blocks",
+            *(3, beginning[:6], beginning[6:], beginning),
+            behind={1: [0, 1]},
+        ),
+        _texts(
+            "two texts that go on in the same way",
+            *(3, beginning[:6], other[:3], beginning[6:], beginning[6:]),
+            behind={2: [0, 1], 3: [1, 0]},
+        ),
+        _texts(
+            "tokens of three kinds",
+            *(2, *texts, texts[0][2:], texts[1][:4]),
+            behind={6: [0, 0]},
+        ),
+        _texts("a long text", 2, many, many[:400] + many[:200]),
+    ]
+
+
+def _texts(
+    name: str, block_size: int, *texts: list[int], behind: dict[int, list] | None = None
+) -> Case:
+    """behind: of a text that goes on with another the block before it, [text, block]."""
+    calls = [[list(text), (behind or {}).get(i)] for i, text in enumerate(texts)]
+    return Case(name, {"block_size": block_size, "calls": calls})
+
+
+CHAIN = "Over its tokens and the hash before it: a block is found by all of its text"
+ORDER = "Over each token, in its place: other tokens, or another order, are another block"
+GOES_ON = (
+    "A text that goes on has the hashes of the whole text: each over its block and the "
+)
+GOES_ON += "hash before it, and over nothing else"
+FULL = "A hash for each full block, and no other"
+HASHED = {  # slips of `_numbered`, and what to say of each
+    "no chain": CHAIN,
+    "the block before alone": CHAIN,
+    "places": CHAIN,
+    "sets of blocks": CHAIN,
+    "blocks that cancel": CHAIN,
+    "the first block alone": CHAIN,
+    "sets of tokens": ORDER,
+    "sums": ORDER,
+    "digits": "Keep tokens apart: 1, 23 is not 12, 3",
+    "bytes": "A token is not a byte: ids need more bits",
+    "16 bits": "Ids need more than 16 bits",
+    "part": FULL,
+    "one fewer": FULL,
+    "one token fewer": FULL,
+    "lengths": "A block's hash does not depend on what comes after it",
+    "ends": "A block's hash does not depend on what comes after it",
+    "no previous": GOES_ON,
+}
+
+
+def block_hashes_explain(inputs: dict, expected: dict, got: dict) -> str | None:
+    found = {}
+    goes_on = any(behind for _, behind in inputs["calls"])
+    for slip, words in HASHED.items():
+        if goes_on and words != GOES_ON:
+            continue  # all others have failed before
+        other = _numbered(inputs, slip)
+        is_it = other == got.get("numbered") and other != expected["numbered"]
+        found[words] = found.get(words, False) or is_it
+    if got["hashes"] != expected["hashes"]:
+        is_long = got["hashes"].startswith("of ")
+        return "A hash is short, however long the text is" if is_long else None
+    if got["numbered"] != expected["numbered"]:
+        return _reproduced(found)
+    if got["in_another_call"] != expected["in_another_call"]:
+        return "The same text has the same hashes, whenever it comes"
+    return "hash() of texts and bytes, and id(), differ from process to process"
+
+
+@reference
+def _numbered(inputs: dict, slip: str) -> list[list[int]]:
+    """Which blocks have the same hash, where there is a slip, one of HASHED."""
+    size, numbers = inputs["block_size"], {}  # what a block is known by -> its number
+    out: list[list[int]] = []
+    for token_ids, behind in inputs["calls"]:
+        before = -1
+        if behind is not None and slip != "no previous":
+            before = dict(enumerate(out[behind[0]])).get(behind[1], -1)
+        end = len(token_ids) // size * size
+        if slip == "part":
+            end = len(token_ids)
+        elif slip == "one fewer":
+            end -= size
+        elif slip == "one token fewer":
+            end = (len(token_ids) - 1) // size * size
+        found, blocks = [], []
+        for first in range(0, end, size):
+            block = tuple(token_ids[first : first + size])
+            blocks.append(block)
+            tokens = {
+                "sets of tokens": tuple(sorted(block)),
+                "sums": sum(block),
+                "digits": "".join(map(str, block)),
+                "bytes": tuple(token_id % 256 for token_id in block),
+                "16 bits": tuple(token_id % 65_536 for token_id in block),
+            }.get(slip, block)
+            key = {
+                "no chain": block,
+                "the block before alone": tuple(blocks[-2:]),
+                "places": (len(found), block),
+                "sets of blocks": tuple(sorted(blocks)),
+                "blocks that cancel": tuple(
+                    b for b in sorted(set(blocks)) if blocks.count(b) % 2
+                ),
+                "the first block alone": (blocks[0], block),
+                "lengths": (before, len(token_ids), block),
+                "ends": (before, tuple(token_ids), block),
+            }.get(slip, (before, tokens))
+            before = numbers.setdefault(key, len(numbers))
+            found.append(before)
+        out.append(found)
+    return out
+
+
+def find_prefix_cases(seed: int) -> list[Case]:
+    rng = np.random.default_rng(seed)
+    abc = ["a", "b", "c"]
+    cases = [
+        _search("one block of one", ["a"], {"a": 4}, 3, 2),
+        _search("two blocks of three", abc, {"a": 4, "b": 9}, 7, 2),
+        _search("nothing", abc, {}, 7, 2),
+        _search("no full block", [], {"a": 4}, 1, 2),
+        _search("others' blocks alone", abc, {"x": 4, "y": 9}, 7, 2),
+        _search(
+            "all full blocks, and a token behind", abc, {"a": 4, "b": 9, "c": 2}, 7, 2
+        ),
+        _search("all of a text", ["a", "b"], {"a": 4, "b": 9}, 4, 2),
+        _search("all of a text of one block", ["a"], {"a": 4}, 2, 2),
+        _search("all of a text but the last block", abc, {"a": 4, "b": 9}, 6, 2),
+        _search(
+            "all of a text, blocks of one token", abc, {"a": 4, "b": 9, "c": 2}, 3, 1
+        ),
+        _search("a full block and three tokens", ["a"], {"a": 4}, 7, 4),
+        _search("the first is missing", abc, {"b": 9, "c": 1}, 7, 2),
+        _search("the second is missing", abc, {"a": 4, "c": 1}, 7, 2),
+        _search("the first is block 0", abc, {"a": 0, "b": 9, "c": 3}, 7, 2),
+        _search("the second is block 0", abc, {"a": 4, "b": 0, "c": 3}, 7, 2),
+        _search("blocks in another order", abc, {"c": 1, "x": 7, "b": 2, "a": 3}, 8, 2),
+        _search(
+            "two gaps",
+            *([*"abcdefg"], {"a": 5, "b": 3, "d": 8, "e": 1, "f": 2, "g": 0}, 15, 2),
+        ),
+    ]
+    size, num_blocks = int(rng.integers(3, 20)), 40
+    names = [f"h{number}" for number in rng.permutation(1000)[: num_blocks + 30]]
+    ids = rng.permutation(500).tolist()
+    text = names[:num_blocks]
+    gap = int(rng.integers(12, 30))
+    for name, missing, rest in (
+        ("forty blocks, of which one is missing", [text[gap]], 1),
+        ("forty blocks, and all are there", [], size - 1),
+        ("forty blocks, and nothing behind", [], 0),
+    ):
+        known = dict(zip(rng.permutation(names).tolist(), ids))
+        known = {h: i for h, i in known.items() if h not in missing}
+        cases.append(_search(name, text, known, num_blocks * size + rest, size))
+    return cases
+
+
+def _search(
+    name: str, hashes: list, block_of_hash: dict, num_tokens: int, block_size: int
+) -> Case:
+    inputs = {"hashes": hashes, "block_of_hash": block_of_hash}
+    return Case(name, {**inputs, "num_tokens": num_tokens, "block_size": block_size})
+
+
+ONE_LEFT = (
+    "One token is left to compute: a text that is there to its end gets a block less"
+)
+LESS = "Only a text that is there to its end gets one block less"
+GAP = "Behind a block that is missing nothing counts: what it holds is another beginning"
+FOUND_BLOCKS = {  # slips of `_found`, and what to say of each
+    "all": ONE_LEFT,
+    "one less": LESS,
+    "one less of all": LESS,
+    "gaps": GAP,
+    "longest run": GAP,
+    "no block 0": "Block 0 is a block: ask whether a hash is there, not for a true value",
+    "turned around": "In the order of the text",
+    "sorted": "In the order of the text",
+    "in the order of the dict": "In the order of the text",
+}
+
+
+def find_prefix_explain(inputs: dict, expected: dict, got: dict) -> str | None:
+    ours, theirs, found = expected["block_ids"], got["block_ids"], {}
+    for slip, words in FOUND_BLOCKS.items():
+        other = _found(inputs, slip)
+        is_it = other == theirs and other != ours
+        found[words] = found.get(words, False) or is_it
+    return _reproduced(found)
+
+
+@reference
+def _found(inputs: dict, slip: str) -> list[int]:
+    """The blocks that come of a slip, one of FOUND_BLOCKS."""
+    hashes, known, size = inputs["hashes"], inputs["block_of_hash"], inputs["block_size"]
+    most = (inputs["num_tokens"] - 1) // size
+    if slip in ("all", "one less", "one less of all"):
+        most = len(hashes)
+    found, run, longest = [], [], []
+    for block_hash in hashes[:most]:
+        block_id = known.get(block_hash)
+        is_there = block_id is not None and not (slip == "no block 0" and block_id == 0)
+        run = [*run, block_id] if is_there else []
+        longest = max(longest, run, key=len)
+        if is_there:
+            found.append(block_id)
+        elif slip not in ("gaps", "longest run"):
+            break
+    if slip == "longest run":
+        return longest
+    if slip == "one less" or slip == "one less of all" and len(found) == len(hashes):
+        return found[:-1]
+    if slip == "in the order of the dict":
+        return [block_id for block_id in known.values() if block_id in found]
+    turned = {"turned around": found[::-1], "sorted": sorted(found)}
+    return turned.get(slip, found)
+
+
+def evict_cases(seed: int) -> list[Case]:
+    rng = np.random.default_rng(seed)
+    cases = []
+    for name, idle in (
+        ("one block", [[4, 1, 0]]),
+        ("two of different times", [[4, 2, 0], [7, 1, 0]]),
+        ("two of different times, the older comes first", [[7, 1, 0], [4, 2, 0]]),
+        ("two of one text", [[4, 3, 0], [2, 3, 1]]),
+        ("two of one text, the deeper comes first", [[2, 3, 5], [4, 3, 4]]),
+        ("a later one that is deeper", [[9, 1, 0], [3, 2, 6], [5, 2, 5]]),
+        ("an older one that is deeper", [[6, 4, 1], [3, 2, 6], [5, 2, 5], [8, 4, 0]]),
+        (
+            "a deepest one with the smallest id",
+            [[5, 7, 0], [1, 7, 2], [3, 7, 1], [9, 8, 4]],
+        ),
+        ("block 0 is the one", [[2, 5, 1], [0, 5, 3], [7, 5, 2], [4, 6, 9]]),
+        ("block 0, of time 0", [[3, 1, 2], [0, 0, 0], [8, 1, 4]]),
+        ("the last of the dict", [[3, 5, 9], [1, 4, 0], [8, 4, 1], [6, 4, 3]]),
+        ("the middle of the dict", [[3, 5, 9], [6, 4, 3], [8, 4, 1], [1, 9, 0]]),
+        (
+            "times and depths of the same sum",
+            [[3, 5, 1], [6, 4, 2], [8, 1, 5], [1, 1, 4]],
+        ),
+        ("a later one that is very deep", [[3, 5, 1], [6, 6, 100_000], [2, 5, 0]]),
+        ("a time of two digits", [[3, 10, 1], [6, 9, 2], [8, 9, 11], [2, 100, 30]]),
+    ):
+        cases.append(Case(name, {"idle": idle}))
+    for number, size in enumerate((16, 40), start=1):
+        ids = rng.permutation(1000)[:size].tolist()
+        texts = [[t, d] for t in range(20, 30) for d in range(3, 9)]
+        chosen = rng.permutation(len(texts))[:size].tolist()
+        # Of the oldest text three blocks, of which the deepest is neither first nor last.
+        oldest = [[3, 4], [3, 7], [3, 5]]
+        places = sorted(rng.permutation(size)[:3].tolist())
+        idle = [[b, *texts[i]] for b, i in zip(ids, chosen)]
+        for place, values in zip(places, oldest):
+            idle[place][1:] = values
+        cases.append(Case(f"{size} random blocks ({number})", {"idle": idle}))
+    return cases
+
+
+def evict_explain(inputs: dict, expected: dict, got: dict) -> str | None:
+    values = {block_id: tuple(row) for block_id, *row in inputs["idle"]}
+    ours, theirs = expected["block_id"], got["block_id"]
+    if theirs == ours:
+        return "Only say which one goes: whoever asks takes it away"
+    if theirs not in values:
+        return None if isinstance(theirs, str) else "No idle block has that number"
+    if values[theirs][0] > values[ours][0]:
+        return f"The one not used for longest goes, and block {theirs} was used later"
+    return f"Of those with the same last_used the deepest goes: {theirs} is less deep"
+
+
 EXERCISES = [
     Exercise("lib.engine.finish_reason", 1, finish_reason_cases, finish_reason_explain),
     Exercise(
@@ -681,4 +1000,9 @@ EXERCISES = [
     Exercise(
         "lib.engine.tokens_that_fit", 1, tokens_that_fit_cases, tokens_that_fit_explain
     ),
+    Exercise(
+        "lib.prefix_cache.block_hashes", 2, block_hashes_cases, block_hashes_explain
+    ),
+    Exercise("lib.prefix_cache.find_prefix", 2, find_prefix_cases, find_prefix_explain),
+    Exercise("lib.prefix_cache.evict", 2, evict_cases, evict_explain),
 ]

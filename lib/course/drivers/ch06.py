@@ -1,5 +1,7 @@
 """Chapter 6: run an answer, give plain data."""
 
+import builtins
+import contextlib
 import copy
 import dataclasses
 from collections import deque
@@ -193,3 +195,99 @@ def _changes(before: list[dict], after: list[dict]) -> str:
                 words = f"{now[name]!r} in the place of {value!r}"
                 return f"request {was['request_id']!r} has another {name}: {words}"
     return "as they were"
+
+
+def block_hashes(answer: Callable, block_size: int, calls: list[list]) -> dict:
+    """calls: [token_ids, behind], where behind is None, or [i, j]: the tokens go on
+    behind block j of call i.
+
+    Any hash will do. So they are numbered, in the order in which they come first: what
+    counts is which are equal. hash and id give other numbers in another process; the last
+    round is what would come of that.
+    """
+    first = _hashes(answer, block_size, calls)
+    numbers: dict = {}
+    out = []
+    for hashes in first:
+        if isinstance(hashes, str):
+            return {"hashes": hashes}
+        out.append([numbers.setdefault(each, len(numbers)) for each in hashes])
+    with _another_process():
+        there = _hashes(answer, block_size, calls)
+    return {
+        "hashes": "of 64 bytes at most",
+        "numbered": out,
+        "in_another_call": _same(first, _hashes(answer, block_size, calls)),
+        "in_another_process": _same(first, there),
+    }
+
+
+def _same(hashes: list, others: list) -> str:
+    return "the same" if hashes == others else "others"
+
+
+def _hashes(answer: Callable, block_size: int, calls: list[list]) -> list:
+    """What comes of each call: a list of hashes, or what is none in words."""
+    out: list = []
+    for token_ids, behind in calls:
+        given = [] if behind is None else [out[behind[0]][behind[1]]]
+        hashes = answer(token_ids, block_size, *given)
+        if not isinstance(hashes, (list, tuple)):
+            return [f"a {type(hashes).__name__}, not a list"]
+        odd = [words for words in map(_odd_hash, hashes) if words]
+        if odd:
+            return odd[:1]
+        out.append(list(hashes))
+    return out
+
+
+def _odd_hash(value: Any) -> str | None:
+    """What is wrong with a hash, of whatever kind, in words."""
+    if type(value) is bytes:
+        num_bytes = len(value)
+    elif type(value) is str:  # of hexadecimal digits, say
+        num_bytes = len(value) // 2
+    elif type(value) is int:
+        num_bytes = value.bit_length() // 8
+    else:
+        return f"a {type(value).__name__}, which is no hash"
+    return f"of {num_bytes} bytes" if num_bytes > 64 else None
+
+
+@contextlib.contextmanager
+def _another_process() -> Iterator[None]:
+    """While inside, hash and id give what they would in another process: of texts and
+    bytes, and of an object, other numbers."""
+
+    def has_text(value: Any) -> bool:
+        if isinstance(value, (tuple, frozenset)):
+            return any(map(has_text, value))
+        return isinstance(value, (str, bytes)) and len(value) > 0
+
+    kept = builtins.hash, builtins.id
+    builtins.hash = lambda value: kept[0](value) + has_text(value)
+    builtins.id = lambda value: kept[1](value) + 1
+    try:
+        yield
+    finally:
+        builtins.hash, builtins.id = kept
+
+
+def find_prefix(
+    answer: Callable,
+    hashes: list[str],
+    block_of_hash: dict[str, int],
+    num_tokens: int,
+    block_size: int,
+) -> dict:
+    return {
+        "block_ids": _as_numbers(answer(hashes, block_of_hash, num_tokens, block_size))
+    }
+
+
+def evict(answer: Callable, idle: list[list[int]]) -> dict:
+    """idle: [block id, last_used, depth] of each."""
+    blocks = {block_id: (last_used, depth) for block_id, last_used, depth in idle}
+    block_id = as_number(answer(blocks))
+    is_as_before = [[b, *values] for b, values in blocks.items()] == idle
+    return {"block_id": block_id, "idle_is_as_before": is_as_before}
