@@ -354,13 +354,14 @@ class Decodes:
     other_lens: torch.Tensor  # query_lens of the others, 0 where these are
 
     def attend(self, q: torch.Tensor, decode: Callable, others: Callable) -> torch.Tensor:
-        """q (N, H, D): theirs through `decode`, the rest through `others`."""
+        """q (N, H, D): theirs through `decode`, the rest through `others`. Returns
+        (N, H, D)."""
         if self.is_theirs is None:
             return decode(q)
         out = torch.empty_like(q)
         out[self.is_theirs] = decode(q[self.is_theirs])
         out[~self.is_theirs] = others(q[~self.is_theirs])
-        return out  # (N, H, D)
+        return out
 
 
 def split_decodes(query_lens: torch.Tensor) -> Decodes | None:
