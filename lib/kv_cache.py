@@ -377,7 +377,7 @@ def split_decodes(query_lens: torch.Tensor) -> Decodes | None:
         return None
     if is_decode.all():
         return Decodes(slice(None), None, other_lens)
-    is_theirs = is_decode.repeat_interleave(query_lens)  # (N,)
+    is_theirs = is_decode.repeat_interleave(query_lens)
     if is_theirs.all():  # the others rest
         return Decodes(is_decode.nonzero().squeeze(-1), None, other_lens)
     return Decodes(is_decode.nonzero().squeeze(-1), is_theirs, other_lens)
