@@ -323,13 +323,16 @@ drawing.draw_gantt(
 );
 
 # %% [markdown]
-# *A bar is a request, from its first step to its last. Dark: a piece of its
-# prompt; light: a token of its answer; hatched: computed again. Where one bar
-# ends, another begins.*
+# *A row is a request. Blue: pieces of its prompt; orange: a token of its answer
+# at each step; hatched: computed again, after it was sent back (cross) and had
+# waited (grey line). The others behind it, 12 to 15, wait until enough blocks
+# are free.*
 
 # %%
+peak = 28 - min(step.num_free_blocks for step in steps)
 plotting.plot_pool(
-    steps, num_blocks=28, title="The pool is full from the second step on"
+    steps, num_blocks=28,
+    title=f"Up to {peak} of 28 blocks are in use, and then somebody has to go",
 );
 
 # %% [markdown]
@@ -442,7 +445,7 @@ def read_along(token_budget):
     return steps + serving.run()
 
 
-budgets = [404, 104, 54, 29]
+budgets = [404, 104, 29]
 runs = {budget: [] for budget in budgets}
 for _ in range(3):  # in turns; each run takes the same steps
     for budget in budgets:
@@ -460,10 +463,10 @@ for budget, of_budget in runs.items():
     print(f"the newcomer {1000 * min(firsts):4.0f} ms for the first token")
 
 # %% [markdown]
-# (Of three runs, the fastest.) The smaller the pieces, the shorter the longest wait of those who read; the
-# newcomer pays for it with more steps until the first token. This is *chunked
-# prefill* (Sarathi-Serve, 2024). There is no right budget, only a choice of who
-# waits.
+# (The fastest of three runs.) The smaller the pieces, the shorter the longest
+# wait of those who read; the newcomer pays for it with more steps until the
+# first token. This is *chunked prefill* (Sarathi-Serve, 2024). There is no
+# right budget, only a choice of who waits.
 #
 # ## When the pool runs dry
 #
@@ -591,8 +594,8 @@ sustained = {
 }
 plotting.plot_latency(
     curves,
-    title=f"{sustained['maximum']:g} requests per second with rows for the "
-    f"longest, {sustained['blocks of 16']:g} with blocks",
+    title=f"Rows for the longest keep up with {sustained['maximum']:g} requests "
+    f"per second, blocks with {sustained['blocks of 16']:g}",
 );
 
 # %% [markdown]
