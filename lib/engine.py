@@ -8,8 +8,9 @@ sent back, and computed again later (https://arxiv.org/abs/2309.06180, section 4
 
 Invariant: what a request knows, its prompt and its answer so far, is in `token_ids`; how
 much of that is computed is in the cache, and nowhere else. So an engine that was stopped
-at any line, by an error or an interrupt, finds its way back: `Engine._settle`. And a text
-does not depend on who else is there: each token is drawn with a seed of its own.
+at any line of this file, by an error or an interrupt, finds its way back:
+`Engine._settle`. And a text does not depend on who else is there: each token is drawn
+with a seed of its own.
 
 Read lib/generate.py and lib/paged_kv_cache.py before.
 """

@@ -26,7 +26,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from lib import block_manager, engine, kv_cache, paged_kv_cache
+from lib import engine
 from lib.engine import (
     Engine,
     Load,
@@ -418,7 +418,9 @@ def hostile():
         "all long": ([Ask(ids(30), 33) for _ in range(6)], 64, 16),
         "all equal": ([Ask(same, 9) for _ in range(12)], 48, 256),
         "one giant": (
-            [Ask(ids(2), 4), Ask(ids(40), 24), *(Ask(ids(3), 5, i) for i in range(8))], 64, 12
+            [Ask(ids(2), 4), Ask(ids(40), 24), *(Ask(ids(3), 5, i) for i in range(8))],
+            64,
+            12,
         ),
         "bursts": (
             [Ask(ids(rng.randint(1, 9)), 7, 20 * (i // 8)) for i in range(32)], 48, 20
@@ -431,7 +433,9 @@ def hostile():
         "five in a tiny pool": ([Ask(ids(5), 8, n=5), Ask(ids(4), 9, n=5)], 12, 256),
         "storm of cancels": ([*storm, spared], 40, 16),
         "at the blocks' edges": (
-            [Ask(ids(n), m, n=1 + n % 3) for n in (4, 8, 12, 16) for m in (1, 4, 5)], 32, 8
+            [Ask(ids(n), m, n=1 + n % 3) for n in (4, 8, 12, 16) for m in (1, 4, 5)],
+            32,
+            8,
         ),
     }  # fmt: skip
 
@@ -452,13 +456,10 @@ def test_hostile_schedules_end_with_every_text_right(name, watermark):
 
 
 class Interrupt:
-    """KeyboardInterrupt at line number `when` that these files run."""
+    """KeyboardInterrupt at line number `when` that the code of the engine runs."""
 
-    ENGINE = (engine.__file__,)
-    ALL = tuple(m.__file__ for m in (engine, kv_cache, paged_kv_cache, block_manager))
-
-    def __init__(self, when, files=ENGINE):
-        self.lines_left, self.files, self.where = when, files, None
+    def __init__(self, when):
+        self.lines_left, self.where = when, None
 
     def __enter__(self):
         self.before = sys.gettrace()
@@ -466,7 +467,7 @@ class Interrupt:
         return self
 
     def enter_function(self, frame, event, arg):
-        return self.at_line if frame.f_code.co_filename in self.files else None
+        return self.at_line if frame.f_code.co_filename == engine.__file__ else None
 
     def at_line(self, frame, event, arg):
         if event == "line" and self.where is None:
@@ -566,12 +567,12 @@ def scenes():
 SCENES = scenes()
 
 
-def interrupted_at_every_line(scene, files, first, every):
-    num_lines, is_through = first, False
+def interrupted_at_every_line(scene, every):
+    num_lines, is_through = 0, False
     while not is_through:
         eng, call = scene()
         requests = list(eng.requests.values())
-        with Interrupt(num_lines, files) as interrupt:
+        with Interrupt(num_lines) as interrupt:
             try:
                 call()
             except KeyboardInterrupt:
@@ -592,14 +593,13 @@ def interrupted_at_every_line(scene, files, first, every):
 
 @pytest.mark.parametrize("name", SCENES)
 def test_after_an_interrupt_at_a_line_of_the_engine_all_texts_are_right(name):
-    interrupted_at_every_line(SCENES[name], Interrupt.ENGINE, first=0, every=5)
+    interrupted_at_every_line(SCENES[name], every=7)
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("files", [Interrupt.ENGINE, Interrupt.ALL])
 @pytest.mark.parametrize("name", SCENES)
-def test_after_an_interrupt_at_any_line_all_texts_are_right(name, files):
-    interrupted_at_every_line(SCENES[name], files, first=0, every=1)
+def test_after_an_interrupt_at_any_line_of_the_engine_all_texts_are_right(name):
+    interrupted_at_every_line(SCENES[name], every=1)
 
 
 @pytest.mark.parametrize("layer", [0, 1, "unembed"])
