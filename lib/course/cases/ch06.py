@@ -50,6 +50,21 @@ def schedule_cases(seed: int) -> list[Case]:
             "a prompt and a decode that need a block, of which one is free",
             *([[8, 0, 0], [9, 8, 2]], [], 1),
         ),
+        _step(
+            "a short rest of a prompt before a decode",
+            *([[8, 5, 2], [6, 5, 2]], [], 2),
+            budget=2,
+        ),
+        _step(
+            "a decode without room before the last of the budget",
+            *([[9, 8, 2], [6, 5, 2]], [], 0),
+            budget=1,
+        ),
+        _step(
+            "one that others share blocks with, and a prompt with room",
+            *([[10, 9, 2], [10, 9, 2], [20, 9, 3]], [], 1),
+        ),
+        _step("blocks of its own, more than it fills", [[6, 5, 4], [9, 8, 2]], [], 0),
         _step("two prompts", [[40, 4, 1], [20, 0, 0]], [], 20, budget=50),
         _step("nobody", [], [], 4),
         _step("one that waits", [], [[7, 0, 0]], 4),
@@ -105,6 +120,12 @@ def schedule_cases(seed: int) -> list[Case]:
             watermark=2,
         ),
         _step("blocks of one token", [[5, 4, 4], [9, 3, 3]], [[7, 2, 1]], 13, 40, size=1),
+        _step(
+            "twelve decodes and twenty short prompts that wait",
+            [[5 + i, 4 + i, -(-(4 + i) // 4)] for i in range(12)],
+            [[1 + i % 4, 0, 0] for i in range(20)],
+            *(30, 70),
+        ),
         _step(
             "three decodes, two prompts, and three that wait",
             *([[9, 8, 2], [40, 16, 4], [6, 5, 2], [23, 21, 6], [5, 4, 1]],),
@@ -360,6 +381,14 @@ def finish_reason_cases(seed: int) -> list[Case]:
         ("the last token, and none that ends it", [5, 3], 2, [2], True),
         ("one that would have ended it, before", [2, 5], 3, [2], True),
         ("one that would have ended it before, and the last", [2, 5], 2, [2], True),
+        ("the only token, which ends it too", [2], 1, [2], True),
+        ("equal tokens, two of three", [5, 5], 3, [], True),
+        ("equal tokens, three of three", [5, 5, 5], 3, [], True),
+        *(
+            (f"token {token_id}, and nothing that ends it", [5, token_id], 3, [], True)
+            for token_id in (0, 1, 3, 10, 50_256)
+        ),
+        ("a token 256 above one that ends it", [5, 258], 3, [2], True),
         ("token 0 ends it", [5, 0], 3, [0], True),
         ("token 0 does not", [5, 0], 3, [2], True),
         ("several that end it", [5, 9], 7, [2, 9, 4], True),
@@ -498,7 +527,7 @@ def tokens_that_fit_cases(seed: int) -> list[Case]:
         ("weights that do not fit by far", 1024, 9000, 8, 0.9),
         ("weights that fit, but for the share", 1024, 1000, 8, 0.75),
         ("Llama 3 8B on 80 GB", 80e9, 16e9, 131_072, None),
-        ("more than 32 bits count", 2**42, 2**40, 128, 0.75),
+        ("more than 32 bits count", 2**42 + 2**12, 2**40, 128, 0.75),
         ("random sizes", memory + 50_000.25, weights / 3, 101, 0.8),
     ):
         inputs = {
@@ -670,7 +699,7 @@ def block_hashes_cases(seed: int) -> list[Case]:
     other = rng.integers(0, 128_000, size=12).tolist()
     lens = rng.integers(4, 30, size=6)
     texts = [rng.integers(0, 3, size=n).tolist() for n in lens]
-    many = rng.integers(0, 128_000, size=600).tolist()
+    many = rng.integers(0, 128_000, size=3000).tolist()
     return [
         _texts("one full block", 2, [5, 6]),
         _texts("a block that is not full", 4, [5, 6, 7]),
@@ -697,6 +726,9 @@ def block_hashes_cases(seed: int) -> list[Case]:
         ),
         _texts("a token and 256 more", 2, [5, 6], [261, 6], [5 + 65_536, 6]),
         _texts(
+            "large ids, one apart", 1, [2048], [2049], [100_000], [100_001], [100_256]
+        ),
+        _texts(
             "small numbers beside large ones",
             2,
             [1, 0],
@@ -720,6 +752,7 @@ def block_hashes_cases(seed: int) -> list[Case]:
             *(2, *texts, texts[0][2:], texts[1][:4]),
             behind={6: [0, 0]},
         ),
+        _texts("260 texts that end alike", 1, *([i, 7] for i in range(260))),
         _texts("a long text", 2, many, many[:400] + many[:200]),
     ]
 
@@ -857,7 +890,7 @@ def find_prefix_cases(seed: int) -> list[Case]:
     names = [f"h{number}" for number in rng.permutation(1000)[: num_blocks + 30]]
     ids = rng.permutation(500).tolist()
     text = names[:num_blocks]
-    gap = int(rng.integers(12, 30))
+    gap = int(rng.integers(22, 36))
     for name, missing, rest in (
         ("forty blocks, of which one is missing", [text[gap]], 1),
         ("forty blocks, and all are there", [], size - 1),
@@ -963,7 +996,11 @@ def evict_cases(seed: int) -> list[Case]:
         chosen = rng.permutation(len(texts))[:size].tolist()
         # Of the oldest text three blocks, of which the deepest is neither first nor last.
         oldest = [[3, 4], [3, 7], [3, 5]]
-        places = sorted(rng.permutation(size)[:3].tolist())
+        places = [
+            int(rng.integers(size // 2)),
+            size - 1 - int(rng.integers(1, 5)),
+            size - 1,
+        ]
         idle = [[b, *texts[i]] for b, i in zip(ids, chosen)]
         for place, values in zip(places, oldest):
             idle[place][1:] = values
