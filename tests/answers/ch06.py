@@ -569,7 +569,7 @@ def schedule_a_tensor(*args):
     return torch.tensor(plan(*args), dtype=torch.int64)
 
 
-@wrong("schedule")
+@wrong("schedule", says="give ints")
 def schedule_fractions(*args):
     return [float(count) for count in plan(*args)]
 
@@ -1349,7 +1349,7 @@ def preempt_freeing_blocks_alone(running, waiting, cache):
     return request
 
 
-@wrong("preempt", says="in the cache")
+@wrong("preempt", says="not now")
 def preempt_and_begin_at_once(running, waiting, cache):
     request = send_back(running, waiting, cache, running[-1])
     cache.begin(request.request_id, request.token_ids)
