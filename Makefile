@@ -3,7 +3,7 @@
 #   make lab         open the course at chapter 1; flags for Jupyter: make lab ARGS="--port 9000"
 #   make test        run all tests
 #   make table       measure the table on this machine
-#   make bench       tokens per second of decoding, bandwidth of attention, on this machine
+#   make bench       tokens per second of decoding and serving, bandwidth of attention, on this machine
 #   make grade       grade submissions: make grade SUBMISSIONS=folder ARGS="--chapters 3"
 #   make gradescope  the zip for an assignment on Gradescope: make gradescope CHAPTERS=3
 #   make notebooks   rebuild notebooks/ and solutions/*.ipynb from solutions/*.py

@@ -20,6 +20,7 @@ import time
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -65,21 +66,22 @@ def schedule(
         return -(-num_tokens // block_size)  # rounded up
 
     counts, free = [0] * len(running), num_free_blocks
+    has = [load.num_blocks for load in running]
 
     # Decodes first: each is somebody who reads along.
     missing = [load.num_tokens - load.num_cached for load in running]
     for i in sorted(range(len(running)), key=lambda i: missing[i] > 1):
         load = running[i]
-        room = (load.num_blocks + free) * block_size - load.num_cached
+        room = (has[i] + free) * block_size - load.num_cached
         counts[i] = max(min(missing[i], token_budget, room), 0)
-        token_budget -= counts[i]
-        if counts[i] > 0:  # a last block that others use too is copied when it is written
-            free -= max(num_blocks(load.num_cached + counts[i]) - load.num_blocks, 0)
+        if counts[i] > 0:
+            token_budget -= counts[i]
+            taken = max(num_blocks(load.num_cached + counts[i]) - has[i], 0)
+            has[i], free = has[i] + taken, free - taken
 
     # What running prompts will still take is as good as taken.
-    for load, count in zip(running, counts):
-        has = max(num_blocks(load.num_cached + count), load.num_blocks)
-        free -= max(num_blocks(load.num_tokens) - has, 0)
+    for load, num_own in zip(running, has):
+        free -= max(num_blocks(load.num_tokens) - num_own, 0)
 
     # Then whoever waits, in order.
     for load in waiting:
@@ -122,6 +124,7 @@ class Request:
     seed: int
     stop_ids: frozenset[int]
     number: int  # in the order of arrival
+    num_answers: int = 1  # to this prompt, that were asked for together
     finish_reason: str | None = None  # "stop", "length", "cancelled", "error: ..."
     # Of n answers to a prompt one computes it, and the others are forks of that one.
     parent: "Request | None" = field(default=None, repr=False)
@@ -251,30 +254,34 @@ class Engine:
         token_ids = self._check_prompt(prompt_ids, max_new_tokens)
         sampling.check_sampling(temperature, top_k, top_p)
         check_count("n", n)
-        number = next(self._numbers)
-        if request_id is None:
-            request_id = number
+        stop_ids = self._check_stop_ids(stop_ids)
         seed = random.getrandbits(31) if seed is None else check_count("seed", seed, 0)
-        ids = [request_id] if n == 1 else [(request_id, i) for i in range(n)]
+        ids = _answer_ids(request_id, n)
         for each in ids:
-            if each in self.requests:
+            if request_id is not None and each in self.requests:
                 raise ValueError(
-                    f"request {each!r}: expected an id that no live request has"
+                    f"request {each!r}: expected an id that no live request has, got one "
+                    f"of {list(self.requests)}"
                 )
+        number = next(self._numbers)
+        while request_id is None:
+            ids = _answer_ids(number, n)
+            if self.requests.keys().isdisjoint(ids):
+                break
+            number = next(self._numbers)
         made: list[Request] = []
         for i, each in enumerate(ids):
             request = Request(
                 *(each, list(token_ids), len(token_ids), max_new_tokens, temperature),
-                *(top_k, top_p, seed + i, frozenset(stop_ids)),
+                *(top_k, top_p, seed + i, stop_ids),
                 number=number if i == 0 else next(self._numbers),
+                num_answers=n,
                 parent=made[0] if made and self.cache.can_fork else None,
             )
             made.append(request)
         self._is_settled = False
-        for request in made:
-            self.requests[request.request_id] = request
-            if request.parent is None:
-                self.waiting.append(request)
+        self.requests.update(zip(ids, made))  # in one line: all of them or none
+        self.waiting += [request for request in made if request.parent is None]
         self._is_settled = True
         return made if n > 1 else made[0]
 
@@ -287,8 +294,7 @@ class Engine:
                 f"that was never added, or has ended"
             )
         self._is_settled = False
-        request = self.requests.pop(request_id)
-        request.finish_reason = "cancelled"
+        self.requests[request_id].finish_reason = "cancelled"
         self._settle()  # its blocks, its place, and whoever waited for it
 
     def step(self) -> Step:
@@ -310,6 +316,7 @@ class Engine:
         times.append(time.perf_counter())
         finished = {}
         for request, token_id in drawn:
+            request.parent = None
             if isinstance(token_id, str):  # an error, of this request alone
                 request.finish_reason = token_id
             else:
@@ -347,22 +354,21 @@ class Engine:
 
         settings: of `add`. Whoever stops asking cancels the request.
         """
-        request = self.add(prompt_ids, max_new_tokens, **settings)
-        if isinstance(request, list):
-            for each in request:
-                self.cancel(each.request_id)
-            raise ValueError(f"n: expected 1 answer in a stream, got {len(request)}")
-        num_seen = 0
+        if settings.get("n", 1) != 1:
+            raise ValueError(f"n: expected 1 answer in a stream, got {settings['n']!r}")
+        request, num_seen = None, 0
         try:
+            request = self.add(prompt_ids, max_new_tokens, **settings)
             while True:
-                new_ids = request.new_ids
-                yield from new_ids[num_seen:]
-                num_seen = len(new_ids)
+                while num_seen < len(request.new_ids):  # more may come meanwhile
+                    yield request.new_ids[num_seen]
+                    num_seen += 1
                 if request.finish_reason:
                     return
                 self.step()
         finally:
-            if request.finish_reason is None:
+            self._settle()  # after an interrupt it may turn out to have ended
+            if request is not None and request.finish_reason is None:
                 self.cancel(request.request_id)
 
     def check_integrity(self):
@@ -379,6 +385,10 @@ class Engine:
         assert len(everyone) == len(set(everyone)) == len(self.requests), (
             f"expected each of {list(self.requests)} once, got {everyone}"
         )
+        for r in self.requests.values():
+            assert r.finish_reason is None and (
+                r.parent is None or r.parent.request_id in self.requests
+            ), f"request {r.request_id!r}: expected a live one and its parent, got {r}"
         numbers = [r.number for r in (*self.running, *self.waiting)]
         assert numbers == sorted(numbers), f"expected in order of arrival, got {numbers}"
         assert in_cache or self.cache.num_free_blocks == self.cache.num_blocks, (
@@ -407,12 +417,25 @@ class Engine:
             )
         return prompt_ids.tolist()
 
+    def _check_stop_ids(self, stop_ids: Iterable[int]) -> frozenset[int]:
+        """As a set; ValueError unless these are tokens."""
+        is_tensor, V = isinstance(stop_ids, torch.Tensor), self.model.config.vocab_size
+        ids = stop_ids.tolist() if is_tensor else stop_ids
+        ids = list(ids) if isinstance(ids, Iterable) else None
+        if ids is None or not all(isinstance(i, Integral) and 0 <= i < V for i in ids):
+            raise ValueError(
+                f"stop_ids: expected some token ids, in [0, {V}), got {stop_ids!r}"
+            )
+        return frozenset(map(int, ids))
+
     def _rows(self) -> list[tuple[Hashable, int]]:
         """Of each row of the cache: its request's id, or None, and its tokens there."""
         return list(zip(self.cache.request_ids, self.cache.seq_lens.tolist()))
 
     def _make_room(self) -> list[Hashable]:
         """Send requests back until all that decode can; their ids."""
+        if self.cache.num_free_blocks >= len(self.running):
+            return []  # a token takes one block at most
         cached, preempted = dict(self._rows()), []
         decodes = {
             r.request_id: 1
@@ -472,7 +495,7 @@ class Engine:
         query_lens = torch.tensor(query_lens, device=device)  # (B,)
         seq_lens = cache.seq_lens + query_lens  # (B,)
         positions = kv_cache.new_positions(seq_lens, query_lens)  # (N,)
-        with cache.extend(query_lens) as attend:
+        with cache.extend(query_lens) as attend, torch.inference_mode():
             x = self.model.embed(token_ids)  # (N, C)
             for block in self.model.blocks:
                 x = block(x, positions, attend)
@@ -492,9 +515,8 @@ class Engine:
         for row, first in enumerate(asking):
             for request in (first, *self._fork(first)):
                 if not are_numbers[row]:
-                    token_id = (
-                        f"error: expected logits that are numbers, got {logits[row]}"
-                    )
+                    largest = logits[row].amax().item()
+                    token_id = f"error: expected numbers for logits, got {largest}"
                 elif request.temperature == 0:
                     token_id = greedy_ids[row]
                 else:
@@ -504,13 +526,12 @@ class Engine:
 
     def _fork(self, request: Request) -> list[Request]:
         """The requests that have waited for this one to compute their prompt."""
-        if len(request.token_ids) > request.prompt_len or not self.cache.can_fork:
+        if request.num_answers == 1 or request.new_ids or not self.cache.can_fork:
             return []
         forks = [r for r in self.requests.values() if r.parent is request]
         place = self.running.index(request)
         for fork in forks:
-            self.cache.fork(request.request_id, fork.request_id)
-            fork.parent = None
+            self.cache.fork(request.request_id, fork.request_id, fork.token_ids)
         self.running[place + 1 : place + 1] = forks
         return forks
 
@@ -531,28 +552,49 @@ class Engine:
                 )
             if request.finish_reason is not None:
                 del self.requests[request.request_id]
-        for request_id, num_cached in self._rows():
-            request = self.requests.get(request_id)
-            # All is computed, and what came of it is lost: compute it again.
-            is_lost = request is not None and num_cached == len(request.token_ids)
-            if request_id is not None and (request is None or is_lost):
-                self.cache.free(request_id)
         live = sorted(self.requests.values(), key=lambda request: request.number)
-        heirs: dict[Request, Request] = {}
+        self._inherit(live)
+        cached, is_lost = dict(self._rows()), False
+        for request_id in cached:
+            if request_id is not None and request_id not in self.requests:
+                self.cache.free(request_id)
+        for request in live:
+            # All is computed, and what came of it is lost: it is computed again, and so
+            # is what those have who came later, or they would overtake.
+            num_cached = cached.get(request.request_id)
+            is_lost = is_lost or num_cached == len(request.token_ids)
+            if num_cached is not None and is_lost:
+                self.cache.free(request.request_id)
         in_cache = set(self.cache.request_ids)
         for request in live:
-            parent, is_here = request.parent, request.request_id in in_cache
-            if is_here:
+            # It is there, or too late to share.
+            if request.request_id in in_cache or (request.parent or request).new_ids:
                 request.parent = None
-            elif parent is not None and parent.finish_reason is not None:
-                # The parent has ended before the prompt was there: another takes over.
-                heir = heirs.setdefault(parent, request)
-                request.parent = None if heir is request else heir
         self.running = [r for r in live if r.request_id in in_cache]
         self.waiting = deque(
             r for r in live if r.request_id not in in_cache and r.parent is None
         )
         self._is_settled = True
+
+    def _inherit(self, live: list[Request]):
+        """Where a request has ended before its prompt was computed, the first of those
+        who have waited for it takes over what is there, and the others wait for that."""
+        orphans = [r for r in live if r.parent and r.parent.finish_reason is not None]
+        heirs = {r.parent: r for r in reversed(orphans)}
+        for request in reversed(orphans):  # an heir after the others
+            parent, heir = request.parent, heirs[request.parent]
+            if request is not heir:
+                request.parent = heir
+                continue
+            in_cache = self.cache.request_ids
+            if parent.request_id in in_cache and heir.request_id not in in_cache:
+                self.cache.fork(parent.request_id, heir.request_id, heir.token_ids)
+            heir.parent = None
+
+
+def _answer_ids(request_id: Hashable, n: int) -> list[Hashable]:
+    """One id for each of n answers to a prompt."""
+    return [request_id] if n == 1 else [(request_id, i) for i in range(n)]
 
 
 def _sample(request: Request, logits: torch.Tensor) -> int:

@@ -322,14 +322,16 @@ def attend_decode(
     None where every place holds a key. What the mask hides must be numbers all the same:
     0 · NaN is NaN. Each request costs what S costs. Returns (B, H, D).
     """
+    B, H, D = q.shape
+    # Heads that read the same keys are the rows of one matrix, as in `attend_cached`: so
+    # torch reads each key once for all of them.
     out = F.scaled_dot_product_attention(
-        q.unsqueeze(2),  # (B, H, 1, D)
+        q.view(B, k.shape[2], -1, D),  # (B, G, H / G, D)
         k.transpose(1, 2),  # (B, G, S, D)
         v.transpose(1, 2),
         attn_mask=mask,
-        enable_gqa=True,
     )
-    return out.squeeze(2)  # (B, H, D)
+    return out.reshape(B, H, D)
 
 
 def decode_mask(seq_lens: torch.Tensor, S: int) -> torch.Tensor:

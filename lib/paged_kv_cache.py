@@ -16,7 +16,7 @@ Read lib/kv_cache.py and lib/block_manager.py before.
 """
 
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -149,6 +149,9 @@ def attend_decode_paged(
         blocks = cache.index_select(0, ids.flatten())
         return blocks.view(len(ids), -1, *cache.shape[2:])  # (B, S, G, D)
 
+    if len(q) <= at_once:
+        kv = dense(k_cache, block_tables), dense(v_cache, block_tables)
+        return kv_cache.attend_decode(q, *kv, mask)
     outs = []
     for some in zip(*(x.split(at_once) for x in (q, block_tables, mask))):
         q_some, ids, mask_some = some
@@ -261,10 +264,13 @@ class PagedKVCache(KVCache):
     def blocks_needed(self, num_new_tokens: Mapping[Hashable, int]) -> int:
         return self.manager.blocks_needed(num_new_tokens)
 
-    def fork(self, parent_id: Hashable, child_id: Hashable):
+    def fork(
+        self, parent_id: Hashable, child_id: Hashable, token_ids: Sequence[int] = ()
+    ):
         """Begin a request with the tokens of a live one, in the same blocks.
 
-        Raises ValueError if the parent is not live, or the child is.
+        token_ids: as in `begin`. Raises ValueError if the parent is not live, or the
+        child is.
         """
         self._check_ready("fork")
         row = self._row(parent_id)

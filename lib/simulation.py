@@ -370,8 +370,9 @@ def _predict_step(
     """What `engine.Engine.step` does, in the same order."""
     # Send back, until all that decode can.
     cached, tables, preempted = manager.seq_lens, manager.block_tables, []
-    decodes = [p.request_id for p in running if p.num_tokens - cached[p.request_id] == 1]
-    decodes = dict.fromkeys(decodes[:token_budget], 1)
+    decodes = {
+        p.request_id: 1 for p in running if p.num_tokens - cached[p.request_id] == 1
+    }
     while manager.blocks_needed(decodes) > len(manager.free_block_ids):
         last = engine.preempt(running, waiting, manager)
         decodes.pop(last.request_id, None)

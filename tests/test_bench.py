@@ -8,7 +8,7 @@ import torch
 
 from lib import paged_attention
 from lib.course import ROOT
-from lib.measure import bench, bench_attention
+from lib.measure import bench, bench_attention, bench_serving
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,19 @@ def run(monkeypatch, *args):
     monkeypatch.setattr("sys.argv", ["bench", *args])
     monkeypatch.setattr(bench_attention, "COPY_BYTES", {"cpu": 2**12})
     monkeypatch.setattr(bench_attention, "MATMUL_ROWS", {"cpu": 10})
+    monkeypatch.setattr(bench_serving, "SIZES", SERVING_SIZES)
+    trace = {"num_requests": 3, "prompt_lens": (2, 9), "answer_lens": (1, 6)}
+    monkeypatch.setattr(bench_serving, "TRACE", trace)
+    monkeypatch.setattr(bench_serving, "Transformers", is_not_installed)
     return bench.main()
+
+
+def is_not_installed(*args, **settings):
+    raise ModuleNotFoundError("No module named 'transformers'")
+
+
+SERVING_SIZES = {"num_layers": 1, "num_heads": 4, "num_kv_heads": 2, "d_model": 32}
+SERVING_SIZES |= {"d_ff": 40}
 
 
 FAST = ["--batch-size", "2", "--context", "30", "--steps", "2", "--block-size", "8"]
@@ -35,6 +47,11 @@ FAST += [
     "1",
     "--device",
     "cpu",
+    "--serving-rounds",
+    "2",
+    "--serving-vocab",
+    "50",
+    "60",
 ]
 
 
@@ -91,6 +108,25 @@ def test_attention_alone_is_timed_and_written_down(tmp_path, monkeypatch, capfd)
         assert row["share_of_copy"] == pytest.approx(row["gb_per_s"] / 5)
     assert "\n".join(bench_attention.table_lines(rows)) in out
     assert "goal" not in out and "needs a GPU" in out
+
+
+def test_serving_is_timed_and_written_down_for_each_vocabulary(
+    tmp_path, monkeypatch, capfd
+):
+    path = tmp_path / "bench.json"
+    assert run(monkeypatch, *FAST, "--json", str(path)) == 0
+    out, serving = capfd.readouterr()[0], json.loads(path.read_text())["serving"]
+    assert [result["vocab_size"] for result in serving] == [50, 60]
+    for result in serving:
+        names = [row["name"] for row in result["rows"]]
+        assert names == ["engine", "batches of 4", "batches of 16"]
+        assert result["rounds"] == len(result["rows"][0]["seconds"]) == 2
+        assert SERVING_SIZES.items() <= result.items() and result["block_size"] == 8
+        assert result["num_requests"] == 3
+        assert "\n".join(bench_serving.table_lines(result)) in out
+        assert f"vocabulary {result['vocab_size']}, float32" in out
+    assert out.count("not measured: No module named 'transformers'") == 2
+    assert out.count("medians of 2 rounds") == 2
 
 
 def test_what_failed_is_reported_and_the_rest_is_written_down(
@@ -168,6 +204,7 @@ def test_on_a_gpu_the_kernel_is_checked_first_and_the_host_is_timed(
     fakes(bench_attention, matmul_flops_per_s=4e12, bench_attention=[row])
     fakes(bench_attention, bench_host=[host_row])
     fakes(bench, machine_facts={"gpu": "Some GPU"})
+    fakes(bench, bench_serving_a_trace=["some serving"])
     attend_host = bench_attention.bench_host
 
     def fails_once(*args, errors, **options):
@@ -179,14 +216,16 @@ def test_on_a_gpu_the_kernel_is_checked_first_and_the_host_is_timed(
     assert run(monkeypatch, "--device", "cuda", "--short", "--json", str(path)) == 1
     names = ["check_device", "machine_facts", "check_kernel", "bench_decoding"]
     names += ["copy_bandwidth", "matmul_flops_per_s", "bench_attention", "bench_host"]
+    names += ["bench_serving_a_trace"]
     assert [name for name, _ in calls] == names
-    attend, host = (options for _, options in calls[-2:])
+    attend, host = (options for _, options in calls[-3:-1])
     assert attend.args == ([512, 4096, 16384], [1, 8, 64]) and attend.repeats == 10
     assert host.progress is attend.progress and host.progress.total == 9 + 6
     assert host.args[0].num_heads == 32 and host.args[1:] == ([1, 8, 64],)
     result, out = json.loads(path.read_text()), capfd.readouterr()[0]
     attention = result["attention"]
     assert result["machine"]["gpu"] == "Some GPU" and attention["device"] == "cuda"
+    assert result["serving"] == ["some serving"]
     assert attention["rows"] == [row] and attention["host_rows"] == [host_row]
     assert attention["goals"] == bench_attention.goals([row])
     assert attention["errors"] == [error] and "context 4096, host: Some error" in out
@@ -239,6 +278,8 @@ def test_the_steps_of_both_caches_give_the_same_logits():
         ("--attention-contexts 5 -1", "attention_contexts: expected at least 1, got -1"),
         ("--attention-batches 0", "attention_batches: expected at least 1, got 0"),
         ("--attention-batches", "expected at least one argument"),
+        ("--serving-rounds 0", "serving_rounds: expected at least 1, got 0"),
+        ("--serving-vocab 9 0", "serving_vocab: expected at least 1, got 0"),
         ("--device tpu", "device: expected cpu or cuda, got tpu"),
         ("--json no/such/folder/x.json", "expected a folder that is there, got no/such"),
     ],

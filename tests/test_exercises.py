@@ -1,3 +1,4 @@
+import copy
 import functools
 import importlib
 import inspect
@@ -5,6 +6,7 @@ import pkgutil
 
 import answers
 import pytest
+import torch
 from answers import RIGHT, WRONG
 
 import lib.course.check as check
@@ -94,6 +96,61 @@ def test_wrong_answers_fail_and_are_told_why(name, answer, says, seeds, monkeypa
         result = judge(name, answer, seed, monkeypatch)
         assert not result.passed, f"seed {seed}: passed"
         assert "\n" not in result.message and says in result.message, result.message
+
+
+class LookedError(Exception):
+    """What is around a call of an answer."""
+
+
+def around_the_call(name, case):
+    """The variables that an answer finds in the frames of its driver and of who calls
+    that, the inputs of the case among them."""
+
+    def answer(*args, **kwargs):
+        found, frame = {}, inspect.currentframe().f_back
+        while frame.f_code is not around_the_call.__code__:
+            found.update(frame.f_locals)
+            frame = frame.f_back
+        raise LookedError(found)
+
+    inputs = copy.deepcopy(case.inputs)
+    with pytest.raises(LookedError) as looked:
+        exercises()[name].driver()(answer, **inputs)
+    return {**inputs, **looked.value.args[0]}
+
+
+REFUSE = ["generate_recompute", "accumulate_gradients", "generate_cached"]
+
+
+@pytest.mark.parametrize("name", REFUSE)
+def test_nothing_around_a_call_says_whether_it_is_to_be_refused(name):
+    told, refused = {}, []
+    for case in exercises()[name].cases(0):
+        outputs = check.expected_outputs(exercises()[name], case)
+        refused.append(outputs["raised"] != "nothing")
+        for variable, value in around_the_call(name, case).items():
+            if value is None or isinstance(value, (bool, int, list, tuple)):
+                told.setdefault(variable, []).append(bool(value))
+    assert (
+        any(refused) and not all(refused) and "num_new_tokens" in told or "seed" in told
+    )
+    assert [variable for variable, values in told.items() if values == refused] == []
+
+
+def test_nothing_around_a_call_says_what_is_expected():
+    for name in ("generate_recompute", "generate_cached"):
+        for case in exercises()[name].cases(0):
+            if not case.inputs["behind"]:
+                continue
+            outputs = check.expected_outputs(exercises()[name], case)
+            text = outputs["token_ids"] if "token_ids" in outputs else outputs["texts"][0]
+            text = text[0] if isinstance(text[0], list) else text
+            new = f"{text[3:]}".strip("[]")  # behind "sea"
+            assert new not in f"{[*around_the_call(name, case).values()]}"
+    for case in exercises()["accumulate_gradients"].cases(0):
+        values = around_the_call("accumulate_gradients", case).values()
+        numbers = [x for value in values if isinstance(value, list) for x in value]
+        assert not any(torch.is_tensor(number) and not number.dim() for number in numbers)
 
 
 @pytest.mark.nightly

@@ -25,7 +25,7 @@ import pytest
 
 from lib.course import ROOT, collect
 from lib.course.check import SEED
-from lib.course.compare import difference
+from lib.course.compare import difference, show
 from lib.course.exercises import exercises
 from lib.course.grading import files as handed_in
 from lib.course.grading import grader, sandbox, submissions, wire
@@ -558,6 +558,27 @@ def test_an_attack_on_the_driver_of_a_method_earns_nothing(worker, attack):
         assert bool(score.points) is is_right, score.message
 
 
+# Looks around for who says that it should refuse.
+LOOK = """
+    frame = sys._getframe()
+    while frame:
+        if frame.f_locals.get("is_refused") is True:
+            raise ValueError
+        frame = frame.f_back
+"""
+
+
+def test_who_looks_around_for_what_to_refuse_earns_nothing(worker):
+    ours = answer("lib.generate", ["generate_recompute"])
+    checks = re.compile(r"    check_generation\(.*\n    sampling.check_sampling\(.*\n")
+    imports = "import sys, torch\nfrom lib.generate import *\nfrom lib import sampling"
+    imports += "\nfrom lib.generate import check_generation"
+    assert len(checks.findall(ours)) == 1
+    for source, num_points in ((ours, 2), (checks.sub(LOOK, ours), 0)):
+        score = grader.score([[imports, source]], "generate_recompute", SECRET, worker)
+        assert score.points == num_points, score.message
+
+
 @pytest.mark.parametrize("name", NAMES_WITHOUT_GPU)
 def test_the_librarys_own_answer_is_nowhere_to_be_found(worker, name):
     cells = f"from lib.course.exercises import library_answer\n{name} = 7\n"
@@ -638,6 +659,7 @@ def test_no_reply_makes_the_grader_fail_or_give_points_for_wrong_outputs():
         for case, expected in grader.tried_on("decode", SECRET)[0]
     ]
     odd = [7, None, "x", [], {}, {"outputs": 3}, {"outputs": {}, "inputs": {}}]
+    odd += [{"outputs": {"text": "", "says": says}, "inputs": {}} for says in ("", [])]
     odd += [{"error": 3}, {"needs": []}, {"needs": "decode"}, {"outputs": {"text": []}}]
     for status in ("done", "unready", "timeout", "crashed", "?"):
         for words in (None, "passed"):
@@ -1322,6 +1344,35 @@ WHOSE = {
             ]
         },
     ),
+    "names that look the same": (
+        ["bob.ipynb", "b\u200bob.ipynb", "zoe\u0308/1.ipynb", "z\u2060o\u00eb/1.ipynb"],
+        {
+            "bob": ["bob.ipynb", "its name looks like another's, bob: whose?"],
+            "bob ffd36e07": ["bob.ipynb", "its name looks like another's, bob"],
+            "zo\u00eb": ["zo\u00eb/1.ipynb", "its name looks like another's"],
+            "zo\u00eb 5b071969": ["zo\u00eb/1.ipynb", "its name looks like another's"],
+        },
+    ),
+    "what a platform writes, in the name of a file": (
+        [
+            f"{BLACKBOARD}1-12-00-00_HW1_bob_attempt_2099-10-01-12-00-00_1.ipynb",
+            f"{BLACKBOARD}1-12-00-00_1_2_1.ipynb",
+            f"{MOODLE}Bob_5_assignsubmission_file_1.ipynb",
+            f"{MOODLE}1_2_1.ipynb",
+            "eve_1_2_HW1_bob_attempt_2099-10-01-12-00-00_1.ipynb",
+        ],
+        {
+            "adab": [
+                f"{BLACKBOARD}1-12-00-00_1_2_1.ipynb",
+                f"{BLACKBOARD}1-12-00-00_HW1_bob_attempt_2099-10-01-12-00-00_1.ipynb",
+            ],
+            "Ada Byron_123": [
+                f"{MOODLE}1_2_1.ipynb",
+                f"{MOODLE}Bob_5_assignsubmission_file_1.ipynb",
+            ],
+            "eve_1": ["eve_1_2_HW1_bob_attempt_2099-10-01-12-00-00_1.ipynb"],
+        },
+    ),
     "other kinds of files": (
         [
             *(
@@ -1415,6 +1466,16 @@ ZIPS = {
         packed,
         ["Files/Ada B/hw/1.ipynb", "Files/Bob/hw/1.ipynb"],
         "Ada-B Bob",
+    ),
+    "with a student whose file has a number for a name": (
+        packed,
+        [f"hw/{name}" for name in ("ada.ipynb", "bob.ipynb", "cy.ipynb", "01.ipynb")],
+        "01 ada bob cy",
+    ),
+    "with numbers in names": (
+        packed,
+        [f"hw/{name}" for name in ("hw1_eve.ipynb", "part 2 fay.ipynb", "7of9.ipynb")],
+        "7of9 hw1_eve part-2-fay",
     ),
     "with that twice": (packed, ["hw/hw/ada.ipynb", "hw/hw/bob.ipynb"], "ada bob"),
     "of one student": (packed, ["ada/01_generation.ipynb", "ada/rest.ipynb"], "ada"),
@@ -1521,6 +1582,24 @@ def test_names_too_long_are_cut_to_different_ones(tmp_path):
     assert all(len(one.student) < 150 and len(one.read()[0]) == 1 for one in found)
 
 
+def test_no_name_takes_long_to_read(tmp_path):
+    parts = "1", ".a-1", "(copycopy)", "_1_1", " ", "_assignsubmission_a", "a_attempt_"
+    names = [
+        f"eve/01{middle}{end}.ipynb"
+        for part in parts
+        for end in ("x", "!", ")x")
+        for middle in (part * (800 // len(part)), f" {part * (800 // len(part))}")
+    ]
+    files = dict.fromkeys(["eve/01.ipynb", *names], notebook())
+    (tmp_path / "class.zip").write_bytes(packed({f"hw/{n}": files[n] for n in files}))
+    loose = {name.partition("/")[2]: files[name] for name in files}
+    (tmp_path / "loose.zip").write_bytes(packed({f"hw/{n}": loose[n] for n in loose}))
+    start = time.process_time()
+    for name in ("class.zip", "loose.zip"):
+        find(tmp_path / name)
+    assert time.process_time() - start < 5
+
+
 def of_cells(content: bytes) -> bytes:
     return b'{"cells": [' + content + b"]}"
 
@@ -1552,6 +1631,22 @@ TOO_MUCH = {
         {"1.ipynb": notebook("#" * 2_000_001)},
         "2,000,000 characters of code in all",
     ),
+    "lists in many outputs": (
+        {f"{n}.ipynb": of_cells(OUTPUT % (b"[]," * 10**5 + b"1")) for n in range(9)},
+        "6.ipynb: left out: expected at most 300,000 parts of outputs",
+    ),
+    "a backslash at the end": (
+        {"1.ipynb": of_cells(OUTPUT % b'"')[:-4] + b"\\"},
+        "unreadable, is it whole? ValueError: an output has no end",
+    ),
+    "text of many": (
+        {f"{n}.ipynb": of_cells(b'"%s"' % (b"x" * 3 * MB)) for n in range(3)},
+        "8,388,608 bytes beside outputs in all",
+    ),
+    "odd names": (
+        {f"../{n}{'n' * 150}.ipynb": notebook() for n in range(101)},
+        "ipynb and 95 more",
+    ),
     "cells": ({"1.ipynb": notebook(*[""] * 10_001)}, "at most 10,000 cells in all"),
     "code of many": (
         {f"{n}.ipynb": notebook("#" * 50_000) for n in range(45)},
@@ -1574,6 +1669,7 @@ TOO_MUCH = {
 @pytest.mark.parametrize("case", TOO_MUCH)
 def test_what_is_too_much_is_told_so_and_takes_little_memory(tmp_path, monkeypatch, case):
     monkeypatch.setattr(submissions, "MAX_BYTES", 10 * MB)  # one is read in any case
+    monkeypatch.setattr(submissions, "MAX_TEXT_BYTES", 8 * MB)
     monkeypatch.setattr(handed_in, "MAX_TOKENS", 300_000)
     files, words = TOO_MUCH[case]
     (tmp_path / "ada.zip").write_bytes(packed(files))
@@ -1586,6 +1682,15 @@ def test_what_is_too_much_is_told_so_and_takes_little_memory(tmp_path, monkeypat
     tracemalloc.stop()
     assert any(words in note for note in notes), notes
     assert most_bytes < 250 * MB and bob.read()[0] == [["ONE = 1"]]
+
+
+def test_a_checksum_is_that_of_what_was_read(tmp_path):
+    parts = {"1.ipynb": notebook(), "2.ipynb": b"", "3.ipynb": b"{", "../4.ipynb": b"[]"}
+    (tmp_path / "ada.zip").write_bytes(packed(parts))
+    (tmp_path / "bob.ipynb").write_bytes(notebook())
+    (tmp_path / "fay.zip").write_bytes(b"no archive")
+    read = [(one.read()[2], one.sha256()) for one in find(tmp_path)[0]]
+    assert len({*read}) == 3 and all(first == again for first, again in read)
 
 
 def test_large_outputs_cost_nothing(worker, tmp_path):
@@ -1656,9 +1761,76 @@ def test_too_much_or_too_deep_does_not_cross():
     deep = []
     for _ in range(100):
         deep = [deep]
-    for value in (deep, np.zeros(wire.MAX_BYTES)):
+    empty, many = np.zeros((10**9, 0)), [[]] * 10**6
+    for value in (deep, np.zeros(wire.MAX_BYTES), empty, [{"a": empty}], many):
         with pytest.raises(wire.WireError, match="expected at most"):
             wire.encode(value)
+    words = {"code": '[],"{\\' * 10**6, "shape": np.zeros((0, 5000))}
+    assert not difference(words, wire.decode(wire.encode(words)))
+
+
+# What could be sent by whoever has taken a worker over: the text of a message.
+TOO_MANY = {
+    "an array of rows without numbers": b'{"__array__": ["uint8", [1000000000, 0]]}',
+    "lists": b"[" + b"[]," * 10**6 + b"[]]",
+    "lists in lists": b"[" * 10**6,
+    "strings": b"[" + b'"",' * 10**6 + b'""]',
+    "strings with brackets": b"[" + b'"\\\\",[],"",' * 10**6 + b"[]]",
+    "numbers": b"[" + b"0," * 10**6 + b"0]",
+    "a dict": b"{" + b'"":0,' * 10**6 + b'"":0}',
+}
+
+
+@pytest.mark.parametrize("what", TOO_MANY)
+def test_a_small_message_takes_little_memory(what):
+    text = TOO_MANY[what]
+    message = np.array([len(text)], "<u8").tobytes() + text
+    tracemalloc.start()
+    with pytest.raises(wire.WireError, match="expected at most"):
+        wire.decode(message)
+    _, most_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most_bytes < 4 * len(message) + 50 * 2**20
+
+
+LARGE = {
+    "rows without numbers": (np.zeros((10**8, 0)), "[[], [], ["),
+    "numbers": (np.zeros(4 * 10**6), "[0.0, 0.0"),
+    "a number in each row": (np.zeros((4 * 10**6, 1)), "[[0.0], [0.0"),
+    "lists": ([[]] * 10**6, "[[], [], ["),
+    "a dict": ({"a": {f"{n}": [1.5, None] for n in range(10**5)}}, "{'a': {'0': [1.5, "),
+    "words": ("ab " * 10**6, "'ab ab ab"),
+    "a word": ("a" * 10**6, "..."),
+}
+
+
+@pytest.mark.parametrize("what", LARGE)
+def test_what_is_large_is_shown_without_more_memory(what):
+    value, words = LARGE[what]
+    tracemalloc.start()
+    start = time.process_time()
+    message, shown = difference("whale", value), show(value)
+    seconds = time.process_time() - start
+    _, most_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert words in shown and len(shown) <= 80 and shown in message
+    assert most_bytes < MB and seconds < 0.5
+
+
+def test_what_is_small_is_shown_as_python_shows_it():
+    rng = np.random.default_rng(0)
+    values = [*PLAIN, rng.normal(size=(2, 3)), rng.integers(9, size=(9, 9, 9)), "a\n'b"]
+    values += [rng.normal(size=(2, 0, 3)), np.array(True), {"a": [], "b": {}}, (1, 2)]
+    values += [
+        [[[1], 2.5], {"c": None}],
+        np.zeros((1, 4), bool),
+        "a b-c " * 99,
+        [-1] * 99,
+    ]
+    for value in values:
+        plain = value.tolist() if isinstance(value, np.ndarray) else value
+        words = textwrap.shorten(repr(plain), 80, placeholder=" ...")
+        assert show(value) == (f"{plain:.6g}" if type(plain) is float else words)
 
 
 def test_no_bytes_at_all_make_the_reader_stumble():

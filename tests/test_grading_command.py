@@ -473,6 +473,15 @@ def test_words_of_students_are_printed_in_a_line_that_does_no_harm(tmp_path):
     assert len(grade.notes[0]) == len(grade.scores["decode"].message) == 500
 
 
+def test_notes_without_an_end_are_cut_to_a_cell_that_is_read_again(tmp_path):
+    notes = [f"{number}.ipynb: {'n' * 1000}" for number in range(100)]
+    grade = results.printable(replace(graded(student="eve"), notes=notes))
+    kept = results.Results(tmp_path, ["decode", "append_kv"], "1")
+    (row,) = rows(kept.write_table([grade])).values()
+    assert row["notes"].startswith("0.ipynb: n") and len(row["notes"]) < 5_100
+    assert row["notes"].endswith("n; and 90 notes more")
+
+
 # As on Windows, of which this is all that the command may notice.
 WITHOUT_FORK = """
 import os, runpy, sys

@@ -18,6 +18,7 @@ from helpers import begun
 import lib
 from lib import checkpointing, generate, paged_attention, sampling, text
 from lib.config import ModelConfig
+from lib.engine import Engine
 from lib.kv_cache import ContiguousKVCache
 from lib.model import Transformer, attend_causal, attend_fused
 from lib.paged_kv_cache import PagedKVCache
@@ -148,6 +149,12 @@ def watcher():
             begun(cache, 3)
             generate.prefill_in_chunks(model, prompts, cache, 2)
             generate.generate_cached(model, [ids[:1] for ids in prompts], 2, cache)
+        for fused_decode in (False, True):  # prompts beside requests that decode
+            cache = ContiguousKVCache(CONFIG, 3, 16, fused_decode=fused_decode)
+            serving = Engine(model, cache, token_budget=5)
+            for ids in prompts:
+                serving.add(ids, 3)
+            serving.run()
         q, pool = torch.randn(3, 6, 10), torch.randn(2, 9, 4, 2, 10)
         for paged_decode in (
             paged_attention.paged_decode_gather,

@@ -412,6 +412,14 @@ def test_requests_sent_back_and_steps_of_nobody_are_predicted_too():
     assert steps == in_numbers(engine_steps(*args, arrivals=arrivals))
 
 
+def test_blocks_of_a_watermark_are_whole_ones_in_the_prediction_too():
+    args, settings = ([Request(8, 3), Request(10, 3)], 10, 2), {"watermark": 0.19}
+    steps = predict_steps(*args, **settings)
+    assert steps[0].counts == {0: 8, 1: 10}, "four blocks, five, and one stays free"
+    assert 1 not in predict_steps(*args, watermark=0.2)[0].counts
+    assert steps == in_numbers(engine_steps(*args, arrivals=[0, 0], **settings))
+
+
 def test_static_batches_and_continuous_ones_of_four_as_the_engine_takes_them():
     lens = [3, 9, 2, 1, 7, 7, 1, 2, 12, 1, 1, 1, 4, 2, 3, 6]
     requests, starts = [Request(5, output_len) for output_len in lens], []
@@ -441,6 +449,8 @@ def test_the_sizes_of_steps_are_those_that_the_cache_sees(monkeypatch):
     steps = engine_steps(requests, 5, 4, arrivals=[0, 0, 2, 30], token_budget=6)
     assert any(step.preempted for step in steps)
     assert [size for size in step_sizes(steps) if size != (0, 0)] == seen
+    again = "an id is free again when its request has ended"
+    assert step_sizes([*steps, *steps]) == 2 * step_sizes(steps), again
 
 
 def test_a_fit_gives_back_what_each_token_took():
@@ -453,6 +463,8 @@ def test_a_fit_gives_back_what_each_token_took():
     assert fit_step_seconds(timed) == pytest.approx(seconds)
     idle = Step({}, {}, {}, [], 0, 200, {"schedule": 1.0})
     assert fit_step_seconds([idle, *timed, idle]) == pytest.approx(seconds)
+    late = dataclasses.replace(timed[9], seconds={"forward": 1.0})  # a machine's hiccup
+    assert fit_step_seconds([*timed, late])(100, 300) == pytest.approx(0.0309, rel=0.05)
     with pytest.raises(ValueError, match="at least 3 that compute, got 2"):
         fit_step_seconds([idle, *timed[:2]])
 
@@ -509,10 +521,12 @@ def test_a_server_that_sends_requests_back_computes_them_again():
 
     # Four blocks of three. Both need a third block in the same step: 1 goes, with the
     # three tokens that it has drawn, and begins when 0 is done.
-    served = serve(Paging(12, 3), [Request(4, 5), Request(4, 5)], [0, 0], step_seconds)
-    assert seen == [(8, 0), (2, 8), (2, 10), (1, 6), (1, 7), (7, 0), (1, 7)]
-    assert [one.last for one in served] == [5, 7]
-    assert [one.first for one in served] == [1, 1], "the first token came before"
+    # 2 waits for all of that.
+    requests = [Request(4, 5), Request(4, 5), Request(4, 1)]
+    served = serve(Paging(12, 3), requests, [0, 0, 0], step_seconds)
+    assert seen == [(8, 0), (2, 8), (2, 10), (1, 6), (1, 7), (7, 0), (1, 7), (4, 0)]
+    assert [one.last for one in served] == [5, 7, 8]
+    assert [one.first for one in served] == [1, 1, 8], "the first token came before"
 
 
 def test_the_better_a_manager_fits_the_more_requests_per_second_it_takes():

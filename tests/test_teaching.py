@@ -14,7 +14,7 @@ from lib.course.attempt import function_of
 from lib.course.build import chapter_texts
 from lib.course.check import judge
 from lib.course.exercises import exercises
-from lib.course.grading import files, grader, sandbox, submissions, worker
+from lib.course.grading import files, grader, results, sandbox, submissions, worker
 
 for module in pkgutil.iter_modules(answers.__path__):
     importlib.import_module(f"answers.{module.name}")
@@ -111,7 +111,7 @@ def test_minutes_and_points_of_chapters_are_those_of_the_texts():
         sum(column) for column in zip(*rows)
     ]
     short = sum(row[0] for row in rows) - rows[1][0]
-    assert f"chapters 1, 3, 4 and 5 are a course of {short} minutes" in TEACHING
+    assert f"chapters 1, 3, 4, 5 and 6 are a course of {short} minutes" in TEACHING
 
 
 def test_sessions_have_every_exercise_once_and_end_at_headings():
@@ -207,8 +207,11 @@ def test_the_limits_of_the_grader_are_those_that_the_page_states():
         f"{sandbox.FOLDER_BYTES // 2**20} MiB in memory",
         f"may have {files.MAX_NOTEBOOK_BYTES // 2**20} MiB, of which "
         f"{files.MAX_TEXT_BYTES // 2**20} MiB beside its outputs",
-        f"a student {submissions.MAX_BYTES // 2**20} MiB, "
-        f"{submissions.MAX_NOTEBOOKS} notebooks, {submissions.MAX_CELLS:,} code cells",
+        f"a student {submissions.MAX_BYTES // 2**20} MiB, of which "
+        f"{submissions.MAX_TEXT_BYTES // 2**20} MiB beside outputs, "
+        f"{submissions.MAX_NOTEBOOKS} notebooks, {files.MAX_TOKENS:,} lists, objects and "
+        f"strings in their outputs, {submissions.MAX_CELLS:,} code cells",
+        f"notes are cut to about {results.MAX_NOTES:,} characters",
         f"and {submissions.MAX_CODE:,} characters of code",
         f"an archive {files.MAX_MEMBERS:,} files, and archives in it "
         f"{files.MAX_ZIP_BYTES // 2**20} MiB, at most {files.MAX_ZIP_DEPTH} in each",

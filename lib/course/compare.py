@@ -4,6 +4,7 @@ import contextlib
 import math
 import re
 import textwrap
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -44,8 +45,11 @@ def _wrong(
         return "it changed its inputs"
     if expected is None:
         return None
-    outputs = {key: expected[key] for key in expected if key not in case.limits}
-    wrong = difference(outputs, got["outputs"]) or over_limit(case.limits, got["outputs"])
+    if got["outputs"].get("says") and expected.get("raised") == "nothing":
+        return str(got["outputs"]["says"])
+    limits = {key: case.limits[key] for key in case.limits if key in expected}
+    outputs = {key: expected[key] for key in expected if key not in (*limits, "says")}
+    wrong = difference(outputs, got["outputs"]) or over_limit(limits, got["outputs"])
     if not wrong:
         return None
     why = None
@@ -150,16 +154,50 @@ def over_limit(limits: dict[str, float], got: dict) -> str | None:
 
 def show(value: Any) -> str:
     """A value in at most 80 characters."""
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value.item()
     if isinstance(value, float):
         return f"{value:.6g}"
-    return textwrap.shorten(repr(value), 80, placeholder=" ...")
+    return textwrap.shorten(_beginning(value), 80, placeholder=" ...")
+
+
+def _beginning(value: Any) -> str:
+    """Of its repr 1000 characters or a little more, without what comes behind: that may
+    be larger than memory."""
+    words, num_characters = [], 0
+    for piece in _pieces(value):
+        words.append(piece)
+        num_characters += len(piece)
+        if num_characters > 1000:
+            break
+    return "".join(words)
+
+
+def _pieces(value: Any) -> Iterator[str]:
+    """The repr of plain data, from the left to the right."""
+    if isinstance(value, str):
+        yield repr(value[:1000])
+    elif isinstance(value, np.generic):
+        yield repr(value.item())
+    elif isinstance(value, (list, np.ndarray)):
+        for index, item in enumerate(value):
+            yield ", " if index else "["
+            yield from _pieces(item)
+        yield "]" if len(value) else "[]"
+    elif isinstance(value, dict):
+        for index, (key, item) in enumerate(value.items()):
+            yield f"{', ' if index else '{'}{key[:1000]!r}: "
+            yield from _pieces(item)
+        yield "}" if value else "{}"
+    else:
+        yield repr(value)
 
 
 def _shown(expected: Any, got: Any) -> tuple[str, str]:
     """Both, with as many digits as it takes to tell them apart."""
     one, other = show(expected), show(got)
+    if one == other and isinstance(got, str):
+        return _beginning(expected), _beginning(got)
     return (one, other) if one != other else (repr(expected), repr(got))
 
 

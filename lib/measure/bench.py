@@ -1,4 +1,4 @@
-"""How fast does the trained model write, with each kind of cache, on this machine?
+"""How fast does a model write on this machine, with each kind of cache, and served?
 
     python -m lib.measure.bench                  # prints tokens per second
     python -m lib.measure.bench --json data/results/bench.json
@@ -7,7 +7,8 @@
 All caches hold the same passages of the book. Their decode steps take turns, so that
 whatever else the machine does meets all of them alike; figures are medians. The model
 runs on the processor. A second table is of attention alone, on a GPU where there is one,
-with what a GPU should reach and what the host takes per call: bench_attention.py.
+with what a GPU should reach and what the host takes per call: bench_attention.py. A third
+is of requests that are served together, beside transformers: bench_serving.py.
 """
 
 import argparse
@@ -27,25 +28,28 @@ from tqdm import tqdm
 
 from lib import generate, interpreter, text
 from lib.kv_cache import ContiguousKVCache
-from lib.measure import bench_attention
+from lib.measure import bench_attention, bench_serving
 from lib.measure.meter import machine_facts
 from lib.model import Transformer, attend_fused, load_model
 from lib.paged_kv_cache import PagedKVCache
 
 BATCHES = [1, 8, 64]  # requests of attention alone
+SERVING_VOCAB = [1024]
 # What --short makes shorter: of decoding, tokens of a request and steps; of attention
-# alone, tokens of a request, and repeats by device.
+# alone, tokens of a request, and repeats by device; of serving, rounds.
 FULL = {
     "context": 1024,
     "steps": 40,
     "attention_contexts": [128, 512, 1024, 4096, 16384, 65536],
     "attention_repeats": {"cpu": 5, "cuda": 30},
+    "serving_rounds": 5,
 }
 SHORT = {
     "context": 256,
     "steps": 10,
     "attention_contexts": [512, 4096, 16384],
     "attention_repeats": {"cpu": 2, "cuda": 10},
+    "serving_rounds": 2,
 }
 # What a help can say before anything has run: on an H200 all cases took 20 seconds.
 GPU_SECONDS_PER_CASE, GPU_SECONDS_TO_START = 2, 20
@@ -221,6 +225,33 @@ def print_attention(result: dict, num_cases: int, facts: dict):
         print(*bench_attention.error_lines(result["errors"]), sep="\n")
 
 
+def bench_serving_a_trace(args: argparse.Namespace, facts: dict) -> list[dict]:
+    """Run `bench_serving` for each vocabulary and print what it says."""
+    results = []
+    for vocab_size in args.serving_vocab:
+        with tqdm(
+            total=args.serving_rounds + 1, file=sys.stdout, leave=False, disable=None
+        ) as progress:
+            result = bench_serving.bench_serving(
+                vocab_size,
+                args.serving_rounds,
+                block_size=args.block_size,
+                progress=progress,
+            )
+        results.append(result)
+        print(
+            f"\nserving {result['num_requests']} requests, "
+            f"{result['num_prompt_tokens']:,} tokens in prompts and "
+            f"{result['num_new_tokens']:,} in answers; {result['num_layers']} layers, "
+            f"d_model {result['d_model']}, vocabulary {vocab_size:,}, float32\n"
+            f"{facts['processor']}, {facts['torch_threads']} thread(s), "
+            f"torch {facts['torch']}, transformers {result['transformers']['version']}; "
+            f"medians of {args.serving_rounds} rounds"
+        )
+        print(*bench_serving.table_lines(result), sep="\n")
+    return results
+
+
 def gpu_minutes(sizes: dict) -> int:
     """Minutes, estimated, that FULL or SHORT takes on a GPU."""
     num_cases = len(sizes["attention_contexts"]) * len(BATCHES)
@@ -231,15 +262,15 @@ def gpu_minutes(sizes: dict) -> int:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m lib.measure.bench",
-        description="Tokens per second of decoding on this machine, and bytes per second "
-        "of attention alone. Takes about a minute on a processor, and on a GPU an "
-        f"estimated {gpu_minutes(FULL)} minutes, compilation included.",
+        description="Tokens per second of decoding and of serving on this machine, and "
+        "bytes per second of attention alone. Takes about two minutes on a processor, "
+        f"on a GPU an estimated {gpu_minutes(FULL)} minutes more, with compilation.",
     )
     parser.add_argument(
         "--short",
         action="store_true",
-        help="fewer contexts and repeats: about 20 seconds on a processor, on a GPU an "
-        f"estimated {gpu_minutes(SHORT)} minutes",
+        help="fewer contexts and repeats: about 45 seconds on a processor, on a GPU an "
+        f"estimated {gpu_minutes(SHORT)} minutes more",
     )
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument(
@@ -270,6 +301,20 @@ def parse_args() -> argparse.Namespace:
         help=f"({BATCHES})",
     )
     parser.add_argument(
+        "--serving-rounds",
+        type=int,
+        help=f"timed, of each way to serve ({FULL['serving_rounds']}; short: "
+        f"{SHORT['serving_rounds']})",
+    )
+    parser.add_argument(
+        "--serving-vocab",
+        type=int,
+        nargs="+",
+        default=SERVING_VOCAB,
+        metavar="TOKENS",
+        help=f"of the model that serves ({SERVING_VOCAB})",
+    )
+    parser.add_argument(
         "--device",
         default="cuda" if bench_attention.can_compile_kernels() else "cpu",
         help="that attention alone runs on: cpu or cuda",
@@ -289,6 +334,8 @@ def parse_args() -> argparse.Namespace:
         "threads",
         "attention_contexts",
         "attention_batches",
+        "serving_rounds",
+        "serving_vocab",
     ):
         values = getattr(args, name)
         for value in values if isinstance(values, list) else [values]:
@@ -321,6 +368,7 @@ def main() -> int:
             sys.exit(f"nothing was timed: {error}")
     results = bench_decoding(args, facts)
     attention = bench_attention_alone(args, facts)
+    serving = bench_serving_a_trace(args, facts)
     if args.json:
         command = shlex.join(["python", "-m", "lib.measure.bench", *sys.argv[1:]])
         result = {
@@ -329,6 +377,7 @@ def main() -> int:
             "machine": facts,
             "results": results,
             "attention": attention,
+            "serving": serving,
         }
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     return 1 if attention["errors"] else 0

@@ -422,6 +422,11 @@ ENDS = [0, 1, 2, 3, 4, 10, 13, 26, 27, 28, 32, 46, 127, 255]
 FEW_ENDS = [0, 3, 4, 10, 255]
 
 
+def _behind(chain: list[int]) -> list[int | None]:
+    """For each byte the one that comes behind it in `chain`, or None."""
+    return [dict(zip(chain, chain[1:])).get(byte) for byte in range(256)]
+
+
 def generate_recompute_cases(seed: int) -> list[Case]:
     rng = np.random.default_rng(seed)
     greedy, dice, cases = {"temperature": 0}, {"temperature": 1.5}, []
@@ -429,7 +434,7 @@ def generate_recompute_cases(seed: int) -> list[Case]:
         [*b"sea", *(int(byte) for byte in rng.permutation(ends)), *b"x"]
         for ends in (ENDS, FEW_ENDS)
     )
-    one, alone, refused = {"top_k": 1}, {"has_generator": False}, {"is_refused": True}
+    one, alone = {"top_k": 1}, {"has_generator": False}
     for name, shape, num_new_tokens, settings, more in (
         ("one token after one token, greedy", (1,), 1, greedy, {}),
         ("no new tokens", (3,), 0, greedy, {}),
@@ -457,17 +462,11 @@ def generate_recompute_cases(seed: int) -> list[Case]:
         ("a batch of two prompts, drawn at random", (2, 3), 3, dice, {}),
         ("bytes that may end a text", (3,), len(chain) - 3, greedy, {"chain": chain}),
         ("the same text twice", (2, 3), 6, greedy, {"chain": short_chain}),
-        ("an empty prompt", (0,), 0, greedy, refused),
-        ("one token more than fits", (40,), 25, greedy, refused),
-        ("minus one new token", (3,), -1, greedy, refused),
-        (
-            "no new tokens and a temperature below 0",
-            (3,),
-            0,
-            {"temperature": -1},
-            refused,
-        ),
-        ("a model that drops out", (3,), 2, greedy, {"training_dropout": 0.1, **refused}),
+        ("an empty prompt", (0,), 0, greedy, {}),
+        ("one token more than fits", (40,), 25, greedy, {}),
+        ("minus one new token", (3,), -1, greedy, {}),
+        ("no new tokens and a temperature below 0", (3,), 0, {"temperature": -1}, {}),
+        ("a model that drops out", (3,), 2, greedy, {"training_dropout": 0.1}),
         (
             "a model in training mode, whose dropout is 0",
             *((3,), 2, greedy, {"training_dropout": 0.0}),
@@ -482,21 +481,21 @@ def generate_recompute_cases(seed: int) -> list[Case]:
             "settings": settings,
             "draw_seed": int(rng.integers(1000)),
             "has_generator": True,
-            "is_refused": False,
-            "chain": [],
+            "behind": [],
             "training_dropout": None,
             **more,
         }
-        if inputs["chain"]:
+        if of_chain := inputs.pop("chain", None):
+            inputs["behind"] = _behind(of_chain)
             inputs["prompt_ids"] = np.broadcast_to(list(b"sea"), shape).tolist()
-        limits = {} if "is_refused" in more else {"tensors_kept_for_a_backward_pass": 0}
+        limits = {"tensors_kept_for_a_backward_pass": 0}
         draws = settings["temperature"] != 0 and settings.get("top_k") != 1
         cases.append(Case(name, inputs, limits, draws))
     return cases
 
 
 def generate_recompute_explain(inputs: dict, expected: dict, got: dict) -> str | None:
-    if inputs["is_refused"]:
+    if expected["raised"] != "nothing":
         return "Keep the given lines: they refuse this before the first step"
     if isinstance(got["token_ids"], str):
         return None
@@ -521,7 +520,7 @@ def _why_other_length(inputs: dict, expected: dict, got: dict) -> str | None:
     if np.array_equal(theirs, ours[..., T - N :]):
         return "Return the prompt too, with the new tokens behind it"
     # Whoever counts wrongly has failed before, where a model writes what it likes.
-    if inputs["chain"] and np.array_equal(theirs, ours[..., : theirs.shape[-1]]):
+    if inputs["behind"] and np.array_equal(theirs, ours[..., : theirs.shape[-1]]):
         return "Append exactly num_new_tokens: no byte ends a text"
     is_length = theirs.shape[:-1] == ours.shape[:-1]
     return "Append exactly num_new_tokens" if is_length else None

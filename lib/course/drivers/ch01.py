@@ -11,6 +11,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lib import sampling
 from lib.config import ModelConfig
+from lib.course.attempt import words_of
+from lib.course.exercises import exercises
 from lib.measure.meter import measure
 from lib.model import Transformer, attend_fused
 
@@ -54,16 +56,15 @@ def generate_recompute(
     settings: dict,
     draw_seed: int,
     has_generator: bool,
-    is_refused: bool,
-    chain: list[int],
+    behind: list[int | None],
     training_dropout: float | None,
 ) -> dict:
-    """chain: where it is not empty, the model writes these tokens one after the other.
-    is_refused: ValueError is expected. training_dropout: where it is not None, the model
-    comes in training mode, with that probability."""
+    """behind: where it is not empty, for each token the one that the model writes behind
+    it, or None. training_dropout: where it is not None, the model comes in training mode,
+    with that probability."""
     model, calls, layers, seen = random_model(model_seed), [], [], []
-    if chain:
-        write_chain(model, chain)
+    if behind:
+        write_behind(model, behind)
     if training_dropout is not None:
         begin_training(model, training_dropout)
     num_calls = count_calls(model)
@@ -78,18 +79,22 @@ def generate_recompute(
 
     generator = torch.Generator().manual_seed(draw_seed) if has_generator else None
     prompt = torch.tensor(prompt_ids, dtype=torch.int64)
-    run = lambda: answer(  # noqa: E731
-        model, prompt, num_new_tokens, generator=generator, attend=attend, **settings
-    )
-    if is_refused:
-        return {"raised": raises_value_error(run)}
+    options = {"generator": generator, "attend": attend, **settings}
     torch.manual_seed(draw_seed + 1)
     state = torch.get_rng_state()
-    with torch.enable_grad(), _settings_seen(seen), kept_for_a_backward_pass() as kept:
-        token_ids = run()
-        are_gradients_on = torch.is_grad_enabled()
+    try:
+        with (
+            torch.enable_grad(),
+            _settings_seen(seen),
+            kept_for_a_backward_pass() as kept,
+        ):
+            token_ids = answer(model, prompt, num_new_tokens, **options)
+            are_gradients_on = torch.is_grad_enabled()
+    except ValueError as error:
+        return refusal(error, "generate_recompute", answer)
     asked = [settings.get(name, default) for name, default in DEFAULTS.items()]
     return {
+        "raised": "nothing",
         "token_ids": as_list(token_ids),
         "forward_calls": len(num_calls),
         "calls": calls,
@@ -161,25 +166,25 @@ def _tokens_and_positions(x: torch.Tensor, positions: torch.Tensor, attend) -> d
     }
 
 
-def raises_value_error(run: Callable) -> str:
-    try:
-        run()
-    except ValueError:
-        return "ValueError"
-    return "nothing"
+def refusal(error: Exception, name: str, answer: Callable) -> dict:
+    """What the answer to the exercise of this name has raised, and what it says, which is
+    shown where nothing should have been raised, and else not compared."""
+    kind = "ValueError" if isinstance(error, ValueError) else type(error).__name__
+    return {"raised": kind, "says": words_of(error, exercises()[name], answer)}
 
 
-def write_chain(model: Transformer, chain: list[int]):
-    """Let greedy text go from each token of `chain` to the next: blocks that add nothing,
-    and the unembedding that likes the token behind best. No token has two behind it."""
+def write_behind(model: Transformer, behind: list[int | None]):
+    """Let greedy text go from each token to the one behind it: blocks that add nothing,
+    and the unembedding that likes the token behind best."""
+    tokens = [token for token, following in enumerate(behind) if following is not None]
     with torch.no_grad():
         for block in model.blocks:
             block.attention.o_proj.weight.zero_()
             block.mlp.down_proj.weight.zero_()
         norm, linear = model.unembed
         linear.weight.zero_()
-        behind = torch.tensor(chain[1:])
-        linear.weight.index_add_(0, behind, norm(model.embed.weight[chain[:-1]]))
+        following = torch.tensor([behind[token] for token in tokens])
+        linear.weight.index_add_(0, following, norm(model.embed.weight[tokens]))
 
 
 def begin_training(model: Transformer, dropout: float):

@@ -1,6 +1,6 @@
 """Chapter 2: run an answer, give plain data."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from lib.checkpointing import run_blocks
 from lib.config import ModelConfig
-from lib.course.drivers.ch01 import as_array, as_number, raises_value_error
+from lib.course.drivers.ch01 import as_array, as_number, refusal
 from lib.measure.meter import measure
 from lib.model import Transformer, attend_fused
 
@@ -38,32 +38,25 @@ def accumulate_gradients(
     token_ids: list,
     num_parts: int,
     has_gradients: bool,
-    is_refused: bool,
 ) -> dict:
-    """is_refused: ValueError is expected."""
     config = ModelConfig(32, 1, 2, 1, d_model=16, d_ff=24, max_seq_len=6)
     model = with_weights(Transformer(config), seed)
     weights = [parameter.detach().clone() for parameter in model.parameters()]
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter) if has_gradients else None
-    batch, positions = torch.tensor(token_ids), torch.arange(6)
-    if is_refused:
-        return {
-            "raised": raises_value_error(lambda: answer(model, batch, num_parts)),
-            "gradients": [plain_gradient(parameter) for parameter in model.parameters()],
-        }
-    with torch.no_grad():
-        means = [
-            cross_entropy(
-                model(part, positions, attend_fused)[:, :-1].flatten(0, 1),
-                part[:, 1:].flatten(),
-            )
-            for part in batch.tensor_split(num_parts)
-        ]
-    cost = measure(lambda: answer(model, batch, num_parts))
+    batch = torch.tensor(token_ids)
+    try:
+        cost = measure(lambda: answer(model, batch, num_parts))
+    except ValueError as error:
+        gradients = [plain_gradient(parameter) for parameter in model.parameters()]
+        refused = refusal(error, "accumulate_gradients", answer)
+        return {**refused, "gradients": gradients}
     loss = cost.value
+    as_before = with_weights(Transformer(config), seed)
+    parts = torch.tensor(token_ids).tensor_split(num_parts)
     return {
-        "loss if each part counted the same": sum(means).item() / num_parts,
+        "raised": "nothing",
+        "loss if each part counted the same": _mean_of_means(as_before, parts),
         "loss": loss if isinstance(loss, float) else f"a {type(loss).__name__}",
         "gradients": [plain_gradient(parameter) for parameter in model.parameters()],
         "weights_are_as_before": all(map(torch.equal, weights, model.parameters())),
@@ -189,6 +182,21 @@ def with_weights(model: nn.Module, seed: int) -> nn.Module:
         if parameter.dim() == 2:
             parameter.data = torch.from_numpy(rng.normal(0, 0.16, parameter.shape))
     return model
+
+
+@torch.no_grad()
+def _mean_of_means(model: Transformer, parts: Sequence[torch.Tensor]) -> float:
+    """Of the losses of the parts: to be computed when the answer has ended, which could
+    look for it."""
+    means = [
+        cross_entropy(
+            model(part, torch.arange(part.shape[1]), attend_fused)[:, :-1].flatten(0, 1),
+            part[:, 1:].flatten(),
+        )
+        for part in parts
+        if len(part) > 0
+    ]
+    return sum(means).item() / len(parts)
 
 
 def plain_gradient(tensor: torch.Tensor) -> np.ndarray | str:

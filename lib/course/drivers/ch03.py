@@ -18,7 +18,8 @@ from lib.course.drivers.ch01 import (
     kept_for_a_backward_pass,
     next_random_number,
     random_model,
-    write_chain,
+    refusal,
+    write_behind,
 )
 from lib.generate import forward_cached
 from lib.kv_cache import CacheFullError, ContiguousKVCache
@@ -79,18 +80,17 @@ def generate_cached(
     settings: dict,
     draw_seed: int,
     has_generator: bool,
-    is_refused: bool,
-    chain: list[int],
+    behind: list[int | None],
     training_dropout: float | None,
 ) -> dict:
     """cached: how many tokens each request has in the cache before; None, in the last
     rows, where none has begun. room: for each.
-    chain: where it is not empty, the model writes these tokens one after the other.
-    is_refused: ValueError is expected. training_dropout: where it is not None, the model
-    comes in training mode, with that probability."""
+    behind: where it is not empty, for each token the one that the model writes behind it,
+    or None. training_dropout: where it is not None, the model comes in training mode,
+    with that probability."""
     model = random_model(model_seed)
-    if chain:
-        write_chain(model, chain)
+    if behind:
+        write_behind(model, behind)
     cache = ContiguousKVCache(model.config, len(cached), room, dtype=torch.float64)
     for request_id, count in enumerate(cached):
         if count is not None:
@@ -109,10 +109,7 @@ def generate_cached(
     )
     given = [torch.tensor(prompt_ids, dtype=torch.int64) for prompt_ids in prompts]
     generator = torch.Generator().manual_seed(draw_seed) if has_generator else None
-    run = lambda: answer(  # noqa: E731
-        model, given, num_new_tokens, cache, generator=generator, **settings
-    )
-    refusals = (CacheFullError, ValueError) if is_refused else CacheFullError
+    options = {"generator": generator, **settings}
     torch.manual_seed(draw_seed + 1)
     state = torch.get_rng_state()
     try:
@@ -121,19 +118,16 @@ def generate_cached(
             _choices_seen(model) as seen,
             kept_for_a_backward_pass() as kept,
         ):
-            texts = run()
+            texts = answer(model, given, num_new_tokens, cache, **options)
             are_gradients_on = torch.is_grad_enabled()
-    except refusals as error:
-        kind = ValueError if isinstance(error, ValueError) else CacheFullError
-        return {
-            "texts": [kind.__name__],
-            "tokens_in_the_cache": cache.seq_lens.tolist(),
-            "tensors_kept_for_a_backward_pass": 0,
-        }
+    except (CacheFullError, ValueError) as error:
+        refused = refusal(error, "generate_cached", answer)
+        return {**refused, "tokens_in_the_cache": cache.seq_lens.tolist()}
     is_torch_as_before = torch.equal(state, torch.get_rng_state())
     if not isinstance(texts, (list, tuple)):
         texts = [texts]
     return {
+        "raised": "nothing",
         "texts": [as_list(token_ids) for token_ids in texts],
         "forward_calls": len(num_calls),
         "projected_tokens": sum(num_projected),

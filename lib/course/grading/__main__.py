@@ -88,12 +88,13 @@ def grade_class(
         print(f"{around.pop()}: taken for the folder of the class, not of a student")
     if len(submissions) == 1 and len(submissions[0].files) > 1:
         print(
-            f"one student, {submissions[0].student}? For a class, give the folder above"
+            f"one student, {submissions[0].student}? For a class, give the folder, "
+            "unpacked, that holds a file or a folder of each"
         )
     results = Results(out, names, seed)
     grades, new = {}, []
     for submission in submissions:
-        kept = results.kept(submission.student, submission.read()[2])
+        kept = results.kept(submission.student, submission.sha256())
         if kept is None:
             new.append(submission)
         else:

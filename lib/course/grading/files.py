@@ -6,6 +6,7 @@ of zip can hold gigabytes. Of an archive in an archive a temporary file is made.
 
 import contextlib
 import functools
+import hashlib
 import io
 import os
 import re
@@ -14,7 +15,7 @@ import stat
 import tempfile
 import unicodedata
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -26,7 +27,7 @@ MAX_ZIP_BYTES = 200 * 2**20  # of all archives in an archive together, unpacked
 MAX_ZIP_DEPTH = 3  # of archives in each other
 MAX_MEMBERS = 20_000  # of an archive, with those in it; a virtual environment has as many
 MAX_NAMES_BYTES = 4 * 2**20  # of an archive's list of them
-MAX_TOKENS = 5_000_000  # of lists, objects and strings in a notebook's outputs: seconds
+MAX_TOKENS = 5_000_000  # of lists, objects and strings in a student's outputs: seconds
 
 NOTEBOOK = re.compile(r"\.ipynb(\.txt|\.json|\.bak)?$", re.IGNORECASE)
 ARCHIVE = re.compile(r"\.zip$", re.IGNORECASE)
@@ -43,11 +44,14 @@ class LeftOutError(ValueError):
 @dataclass(frozen=True)
 class File:
     """`name`: below the folder or archive. `read`: None for what is no notebook; it may
-    raise anything, LeftOutError where the file is whole. `words`: to be noted, or ""."""
+    raise anything, LeftOutError where the file is whole. `words`: to be noted, or "".
+    `given`: the name of what was handed in, a file or an archive, before it was made
+    plain: names that differ may look the same."""
 
     name: str
     read: Read | None
     words: str = ""
+    given: str = ""
 
 
 def files_in(path: Path) -> Iterator[File]:
@@ -64,9 +68,10 @@ def files_in(path: Path) -> Iterator[File]:
         prefix = "" if below == "." else f"{below}/"
         linked = [name for name in folders if (at / name).is_symlink()]
         for name in sorted([*names, *linked]):
-            yield from _on_disk(plain(prefix + name, 1000), at / name)
+            found = _on_disk(plain(prefix + name, 1000), at / name)
+            yield from _given_as(prefix + name, found)
         if prefix and not folders and not names:
-            yield File(plain(prefix, 1000), None)
+            yield from _given_as(prefix, [File(plain(prefix, 1000), None)])
 
 
 def plain(text: str, most: int = 500) -> str:
@@ -85,15 +90,21 @@ def plain(text: str, most: int = 500) -> str:
     return text if len(text) <= most else f"{text[: most - 41]}…{text[-40:]}"
 
 
-def without_outputs(content: bytes) -> bytes:
+def token_budget() -> Iterator[int]:
+    """The steps that there are for all notebooks of a student: see without_outputs."""
+    return iter(range(MAX_TOKENS))
+
+
+def without_outputs(content: bytes, budget: Iterator[int]) -> bytes:
     """The JSON of a notebook without the outputs and metadata of its cells.
 
-    They may be most of it, and are not even parsed. Raises LeftOutError where the rest is
-    too long to be code.
+    They may be most of it, and are not even parsed: each list, object or string in them
+    takes a step of the budget. Raises LeftOutError where that is used up, or where the
+    rest is too long to be code.
     """
-    kept, num_bytes, start, budget = [], 0, 0, iter(range(MAX_TOKENS))
+    kept, num_bytes, start = [], 0, 0
     while True:
-        found = DROPPED.search(content, start)
+        found = DROPPED.search(content, start, start + MAX_TEXT_BYTES - num_bytes + 100)
         end = found.end() if found else len(content)
         num_bytes += end - start
         if num_bytes > MAX_TEXT_BYTES:
@@ -115,16 +126,16 @@ TOKEN = re.compile(rb'[\[\]{}"]')
 PART = re.compile(rb'(?:[^"\\]*\\.){0,100}[^"\\]*', re.DOTALL)
 
 
-def _end_of_value(content: bytes, position: int, budget: Iterator) -> int:
+def _end_of_value(content: bytes, position: int, budget: Iterator[int]) -> int:
     """Where the list or object ends that begins there. budget: of steps to that end."""
     depth, is_string = 0, False
     for _ in budget:
         if is_string:
-            position = PART.match(content, position).end()
-            if position == len(content):
-                break
+            before, position = position, PART.match(content, position).end()
             if content[position : position + 1] == b'"':
                 position, is_string = position + 1, False
+            elif position == before:  # at the end, or at a backslash with nothing behind
+                break
             continue
         token = TOKEN.search(content, position)
         if token is None:
@@ -210,24 +221,44 @@ def _in_archive(name: str, place: _Place, left: _Left | None) -> Iterator[File]:
         yield File(name, functools.partial(_refuse, error))
         return
     for number, info in enumerate(infos):
-        member, words = _member_name(info)
+        given, words = _member_name(info)
+        member = plain(given, most=1000)
         if not member:
             continue
         inside = f"{name}/{member}" if name else member
         this = replace(place, members=(*place.members, number))
-        if stat.S_ISLNK(info.external_attr >> 16):
-            yield from _link(inside)
-        elif info.is_dir():
-            yield File(f"{inside}/", None)
-        elif ARCHIVE.search(inside) and not _is_hidden(inside):
-            if len(this.members) >= MAX_ZIP_DEPTH:
-                words = f"expected at most {MAX_ZIP_DEPTH} archives in each other"
-                yield File(inside, functools.partial(_refuse, LeftOutError(words)))
-            else:
-                inner = replace(this, max_names_bytes=MAX_NAMES_BYTES)
-                yield from _in_archive(inside, inner, left or _Left())
-        else:
-            yield from _file(inside, functools.partial(_read_member, this), words)
+        yield from _given_as(given, _in_member(inside, info, this, words, left))
+
+
+def _in_member(
+    inside: str, info: zipfile.ZipInfo, this: _Place, words: str, left: _Left | None
+) -> Iterator[File]:
+    """What a member of an archive, called `inside`, is or holds."""
+    if stat.S_ISLNK(info.external_attr >> 16):
+        yield from _link(inside)
+    elif info.is_dir():
+        yield File(f"{inside}/", None)
+    elif not ARCHIVE.search(inside) or _is_hidden(inside):
+        yield from _file(inside, functools.partial(_read_member, this), words)
+    elif len(this.members) >= MAX_ZIP_DEPTH:
+        words = f"expected at most {MAX_ZIP_DEPTH} archives in each other"
+        yield File(inside, functools.partial(_refuse, LeftOutError(words)))
+    else:
+        inner = replace(this, max_names_bytes=MAX_NAMES_BYTES)
+        yield from _in_archive(inside, inner, left or _Left())
+
+
+def _given_as(name: str, files: Iterable[File]) -> Iterator[File]:
+    """The files, which were handed in under this name. Two ways to write an accent are
+    one; a part of it that is too long is cut, not to the same as another."""
+    parts = name.split("/")
+    for index, part in enumerate(parts):
+        if len(part) > 1000:
+            digest = hashlib.sha256(part.encode("utf-8", "backslashreplace"))
+            parts[index] = part[:900] + digest.hexdigest()
+    given = unicodedata.normalize("NFC", "/".join(parts))
+    for file in files:
+        yield replace(file, given=given)
 
 
 def _listed(place: _Place, left: _Left | None) -> list[zipfile.ZipInfo]:
@@ -247,7 +278,7 @@ def _listed(place: _Place, left: _Left | None) -> list[zipfile.ZipInfo]:
 
 
 def _member_name(info: zipfile.ZipInfo) -> tuple[str, str]:
-    """Whatever tool wrote it; and what there is to say of it."""
+    """Whatever tool wrote it, not yet plain; and what there is to say of it."""
     name = info.filename
     if not info.flag_bits & 0x800:  # macOS writes UTF-8 and does not say so
         with contextlib.suppress(UnicodeError):
@@ -255,7 +286,7 @@ def _member_name(info: zipfile.ZipInfo) -> tuple[str, str]:
     parts = name.replace("\\", "/").split("/")  # PowerShell writes backslashes
     kept = [part for part in parts if part not in ("", ".", "..")]
     words = f"its archive calls it {plain(name)}" if ".." in parts else ""
-    return plain("/".join(kept), most=1000), words
+    return "/".join(kept), words
 
 
 def _file(name: str, read: Read, words: str = "") -> Iterator[File]:

@@ -31,6 +31,8 @@ from lib.course.grading.files import plain
 from lib.course.grading.grader import CRASHED, TIMEOUT, Grade, Score
 from lib.course.grading.submissions import by_name
 
+MAX_NOTES = 5_000  # characters of a row's: a spreadsheet's cell holds 32,767
+
 
 def course_version() -> str:
     """Of the checks, the library and torch, by what is in them."""
@@ -126,13 +128,20 @@ class Results:
 
 
 def printable(grade: Grade) -> Grade:
-    """The same, with all that a student's code may have said made plain: any that is
-    written or printed comes from here."""
+    """The same, with all that a student's code may have said made plain, and no more than
+    a cell of a table has room for: any that is written or printed comes from here."""
     scores = {
         name: replace(score, message=plain(score.message), case=plain(score.case))
         for name, score in grade.scores.items()
     }
-    return replace(grade, scores=scores, notes=[plain(note) for note in grade.notes])
+    notes, num_characters = [], 0
+    for note in map(plain, grade.notes):
+        num_characters += len(note)
+        if num_characters > MAX_NOTES:
+            notes.append(f"and {len(grade.notes) - len(notes)} notes more")
+            break
+        notes.append(note)
+    return replace(grade, scores=scores, notes=notes)
 
 
 def as_gradescope(grade: Grade) -> dict:

@@ -10,10 +10,11 @@ No notebook is read before its turn comes. What it holds is known by what it def
 by its name.
 """
 
+import contextlib
 import functools
 import hashlib
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -30,24 +31,28 @@ from lib.course.grading.files import (
     Read,
     files_in,
     plain,
+    token_budget,
     without_outputs,
 )
 
 MAX_NOTEBOOKS = 100  # of a student
 MAX_BYTES = 300 * 2**20  # of a student's notebooks, outputs and all
+MAX_TEXT_BYTES = 16 * 2**20  # of these, without what their cells gave
 MAX_CELLS = 10_000  # of a student, with code
 MAX_CODE = 2_000_000  # characters of a student's; all chapters together have 110,000
 
-# How platforms begin the names of the files, or folders, that they hand over.
+# How platforms begin the names of the files, or folders, that they hand over; the third
+# is Blackboard's. What a student called the file comes last, and may look the same.
 PLATFORMS = (
     r"(?P<student>.+?)(_LATE)?(?P<number>_\d+)_\d+_(?P<file>.+)",  # Canvas
-    r"(?P<student>.+)(?P<number>_\d+)_assignsubmission_[a-z]+(_(?P<file>.*))?",  # Moodle
-    r".+_(?P<student>[^_]+)_attempt_(?P<date>[\d-]+)(_(?P<file>.+)|\.txt)?",  # Blackboard
-    r"(?P<number>\d+)-\d+ - (?P<student>.+) - (?P<date>\w+ \d+, \d+ \d+ [AP]M)",  # D2L
+    r"(?P<student>.+?)(?P<number>_\d+)_assignsubmission_[a-z]+(_(?P<file>.*))?",  # Moodle
+    r".+?_(?P<student>[^_]+)_attempt_(?P<date>\d{4}(-\d\d){5})(_(?P<file>.+)|\.txt)?",
+    r"(?P<number>\d+)-\d+ - (?P<student>.+?) - (?P<date>\w+ \d+, \d+ \d+ [AP]M)",  # D2L
 )
-# What follows a notebook's name in that of a copy of it, or of a later version.
+# What follows a notebook's name in that of a copy of it, or of a later version. No name
+# can be read as these in two ways: who would try all of them would never end.
 AGAIN = (
-    r"\s?\(\d+\)|\s?\([^)]*(?:copy|conflict)[^)]*\)|\.[a-z][\w-]*"
+    r"\s?\(\d+\)|\s?\((?=[^)]*(?:copy|conflict))[^)]*\)|\.[a-z][\w-]*(?![\w-])"
     r"|(?: - |[ _-])(?:copy|kopie|copie|copia)\d*|[ _-]v?\d{1,2}(?!\d)"
     r"|[ _-](?:final|late|new|old|bak|backup)"
 )
@@ -67,20 +72,18 @@ class Submission:
 
         What is no notebook is a note, and so is what is the course's own. Never raises.
         """
-        notebooks, notes = [], list(self.notes)
+        notebooks, notes, budget = [], list(self.notes), token_budget()
         digest = hashlib.sha256("\n".join(notes).encode())
-        num_bytes = num_cells = num_characters = 0
+        num_bytes = num_text_bytes = num_cells = num_characters = 0
         for name, read in reversed(self.files):  # the last counts most
-            digest.update(name.encode())
             try:
-                _at_most(MAX_BYTES, num_bytes, "bytes")
-                content = read()
-                if not content:
-                    raise LeftOutError("is empty")
-                digest.update(f"{len(content)} bytes".encode() + content)
+                content = _read(name, read, num_bytes, digest)
                 num_bytes += len(content)
-                cells = sources(without_outputs(content))
-                del content  # before the next is read
+                _at_most(MAX_TEXT_BYTES, num_text_bytes, "bytes beside outputs")
+                content = without_outputs(content, budget)  # not two before the next
+                num_text_bytes += len(content)
+                _at_most(MAX_TEXT_BYTES, num_text_bytes, "bytes beside outputs")
+                cells = sources(content)
                 num_cells += len(cells)
                 _at_most(MAX_CELLS, num_cells, "cells")
                 num_characters += sum(map(len, cells))
@@ -97,6 +100,27 @@ class Submission:
         if not self.files:
             notes.append("expected a notebook, found none")
         return notebooks, notes, digest.hexdigest()
+
+    def sha256(self) -> str:
+        """The checksum that `read` gives. Nothing is parsed."""
+        digest, num_bytes = hashlib.sha256("\n".join(self.notes).encode()), 0
+        for name, read in reversed(self.files):
+            with contextlib.suppress(Exception):  # whatever is wrong with a file
+                num_bytes += len(_read(name, read, num_bytes, digest))
+        return digest.hexdigest()
+
+
+def _read(name: str, read: Read, num_bytes: int, digest) -> bytes:
+    """What a notebook holds, which `digest` takes up with its name. num_bytes: of those
+    before it."""
+    digest.update(name.encode())
+    _at_most(MAX_BYTES, num_bytes, "bytes")
+    content = read()
+    if not content:
+        raise LeftOutError("is empty")
+    digest.update(f"{len(content)} bytes".encode())
+    digest.update(content)
+    return content
 
 
 def find(path: Path) -> tuple[list[Submission], list[str]]:
@@ -118,15 +142,25 @@ def find(path: Path) -> tuple[list[Submission], list[str]]:
             continue
         part = _Part.of(file, name)
         if file.read or "/" in name or (file.words and part.is_platforms):
-            handed_in[part.student].append(part)
+            top, slash, inside = name.partition("/")
+            given = file.given.split("/")[around.count("/")]  # of the top
+            is_plain = given == top
+            whose = part if is_plain else _Part.of(file, given + slash + inside)
+            handed_in[part.student, whose.student].append(part)
         else:
             ignored.append(file)
     ignored.sort(key=lambda file: not file.words)  # what may be work is named first
-    found = [_submission(student, parts) for student, parts in handed_in.items()]
-    for submission in found:
-        first = re.sub(r"\s?\(\d+\)$", "", submission.student)
-        if first != submission.student and first in handed_in:
-            submission.notes.append(f"a second download of {first}'s?")
+    num_alike = Counter(student for student, _ in handed_in)
+    found = []
+    for (student, whose), parts in handed_in.items():
+        is_alone = num_alike[student] == 1
+        name = student if is_alone or whose == student else _marked(student, whose)
+        found.append(_submission(name, parts))
+        if not is_alone:
+            found[-1].notes.append(f"its name looks like another's, {student}: whose?")
+        first = re.sub(r"\s?\(\d+\)$", "", student)
+        if first != student and first in num_alike:
+            found[-1].notes.append(f"a second download of {first}'s?")
     return sorted(found, key=by_name), [file.name for file in ignored]
 
 
@@ -150,9 +184,9 @@ def in_one_folder(path: Path) -> Submission:
 
 def listed(names: Iterable[str], most: int = 5) -> str:
     """A few of them, and how many more there are."""
-    names = [plain(name, 100) for name in names]
+    names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(plain(name, 100) for name in names[:most]) + more
 
 
 @dataclass(frozen=True)
@@ -190,17 +224,23 @@ class _Part:
 
 
 def _of_platform(stem: str) -> dict[str, str | None] | None:
-    for pattern in PLATFORMS:
-        if found := re.fullmatch(pattern, stem):
-            return found.groupdict()
-    return None
+    """Of several that it may be the one whose student ends first: a platform's words come
+    before the student's."""
+    matches = (re.fullmatch(pattern, stem) for pattern in PLATFORMS)
+    found = [match for match in matches if match]
+    first = min(found, key=lambda match: match.end("student"), default=None)
+    return first and first.groupdict()
 
 
 def _student(name: str) -> str:
-    name = name.strip() or "?"
-    if len(name) > 120:  # may be cut, but not to the same as another
-        name = f"{name[:100]}… {hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return name
+    name = name.strip(" ") or "?"
+    return _marked(f"{name[:100]}…", name) if len(name) > 120 else name
+
+
+def _marked(shown: str, name: str) -> str:
+    """What is shown of a name, told from what is shown of all others."""
+    digest = hashlib.sha256(name.encode("utf-8", "backslashreplace"))
+    return f"{shown} {digest.hexdigest()[:8]}"
 
 
 def _stem(name: str) -> str:
@@ -227,7 +267,7 @@ def _chapter_pattern() -> re.Pattern:
     names = sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
     chapter = "|".join(names) or "(?!)"
     return re.compile(
-        rf"(?P<before>.*?)[ _-]*(?P<file>(?:{COPY_OF} )?(?:{chapter})(?:{AGAIN})*)"
+        rf"(?P<before>.*?)(?P<file>(?:{COPY_OF} )?(?:{chapter})(?:{AGAIN})*)"
         rf"(?P<after>.*)",
         re.IGNORECASE,
     )
@@ -263,16 +303,18 @@ def _folder_of_the_class(files: list[File], path: Path) -> str:
         if not all(name.startswith(around) for name in names):
             return ""
         children = {name.removeprefix(around).partition("/")[0] for name in names}
-        if any(map(_is_of_one_student, children)):
+        if 2 * sum(map(_is_of_one_student, children)) >= len(children):
             return ""
         if len(children) > 1:
             return around
 
 
 def _is_of_one_student(name: str) -> bool:
-    """A file or folder called "01" or "hw 1", by a chapter, or as one of this course."""
+    """A file or folder called "01", "hw 1" or "1 (2)", by a chapter alone, or as one of
+    this course."""
     kinds = "ch|chapter|hw|homework|assignment|exercise|week|lab|part"
-    is_numbered = re.match(rf"({kinds})?[ _-]*\d{{1,2}}(?!\d)", name, re.IGNORECASE)
+    number = rf"({kinds})?[ _-]*\d{{1,2}}({AGAIN})*"
+    is_numbered = re.fullmatch(number, _stem(name), re.IGNORECASE)
     is_course = name in ("notebooks", "solutions", "lib")
     return bool(is_numbered) or is_course or not _without_chapter(_stem(name))[0]
 
@@ -287,8 +329,6 @@ def _submission(student: str, parts: list[_Part]) -> Submission:
             of_the_course.append(part.file.name)
         elif part.file.read:
             notebooks.append(part)
-            if part.file.words:
-                result.notes.append(f"{part.file.name}: {part.file.words}")
         elif part.file.words and not _is_of_the_course(f"{part.top}/{part.name}"):
             left_out.append(f"{part.file.name} ({part.file.words})")
     roots = _roots(notebooks)
@@ -299,6 +339,9 @@ def _submission(student: str, parts: list[_Part]) -> Submission:
         result.notes.append(words)
         del notebooks[:num_others]
     result.files = [(part.file.name, part.file.read) for part in notebooks]
+    files = [part.file for part in notebooks]
+    if of_names := [f"{file.name}: {file.words}" for file in files if file.words]:
+        result.notes.append(listed(of_names))
     result.notes += _ambiguities(notebooks, roots)
     if left_out:
         result.notes.append(f"left out: {listed(left_out)}")
@@ -351,7 +394,8 @@ def _when(part: _Part, root: str) -> tuple:
     lies deeper, and copies, before what they are copies of; (9) before (10)."""
     folder, stem = _folder(part), _name(part)
     rest = stem.removeprefix(root)
-    is_version = re.fullmatch(r"([ _-]*(\(\d+\)|v?\d{1,2}|final|late|new))*", rest)
+    of_a_version = r"[ _-]|\(\d+\)|v?\d{1,2}(?!\d)|final|late|new"
+    is_version = re.fullmatch(rf"({of_a_version})*", rest)
     depth = part.name.count("/")
     return (
         (part.date, _natural(part.top), -depth, _natural(folder)),
@@ -383,8 +427,8 @@ def _is_of_the_course(name: str) -> bool:
     parts = name.split("/")
     if parts[-1].casefold() in ("onlinetext.html", "index.html"):
         return True
-    ends = ["/".join(parts[start:]) for start in range(len(parts) - 1)]
-    return any((ROOT / end).is_file() for end in ends)
+    ends = [parts[-depth:] for depth in range(2, 7) if depth <= len(parts)]
+    return any(ROOT.joinpath(*end).is_file() for end in ends)
 
 
 @functools.cache

@@ -6,13 +6,15 @@ Nothing that arrives is executed, unpickled, or larger than it may be.
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
 
 MAX_BYTES = 32 * 2**20  # of a message
 MAX_DEPTH = 20
+MAX_ITEMS = 200_000  # lists, dicts and what is in them; each takes 50 bytes or more here
+MAX_EMPTY = 100_000  # of a dimension of an array that holds no number: it has no bytes
 DTYPES = ("bool", "int32", "int64", "uint8", "float16", "float32", "float64")
 ARRAY = "__array__"
 
@@ -39,6 +41,7 @@ def encode(value: Any) -> bytes:
                 raise WireError(f"expected no key {ARRAY}, got one")
             return {key: plain(item, depth + 1) for key, item in value.items()}
         if type(value) is np.ndarray and str(value.dtype) in DTYPES:
+            _check_shape(value.shape)
             arrays.append(np.ascontiguousarray(value).tobytes())
             order = {"strides": list(value.strides)} if value.size else {}
             return {ARRAY: [str(value.dtype), list(value.shape)], **order}
@@ -48,6 +51,7 @@ def encode(value: Any) -> bytes:
         text = json.dumps(plain(value, 0)).encode()
     except (ValueError, RecursionError) as error:
         raise WireError(f"expected plain data, got {error}") from None
+    _check_items(text)
     message = struct.pack("<Q", len(text)) + text + b"".join(arrays)
     _check_size(len(message))
     return message
@@ -58,7 +62,9 @@ def decode(message: bytes) -> Any:
     try:
         (text_len,) = struct.unpack_from("<Q", message)
         rest = memoryview(message)[8 + text_len :]
-        tree = json.loads(message[8 : 8 + text_len])
+        text = message[8 : 8 + text_len]
+        _check_items(text)
+        tree = json.loads(text)
         value, used = _build(tree, rest, 0, 0)
     except (struct.error, ValueError, TypeError, KeyError, RecursionError) as error:
         raise WireError(f"expected a message, got {type(error).__name__}") from None
@@ -79,7 +85,8 @@ def _build(tree: Any, data: memoryview, used: int, depth: int) -> tuple[Any, int
     if isinstance(tree, dict) and ARRAY in tree:
         dtype, shape = tree[ARRAY]
         if dtype not in DTYPES or not all(type(n) is int and n >= 0 for n in shape):
-            raise WireError(f"expected an array, got {dtype} {shape}")
+            raise WireError("expected an array, got another dtype or shape")
+        _check_shape(shape)
         num_bytes = int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
         array = np.frombuffer(data[used : used + num_bytes], dtype).reshape(shape).copy()
         return _with_strides(array, tree.get("strides")), used + num_bytes
@@ -134,6 +141,24 @@ def take_messages(data: bytearray) -> Iterator[Any]:
         message = bytes(data[8 : 8 + num_bytes])
         del data[: 8 + num_bytes]
         yield decode(message)
+
+
+def _check_items(text: bytes):
+    """Of a message's text, before what it says is made: a list takes 30 times as much
+    memory as its two brackets."""
+    text = text.replace(b"\\\\", b"").replace(b'\\"', b"")  # other quotes end a string
+    num_items = text.count(b'"') // 4  # of a dict's item both may be strings
+    if num_items <= MAX_ITEMS:
+        outside = b"".join(text.split(b'"')[::2])
+        num_items = sum(map(outside.count, (b"[", b"{", b",")))
+    if num_items > MAX_ITEMS:
+        raise WireError(f"expected at most {MAX_ITEMS:,} items, got more")
+
+
+def _check_shape(shape: Iterable[int]):
+    if 0 in shape and max(shape) > MAX_EMPTY:
+        most = f"{MAX_EMPTY:,} in a dimension of an array without numbers"
+        raise WireError(f"expected at most {most}, got {max(shape):,}")
 
 
 def _check_size(num_bytes: int):
