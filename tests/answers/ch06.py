@@ -7,6 +7,7 @@ import random
 import statistics
 import zlib
 from collections import deque
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -568,7 +569,7 @@ def schedule_a_tensor(*args):
     return torch.tensor(plan(*args), dtype=torch.int64)
 
 
-@wrong("schedule")
+@wrong("schedule", says="give ints")
 def schedule_fractions(*args):
     return [float(count) for count in plan(*args)]
 
@@ -576,6 +577,100 @@ def schedule_fractions(*args):
 @wrong("schedule", says="missing 1 required positional argument")
 def schedule_without_a_default(running, waiting, free, budget, size, watermark):
     return plan(running, waiting, free, budget, size, watermark)
+
+
+@right("schedule")
+def schedule_recursively(
+    running, waiting, free, token_budget, block_size, watermark_blocks=0
+):
+    budget, counts = token_budget, [0] * len(running)
+    for i, (t, c, b) in sorted(
+        enumerate(running), key=lambda row: row[1][0] - row[1][1] > 1
+    ):
+        n = max(0, min(t - c, budget, (b + free) * block_size - c))
+        if n:
+            counts[i], budget = n, budget - n
+            free -= max(0, (c + n - 1) // block_size + 1 - b)
+    queue = iter(waiting)
+
+    def begin(free, budget, is_alone):
+        load = next(queue, None) if budget > 0 else None
+        if load is None:
+            return []
+        needed = (load[0] - 1) // block_size + 1 - load[2]
+        if needed > free - (0 if is_alone else watermark_blocks):
+            return []
+        n = min(load[0] - load[1], budget)
+        return [n, *begin(free - needed, budget - n, False)]
+
+    return counts + begin(free, budget, not running)
+
+
+@wrong("schedule", says="wrong for a short rest of a prompt before a decode")
+def schedule_short_rests_as_decodes(*args):
+    def order(running):
+        missing = [load.num_tokens - load.num_cached for load in running]
+        return sorted(range(len(running)), key=lambda i: missing[i] > args[4])
+
+    return plan(*args, order=order)
+
+
+@wrong("schedule", says="Decodes first")
+def schedule_new_prompts_last(*args):
+    return plan(
+        *args,
+        order=lambda running: sorted(
+            range(len(running)), key=lambda i: running[i].num_cached == 0
+        ),
+    )
+
+
+@wrong("schedule", says="more than it fills")
+def schedule_giving_own_blocks_away(running, waiting, free, *others):
+    def taken(load, n, size, ceil):
+        return ceil(load.num_cached + n, size) - load.num_blocks
+
+    spare = sum(
+        max(-taken(load, 0, others[1], lambda n, s: -(-n // s)), 0) for load in running
+    )
+    return plan(running, waiting, free + spare, *others)
+
+
+@wrong("schedule", says="wrong for twelve decodes and twenty short prompts")
+def schedule_four_who_wait(*args):
+    return plan(*args, after=lambda counts, begun, running: counts + begun[:4])
+
+
+@wrong("schedule", says="wrong for a decode without room")
+def schedule_with_a_token_for_each(*args):
+    return plan(*args, spend=lambda budget, n, load: budget - max(n, 1))
+
+
+@wrong("schedule", says="and a prompt with room")
+def schedule_copies_that_nobody_writes(running, waiting, free, budget, size, watermark=0):
+    counts = [0] * len(running)
+    for i in sorted(range(len(running)), key=lambda i: running[i][0] - running[i][1] > 1):
+        num_tokens, num_cached, has = running[i]
+        room = (has + free) * size - num_cached
+        counts[i] = max(min(num_tokens - num_cached, budget, room), 0)
+        budget -= counts[i]
+        free -= max(-(-(num_cached + counts[i]) // size) - has, 0)
+    for load in waiting:
+        needed = -(-load.num_tokens // size) - load.num_blocks
+        if budget == 0 or needed + bool(counts) * watermark > free:
+            break
+        counts.append(min(load.num_tokens - load.num_cached, budget))
+        budget, free = budget - counts[-1], free - needed
+    return counts
+
+
+@wrong("schedule")
+def schedule_whole_blocks_of_who_waits(*args):
+    def first(load, budget):
+        missing = load.num_tokens - load.num_cached
+        return missing if missing <= budget else max(budget // args[4] * args[4], 1)
+
+    return plan(*args, first=first)
 
 
 # finish_reason
@@ -701,6 +796,45 @@ def reason_without_a_word(new_ids, max_new_tokens, stop_ids=()):
 def reason_in_capitals(new_ids, max_new_tokens, stop_ids=()):
     reason = reason_in_a_loop(new_ids, max_new_tokens, stop_ids)
     return reason and reason.upper()
+
+
+@right("finish_reason")
+def reason_by_match(new_ids, max_new_tokens, stop_ids=()):
+    match (new_ids[-1] in tuple(stop_ids), max_new_tokens > len(new_ids)):
+        case (True, _):
+            return "stop"
+        case (_, False):
+            return "length"
+    return None
+
+
+@wrong("finish_reason", says="the only token, which ends it too")
+def reason_of_a_single_token(new_ids, max_new_tokens, stop_ids=()):
+    if max_new_tokens == 1:
+        return "length"
+    return reason_in_a_loop(new_ids, max_new_tokens, stop_ids)
+
+
+@wrong("finish_reason", says="equal tokens")
+def reason_of_different_tokens(new_ids, max_new_tokens, stop_ids=()):
+    return reason_in_a_loop(list(dict.fromkeys(new_ids)), max_new_tokens, stop_ids)
+
+
+@wrong("finish_reason", says="token 0, and nothing that ends it")
+def reason_where_0_ends_all(new_ids, max_new_tokens, stop_ids=(0,)):
+    return reason_in_a_loop(new_ids, max_new_tokens, stop_ids)
+
+
+@wrong("finish_reason", says="token 50256, and nothing that ends it")
+def reason_where_the_last_of_gpt_2_ends_all(new_ids, max_new_tokens, stop_ids=(50_256,)):
+    return reason_in_a_loop(new_ids, max_new_tokens, stop_ids)
+
+
+@wrong("finish_reason", says="a token 256 above")
+def reason_in_bytes(new_ids, max_new_tokens, stop_ids=()):
+    if new_ids[-1] % 256 in {stop_id % 256 for stop_id in stop_ids}:
+        return "stop"
+    return "length" if len(new_ids) >= max_new_tokens else None
 
 
 # latencies
@@ -984,6 +1118,31 @@ def fit_the_amount(memory_bytes, weight_bytes, bytes_per_token, share=0.9):
     return int(abs(share * memory_bytes - weight_bytes) // bytes_per_token)
 
 
+@right("tokens_that_fit")
+def fit_in_fractions(memory_bytes, weight_bytes, bytes_per_token, share=0.9):
+    left = Fraction(str(share)) * Fraction(memory_bytes) - Fraction(weight_bytes)
+    return max(math.floor(left / Fraction(bytes_per_token)), 0)
+
+
+@wrong("tokens_that_fit", says="more than 32 bits")
+def fit_in_single_precision(memory_bytes, weight_bytes, bytes_per_token, share=0.9):
+    left = max(np.float32(share * memory_bytes - weight_bytes), np.float32(0))
+    return int(left / np.float32(bytes_per_token))
+
+
+@wrong("tokens_that_fit", says="wrong for weights that take all")
+def fit_one_at_least(memory_bytes, weight_bytes, bytes_per_token, share=0.9):
+    return fitting(share * memory_bytes - weight_bytes, bytes_per_token) or 1
+
+
+@wrong("tokens_that_fit", says="round down")
+def fit_less_the_tokens_of_weights(
+    memory_bytes, weight_bytes, bytes_per_token, share=0.9
+):
+    all_tokens = int(share * memory_bytes // bytes_per_token)
+    return max(all_tokens - int(weight_bytes // bytes_per_token), 0)
+
+
 # preempt
 
 
@@ -1190,7 +1349,7 @@ def preempt_freeing_blocks_alone(running, waiting, cache):
     return request
 
 
-@wrong("preempt", says="in_the_cache")
+@wrong("preempt", says="not now")
 def preempt_and_begin_at_once(running, waiting, cache):
     request = send_back(running, waiting, cache, running[-1])
     cache.begin(request.request_id, request.token_ids)
@@ -1237,6 +1396,47 @@ def preempt_whoever_shares_blocks_too(running, waiting, cache):
         if first:
             send_back(running, waiting, cache, other)
     return request if first else send_back(running, waiting, cache, request)
+
+
+@right("preempt")
+def preempt_the_last_that_came(running, waiting, cache):
+    request = max(running, key=lambda request: request.number)
+    waiting.appendleft(request)
+    cache.free(request.request_id)
+    running.remove(request)
+    return request
+
+
+@wrong("preempt", says="request 0, and three wait")
+def preempt_that_takes_0_for_none(running, waiting, cache):
+    request = running.pop()
+    cache.free(request.request_id or running[0].request_id)
+    waiting.appendleft(request)
+    return request
+
+
+@wrong("preempt", says="free it in the cache")
+def preempt_freeing_what_has_an_answer(running, waiting, cache):
+    request = running.pop()
+    if request.new_ids:
+        cache.free(request.request_id)
+    waiting.appendleft(request)
+    return request
+
+
+@wrong("preempt", says="nothing of it changes")
+def preempt_with_fewer_tokens_to_come(running, waiting, cache):
+    request = send_back(running, waiting, cache, running[-1])
+    request.max_new_tokens -= len(request.new_ids)
+    return request
+
+
+@wrong("preempt")
+def preempt_to_the_second_place(running, waiting, cache):
+    request = running.pop()
+    cache.free(request.request_id)
+    waiting.insert(1, request)
+    return request
 
 
 # block_hashes
@@ -1539,6 +1739,40 @@ def hashes_by_checksum(token_ids, block_size, previous=0):
 @wrong("block_hashes")
 def hashes_with_zero_for_nothing(*args):
     return chained(*args, key=lambda before, block, *_: (before, [t for t in block if t]))
+
+
+@wrong("block_hashes", says="wrong for 260 texts that end alike")
+def hashes_with_a_byte_of_the_one_before(*args):
+    return chained(*args, key=lambda before, block, *_: (before[:1], block))
+
+
+@wrong("block_hashes", says="wrong for large ids, one apart")
+def hashes_of_half_precision(*args):
+    def key(before, block, *_):
+        return before, np.array(block, dtype=np.float16).tobytes()
+
+    return chained(*args, key=key)
+
+
+@wrong("block_hashes")
+def hashes_of_two_bytes(*args):
+    def digest(key):
+        return hashlib.sha256(repr(key).encode()).digest()[:2]
+
+    return chained(*args, digest=digest)
+
+
+@wrong("block_hashes", says="over nothing else")
+def hashes_with_previous_in_the_first_alone(token_ids, block_size, previous=b""):
+    return chained(
+        *(token_ids, block_size, previous),
+        key=lambda before, block, blocks, *_: (previous, blocks),
+    )
+
+
+@wrong("block_hashes", says="numbered[0]: expected [0], got [0, 1]")
+def hashes_beginning_with_previous(token_ids, block_size, previous=b""):
+    return [previous, *chained(token_ids, block_size, previous)]
 
 
 # find_prefix

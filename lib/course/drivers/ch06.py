@@ -111,8 +111,8 @@ def preempt(
             "gave": _describe(gave, requests),
             "running": _ids(runs, requests),
             "waiting": _ids(waits, requests),
-            "in_the_cache": {
-                f"of {request_id!r}": seq_len
+            "tokens": {
+                f"request {request_id!r} in the cache": seq_len
                 for request_id, seq_len in zip(cache.request_ids, cache.seq_lens.tolist())
                 if request_id is not None
             },
