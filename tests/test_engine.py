@@ -989,7 +989,7 @@ def test_an_engine_refuses_a_cache_that_others_use_or_that_is_of_another_model()
 
 def test_ids_that_the_engine_gives_are_those_of_nobody():
     eng = Engine(small_model(), make_cache("paged", 4))
-    for request_id in (1, 2, (4, 1)):
+    for request_id in (3, 4, (8, 1)):
         eng.add([1], 2, request_id=request_id)
     requests = [eng.add([1], 2) for _ in range(3)] + eng.add([1], 2, n=2)
     assert len({r.request_id for r in requests}) == 5 and len(eng.requests) == 8
