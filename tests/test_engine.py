@@ -740,13 +740,9 @@ def schedule_token_by_token(running, waiting, free, budget, block_size, watermar
                 break
             free, has[i] = free - (needed - has[i]), needed
             counts[i], budget = counts[i] + 1, budget - 1
-    promised = sum(
-        max(math.ceil(load.num_tokens / block_size) - num_blocks, 0)
-        for load, num_blocks in zip(running, has)
-    )
     for load in waiting:
         needed = math.ceil(load.num_tokens / block_size) - load.num_blocks
-        spare = free - promised - needed - (watermark if counts else 0)
+        spare = free - needed - (watermark if counts else 0)
         if not budget or spare < 0:
             break
         free -= needed
