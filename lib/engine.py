@@ -37,7 +37,9 @@ class Load(NamedTuple):
 
     num_tokens: int  # of its prompt and its answer so far
     num_cached: int  # of these, in the cache
-    num_blocks: int  # that it can fill without taking one from the free ones
+    # That it can fill without taking a free one. Not among them: a last block that others
+    # use too (who writes needs a copy), and what lies in the cache and nobody uses.
+    num_blocks: int
 
 
 def schedule(
@@ -52,11 +54,11 @@ def schedule(
 
     running, waiting: in the order of their arrival. First come requests that miss one
     token (decodes), then running prompts, each as much of it as the budget and the free
-    blocks allow; then those waiting. The first of these begins if the budget has a token
-    left, and if blocks for all that it knows are free beside the `watermark_blocks`,
-    which stay free for those that decode (while nothing runs, none need to). Then the
-    second, and so on; nobody overtakes. Returns a count for each that runs, then for each
-    that begins, at least 1.
+    blocks allow, or none; then those waiting. The first of these begins if the budget has
+    a token left, and if blocks for all that it knows are free beside the
+    `watermark_blocks`, which stay free for those that decode (while nobody runs or has
+    begun, none need to). Then the second, and so on; nobody overtakes. Returns a count
+    for each that runs, then for each that begins, at least 1.
 
     >>> decodes, prompt = [Load(9, 8, 2), Load(5, 4, 2)], Load(12, 0, 0)
     >>> schedule(decodes, [prompt], num_free_blocks=4, token_budget=8, block_size=4)
@@ -68,7 +70,7 @@ def schedule(
 
     counts, free = [0] * len(running), num_free_blocks
 
-    # Decodes first: each is somebody who reads along.
+    # Decodes, each somebody who reads along; then running prompts.
     missing = [load.num_tokens - load.num_cached for load in running]
     for i in sorted(range(len(running)), key=lambda i: missing[i] > 1):
         load = running[i]

@@ -5,7 +5,7 @@
 # far nobody was served: all requests of a batch came together, and the batch
 # ended with its longest text. Real requests come when they like and end when
 # they like. So at every step somebody has to decide who takes part, who begins,
-# and who has to go when the pool is full. That is a scheduler, and a dozen
+# and who has to go when the pool is full. That is a scheduler, and some twenty
 # lines of it make the difference between a cache and a server. You write them
 # here, and then watch what they do: who was in the batch when, how long
 # somebody waited, and what was computed twice. At the end, requests that begin
@@ -81,17 +81,26 @@ print(f"{sum(output_lens) / num_steps:.1f} tokens per step, of 4 possible")
 # ## Two requests, blocks of two, on paper
 #
 # Two requests come together: a with the prompt `w h a`, b with `l e s`. Each
-# wants three tokens more. The pool has four blocks of two places, and a step
-# computes at most four tokens, its **token budget**. Who began first comes
-# first:
+# wants three tokens more, its 1st, 2nd and 3rd. The pool has four blocks of two
+# places, and a step computes at most four tokens, its **token budget**. Who
+# began first comes first:
 #
-# | step | a | b | free blocks | |
-# |---|---|---|---|---|
-# | 1 | computes `w h a`, draws 1st | begins: computes `l` | 1 | the budget is used up: b's prompt comes in pieces |
-# | 2 | computes its 1st, draws 2nd | computes `e s`, draws 1st | 0 | a has filled its two blocks, b has one place left |
-# | 3 | computes its 2nd, draws 3rd: done | is sent back | 4 | a needs a third block, and b began last |
-# | 4 | | begins again: computes `l e s` and its 1st, draws 2nd | 2 | nothing that b had written is lost, but it is computed again |
-# | 5 | | computes its 2nd, draws 3rd: done | 4 | the last token of an answer never enters the cache |
+# | step | a | b | free blocks |
+# |---|---|---|---|
+# | 1 | computes `w h a`, draws 1st | computes `l` | 1 |
+# | 2 | computes 1st, draws 2nd | computes `e s`, draws 1st | 0 |
+# | 3 | computes 2nd, draws 3rd: done | is sent back | 4 |
+# | 4 | | computes `l e s` and 1st, draws 2nd | 2 |
+# | 5 | | computes 2nd, draws 3rd: done | 4 |
+#
+# 1. The budget is used up by a's prompt and one token of b's: that one comes in
+#    pieces.
+# 2. Now a has filled its two blocks, and b has one place left.
+# 3. For its next token a needs a third block. None is free, and b began last:
+#    it is sent back. It now knows four tokens and needs two blocks to begin
+#    again, of which one is free. Then a is done.
+# 4. Nothing that b has drawn is lost, but it is computed again.
+# 5. The last token of an answer never enters the cache.
 #
 # Free blocks are counted after the step. Nothing else happens in an engine. A
 # step is
@@ -108,23 +117,35 @@ print(f"{sum(output_lens) / num_steps:.1f} tokens per step, of 4 possible")
 # The schedule sees plain numbers. Of each request it gets a `Load`: how many
 # tokens it knows, prompt and answer so far; how many of these are in the cache;
 # and how many blocks it has. What a request misses is the difference of the
-# first two. Who *decodes* misses one token, the one that was drawn last.
+# first two. A request that misses exactly one token *decodes*: as a rule that
+# is the token that was drawn last.
 #
 # The rules, each with its reason:
 #
 # - **Decodes first**, in order of arrival. Somebody is reading along.
 # - **Then running prompts**, in order of arrival: as many tokens as the budget
-#   and the free blocks allow. A prompt may take several steps.
+#   and the free blocks allow, which may be none. A prompt may take several
+#   steps.
 # - **Then those who wait**, in order. The first one begins if there is a token
 #   left in the budget, and if blocks for *all* that it knows are free. (If it
-#   were let in for its first piece only, it could get stuck halfway, with blocks
-#   that those who decode will soon need; then it is sent back, and its pieces
-#   were computed for nothing.) If it may not begin, nobody behind it may:
-#   otherwise long requests would wait for ever.
+#   were let in for its first piece only, it could get stuck halfway, with
+#   blocks that those who decode will soon need; then it is sent back, and its
+#   pieces were computed for nothing.) If it may not begin, nobody behind it
+#   may: otherwise long requests would wait for ever.
 # - `watermark_blocks` stay free when somebody begins, so that those who decode
-#   can grow, as in chapter 4. While nothing runs, nobody needs them.
+#   can grow, as in chapter 4. While nobody runs, and nobody has begun in this
+#   step, nobody needs them.
 #
-# ### Exercise 6.1 · `schedule` ★★★ (30 minutes)
+# `num_blocks` of a `Load` are blocks that the request has for itself. A last
+# block that others share is not among them, since who writes there needs a copy
+# (chapter 4). So a request may have less room than it has tokens; it gets 0
+# then.
+#
+# %%
+Load(num_tokens=9, num_cached=8, num_blocks=2)  # decodes
+
+# %% [markdown]
+# ### Exercise 6.1 · `schedule` ★★★ (40 minutes)
 #
 # Return a list: a count for each running request, in the order in which they
 # came (0 for one that gets none), then one for each that begins, at least 1.
@@ -205,7 +226,8 @@ check(finish_reason)
 #
 # The pool is full, and somebody who decodes needs a block. Send back the
 # request that began last. It keeps all its tokens, those that it has drawn too:
-# when it begins again, they are its prompt. It goes to the *head* of the queue,
+# when it begins again, they are its prompt. (They are in the request; you need
+# do nothing for that.) It goes to the *head* of the queue,
 # since everybody there came later. And its blocks go back to the pool.
 
 # %% exercise="preempt"
@@ -231,10 +253,10 @@ check(preempt)
 # %% [markdown]
 # ## The engine
 #
-# `Engine` in lib/engine.py is the five lines above, with your three functions
-# in it. `add` puts a request at the end of the queue and returns a `Request`,
-# in which its text will appear. `step` makes one step and says what it did. Let
-# us play the table from above:
+# `Engine` in lib/engine.py is the five lines above. Whichever of your three
+# functions have passed stand in it. `add` puts a request at the end of the
+# queue and returns a `Request`, in which its text will appear. `step` makes one
+# step and says what it did. Let us play the table from above:
 
 # %%
 def step_line(number, step):
@@ -263,6 +285,7 @@ for number, step in enumerate(serving.run(), start=1):
 pool = PagedKVCache(lm.config, num_blocks=64, block_size=16, fused_decode=True)
 serving = Engine(lm, pool)
 other = serving.add(text.encode("The sea "), 30, temperature=0.7, seed=1)
+print("Call me ", end="")
 for token_id in serving.stream(
     text.encode("Call me "), 60, temperature=0.7, seed=0
 ):
@@ -307,15 +330,25 @@ print(f"same texts: {is_same}")
 # %% [markdown]
 # ## Who was in the batch when
 #
-# Back to the sixteen requests. At most four of them fit into the batches above;
-# here a pool of 28 blocks of 16 decides how many run at a time.
+# Back to the sixteen requests. A batch above had four places; here a pool of 28
+# blocks of 16 decides how many run at a time. What is gained by filling places
+# at once, and what by having more of them? With four places (a pool of four
+# blocks, each as long as the longest text) we see the first alone.
 
 # %%
 pool = PagedKVCache(lm.config, 28, block_size=16, fused_decode=True)
 requests, steps = serve(pool, output_lens, token_budget=64)
 sent_back = sum(len(step.preempted) for step in steps)
-print(f"{len(steps)} steps instead of {num_steps}, ", end="")
-print(f"{sent_back} sent back")
+four_places = simulation.predict_steps(
+    lengths, num_blocks=4, block_size=512, token_budget=512
+)
+print(f"static batches of four {num_steps} steps, ", end="")
+print(f"four places, filled at once, {len(four_places)}; ", end="")
+print(f"the pool {len(steps)}, with {sent_back} sent back")
+
+# %% [markdown]
+# (The longest answer has 111 tokens, so fewer steps are impossible. How
+# `predict_steps` knows steps that nobody has made, we shall see below.)
 
 # %%
 drawing.draw_gantt(
@@ -325,8 +358,8 @@ drawing.draw_gantt(
 # %% [markdown]
 # *A row is a request. Blue: pieces of its prompt; orange: a token of its answer
 # at each step; hatched: computed again, after it was sent back (cross) and had
-# waited (grey line). The others behind it, 12 to 15, wait until enough blocks
-# are free.*
+# waited (grey line). Request 10 is sent back once and 11 twice; 12 to 15 have
+# not begun by then, and wait for both.*
 
 # %%
 peak = 28 - min(step.num_free_blocks for step in steps)
@@ -424,7 +457,7 @@ check(latencies)
 
 # %%
 def token_times(steps):
-    """The seconds at which each request's tokens came, from the first step on."""
+    """The seconds at which each request's tokens came, from step 1 on."""
     now, times = 0.0, {}
     for step in steps:
         now += sum(step.seconds.values())
@@ -450,23 +483,25 @@ runs = {budget: [] for budget in budgets}
 for _ in range(3):  # in turns; each run takes the same steps
     for budget in budgets:
         runs[budget].append(read_along(budget))
-for budget, of_budget in runs.items():
+for of_budget in runs.values():
     largest = max(sum(step.counts.values()) for step in of_budget[0])
     all_times = [token_times(steps) for steps in of_budget]
     waits, firsts = [], []
+    num_pieces = sum("new" in step.counts for step in of_budget[0]) - 9
     for steps, times in zip(of_budget, all_times):
         arrived = sum(sum(step.seconds.values()) for step in steps[:20])
         firsts.append(engine.latencies(arrived, times["new"])["first"])
         waits.append(max(b - a for a, b in zip(times[0], times[0][1:])))
     print(f"largest step {largest:3} tokens: a reader waits ", end="")
-    print(f"{1000 * min(waits):4.0f} ms at most, ", end="")
-    print(f"the newcomer {1000 * min(firsts):4.0f} ms for the first token")
+    print(f"{1000 * min(waits):4.0f} ms at most, the newcomer ", end="")
+    print(f"{1000 * min(firsts):4.0f} ms, {num_pieces} steps")
 
 # %% [markdown]
-# (The fastest of three runs.) The smaller the pieces, the shorter the longest
-# wait of those who read; the newcomer pays for it with more steps until the
-# first token. This is *chunked prefill* (Sarathi-Serve, 2024). There is no
-# right budget, only a choice of who waits.
+# (The fastest of three runs.) In pieces, the longest wait of those who read is
+# a fraction of what it was; very small pieces gain little more, since every
+# step takes some time whatever it computes. And the newcomer needs more steps
+# until the first token. This is *chunked prefill* (Sarathi-Serve, 2024). There
+# is no right budget, only a choice of who waits.
 #
 # ## When the pool runs dry
 #
@@ -476,7 +511,7 @@ for budget, of_budget in runs.items():
 
 # %%
 chats = simulation.draw_requests(150, 161.3, 338.0)
-for watermark in (0, 0.02, 0.05):
+for watermark in (0, 0.02, 0.05, 0.2):
     predicted = simulation.predict_steps(
         chats, 400, 16, token_budget=512, watermark=watermark
     )
@@ -488,14 +523,19 @@ for watermark in (0, 0.02, 0.05):
     print(f"{len(predicted)} steps")
 
 # %% [markdown]
-# (The last token of an answer is never computed, hence the `- 1`.)
+# (The last token of an answer is never computed, hence the `- 1`.) This pool is
+# small for such requests, and so many are sent back. A watermark saves most of
+# what is computed again. It hardly changes the number of steps, until it is so
+# large that requests wait outside for room that nobody uses: it makes steps
+# shorter, not fewer.
+#
+# ## How large is the pool?
 #
 # ### Exercise 6.5 · `tokens_that_fit` ★ (5 minutes)
 #
-# How large is the pool in the first place? A server loads the weights, keeps
-# some memory for activations and for whatever else there is, and gives the rest
-# to the pool. vLLM's default is that weights and pool together may have 90% of
-# a GPU's memory.
+# A server loads the weights, keeps some memory for activations and for whatever
+# else there is, and gives the rest to the pool. vLLM's default is that weights
+# and pool together may have 90% of a GPU's memory.
 
 # %% exercise="tokens_that_fit"
 from lib.engine import tokens_that_fit
@@ -530,9 +570,9 @@ for name, weight_bytes, bytes_per_token in (
     print(f"{tokens:7,} tokens, {tokens // 500:3} requests of 500")
 
 # %% [markdown]
-# The smaller model leaves not even a quarter more memory, but its tokens take
-# less than a sixth of the bytes, since groups of four query heads share a KV
-# head. That is the next chapter's subject.
+# The smaller model leaves 56 GB for the pool instead of 46, a fifth more, but
+# its tokens take less than a sixth of the bytes, since groups of four query
+# heads share a KV head. That is the next chapter's subject.
 #
 # ## The paper's curve
 #
@@ -559,8 +599,8 @@ for batch_size in (1, 7, 30):
     print(f"{batch_size:2} requests of 300 tokens: {step_ms:4.1f} ms per step")
 
 # %% [markdown]
-# Thirty requests take hardly longer than one: reading the weights is most of a
-# step. So whoever has room for more of them serves more.
+# Thirty requests take not even one and a half times as long as one: reading the
+# weights is most of a step. So whoever has room for more of them serves more.
 
 # %%
 POOL = 15_728  # slots, as in chapter 4
@@ -574,7 +614,7 @@ kinds = {
 
 
 def mean_latency(manager, rate):
-    """Normalized, in seconds per token, where so many requests come a second."""
+    """Normalized, in seconds per token, at so many requests a second."""
     arrivals = simulation.draw_arrivals(len(chats), rate)
     served = simulation.serve(manager, chats, arrivals, on_a_gpu)
     return sum(one.normalized for one in served) / len(served)
@@ -594,8 +634,8 @@ sustained = {
 }
 plotting.plot_latency(
     curves,
-    title=f"Rows for the longest keep up with {sustained['maximum']:g} requests "
-    f"per second, blocks with {sustained['blocks of 16']:g}",
+    title=f"Rows for the longest keep up with {sustained['maximum']:g} "
+    f"requests per second, blocks with {sustained['blocks of 16']:g}",
 );
 
 # %% [markdown]
@@ -612,8 +652,8 @@ here = simulation.fit_step_seconds(steps)
 print(f"a step: {1e3 * here.fixed:.1f} ms, and ", end="")
 print(f"{1e3 * here.per_new_token:.2f} ms for each new token")
 growth = [seconds(30, 9000) / seconds(1, 300) for seconds in (here, on_a_gpu)]
-print("thirty requests take {:.1f} times as long as one; ".format(growth[0]), end="")
-print("on the GPU {:.1f} times".format(growth[1]))
+print(f"thirty requests take {growth[0]:.1f} times as long as one; ", end="")
+print(f"on the GPU {growth[1]:.1f} times")
 
 # %% [markdown]
 # A processor's core is busy with a few tokens already. More room in the pool
@@ -668,15 +708,16 @@ other = prefix_cache.block_hashes(list(b"Call us Ishmael."), 4)
 [a == b for a, b in zip(one, other)]
 
 # %% [markdown]
-# The last two blocks hold the same letters in both texts, `shma` and `el.` with
-# what stands before; their names differ all the same.
+# The last two blocks hold the same letters in both texts, `Ishm` and `ael.`.
+# Their names differ all the same, since what stands before them differs.
 #
 # ### Exercise 6.7 · `find_prefix` ★★ (10 minutes)
 #
 # Return the blocks of the longest beginning that is there. `block_of_hash` says
 # which block has which name. One thing more: the model has to be called with at
 # least one token, or nobody knows what comes next. So if all of a prompt is
-# there, leave out its last block.
+# there, leave out its last block: blocks are found whole, and nobody writes
+# into one that others read.
 
 # %% exercise="find_prefix"
 from lib.prefix_cache import find_prefix
@@ -804,12 +845,12 @@ cache.k_cache.nbytes * 2 // 16
 #
 # 1. A static batch lasts as long as its longest text; an engine decides at
 #    every step who takes part.
-# 2. A schedule is a dozen lines on plain numbers: decodes first, then pieces of
-#    running prompts, then whoever waits, in order, as far as tokens and blocks
-#    go.
+# 2. A schedule is some twenty lines on plain numbers: decodes first, then
+#    pieces of running prompts, then whoever waits, in order, as far as tokens
+#    and blocks go.
 # 3. If the pool runs dry, the request that began last goes back to the head of
 #    the queue with all its tokens, and is computed again; a watermark makes
-#    that rare.
+#    that rarer.
 # 4. A long prompt in pieces lets those who read wait less, and whoever sent it
 #    wait longer.
 # 5. A block whose name is a hash of its text so far is found by everybody who
