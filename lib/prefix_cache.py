@@ -9,8 +9,9 @@ has nothing else to hand out. This replaces the free list of lib/block_manager.p
 Invariant: a block with a name is full, computed, and never written to; it is idle, or
 stands in `ref_count` tables. An idle block counts as free.
 
-This is automatic prefix caching as in vLLM
-(https://docs.vllm.ai/en/latest/design/prefix_caching/). RadixAttention in SGLang
+This is automatic prefix caching, after vLLM's
+(https://docs.vllm.ai/en/latest/design/prefix_caching/); unlike there, a block is found
+only after the step that fills it, and tokens are compared too. RadixAttention in SGLang
 (https://arxiv.org/abs/2312.07104) keeps a tree of texts instead of hashes. Read
 lib/block_manager.py and lib/paged_kv_cache.py before.
 """
@@ -423,8 +424,15 @@ class PrefixKVCache(PagedKVCache):
             return
         num_full = min(mark.seq_len, len(text.token_ids)) // self.block_size
         for i in range(text.num_blocks, num_full):
+            if not self._holds_numbers(block_table[i]):  # whoever finds it would have NaN
+                return
             block = text.token_ids[i * self.block_size : (i + 1) * self.block_size]
             text.last = self.manager.names.give(block_table[i], block, text.last)
+
+
+    def _holds_numbers(self, block_id: int) -> bool:
+        caches = self.k_cache, self.v_cache
+        return all(bool(cache[:, block_id].isfinite().all()) for cache in caches)
 
 
 def as_ints(token_ids: Sequence[int]) -> tuple[int, ...]:

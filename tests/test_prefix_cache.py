@@ -862,3 +862,16 @@ def test_an_interrupt_at_any_line_leaves_no_wrong_name(monkeypatch):
             got = torch.stack([cache.k_cache[:, table], cache.v_cache[:, table]])
             assert_close(got.flatten(2, 3), kv_of(tuple(text)))
     assert num_own > 200
+
+
+def test_what_is_no_number_is_found_by_nobody():
+    model = copy.deepcopy(MODEL)
+    with torch.no_grad():
+        model.embed.weight[4] = float("nan")
+    cache = prefix_kv_cache(8, 4)
+    cache.begin("ill", token_ids := [0, 1, 2, 3, 4, 0])
+    # 0 · NaN is NaN: a masked one spoils the tokens before it too.
+    forward_cached(model, cache, torch.tensor(token_ids), torch.tensor([6]))
+    cache.free("ill")
+    assert cache.find([0, 1, 2, 3, 3]) == (0, 0) and cache.num_free_blocks == 8
+    cache.check_integrity()
