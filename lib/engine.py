@@ -8,8 +8,9 @@ sent back, and computed again later (https://arxiv.org/abs/2309.06180, section 4
 
 Invariant: what a request knows, its prompt and its answer so far, is in `token_ids`; how
 much of that is computed is in the cache, and nowhere else. So an engine that was stopped
-at any line, by an error or an interrupt, finds its way back: `Engine._settle`. And a text
-does not depend on who else is there: each token is drawn with a seed of its own.
+at any line of this file, by an error or an interrupt, finds its way back:
+`Engine._settle`. And a text does not depend on who else is there: each token is drawn
+with a seed of its own.
 
 Read lib/generate.py and lib/paged_kv_cache.py before.
 """
@@ -52,10 +53,10 @@ def schedule(
     running, waiting: in the order of their arrival. First come requests that miss one
     token (decodes), then running prompts, each as much of it as the budget and the free
     blocks allow; then those waiting. The first of these begins if the budget has a token
-    left, and if blocks for all that it knows are free, beside those that running prompts
-    will still take and the `watermark_blocks`, which stay free for those that decode
-    (while nothing runs, none need to). Then the second, and so on; nobody overtakes.
-    Returns a count for each that runs, then for each that begins, at least 1.
+    left, and if blocks for all that it knows are free beside the `watermark_blocks`,
+    which stay free for those that decode (while nothing runs, none need to). Then the
+    second, and so on; nobody overtakes. Returns a count for each that runs, then for each
+    that begins, at least 1.
 
     >>> decodes, prompt = [Load(9, 8, 2), Load(5, 4, 2)], Load(12, 0, 0)
     >>> schedule(decodes, [prompt], num_free_blocks=4, token_budget=8, block_size=4)
@@ -66,22 +67,16 @@ def schedule(
         return -(-num_tokens // block_size)  # rounded up
 
     counts, free = [0] * len(running), num_free_blocks
-    has = [load.num_blocks for load in running]
 
     # Decodes first: each is somebody who reads along.
     missing = [load.num_tokens - load.num_cached for load in running]
     for i in sorted(range(len(running)), key=lambda i: missing[i] > 1):
         load = running[i]
-        room = (has[i] + free) * block_size - load.num_cached
+        room = (load.num_blocks + free) * block_size - load.num_cached
         counts[i] = max(min(missing[i], token_budget, room), 0)
         if counts[i] > 0:
             token_budget -= counts[i]
-            taken = max(num_blocks(load.num_cached + counts[i]) - has[i], 0)
-            has[i], free = has[i] + taken, free - taken
-
-    # What running prompts will still take is as good as taken.
-    for load, num_own in zip(running, has):
-        free -= max(num_blocks(load.num_tokens) - num_own, 0)
+            free -= max(num_blocks(load.num_cached + counts[i]) - load.num_blocks, 0)
 
     # Then whoever waits, in order.
     for load in waiting:

@@ -354,13 +354,14 @@ class Decodes:
     other_lens: torch.Tensor  # query_lens of the others, 0 where these are
 
     def attend(self, q: torch.Tensor, decode: Callable, others: Callable) -> torch.Tensor:
-        """q (N, H, D): theirs through `decode`, the rest through `others`."""
+        """q (N, H, D): theirs through `decode`, the rest through `others`. Returns
+        (N, H, D)."""
         if self.is_theirs is None:
             return decode(q)
         out = torch.empty_like(q)
         out[self.is_theirs] = decode(q[self.is_theirs])
         out[~self.is_theirs] = others(q[~self.is_theirs])
-        return out  # (N, H, D)
+        return out
 
 
 def split_decodes(query_lens: torch.Tensor) -> Decodes | None:
@@ -376,7 +377,7 @@ def split_decodes(query_lens: torch.Tensor) -> Decodes | None:
         return None
     if is_decode.all():
         return Decodes(slice(None), None, other_lens)
-    is_theirs = is_decode.repeat_interleave(query_lens)  # (N,)
+    is_theirs = is_decode.repeat_interleave(query_lens)
     if is_theirs.all():  # the others rest
         return Decodes(is_decode.nonzero().squeeze(-1), None, other_lens)
     return Decodes(is_decode.nonzero().squeeze(-1), is_theirs, other_lens)

@@ -158,7 +158,7 @@ def attend_decode_paged(
         kv = dense(k_cache, ids), dense(v_cache, ids)
         outs.append(kv_cache.attend_decode(q_some, *kv, mask_some))
         del kv  # before the next are copied
-    return torch.cat(outs)  # (B, H, D)
+    return torch.cat(outs)
 
 
 def paged_utilization(seq_lens: torch.Tensor, block_size: int) -> float:

@@ -767,9 +767,9 @@ for name, cost in costs.items():
 
 # %% [markdown]
 # The second number is that of a cache with `fused_decode=True`, which calls
-# `attend_decode` when every request brings one token. It takes the queries of
-# all requests in one call of torch's fused attention, reads every row up to the
-# longest request, and masks what comes after a request's own keys. (In these
+# `attend_decode` for all requests that bring one token. It takes their queries
+# in one call of torch's fused attention, reads every row up to the longest
+# request, and masks what comes after a request's own keys. (In these
 # notebooks `fused_decode` is False by default, so that your own `attend_cached`
 # runs.)
 

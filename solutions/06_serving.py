@@ -116,20 +116,21 @@ print(f"{sum(output_lens) / num_steps:.1f} tokens per step, of 4 possible")
 # - **Then running prompts**, in order of arrival: as many tokens as the budget
 #   and the free blocks allow. A prompt may take several steps.
 # - **Then those who wait**, in order. The first one begins if there is a token
-#   left in the budget, and if blocks for *all* that it knows are free, beside
-#   those that running prompts will still take. (If it were let in for its first
-#   piece only, two long prompts could fill the pool halfway each and block one
-#   another.) If it may not begin, nobody behind it may: otherwise long requests
-#   would wait for ever.
+#   left in the budget, and if blocks for *all* that it knows are free. (If it
+#   were let in for its first piece only, it could get stuck halfway, with blocks
+#   that those who decode will soon need; then it is sent back, and its pieces
+#   were computed for nothing.) If it may not begin, nobody behind it may:
+#   otherwise long requests would wait for ever.
 # - `watermark_blocks` stay free when somebody begins, so that those who decode
 #   can grow, as in chapter 4. While nothing runs, nobody needs them.
 #
 # ### Exercise 6.1 · `schedule` ★★★ (30 minutes)
 #
 # Return a list: a count for each running request, in the order in which they
-# came, then one for each that begins, at least 1. `waiting` may be long, and
-# may be an iterator: look at no more requests than you have to. Three
-# paragraphs are missing, one for each of the first three rules.
+# came (0 for one that gets none), then one for each that begins, at least 1.
+# `waiting` may be long, and may be an iterator: look at no more requests than
+# you have to. Two paragraphs are missing: one loop for those who run, one for
+# those who wait.
 
 # %% exercise="schedule" given="1 2"
 from lib.engine import schedule
@@ -150,12 +151,11 @@ check(schedule)
 # </details>
 # <details><summary>Hint 2</summary>
 #
-# After that loop, subtract from `free` what running prompts will take later:
-# blocks for `num_tokens`, less those that they have by now, and never less than
-# 0. Then, for each `load` in `waiting`, `needed = num_blocks(load.num_tokens) -
+# For each `load` in `waiting`, `needed = num_blocks(load.num_tokens) -
 # load.num_blocks`. Stop (`break`) when the budget is 0, or `needed` and the
-# watermark are more than `free`. The watermark counts only if `counts` has
-# somebody in it.
+# watermark together are more than `free`. The watermark counts only if `counts`
+# has somebody in it. Otherwise append a count, and subtract from the budget and
+# from `free`.
 #
 # </details>
 
@@ -167,8 +167,8 @@ a, b = Load(3, 0, 0), Load(3, 0, 0)
 engine.schedule([], [a, b], num_free_blocks=4, token_budget=4, block_size=2)
 
 # %% [markdown]
-# And the second: a misses the token it drew, b the rest of its prompt. Both
-# have two blocks (or will: b's second one is as good as taken).
+# And the second: a misses the token it drew, and has two blocks; b misses the
+# rest of its prompt, and has one.
 
 # %%
 a, b = Load(4, 3, 2), Load(3, 1, 1)
@@ -323,13 +323,16 @@ drawing.draw_gantt(
 );
 
 # %% [markdown]
-# *A bar is a request, from its first step to its last. Dark: a piece of its
-# prompt; light: a token of its answer; hatched: computed again. Where one bar
-# ends, another begins.*
+# *A row is a request. Blue: pieces of its prompt; orange: a token of its answer
+# at each step; hatched: computed again, after it was sent back (cross) and had
+# waited (grey line). The others behind it, 12 to 15, wait until enough blocks
+# are free.*
 
 # %%
+peak = 28 - min(step.num_free_blocks for step in steps)
 plotting.plot_pool(
-    steps, num_blocks=28, title="The pool is full from the second step on"
+    steps, num_blocks=28,
+    title=f"Up to {peak} of 28 blocks are in use, and then somebody has to go",
 );
 
 # %% [markdown]
@@ -442,7 +445,7 @@ def read_along(token_budget):
     return steps + serving.run()
 
 
-budgets = [404, 104, 54, 29]
+budgets = [404, 104, 29]
 runs = {budget: [] for budget in budgets}
 for _ in range(3):  # in turns; each run takes the same steps
     for budget in budgets:
@@ -460,10 +463,10 @@ for budget, of_budget in runs.items():
     print(f"the newcomer {1000 * min(firsts):4.0f} ms for the first token")
 
 # %% [markdown]
-# (Of three runs, the fastest.) The smaller the pieces, the shorter the longest wait of those who read; the
-# newcomer pays for it with more steps until the first token. This is *chunked
-# prefill* (Sarathi-Serve, 2024). There is no right budget, only a choice of who
-# waits.
+# (The fastest of three runs.) The smaller the pieces, the shorter the longest
+# wait of those who read; the newcomer pays for it with more steps until the
+# first token. This is *chunked prefill* (Sarathi-Serve, 2024). There is no
+# right budget, only a choice of who waits.
 #
 # ## When the pool runs dry
 #
@@ -591,8 +594,8 @@ sustained = {
 }
 plotting.plot_latency(
     curves,
-    title=f"{sustained['maximum']:g} requests per second with rows for the "
-    f"longest, {sustained['blocks of 16']:g} with blocks",
+    title=f"Rows for the longest keep up with {sustained['maximum']:g} requests "
+    f"per second, blocks with {sustained['blocks of 16']:g}",
 );
 
 # %% [markdown]
@@ -828,8 +831,8 @@ cache.k_cache.nbytes * 2 // 16
 # <details><summary>Answers</summary>
 #
 # 1. 100 steps; 270 of 400 places are empty.
-# 2. Two long prompts, each let in for a piece, could fill the pool together and
-#    neither could go on.
+# 2. It could get stuck halfway, and be sent back by those who decode: its
+#    pieces were computed for nothing.
 # 3. It has the least to lose, and nobody who came earlier should wait for it;
 #    everybody in the queue came later.
 # 4. Only full blocks are found: 18 of them, 288 tokens. 16 go through the

@@ -37,6 +37,16 @@ def kernel(x, TILE):
     return score
 
 
+def rounded(n, size):
+    """A function inside, and so a line between it and this."""
+
+    def up(n):
+        return -(-n // size)
+
+    # double
+    return 2 * up(n)
+
+
 def total(rows):
     total = 0
     for row in rows:
@@ -100,6 +110,14 @@ def test_a_step_inside_a_loop_is_left_out_at_its_depth(module):
 
     return total"""
     )
+
+
+def test_a_function_inside_stays_inside(module):
+    expected = MODULE[MODULE.index("def rounded") : MODULE.index("    return 2")]
+    expected += "    ...  # about 1 line\n\n    raise NotImplementedError"
+    blank = stub(module, ["rounded"], ["1"])
+    assert blank == expected.replace('this."""\n\n', 'this."""\n')
+    compile(blank, "blank", "exec")
 
 
 def test_of_a_class_each_method_is_left_out_but_those_given(module):

@@ -115,7 +115,8 @@ def _blank(source: str, given: list[str]) -> str:
 
 
 def _blank_body(body: list[str], given: list[str]) -> list[str]:
-    indent = " " * (len(body[0]) - len(body[0].lstrip()))
+    first = next(line for line in body if line.strip())
+    indent = " " * (len(first) - len(first.lstrip()))
     paragraphs = textwrap.dedent("\n".join(body)).strip("\n").split("\n\n")
     out, is_any_kept = [], False
     end, depth = 0, ""  # of what is left out

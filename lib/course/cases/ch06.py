@@ -1034,7 +1034,6 @@ def evict_explain(inputs: dict, expected: dict, got: dict) -> str | None:
 
 
 EXERCISES = [
-    Exercise("lib.engine.finish_reason", 1, finish_reason_cases, finish_reason_explain),
     Exercise(
         "lib.engine.schedule",
         3,
@@ -1045,6 +1044,7 @@ EXERCISES = [
             "`for`, as far as requests begin"
         },
     ),
+    Exercise("lib.engine.finish_reason", 1, finish_reason_cases, finish_reason_explain),
     Exercise("lib.engine.preempt", 2, preempt_cases, preempt_explain),
     Exercise("lib.engine.latencies", 1, latencies_cases, latencies_explain),
     Exercise(
