@@ -1741,7 +1741,7 @@ def hashes_with_zero_for_nothing(*args):
     return chained(*args, key=lambda before, block, *_: (before, [t for t in block if t]))
 
 
-@wrong("block_hashes", says="wrong for 260 texts that end alike")
+@wrong("block_hashes")
 def hashes_with_a_byte_of_the_one_before(*args):
     return chained(*args, key=lambda before, block, *_: (before[:1], block))
 
