@@ -9,7 +9,7 @@ sent back, and computed again later (https://arxiv.org/abs/2309.06180, section 4
 Invariant: what a request knows, its prompt and its answer so far, is in `token_ids`; how
 much of that is computed is in the cache, and nowhere else. So an engine that was stopped
 at any line of this file, by an error or an interrupt, finds its way back:
-`Engine._settle`. And a text does not depend on who else is there: each token is drawn
+`Engine._settle`. And who else is there changes nothing but rounding: each token is drawn
 with a seed of its own.
 
 Read lib/generate.py and lib/paged_kv_cache.py before.
@@ -52,13 +52,15 @@ def schedule(
 ) -> list[int]:
     """How many new tokens of each request the next step computes.
 
-    running, waiting: in the order of their arrival. First come requests that miss one
-    token (decodes), then running prompts, each as much of it as the budget and the free
-    blocks allow, or none; then those waiting. The first of these begins if the budget has
-    a token left, and if blocks for all that it knows are free beside the
-    `watermark_blocks`, which stay free for those that decode (while nobody runs or has
-    begun, none need to). Then the second, and so on; nobody overtakes. Returns a count
-    for each that runs, then for each that begins, at least 1.
+    running, waiting: in the order of their arrival; waiting may be a generator, of which
+    no more are looked at than begin, and one. First come requests that miss one token
+    (decodes), then running prompts, each as much of it as the budget and the free blocks
+    allow; who finds no room gets 0, and those behind it go on. Then those waiting. The
+    first of these begins if the budget has a token left, and if blocks for all that it
+    knows are free beside the `watermark_blocks`, which stay free for those that decode
+    (while nobody runs, and nobody has begun in this step, none need to). Then the second,
+    and so on; nobody overtakes. Returns a count for each that runs, in their order, then
+    for each that begins, at least 1.
 
     >>> decodes, prompt = [Load(9, 8, 2), Load(5, 4, 2)], Load(12, 0, 0)
     >>> schedule(decodes, [prompt], num_free_blocks=4, token_budget=8, block_size=4)
@@ -97,7 +99,8 @@ def finish_reason(
 ) -> str | None:
     """Why an answer ends with the last of new_ids: "stop", "length", or None: it goes on.
 
-    "stop" where that one is among stop_ids; it then belongs to the answer.
+    "stop" where that one is among stop_ids, be it the last allowed one too. It then
+    belongs to the answer.
 
     >>> finish_reason([5, 2], 2, stop_ids=[2]), finish_reason([2, 5], 3, stop_ids=[2])
     ('stop', None)
@@ -134,7 +137,8 @@ class Request:
 
 def preempt(running: list[Request], waiting: deque[Request], cache: KVCache) -> Request:
     """Send the request that began last, the last of `running`, back to the head of the
-    queue: with all its tokens, and nothing in the cache. Returns it."""
+    queue, and free what it has in the cache. Both lists are changed in place, and nothing
+    of the request, which is returned."""
     request = running.pop()
     cache.free(request.request_id)
     waiting.appendleft(request)
@@ -164,7 +168,8 @@ def tokens_that_fit(
 ) -> int:
     """Tokens that a pool holds, if weights and pool may have this share of the memory.
 
-    The rest is for activations and what else there is. 0 where the weights do not fit.
+    The rest is for activations and whatever else there is. Rounded down; 0 where the
+    weights do not fit.
 
     >>> tokens_that_fit(80e9, 16e9, 131_072)  # Llama 3 8B in 16 bits, on 80 GB
     427246
@@ -297,9 +302,10 @@ class Engine:
     def step(self) -> Step:
         """Compute and draw what `schedule` says. Does nothing where no request is live.
 
-        An error of the model, or an interrupt, leaves every request where it was before
-        the step; if tokens have been computed already, without the token that came of
-        them, or computed again. Then the next step goes on.
+        An error of the model, or an interrupt, loses no request and none of its tokens:
+        who has begun, or was sent back, stays so, and what was computed may be computed
+        again. Then the next step goes on. (An interrupt inside the cache's own `begin`,
+        `fork` or `free` may leave that unusable.)
         """
         self._settle()
         times = [time.perf_counter()]
@@ -595,8 +601,8 @@ def _answer_ids(request_id: Hashable, n: int) -> list[Hashable]:
 
 
 def _sample(request: Request, logits: torch.Tensor) -> int:
-    """Its next token, by a generator that depends on its seed and its place alone: it is
-    the same whoever else is there, and however often it is drawn."""
+    """Its next token, by a generator that depends on its seed and its place alone: from
+    equal logits the same, whoever else is there and however often it is drawn."""
     generator = torch.Generator(logits.device)
     place = request.seed * 1_000_003 + len(request.token_ids)
     generator.manual_seed(place % 2**63)

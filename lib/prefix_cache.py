@@ -88,7 +88,7 @@ def find_prefix(
 
 
 def evict(idle: Mapping[int, tuple[int, int]]) -> int:
-    """Which of the blocks that nobody uses is given away next.
+    """Which of the blocks that nobody uses is given away next; only says which.
 
     idle: of one block at least (last_used, depth), by block id: when its last user ended
     (larger is later), and which block of its text it is, from 0. The block that was not

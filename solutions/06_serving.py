@@ -21,13 +21,15 @@
 # - say what preemption costs and what a watermark saves,
 # - tell the time to the first token from the time between tokens, and trade one
 #   for the other,
-# - reproduce the PagedAttention paper's curve of latency over request rate,
+# - replay, in a model, the PagedAttention paper's curve of latency over request
+#   rate,
 # - find the beginning of a prompt in blocks that others have computed.
 
 # %%
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 import hashlib
+import statistics
 import struct
 
 import torch
@@ -37,7 +39,7 @@ from lib.figures import drawing, plotting
 from lib.measure import meter
 from lib.course.check import check
 from lib.engine import Engine, Load, Request
-from lib.kv_cache import KVCache
+from lib.kv_cache import ContiguousKVCache, KVCache
 from lib.paged_kv_cache import PagedKVCache
 from lib.prefix_cache import PrefixKVCache
 from lib.simulation import Paging, Reserving
@@ -71,12 +73,12 @@ print(f"{num_steps} steps, {sum(output_lens)} tokens: ", end="")
 print(f"{sum(output_lens) / num_steps:.1f} tokens per step, of 4 possible")
 
 # %% [markdown]
-# Most steps run with empty places: whoever is done waits for the longest. And a
-# request that comes while a batch is running waits for all of it. Both end if
-# the batch is put together anew **at every step**. This is called *continuous
-# batching*, or iteration-level scheduling (Orca, 2022). Chapters 3 to 5 have
-# prepared it: a step takes any number of new tokens for each request, and a
-# cache that begins and frees requests one by one.
+# Most steps run with empty places, since those who are done wait for the
+# longest. And a request that comes while a batch is running waits for all of
+# it. Both end if the batch is put together anew **at every step**. This is
+# called *continuous batching*, or iteration-level scheduling (Orca, 2022).
+# Chapters 3 to 5 have prepared it: a step takes any number of new tokens for
+# each request, and a cache that begins and frees requests one by one.
 #
 # ## Two requests, blocks of two, on paper
 #
@@ -131,7 +133,7 @@ print(f"{sum(output_lens) / num_steps:.1f} tokens per step, of 4 possible")
 #   were let in for its first piece only, it could get stuck halfway, with
 #   blocks that those who decode will soon need; then it is sent back, and its
 #   pieces were computed for nothing.) If it may not begin, nobody behind it
-#   may: otherwise long requests would wait for ever.
+#   may: otherwise long requests could wait for ever.
 # - `watermark_blocks` stay free when somebody begins, so that those who decode
 #   can grow, as in chapter 4. While nobody runs, and nobody has begun in this
 #   step, nobody needs them.
@@ -224,7 +226,7 @@ check(finish_reason)
 # %% [markdown]
 # ### Exercise 6.3 · `preempt` ★★ (10 minutes)
 #
-# The pool is full, and somebody who decodes needs a block. Send back the
+# Those who decode need more blocks than are free. Send back the
 # request that began last. It keeps all its tokens, those that it has drawn too:
 # when it begins again, they are its prompt. (They are in the request; you need
 # do nothing for that.) It goes to the *head* of the queue,
@@ -365,13 +367,13 @@ drawing.draw_gantt(
 peak = 28 - min(step.num_free_blocks for step in steps)
 plotting.plot_pool(
     steps, num_blocks=28,
-    title=f"Up to {peak} of 28 blocks are in use, and then somebody has to go",
+    title=f"Up to {peak} of 28 blocks are in use at one time",
 );
 
 # %% [markdown]
 # ### Predict, then measure
 #
-# The engine never looks at what a token *is*, unless it is a stop token. So if
+# This engine never looks at what a token *is*, unless it is a stop token. So if
 # the lengths are known, the schedule can be computed without a model.
 # `simulation.predict_steps` does that: the same `schedule` and the same rule
 # for sending back, on numbers alone.
@@ -388,8 +390,9 @@ print(f"each with the same tokens: {same}")
 # ### In seconds
 #
 # Fewer steps are not the same as less time: a step over many tokens takes
-# longer. Here are both ways on this machine, with the same sixteen requests:
-# four batches one after the other, and the engine.
+# longer. Here are three ways on this machine, with the same sixteen requests:
+# batches of four one after the other, the engine with four places (a contiguous
+# cache of four rows), and the engine with a pool for all.
 
 # %%
 def static_batches():
@@ -404,16 +407,25 @@ def static_batches():
         )
 
 
-def continuous():
+def four_rows():
+    serve(ContiguousKVCache(lm.config, 4, 256, fused_decode=True), output_lens)
+
+
+def one_pool():
     pool = PagedKVCache(lm.config, 64, block_size=16, fused_decode=True)
     serve(pool, output_lens, token_budget=64)
 
 
 seconds = meter.medians_in_turns(
-    {"batches of four": static_batches, "engine": continuous}, repeats=3
+    {
+        "batches of four": static_batches,
+        "engine, four rows": four_rows,
+        "engine, a pool": one_pool,
+    },
+    repeats=3,
 )
 for name, median in seconds.items():
-    print(f"{name:15} {sum(output_lens) / median:5.0f} tokens per second")
+    print(f"{name:17} {sum(output_lens) / median:5.0f} tokens per second")
 
 # %% [markdown]
 # ## What somebody waits for
@@ -499,15 +511,17 @@ for of_budget in runs.values():
 # %% [markdown]
 # (The fastest of three runs.) In pieces, the longest wait of those who read is
 # a fraction of what it was; very small pieces gain little more, since every
-# step takes some time whatever it computes. And the newcomer needs more steps
-# until the first token. This is *chunked prefill* (Sarathi-Serve, 2024). There
-# is no right budget, only a choice of who waits.
+# step takes some time whatever it computes. For that they cost more: the
+# newcomer needs more steps until the first token, and all in all everything
+# takes longer. This is *chunked prefill* (SARATHI, 2023, and Sarathi-Serve,
+# 2024). Between too large a budget and too small a one there is a choice of who
+# waits.
 #
 # ## When the pool runs dry
 #
 # Whoever is sent back is computed again. Chapter 4 counted that in a simulation
-# with steps of its own; here it is with the engine's schedule, for the lengths
-# of chats that chapter 4 drew, and a pool of 400 blocks:
+# with steps of its own; here it is with the engine's schedule, for lengths
+# drawn as there, and a pool of 400 blocks:
 
 # %%
 chats = simulation.draw_requests(150, 161.3, 338.0)
@@ -534,8 +548,10 @@ for watermark in (0, 0.02, 0.05, 0.2):
 # ### Exercise 6.5 · `tokens_that_fit` ★ (5 minutes)
 #
 # A server loads the weights, keeps some memory for activations and for whatever
-# else there is, and gives the rest to the pool. vLLM's default is that weights
-# and pool together may have 90% of a GPU's memory.
+# else there is, and gives the rest to the pool. Servers have an option for the
+# share of a GPU's memory that they may use. (In vLLM it is called
+# `gpu_memory_utilization`, long 0.9 by default, now 0.92.) Here this share is
+# for weights and pool together.
 
 # %% exercise="tokens_that_fit"
 from lib.engine import tokens_that_fit
@@ -571,22 +587,23 @@ for name, weight_bytes, bytes_per_token in (
 
 # %% [markdown]
 # The smaller model leaves 56 GB for the pool instead of 46, a fifth more, but
-# its tokens take less than a sixth of the bytes, since groups of four query
-# heads share a KV head. That is the next chapter's subject.
+# its tokens take less than a sixth of the bytes, mostly since groups of four
+# query heads share a KV head. That is the next chapter's subject.
 #
 # ## The paper's curve
 #
 # How many requests per second can a server take? The paper's answer is a curve
 # (figure 12): normalized latency over the rate at which requests come. With few
-# requests, all managers are equal. From some rate on, requests come faster than
-# they are served; the queue grows, and latency with it. Where that happens
-# depends on how many requests fit into the pool at one time.
+# requests, all managers are nearly equal. From some rate on, requests come
+# faster than they are served; the queue grows, and latency with it. Where that
+# happens depends on how many requests fit into the pool at one time.
 #
 # We replay it with the four managers of chapter 4, for the model and the pool
 # of that chapter: 13 billion parameters on an A100. How long does a step take
 # there? A step reads all weights once, computes each new token, and reads the
 # keys and values of all tokens before. From the data sheet, 1.555 TB/s and 312
-# TFLOP/s, we get a lower bound, not a measurement:
+# TFLOP/s, we get an estimate, not a measurement: all at full speed, one after
+# the other.
 
 # %%
 on_a_gpu = simulation.StepSeconds(
@@ -599,8 +616,8 @@ for batch_size in (1, 7, 30):
     print(f"{batch_size:2} requests of 300 tokens: {step_ms:4.1f} ms per step")
 
 # %% [markdown]
-# Thirty requests take not even one and a half times as long as one: reading the
-# weights is most of a step. So whoever has room for more of them serves more.
+# Thirty requests take 1.4 times as long as one: reading the weights is most of
+# a step. So whoever has room for more of them serves more.
 
 # %%
 POOL = 15_728  # slots, as in chapter 4
@@ -620,45 +637,53 @@ def mean_latency(manager, rate):
     return sum(one.normalized for one in served) / len(served)
 
 
-rates = [0.5, 1, 1.5, 2, 3, 4, 6]
+rates = [0.25, 0.5, 1, 1.5, 2, 3, 4, 6]
 curves = {
     name: (rates, [mean_latency(manager(), rate) for rate in rates])
     for name, manager in kinds.items()
 }
 
 # %%
-LIMIT = 0.1  # seconds per token: about as fast as one reads aloud
+LIMIT = 0.1  # # seconds per token: twice as fast as one reads
 sustained = {
     name: max(rate for rate, wait in zip(*curve) if wait < LIMIT)
     for name, curve in curves.items()
 }
 plotting.plot_latency(
     curves,
-    title=f"Rows for the longest keep up with {sustained['maximum']:g} "
-    f"requests per second, blocks with {sustained['blocks of 16']:g}",
+    title=f"Below {LIMIT:g} s per token: {sustained['maximum']:g} requests "
+    f"per second with rows, {sustained['blocks of 16']:g} with blocks",
 );
 
 # %% [markdown]
-# *In the title: the highest of these rates at which a token takes less than a
-# tenth of a second, waiting included. Beyond its limit a server falls behind
-# for good, and latency depends on how long the rush lasts.*
+# *In the title: the highest of these rates at which these 300 requests waited
+# less than a tenth of a second per token, queue included; "rows" are those for
+# the maximum. Where a curve bends, requests come faster than they are served;
+# from there on latency depends on how long the rush lasts.*
 #
-# And on this machine? The same line, fitted to steps of our own engine:
+# And on this machine? For that we need no model: here are decode steps of the
+# engine, with one request of 300 tokens and with thirty.
 
 # %%
-pool = PagedKVCache(lm.config, 256, block_size=16, fused_decode=True)
-_, steps = serve(pool, output_lens, token_budget=128)
-here = simulation.fit_step_seconds(steps)
-print(f"a step: {1e3 * here.fixed:.1f} ms, and ", end="")
-print(f"{1e3 * here.per_new_token:.2f} ms for each new token")
-growth = [seconds(30, 9000) / seconds(1, 300) for seconds in (here, on_a_gpu)]
-print(f"thirty requests take {growth[0]:.1f} times as long as one; ", end="")
-print(f"on the GPU {growth[1]:.1f} times")
+def decode_seconds(batch_size):
+    """The median of a step in which so many requests bring one token."""
+    pool = PagedKVCache(lm.config, 640, block_size=16, fused_decode=True)
+    serving = Engine(lm, pool, token_budget=512)
+    for i in range(batch_size):
+        serving.add(book_ids[300 * i : 300 * i + 300], 40, temperature=0)
+    while serving.waiting or any(not r.new_ids for r in serving.running):
+        serving.step()
+    steps = [serving.step() for _ in range(9)]
+    return statistics.median(sum(s.seconds.values()) for s in steps)
+
+
+one, thirty = decode_seconds(1), decode_seconds(30)
+print(f"{1000 * one:.1f} ms and {1000 * thirty:.1f} ms: thirty take ", end="")
+print(f"{thirty / one:.1f} times as long, for thirty times the tokens")
 
 # %% [markdown]
-# A processor's core is busy with a few tokens already. More room in the pool
-# gains little there, while a GPU has computing power to spare: it is the
-# machine for which all this was invented.
+# Both gain from more room in the pool, a GPU more than a processor's core: it
+# has more computing power to spare for each byte that it reads.
 #
 # ## The same beginning, computed once
 #
@@ -747,8 +772,9 @@ check(find_prefix)
 # ### Exercise 6.8 · `evict` ★★ (10 minutes)
 #
 # Which? The one that has not been used for longest: *least recently used*, as
-# in any cache. But all blocks of a request become idle at the same moment.
-# Among these the last one of the text goes first. Why not the first?
+# in many caches. But the blocks of a request that nobody else uses become idle
+# at the same moment. Among these the last one of the text goes first. Why not
+# the first?
 
 # %% exercise="evict"
 from lib.prefix_cache import evict
@@ -773,10 +799,10 @@ check(evict)
 # %% [markdown]
 # ### What it saves
 #
-# Twelve people ask about the same two pages. Each prompt is 256 tokens of the
-# book, the same for all, and 24 of its own; they come one after the other, and
-# each answer has 16 tokens. We count the tokens that go through the model, with
-# a plain pool and with one that remembers.
+# Twelve people ask about the same passage of fifty words. Each prompt is 256
+# tokens (letters) of the book, the same for all, and 24 of its own; they come
+# one after the other, and each answer has 16 tokens. We count the tokens that
+# go through the model, with a plain pool and with one that remembers.
 
 # %%
 document = book_ids[20_000:20_256]
@@ -820,9 +846,9 @@ texts == found
 # seen that happen with SHA-256. A reader would then get an answer to somebody
 # else's document. So `PrefixKVCache` compares the tokens as well, and a test
 # gives all blocks the same hash to see that it does. What even a perfect cache
-# tells is *time*: a prompt that is answered faster than others has been asked
-# before. On a server that strangers share, this is a leak, and so such caches
-# are kept apart for each customer.
+# tells is *time*: a prompt that is answered faster than others probably begins
+# like one before it. On a server that strangers share, this is a leak, and such
+# caches should be kept apart for each customer.
 
 # %%
 check.summary()
@@ -851,10 +877,10 @@ cache.k_cache.nbytes * 2 // 16
 # 3. If the pool runs dry, the request that began last goes back to the head of
 #    the queue with all its tokens, and is computed again; a watermark makes
 #    that rarer.
-# 4. A long prompt in pieces lets those who read wait less, and whoever sent it
-#    wait longer.
+# 4. A long prompt in pieces makes the longest wait of those who read shorter,
+#    and all else longer.
 # 5. A block whose name is a hash of its text so far is found by everybody who
-#    begins alike.
+#    begins alike later, until it is given away.
 #
 # ## Do you recall?
 #
@@ -874,14 +900,14 @@ cache.k_cache.nbytes * 2 // 16
 # 1. 100 steps; 270 of 400 places are empty.
 # 2. It could get stuck halfway, and be sent back by those who decode: its
 #    pieces were computed for nothing.
-# 3. It has the least to lose, and nobody who came earlier should wait for it;
-#    everybody in the queue came later.
+# 3. Nobody who came earlier should wait for it; and everybody in the queue came
+#    later.
 # 4. Only full blocks are found: 18 of them, 288 tokens. 16 go through the
 #    model.
 # 5. Keys and values depend on all tokens before; the same tokens behind another
 #    beginning are another block.
-# 6. Whoever has sent a prompt waits longer for the first token; whoever is
-#    reading waits less between tokens.
+# 6. Whoever has sent a long prompt waits longer for the first token. Whoever
+#    reads has a shorter longest wait, though not a shorter one on average.
 #
 # </details>
 #
@@ -895,9 +921,11 @@ cache.k_cache.nbytes * 2 // 16
 #   Serving with PagedAttention*, 2023,
 #   [2309.06180](https://arxiv.org/abs/2309.06180): preemption (section 4.5),
 #   normalized latency (section 6.1), the curve (figure 12).
-# - Agrawal and others, *Taming Throughput-Latency Tradeoff in LLM Inference
-#   with Sarathi-Serve*, 2024, [2403.02310](https://arxiv.org/abs/2403.02310):
-#   prompts in pieces.
+# - Agrawal and others, *SARATHI: Efficient LLM Inference by Piggybacking
+#   Decodes with Chunked Prefills*, 2023,
+#   [2308.16369](https://arxiv.org/abs/2308.16369); and *Taming
+#   Throughput-Latency Tradeoff in LLM Inference with Sarathi-Serve*, 2024,
+#   [2403.02310](https://arxiv.org/abs/2403.02310): prompts in pieces.
 # - Zheng and others, *SGLang: Efficient Execution of Structured Language Model
 #   Programs*, 2023, [2312.07104](https://arxiv.org/abs/2312.07104): prefixes
 #   found again, in a tree.
