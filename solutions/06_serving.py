@@ -651,8 +651,8 @@ sustained = {
 }
 plotting.plot_latency(
     curves,
-    title=f"Below {LIMIT:g} s per token: {sustained['maximum']:g} requests "
-    f"per second with rows, {sustained['blocks of 16']:g} with blocks",
+    title=f"Below {LIMIT:g} s per token: up to {sustained['maximum']:g}/s "
+    f"with rows, {sustained['blocks of 16']:g}/s with blocks",
 );
 
 # %% [markdown]
