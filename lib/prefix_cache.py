@@ -429,7 +429,6 @@ class PrefixKVCache(PagedKVCache):
             block = text.token_ids[i * self.block_size : (i + 1) * self.block_size]
             text.last = self.manager.names.give(block_table[i], block, text.last)
 
-
     def _holds_numbers(self, block_id: int) -> bool:
         caches = self.k_cache, self.v_cache
         return all(bool(cache[:, block_id].isfinite().all()) for cache in caches)

@@ -176,7 +176,7 @@ def _beginning(value: Any) -> str:
 def _pieces(value: Any) -> Iterator[str]:
     """The repr of plain data, from the left to the right."""
     if isinstance(value, str):
-        yield repr(value[:1000])
+        yield repr(value[:1000] if type(value) is str else value)
     elif isinstance(value, np.generic):
         yield repr(value.item())
     elif isinstance(value, (list, np.ndarray)):

@@ -42,7 +42,6 @@ FOLDER_BYTES = 64 * 2**20
 MOST_FILES = 4096  # in the folder
 MOST_PROCESSES, MOST_THREADS = 64, 256  # of a job
 RESIDENT_BYTES = 4 * 2**30  # of all processes of a job together
-VIRTUAL_BYTES = 6 * 2**30  # that they have asked for, each beyond what the worker has
 SECONDS_TO_END = 10  # what runs away, where there are no namespaces
 
 # What a worker is told of the grader's environment.
@@ -216,8 +215,9 @@ def fork(layers: Collection[str]) -> int:
         os.close(ours)
 
 
-def too_much(folder: str) -> str | None:
-    """What the running job has used up, in words."""
+def too_much(folder: str, virtual_limit: int) -> str | None:
+    """What the running job has used up, in words. virtual_limit: bytes that it may ask
+    for beyond what the worker has."""
     pids, num_threads, resident, virtual = _descendants(os.getpid()), 0, 0, 0
     ours = virtual_bytes()
     for pid in pids:
@@ -228,10 +228,10 @@ def too_much(folder: str) -> str | None:
             virtual += max(of_it[0] - ours, 0)
     if len(pids) > MOST_PROCESSES or num_threads > MOST_THREADS:
         return f"started more than {MOST_PROCESSES} processes or {MOST_THREADS} threads"
-    if resident > RESIDENT_BYTES or virtual > VIRTUAL_BYTES:
+    if resident > RESIDENT_BYTES or virtual > virtual_limit:
         return (
             f"used more than {RESIDENT_BYTES // 2**30} GiB, or asked for more than "
-            f"{VIRTUAL_BYTES // 2**30} GiB"
+            f"{virtual_limit // 2**30} GiB"
         )
     if _is_full(folder):
         return f"wrote more than {FOLDER_BYTES // 2**20} MiB or {MOST_FILES} files"

@@ -47,6 +47,8 @@ from lib.course.grading import sandbox, wire
 from lib.course.shipped import withheld_names
 
 MEMORY_BYTES = 2 * 2**30  # of data that a job may ask for, beyond what the worker has
+# Of memory of any kind. Kernels are tried on numbers 2**30 apart, with nothing between.
+VIRTUAL_BYTES, FAR_BYTES = 4 * 2**30, 24 * 2**30
 FILE_BYTES = 16 * 2**20
 MOST_PROCESSES = 4096  # of a user: of root's none are counted
 MOST_DESCRIPTORS = 256  # each may be a pipe or pair of sockets, with memory of its own
@@ -88,7 +90,8 @@ def main(folder: str, layers: list[str]):
             warm.add(exercise.name)
             _warm_up(exercise)
             gc.freeze()  # lest each copy look through, and so copy, all that is here
-        words, is_as_before = run(grader, *pipes, folder, held)
+        virtual_limit = FAR_BYTES if exercise.is_kernel else VIRTUAL_BYTES
+        words, is_as_before = run(grader, *pipes, folder, held, virtual_limit)
         _say(grader, {"words": words, "is_as_before": is_as_before})
 
 
@@ -110,7 +113,12 @@ def _shown_inputs(name: str) -> dict:
 
 
 def run(
-    grader: socket.socket, inbox: int, outbox: int, folder: str, held: tuple[str, ...]
+    grader: socket.socket,
+    inbox: int,
+    outbox: int,
+    folder: str,
+    held: tuple[str, ...],
+    virtual_limit: int,
 ) -> tuple[str | None, bool]:
     """A job, until the grader says that it is over: what it used up, in words, and
     whether all of it has ended and nothing of the worker is changed."""
@@ -118,7 +126,7 @@ def run(
     if child == 0:
         with os.fdopen(outbox, "wb") as replies:
             try:
-                _prepare(inbox, outbox, folder, held)
+                _prepare(inbox, outbox, folder, held, virtual_limit)
                 with os.fdopen(inbox, "rb") as messages:
                     _answer(messages, replies)
             except BaseException as error:  # SystemExit and KeyboardInterrupt too
@@ -130,7 +138,7 @@ def run(
     words, before = None, sandbox.state()
     _say(grader, {"group": None if sandbox.NAMESPACES in held else child})
     while not words and not select.select([grader], [], [], 0.05)[0]:
-        words = sandbox.too_much(folder)
+        words = sandbox.too_much(folder, virtual_limit)
         if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             break  # whatever it has left holds its pipes
     is_ended = sandbox.end(child)
@@ -140,7 +148,9 @@ def run(
     return words, is_ended and sandbox.state() == before
 
 
-def _prepare(inbox: int, outbox: int, folder: str, held: tuple[str, ...]):
+def _prepare(
+    inbox: int, outbox: int, folder: str, held: tuple[str, ...], virtual_limit: int
+):
     """In the copy: a group of its own, limits, no terminal, no way to the grader but the
     two pipes, an empty folder, and nothing beside it that `held` keeps away."""
     import resource  # not on Windows
@@ -160,7 +170,7 @@ def _prepare(inbox: int, outbox: int, folder: str, held: tuple[str, ...]):
     for kind, limit in (
         (resource.RLIMIT_DATA, _data_bytes() + MEMORY_BYTES),
         # And of what is shared, or empty and mapped all the same.
-        (resource.RLIMIT_AS, sandbox.virtual_bytes() + 2 * MEMORY_BYTES),
+        (resource.RLIMIT_AS, sandbox.virtual_bytes() + virtual_limit),
         (resource.RLIMIT_NOFILE, MOST_DESCRIPTORS),
         (resource.RLIMIT_FSIZE, FILE_BYTES),
         (resource.RLIMIT_CORE, 0),
