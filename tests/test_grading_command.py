@@ -221,9 +221,6 @@ def test_a_full_disk_loses_nothing(folder, tmp_path, monkeypatch, capsys):
             ["--mine", ".", "--chapters", "9"],
             "expected some of 1, 2, 3, 4, 5, 6, got '9'",
         ),
-            ["--mine", ".", "--chapters", "9"],
-            "expected some of 1, 2, 3, 4, 5, 6, got '9'",
-        ),
         (
             ["lib", "--out", "lib/grades"],
             "--out: expected a folder outside of lib, got lib",
