@@ -280,8 +280,8 @@ for number, step in enumerate(serving.run(), start=1):
 # ### A text that comes as it is written
 #
 # `stream` is a request whose tokens you get one by one, as soon as they are
-# there. Others may be served meanwhile: each time you ask for a token, the
-# engine makes a step for everybody.
+# there. Others may be served meanwhile: when you ask for a token that is not
+# there yet, the engine makes steps for everybody until it is.
 
 # %%
 pool = PagedKVCache(lm.config, num_blocks=64, block_size=16, fused_decode=True)
