@@ -177,6 +177,9 @@ def tokens_that_fit(
     return max(int((share * memory_bytes - weight_bytes) // bytes_per_token), 0)
 
 
+PARTS = ("schedule", "forward", "sample", "finish")  # of a step
+
+
 @dataclass(frozen=True)
 class Step:
     """What a step of the engine did, by request id."""
@@ -187,7 +190,7 @@ class Step:
     preempted: list[Hashable]
     num_waiting: int  # after it
     num_free_blocks: int
-    seconds: dict[str, float]  # of "schedule", "forward", "sample" and "finish"
+    seconds: dict[str, float]  # of each of PARTS
 
 
 class Engine:
@@ -332,7 +335,6 @@ class Engine:
                 self._end(request)
         self._is_settled = True
         times.append(time.perf_counter())
-        parts = ("schedule", "forward", "sample", "finish")
         return Step(
             counts,
             {r.request_id: t for r, t in drawn if not isinstance(t, str)},
@@ -340,7 +342,7 @@ class Engine:
             preempted,
             len(self.waiting),
             self.cache.num_free_blocks,
-            {part: end - start for part, start, end in zip(parts, times, times[1:])},
+            {part: end - start for part, start, end in zip(PARTS, times, times[1:])},
         )
 
     def run(self) -> list[Step]:
@@ -477,7 +479,6 @@ class Engine:
         by_id = {r.request_id: count for r, count in zip(self.running, counts)}
         return {request_id: count for request_id, count in by_id.items() if count}
 
-    @torch.no_grad()
     def _forward(self, counts: dict[Hashable, int]) -> tuple[list[Request], torch.Tensor]:
         """Compute these tokens. Gives the requests that know what comes next, and the
         logits of it, (R, V)."""

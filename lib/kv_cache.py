@@ -375,12 +375,9 @@ def split_decodes(query_lens: torch.Tensor) -> Decodes | None:
     other_lens = query_lens.masked_fill(is_decode, 0)
     if not is_decode.any():
         return None
-    if is_decode.all():
-        return Decodes(slice(None), None, other_lens)
+    rows = slice(None) if is_decode.all() else is_decode.nonzero().squeeze(-1)
     is_theirs = is_decode.repeat_interleave(query_lens)
-    if is_theirs.all():  # the others rest
-        return Decodes(is_decode.nonzero().squeeze(-1), None, other_lens)
-    return Decodes(is_decode.nonzero().squeeze(-1), is_theirs, other_lens)
+    return Decodes(rows, None if is_theirs.all() else is_theirs, other_lens)
 
 
 def kv_utilization(seq_lens: torch.Tensor, max_seq_len: int) -> float:

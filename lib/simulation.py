@@ -418,30 +418,9 @@ def _predict_step(
     )
 
 
-def step_sizes(steps: Sequence[engine.Step]) -> list[tuple[int, int]]:
-    """Of each step, the tokens that it computes, and those that the same requests have in
-    the cache before it.
-
-    Counted from `Step.counts`: of a cache that finds no prefixes, for requests that do
-    not share a prompt.
-
-    >>> step_sizes(predict_steps([Request(6, 2), Request(3, 3)], 4, 4, token_budget=8))
-    [(8, 0), (2, 8), (1, 3), (1, 4)]
-    """
-    sizes, cached = [], Counter()
-    for step in steps:
-        for request_id in step.preempted:
-            del cached[request_id]
-        num_cached = sum(cached[request_id] for request_id in step.counts)
-        sizes.append((sum(step.counts.values()), num_cached))
-        cached.update(step.counts)
-        for request_id in step.finished:
-            del cached[request_id]
-    return sizes
-
-
 class StepSeconds(NamedTuple):
-    """What a step takes: so much in any case, and for each token (of `step_sizes`)."""
+    """What a step takes: so much in any case, for each token that it computes, and for
+    each that the same requests have in the cache before it."""
 
     fixed: float
     per_new_token: float
@@ -453,25 +432,6 @@ class StepSeconds(NamedTuple):
             + self.per_new_token * num_new_tokens
             + self.per_cached_token * num_cached_tokens
         )
-
-
-def fit_step_seconds(steps: Sequence[engine.Step]) -> StepSeconds:
-    """The least-squares fit to steps that an engine has taken, of relative errors.
-
-    A rate below 0 means that the steps are too few, or too much alike. ValueError for
-    fewer than three of them.
-    """
-    rows = [
-        (1, *sizes, sum(step.seconds.values()))
-        for sizes, step in zip(step_sizes(steps), steps)
-        if step.counts
-    ]
-    if len(rows) < 3:
-        raise ValueError(f"steps: expected at least 3 that compute, got {len(rows)}")
-    table = torch.tensor(rows, dtype=torch.float64)
-    table = table / table[:, 3:]  # so that a short step counts as much as a long one
-    solution = torch.linalg.lstsq(table[:, :3], table[:, 3:]).solution
-    return StepSeconds(*solution.squeeze(1).tolist())
 
 
 def draw_arrivals(num_requests: int, requests_per_s: float, seed: int = 0) -> list[float]:
@@ -525,9 +485,8 @@ def serve(
         raise ValueError(f"arrivals: expected {len(requests)} times in order")
     coming = deque(enumerate(requests))
     waiting: deque[tuple[int, Request, int]] = deque()
-    running: dict[
-        int, tuple[Request, int]
-    ] = {}  # and tokens so far; the last stands last
+    # Request and tokens so far, by id; who began last stands last.
+    running: dict[int, tuple[Request, int]] = {}
     first: dict[int, float] = {}
     served: dict[int, Served] = {}
     now = 0.0

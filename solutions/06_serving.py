@@ -631,7 +631,7 @@ kinds = {
 
 
 def mean_latency(manager, rate):
-    """Normalized, in seconds per token, at so many requests a second."""
+    """Normalized, in seconds per token, at so many requests per second."""
     arrivals = simulation.draw_arrivals(len(chats), rate)
     served = simulation.serve(manager, chats, arrivals, on_a_gpu)
     return sum(one.normalized for one in served) / len(served)

@@ -1,6 +1,7 @@
 import dataclasses
 import math
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -17,7 +18,6 @@ from lib.simulation import (
     StepSeconds,
     draw_arrivals,
     draw_requests,
-    fit_step_seconds,
     predict_steps,
     reserve_maximum,
     reserve_oracle,
@@ -25,7 +25,6 @@ from lib.simulation import (
     serve,
     simulate,
     static_steps,
-    step_sizes,
 )
 
 SHAREGPT, ALPACA = (161.3, 338.0), (19.3, 58.5)
@@ -436,6 +435,21 @@ def test_static_batches_and_continuous_ones_of_four_as_the_engine_takes_them():
     assert static_steps([], 4) == 0
 
 
+def step_sizes(steps: list[Step]) -> list[tuple[int, int]]:
+    """Of each step, the tokens that it computes, and those that the same requests have in
+    the cache before it."""
+    sizes, cached = [], Counter()
+    for step in steps:
+        for request_id in step.preempted:
+            del cached[request_id]
+        num_cached = sum(cached[request_id] for request_id in step.counts)
+        sizes.append((sum(step.counts.values()), num_cached))
+        cached.update(step.counts)
+        for request_id in step.finished:
+            del cached[request_id]
+    return sizes
+
+
 def test_the_sizes_of_steps_are_those_that_the_cache_sees(monkeypatch):
     seen, extend = [], PagedKVCache.extend
 
@@ -451,22 +465,6 @@ def test_the_sizes_of_steps_are_those_that_the_cache_sees(monkeypatch):
     assert [size for size in step_sizes(steps) if size != (0, 0)] == seen
     again = "an id is free again when its request has ended"
     assert step_sizes([*steps, *steps]) == 2 * step_sizes(steps), again
-
-
-def test_a_fit_gives_back_what_each_token_took():
-    seconds = StepSeconds(0.01, 2e-4, 3e-6)
-    steps = predict_steps(draw_requests(20, *ALPACA), 200, 16, arrivals=range(0, 40, 2))
-    timed = [
-        dataclasses.replace(step, seconds={"schedule": 1e-3, "forward": taken - 1e-3})
-        for step, taken in zip(steps, (seconds(*sizes) for sizes in step_sizes(steps)))
-    ]
-    assert fit_step_seconds(timed) == pytest.approx(seconds)
-    idle = Step({}, {}, {}, [], 0, 200, {"schedule": 1.0})
-    assert fit_step_seconds([idle, *timed, idle]) == pytest.approx(seconds)
-    late = dataclasses.replace(timed[9], seconds={"forward": 1.0})  # a machine's hiccup
-    assert fit_step_seconds([*timed, late])(100, 300) == pytest.approx(0.0309, rel=0.05)
-    with pytest.raises(ValueError, match="at least 3 that compute, got 2"):
-        fit_step_seconds([idle, *timed[:2]])
 
 
 def test_requests_come_at_the_rate_that_was_asked_for():

@@ -204,6 +204,8 @@ def test_the_limits_of_the_grader_are_those_that_the_page_states():
         f"may ask for {worker.MEMORY_BYTES // gib} GiB beyond",
         f"together may hold {sandbox.RESIDENT_BYTES // gib} GiB, in "
         f"{sandbox.MOST_THREADS} threads",
+        f"there are {worker.VIRTUAL_BYTES // gib} GiB, and {worker.FAR_BYTES // gib} for "
+        f"a kernel",
         f"{sandbox.FOLDER_BYTES // 2**20} MiB in memory",
         f"may have {files.MAX_NOTEBOOK_BYTES // 2**20} MiB, of which "
         f"{files.MAX_TEXT_BYTES // 2**20} MiB beside its outputs",

@@ -7,7 +7,8 @@ not, its row says so). All write greedily, and their answers are compared. Token
 if somebody asked for them: what a static batch writes beyond an answer is its loss.
 
 They take turns, round by round, so that whatever else the machine does meets all of them
-alike; figures are medians. `make bench` prints the table.
+about alike; figures are medians. Making a cache counts, but not that transformers starts
+its thread and makes its pages, once. `make bench` prints the table.
 
 Read lib/engine.py before.
 """
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 from lib import generate
 from lib.config import ModelConfig
-from lib.engine import Engine, Step
+from lib.engine import PARTS, Engine, Step
 from lib.kv_cache import ContiguousKVCache
 from lib.model import Transformer
 from lib.paged_kv_cache import PagedKVCache
@@ -35,9 +36,9 @@ from lib.paged_kv_cache import PagedKVCache
 SIZES = {"num_layers": 4, "num_heads": 8, "num_kv_heads": 2, "d_model": 256, "d_ff": 688}
 TRACE = {"num_requests": 16, "prompt_lens": (10, 128), "answer_lens": (16, 128)}
 BATCH_SIZES = [4, 16]  # of static batches
-PARTS = ("schedule", "forward", "sample", "finish")  # of a step
 SECONDS_WITHOUT_NEWS = 120  # from transformers, after which it is given up
-# The fastest of those tried for `Transformers` on one processor: see its docstring.
+# For `Transformers`: the fastest of seven that were tried once, on one processor, with
+# pages of 16 to 256 tokens, budgets of 256 to 2,048, and both kinds of attention.
 TRANSFORMERS = {"attention": "sdpa", "block_size": 32, "token_budget": 256}
 
 
