@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 6. Serving: who gets the pool next?
 #
-# Chapters 4 and 5 put four times as many requests into the same memory. But so
+# Chapter 4 put about five times as many requests into the same memory. But so
 # far nobody was served: all requests of a batch came together, and the batch
 # ended with its longest text. Real requests come when they like and end when
 # they like. So at every step somebody has to decide who takes part, who begins,
@@ -226,11 +226,11 @@ check(finish_reason)
 # %% [markdown]
 # ### Exercise 6.3 · `preempt` ★★ (10 minutes)
 #
-# Those who decode need more blocks than are free. Send back the
-# request that began last. It keeps all its tokens, those that it has drawn too:
-# when it begins again, they are its prompt. (They are in the request; you need
-# do nothing for that.) It goes to the *head* of the queue,
-# since everybody there came later. And its blocks go back to the pool.
+# Those who decode need more blocks than are free. Send back the request that
+# began last. It keeps all its tokens, those that it has drawn too: when it
+# begins again, they are its prompt. (They are in the request; you need do
+# nothing for that.) It goes to the *head* of the queue, since everybody there
+# came later. And its blocks go back to the pool.
 
 # %% exercise="preempt"
 from lib.engine import preempt

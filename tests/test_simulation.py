@@ -562,3 +562,19 @@ def test_requests_that_cannot_be_predicted_or_served_are_refused():
         serve(Reserving(64, reserve_maximum), [Request(5, 1)], [0], seconds)
     assert serve(Paging(8, 4), [], [], seconds) == []
     assert predict_steps([], 2, 4) == []
+
+
+def test_the_steps_that_chapter_6_tells_are_those_of_its_requests():
+    requests = draw_requests(16, 40, 40, seed=4)
+    output_lens = [request.output_len for request in requests]
+    assert static_steps(output_lens, 4) == 268 and max(output_lens) == 111
+    assert len(predict_steps(requests, 4, 512, token_budget=512)) == 168
+    steps = predict_steps(requests, 28, 16, token_budget=64)
+    assert len(steps) == 111
+    assert [i for step in steps for i in step.preempted] == [11, 10, 11]
+    begins = {}
+    for number, step in enumerate(steps):
+        for request_id in step.counts:
+            begins.setdefault(request_id, number)
+    last = max(i for i, step in enumerate(steps) if step.preempted)
+    assert {i for i, number in begins.items() if number > last} == {12, 13, 14, 15}
