@@ -1,0 +1,334 @@
+"""Chapters 7 to 9: texts that nobody can complete without remembering, and small models
+that have learned to.
+
+The model of chapter 1 predicts a book, and hardly looks further back than a line: what a
+cache forgets does not hurt it. So here are texts made of numbers in which a key is told
+together with what belongs to it, and is asked for later: it can only be answered out of
+the cache. Two kinds:
+
+    pairs   k v k v k v | k v k v k v         each key is asked for again
+    notes   . k v v v v . . k v v v v . | k v v v v k v v v v      among filler
+
+A model of two layers learns either in minutes, on one processor, if it begins with short
+texts: `train` makes them longer in three stages. From full length on it learns nothing.
+
+    python -m lib.recall             # all weights of data/recall
+    python -m lib.recall notes_g2    # those of one
+
+Multi-query associative recall: https://arxiv.org/abs/2312.04927. Read lib/training.py
+before.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from lib.config import ModelConfig, check_count
+from lib.measure.meter import machine_facts
+from lib.model import Transformer, attend_fused, load_model, save_model
+from lib.text import DATA
+from lib.training import TrainingConfig, learning_rate
+
+WEIGHTS = DATA / "recall"
+RESULTS = DATA / "results" / "recall.json"
+
+VOCAB_SIZE = 128
+# Of pairs: ids of keys, then of values.
+NUM_PAIR_KEYS = 64
+# Of notes: ids of keys, then of values, then of filler.
+NUM_NOTE_KEYS, NUM_NOTE_VALUES = 32, 64
+VALUES_PER_NOTE = 4
+NOTES_ASKED = 4  # at the end of a text, or all, if it has fewer
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Texts of one length, and which of their tokens a model is asked to predict."""
+
+    token_ids: torch.Tensor  # int64 (B, T)
+    is_answer: torch.Tensor  # bool (B, T); never a first token
+
+
+def draw_pairs(
+    batch_size: int, num_pairs: int, generator: torch.Generator | None = None
+) -> Examples:
+    """Keys with their values, then all keys again in another order, each with its value,
+    which is to be predicted: (B, 4 · num_pairs). Raises ValueError for more pairs than
+    there are keys.
+
+    >>> examples = draw_pairs(1, num_pairs=2, generator=torch.Generator().manual_seed(0))
+    >>> examples.token_ids, examples.is_answer.int()
+    (tensor([[14,  2]]), 0)
+    """
+    check_count("batch_size", batch_size)
+    if check_count("num_pairs", num_pairs) > NUM_PAIR_KEYS:
+        raise ValueError(f"num_pairs: expected 1 to {NUM_PAIR_KEYS}, got {num_pairs}")
+    keys = _distinct(batch_size, NUM_PAIR_KEYS, num_pairs, generator)  # (B, P)
+    values = torch.randint(
+        NUM_PAIR_KEYS, VOCAB_SIZE, keys.shape, generator=generator
+    )  # (B, P)
+    told = torch.stack([keys, values], -1)  # (B, P, 2)
+    order = _distinct(batch_size, num_pairs, num_pairs, generator)  # (B, P)
+    asked = told.gather(1, order.unsqueeze(-1).expand(-1, -1, 2))  # (B, P, 2)
+    return _examples(told.flatten(1), asked)
+
+
+def draw_notes(
+    batch_size: int,
+    num_notes: int,
+    num_filler: int,
+    generator: torch.Generator | None = None,
+) -> Examples:
+    """Notes, a key and 4 values each, at random places among num_filler tokens of
+    filler; then up to 4 of the keys again, each with its values, which are to be
+    predicted: (B, 5 · num_notes + num_filler + 5 · min(num_notes, 4)). Raises ValueError
+    for more notes than there are keys.
+    """
+    check_count("batch_size", batch_size)
+    check_count("num_filler", num_filler, at_least=0)
+    if check_count("num_notes", num_notes) > NUM_NOTE_KEYS:
+        raise ValueError(f"num_notes: expected 1 to {NUM_NOTE_KEYS}, got {num_notes}")
+    keys = _distinct(batch_size, NUM_NOTE_KEYS, num_notes, generator)  # (B, P)
+    first_filler = NUM_NOTE_KEYS + NUM_NOTE_VALUES
+    values = torch.randint(
+        NUM_NOTE_KEYS,
+        first_filler,
+        (*keys.shape, VALUES_PER_NOTE),
+        generator=generator,
+    )  # (B, P, 4)
+    notes = torch.cat([keys.unsqueeze(-1), values], -1)  # (B, P, 5)
+
+    # Before each note some of the filler: sorted random numbers of tokens.
+    gaps = torch.randint(num_filler + 1, keys.shape, generator=generator)  # (B, P)
+    starts = gaps.sort().values + torch.arange(num_notes) * notes.shape[-1]  # (B, P)
+    places = starts.unsqueeze(-1) + torch.arange(notes.shape[-1])  # (B, P, 5)
+    told_len = num_notes * notes.shape[-1] + num_filler
+    told = torch.randint(
+        first_filler, VOCAB_SIZE, (batch_size, told_len), generator=generator
+    )  # (B, told_len)
+    told.scatter_(1, places.flatten(1), notes.flatten(1))
+
+    num_asked = min(num_notes, NOTES_ASKED)
+    order = _distinct(batch_size, num_notes, num_asked, generator)  # (B, asked)
+    index = order.unsqueeze(-1).expand(-1, -1, notes.shape[-1])
+    return _examples(told, notes.gather(1, index))
+
+
+def _distinct(
+    batch_size: int, num_ids: int, num_drawn: int, generator: torch.Generator | None
+) -> torch.Tensor:
+    """Of each text, num_drawn different ids below num_ids, in random order: (B, drawn)."""
+    return torch.rand(batch_size, num_ids, generator=generator).argsort(1)[:, :num_drawn]
+
+
+def _examples(told: torch.Tensor, asked: torch.Tensor) -> Examples:
+    """told (B, told_len); asked (B, asked, 1 + values): all but the keys are answers."""
+    is_answer = torch.ones_like(asked, dtype=torch.bool)
+    is_answer[..., 0] = False
+    is_answer = torch.cat(
+        [torch.zeros_like(told, dtype=torch.bool), is_answer.flatten(1)], 1
+    )
+    return Examples(torch.cat([told, asked.flatten(1)], 1), is_answer)
+
+
+def draw_task(
+    task: str,
+    batch_size: int,
+    generator: torch.Generator | None = None,
+    share_done: float | None = None,
+) -> Examples:
+    """Texts of `task`, "pairs" or "notes".
+
+    share_done: how much of a training run is over, from 0 to 1: texts are of a random
+    size up to a largest, which grows after a quarter and after half of the run. None: all
+    of the largest size, 16 pairs, or 8 notes in 64 tokens of filler. Raises ValueError
+    for a task that is not known.
+    """
+    sizes = {
+        "pairs": [(4,), (8,), (16,)],  # pairs
+        "notes": [(3, 8), (5, 32), (8, 64)],  # notes, filler
+    }
+    if task not in sizes:
+        raise ValueError(f"task: expected one of {list(sizes)}, got {task!r}")
+    draw = draw_pairs if task == "pairs" else draw_notes
+    if share_done is None:
+        return draw(batch_size, *sizes[task][-1], generator)
+    stage = (share_done >= 0.25) + (share_done >= 0.5)
+    least = (2, 0)  # a single pair asks for nothing but the last value
+    size = [
+        int(torch.randint(low, high + 1, (), generator=generator))
+        for low, high in zip(least, sizes[task][stage])
+    ]
+    return draw(batch_size, *size, generator)
+
+
+def answers(
+    logits: torch.Tensor, examples: Examples
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a model said where it was asked, and what was right: logits (answers, V) and
+    ids (answers,). logits (B, T, V): [:, t] predicts the token after t."""
+    is_asked = examples.is_answer[:, 1:]  # (B, T - 1)
+    return logits[:, :-1][is_asked], examples.token_ids[:, 1:][is_asked]
+
+
+@torch.no_grad()
+def accuracy(model: Transformer, examples: Examples) -> float:
+    """The share of all answers that the model finds most likely."""
+    positions = torch.arange(examples.token_ids.shape[1])
+    logits = model.eval()(examples.token_ids, positions, attend_fused)
+    said, right = answers(logits, examples)
+    return (said.argmax(-1) == right).float().mean().item()
+
+
+def train(
+    model: Transformer,
+    task: str,
+    config: TrainingConfig,
+    from_share: float = 0.0,
+    evaluate_every: int | None = None,
+) -> list[tuple[int, float]]:
+    """Train a model on texts of `task`, in place; the loss is that of the answers.
+
+    config: its num_steps, batch_size, learning_rate and its course, weight_decay,
+    max_grad_norm and seed (of the texts) count. from_share: at which part of the stages
+    of `draw_task` to begin: 0.5 for a model that has learned the task already. Returns
+    (steps done, accuracy) after every `evaluate_every` steps and at the end.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    fixed = draw_task(task, 128, torch.Generator().manual_seed(2**32))
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    gains = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices}, {"params": gains, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(
+        groups, betas=(0.9, 0.95), weight_decay=config.weight_decay
+    )
+
+    curve = []
+    for step in range(config.num_steps):
+        model.train()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        share_done = from_share + (1 - from_share) * step / config.num_steps
+        examples = draw_task(task, config.batch_size, generator, share_done)
+        positions = torch.arange(examples.token_ids.shape[1])
+        logits = model(examples.token_ids, positions, attend_fused)
+        cross_entropy(*answers(logits, examples)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        num_done = step + 1
+        is_due = evaluate_every is not None and num_done % evaluate_every == 0
+        if is_due or num_done == config.num_steps:
+            curve.append((num_done, accuracy(model, fixed)))
+    model.eval()
+    return curve
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a file of data/recall was trained as."""
+
+    task: str
+    model: ModelConfig
+    num_steps: int
+
+    @property
+    def training(self) -> TrainingConfig:
+        return TrainingConfig(
+            self.num_steps, batch_size=32, learning_rate=2e-3, warmup_steps=50
+        )
+
+
+SMALL = ModelConfig(
+    VOCAB_SIZE,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=4,
+    d_model=64,
+    d_ff=128,
+    max_seq_len=1024,
+)
+RECIPES = {
+    "pairs": Recipe("pairs", replace(SMALL, num_heads=2, num_kv_heads=2), 2400),
+    "notes_g4": Recipe("notes", SMALL, 3000),
+    "notes_g2": Recipe("notes", replace(SMALL, num_kv_heads=2), 3000),
+    "notes_g1": Recipe("notes", replace(SMALL, num_kv_heads=1), 3000),
+    "notes_l4": Recipe("notes", replace(SMALL, num_layers=4, num_kv_heads=2), 4000),
+}
+
+
+def load(name: str) -> Transformer:
+    """A model of data/recall, by its name in RECIPES. Raises ValueError for another."""
+    _check_name(name)
+    return load_model(WEIGHTS / f"{name}.pt")
+
+
+def _check_name(name: str):
+    if name not in RECIPES:
+        raise ValueError(f"model: expected one of {list(RECIPES)}, got {name!r}")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        prog="python -m lib.recall", description="Train the weights of data/recall."
+    )
+    parser.add_argument(
+        "names", nargs="*", help=f"which: {', '.join(RECIPES)}; default all"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="train each so often; the first is kept"
+    )
+    parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder of the weights")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="curves and times: json"
+    )
+    args = parser.parse_args()
+    for name in args.names:
+        _check_name(name)
+    torch.set_num_threads(1)
+    args.out.mkdir(parents=True, exist_ok=True)
+    bar = tqdm(
+        [(name, s) for name in args.names or RECIPES for s in range(args.seeds)],
+        file=sys.stdout,
+    )
+    for name, seed in bar:
+        bar.set_description(f"{name}, seed {seed}")
+        model, result = train_recipe(RECIPES[name], seed)
+        bar.write(f"{name}, seed {seed}: {result['accuracy'][-1][1]:.3f}")
+        if seed == 0:
+            save_model(model, args.out / f"{name}.pt")
+        found = json.loads(args.results.read_text()) if args.results.exists() else {}
+        runs = [r for r in found.get(name, []) if r["seed"] != seed]
+        found[name] = sorted([*runs, result], key=lambda r: r["seed"])
+        args.results.write_text(json.dumps(found) + "\n")
+
+
+def train_recipe(recipe: Recipe, seed: int) -> tuple[Transformer, dict]:
+    """The model, and what is kept of its training."""
+    torch.manual_seed(seed)
+    model = Transformer(recipe.model)
+    config = replace(recipe.training, seed=seed)
+    start = time.perf_counter()
+    curve = train(model, recipe.task, config, evaluate_every=100)
+    return model, {
+        "command": shlex.join(["python", "-m", "lib.recall", *sys.argv[1:]]),
+        "machine": machine_facts(),
+        "seed": seed,
+        "model": asdict(recipe.model),
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "training": asdict(config),
+        "seconds": round(time.perf_counter() - start),
+        "accuracy": [[step, round(share, 4)] for step, share in curve],
+    }
+
+
+if __name__ == "__main__":
+    main()
