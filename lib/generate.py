@@ -221,13 +221,14 @@ def check_cached_generation(
 def check_cache(model: Transformer, cache: KVCache):
     """Raise ValueError unless the cache takes the keys and values of this model."""
 
-    def facts(config: ModelConfig, tensor: torch.Tensor) -> str:
+    def facts(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> str:
         return (
             f"{config.num_layers} layers, {config.num_kv_heads} KV heads of "
-            f"{config.head_dim} numbers in {tensor.dtype} on {tensor.device}"
+            f"{config.head_dim} numbers in {dtype} on {device}"
         )
 
-    expected = facts(model.config, next(model.parameters()))
-    got = facts(cache.config, cache.k_cache)
+    weight = next(model.parameters())
+    expected = facts(model.config, weight.dtype, weight.device)
+    got = facts(cache.config, cache.dtype, cache.k_cache.device)
     if got != expected:
         raise ValueError(f"cache: expected {expected}, as the model, got {got}")

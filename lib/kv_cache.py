@@ -49,6 +49,7 @@ class KVCache(abc.ABC):
     """
 
     config: ModelConfig  # of the model whose keys and values it takes
+    dtype: torch.dtype  # of these keys and values
     block_size: int  # tokens that are reserved together
     num_blocks: int  # of so many tokens, for all requests
     capacity: int  # tokens that one request can have
@@ -122,7 +123,8 @@ class KVCache(abc.ABC):
         self.check_room(query_lens)
         before, marks = self._seq_lens, self._mark()
         query_lens = query_lens.clone()  # whatever the caller does with it meanwhile
-        kv_shape = int(query_lens.sum()), *self.k_cache.shape[-2:]  # that of k and v
+        num_tokens = int(query_lens.sum())
+        kv_shape = num_tokens, self.config.num_kv_heads, self.config.head_dim
         step, layers = object(), set()
 
         def attend(layer, q, k, v):
@@ -391,6 +393,74 @@ def kv_utilization(seq_lens: torch.Tensor, max_seq_len: int) -> float:
     return seq_lens.sum().item() / (len(seq_lens) * max_seq_len)
 
 
+class KVFormat:
+    """What keys and values become in memory: they stay as they are.
+
+    A cache says where a token's key and value lie, a format what lies there. Every cache
+    takes any format; lib/quantized_kv_cache.py and lib/latent_kv_cache.py have smaller
+    ones.
+    """
+
+    def check_config(self, config: ModelConfig):
+        """Raise ValueError unless it is for such a model."""
+
+    def empty(
+        self,
+        config: ModelConfig,
+        places: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """k_cache and v_cache for so many tokens, all zeros: (L, *places, G, D) each, or
+        with other last two dimensions. dtype: of keys and values as the model has them.
+        """
+        shape = config.num_layers, *places, config.num_kv_heads, config.head_dim
+        k_cache, v_cache = (
+            torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)
+        )
+        return k_cache, v_cache
+
+    def bytes_per_token(self, config: ModelConfig, bytes_per_number: int) -> int:
+        """Of a token's keys and values in all layers, as they lie in memory."""
+        return kv_cache_bytes(config, 1, bytes_per_number)
+
+    def encode(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """k, v (N, G, D) -> what is written into k_cache and v_cache for them."""
+        return k, v
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_lens: torch.Tensor,
+    ) -> torch.Tensor:
+        """`attend_cached` over what was written: k_cache, v_cache (B, S, ...)."""
+        return attend_cached(q, k_cache, v_cache, seq_lens, query_lens)
+
+
+def check_format(format: KVFormat, config: ModelConfig, **fast_paths: object):
+    """Raise ValueError unless it is a format for this model. fast_paths: by name, what
+    reads keys and values as the plain format keeps them, and may not be there for others.
+    """
+    if not isinstance(format, KVFormat):
+        raise ValueError(f"format: expected a KVFormat, got {type(format).__name__}")
+    format.check_config(config)
+    for name, wanted in fast_paths.items():
+        if wanted and type(format) is not KVFormat:
+            raise ValueError(
+                f"{name}: expected it with keys and values as they are, "
+                f"got it with {type(format).__name__}"
+            )
+
+
+PLAIN = KVFormat()
+
+
 class ContiguousKVCache(KVCache):
     """Room for `max_seq_len` tokens of each of B requests, reserved at once.
 
@@ -400,7 +470,7 @@ class ContiguousKVCache(KVCache):
 
     fused_decode: whether all requests that bring one token in a step share one masked
     call of torch's fused attention, `attend_decode`; else `attend_cached` is a loop over
-    them.
+    them. format: what keys and values become in memory.
     """
 
     def __init__(
@@ -412,22 +482,17 @@ class ContiguousKVCache(KVCache):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         fused_decode: bool = False,
+        format: KVFormat = PLAIN,
     ):
         batch_size = check_count("batch_size", batch_size)
         max_seq_len = check_count("max_seq_len", max_seq_len)
-        shape = (
-            config.num_layers,
-            batch_size,
-            max_seq_len,
-            config.num_kv_heads,
-            config.head_dim,
-        )
-        self.config = config
+        check_format(format, config, fused_decode=fused_decode)
+        self.config, self.dtype, self.format = config, dtype, format
         self.block_size, self.num_blocks = max_seq_len, batch_size
         self.fused_decode = fused_decode
         self.request_ids = [None] * batch_size
-        self.k_cache = torch.zeros(shape, dtype=dtype, device=device)
-        self.v_cache = torch.zeros(shape, dtype=dtype, device=device)
+        places = batch_size, max_seq_len
+        self.k_cache, self.v_cache = format.empty(config, places, dtype, device)
         self._seq_lens = torch.zeros(batch_size, dtype=torch.int64, device=device)
 
     @property
@@ -436,8 +501,8 @@ class ContiguousKVCache(KVCache):
 
     @property
     def used_bytes(self) -> int:
-        num_tokens = int(self.seq_lens.sum())
-        return kv_cache_bytes(self.config, num_tokens, self.k_cache.itemsize)
+        bytes_per_token = self.format.bytes_per_token(self.config, self.dtype.itemsize)
+        return int(self.seq_lens.sum()) * bytes_per_token
 
     @property
     def capacity(self) -> int:
@@ -501,9 +566,9 @@ class ContiguousKVCache(KVCache):
 
         def attend(layer, q, k, v):
             layer_kv = self.k_cache[layer], self.v_cache[layer]
-            append_kv(*layer_kv, k, v, seq_lens, query_lens)
+            append_kv(*layer_kv, *self.format.encode(layer, k, v), seq_lens, query_lens)
             if step is None:
-                return attend_cached(q, *layer_kv, seq_lens, query_lens)
+                return self.format.attend(layer, q, *layer_kv, seq_lens, query_lens)
             return step.attend(
                 q,
                 lambda q: attend_decode(

@@ -15,6 +15,7 @@ table, and as many tokens. What lies elsewhere in the pool never does.
 Read lib/kv_cache.py and lib/block_manager.py before.
 """
 
+import functools
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
@@ -24,7 +25,15 @@ import torch.nn.functional as F
 from lib import kv_cache
 from lib.block_manager import BlockManager, Mark, OutOfBlocksError
 from lib.config import ModelConfig
-from lib.kv_cache import KVCache, check_query_lens, new_positions, split_decodes
+from lib.kv_cache import (
+    PLAIN,
+    KVCache,
+    KVFormat,
+    check_format,
+    check_query_lens,
+    new_positions,
+    split_decodes,
+)
 from lib.model import Attend
 
 # That `attend_decode_paged` copies at one time. Tried with 8 requests of 1,024 tokens:
@@ -109,14 +118,17 @@ def attend_paged(
     block_tables: torch.Tensor,
     seq_lens: torch.Tensor,
     query_lens: torch.Tensor,
+    attend: Callable | None = None,
 ) -> torch.Tensor:
     """`kv_cache.attend_cached` over a pool: gather each request, then attend.
 
     q (N, H, D); k_cache, v_cache (num_blocks, block_size, G, D), the new tokens written
     already; block_tables int64 (B, M); seq_lens, query_lens int64 (B,), best on the CPU,
-    where looking at them costs no wait. Holds the dense piece of one request at a time.
-    Returns (N, H, D).
+    where looking at them costs no wait. attend: with arguments and result of
+    `attend_cached`, which is called if it is None. Holds the dense piece of one request
+    at a time. Returns (N, H, D).
     """
+    attend = attend or kv_cache.attend_cached
     lens, counts = seq_lens.tolist(), query_lens.tolist()
     outs = [q[:0]]
     for b, (q_b, block_table) in enumerate(zip(q.split(counts), block_tables)):
@@ -124,7 +136,7 @@ def attend_paged(
             continue
         k, v = gather_kv(k_cache, v_cache, block_table, lens[b])  # (S, G, D) each
         S, T = seq_lens[b : b + 1], query_lens[b : b + 1]  # (1,) each
-        outs.append(kv_cache.attend_cached(q_b, k[None], v[None], S, T))
+        outs.append(attend(q_b, k[None], v[None], S, T))
     return torch.cat(outs)  # (N, H, D)
 
 
@@ -184,6 +196,8 @@ class PagedKVCache(KVCache):
     decode, prefill: attention that reads the blocks where they lie, with arguments and
     results of chapter 5's `paged_decode`, for steps in which every request brings one
     token, and `paged_prefill`, for all others. Where one is missing its steps gather.
+    format: what keys and values become in memory; without those three, if it is not the
+    plain one.
     """
 
     can_fork = True
@@ -199,19 +213,16 @@ class PagedKVCache(KVCache):
         fused_decode: bool = False,
         decode: Callable | None = None,
         prefill: Callable | None = None,
+        format: KVFormat = PLAIN,
     ):
         self.manager = BlockManager(num_blocks, block_size)
-        shape = (
-            config.num_layers,
-            num_blocks,
-            block_size,
-            config.num_kv_heads,
-            config.head_dim,
+        check_format(
+            format, config, fused_decode=fused_decode, decode=decode, prefill=prefill
         )
-        self.config = config
+        self.config, self.dtype, self.format = config, dtype, format
         self.fused_decode, self.decode, self.prefill = fused_decode, decode, prefill
-        self.k_cache = torch.zeros(shape, dtype=dtype, device=device)
-        self.v_cache = torch.zeros(shape, dtype=dtype, device=device)
+        places = num_blocks, block_size
+        self.k_cache, self.v_cache = format.empty(config, places, dtype, device)
         self.request_ids = []
         self._seq_lens = torch.zeros(0, dtype=torch.int64, device=device)
         # Kept between steps, so that a step writes down what it changed and no more.
@@ -334,11 +345,14 @@ class PagedKVCache(KVCache):
 
         def attend(layer, q, k, v):
             layer_kv = self.k_cache[layer], self.v_cache[layer]
-            write_kv(*layer_kv, k, v, slots)
+            write_kv(*layer_kv, *self.format.encode(layer, k, v), slots)
             if in_place is not None:
                 return in_place(q, *layer_kv, *index)[0]  # (N, H, D)
             if step is None:
-                return attend_paged(q, *layer_kv, block_tables, *lens_on_cpu)
+                attend_dense = functools.partial(self.format.attend, layer)
+                return attend_paged(
+                    q, *layer_kv, block_tables, *lens_on_cpu, attend_dense
+                )
             return step.attend(
                 q,
                 lambda q: attend_decode_paged(q, *layer_kv, tables, mask),
@@ -416,4 +430,5 @@ class PagedKVCache(KVCache):
                 )
 
     def _token_bytes(self, num_tokens: int) -> int:
-        return kv_cache.kv_cache_bytes(self.config, num_tokens, self.k_cache.itemsize)
+        itemsize = self.dtype.itemsize
+        return num_tokens * self.format.bytes_per_token(self.config, itemsize)

@@ -65,8 +65,10 @@ def draw_pairs(
     there are keys.
 
     >>> examples = draw_pairs(1, num_pairs=2, generator=torch.Generator().manual_seed(0))
-    >>> examples.token_ids, examples.is_answer.int()
-    (tensor([[14,  2]]), 0)
+    >>> examples.token_ids
+    tensor([[ 12, 119,  35,  92,  12, 119,  35,  92]])
+    >>> examples.is_answer.int().tolist()
+    [[0, 0, 0, 0, 0, 1, 0, 1]]
     """
     check_count("batch_size", batch_size)
     if check_count("num_pairs", num_pairs) > NUM_PAIR_KEYS:
@@ -125,7 +127,7 @@ def draw_notes(
 def _distinct(
     batch_size: int, num_ids: int, num_drawn: int, generator: torch.Generator | None
 ) -> torch.Tensor:
-    """Of each text, num_drawn different ids below num_ids, in random order: (B, drawn)."""
+    """For each text num_drawn different ids below num_ids, in any order: (B, drawn)."""
     return torch.rand(batch_size, num_ids, generator=generator).argsort(1)[:, :num_drawn]
 
 

@@ -1,0 +1,90 @@
+"""What a cache costs and what it is worth: bytes per token, and how well a model predicts
+with it.
+
+The model reads whole texts through the attention or the cache in question, and is asked
+for some of their tokens: all of a passage of the book, or the answers of a text of
+lib/recall.py. Two numbers say how well: nats per token asked for, and the share of them
+that it finds most likely. Both are given for each draw of texts, so that one sees how
+much they depend on the draw.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from lib import generate, kv_cache, recall
+from lib.config import ModelConfig
+from lib.kv_cache import KVCache
+from lib.model import Attend, Transformer, attend_fused
+from lib.recall import Examples
+from lib.text import encode, load_book, random_batch, split_book
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Of one way to keep keys and values. nats and accuracies: one for each draw."""
+
+    nats: tuple[float, ...]  # per token asked for
+    accuracies: tuple[float, ...]  # share of tokens asked for
+    bytes_per_token: float
+
+    @property
+    def mean_nats(self) -> float:
+        return mean(self.nats)
+
+    @property
+    def accuracy(self) -> float:
+        return mean(self.accuracies)
+
+
+def measure_quality(
+    model: Transformer,
+    draws: Sequence[Examples],
+    *,
+    attend: Attend = attend_fused,
+    make_cache: Callable[[ModelConfig, int, int], KVCache] | None = None,
+) -> Quality:
+    """How well a model predicts these texts, and what a token of them costs.
+
+    Each draw goes through `attend`, or through a cache, in one step: make_cache(config,
+    B, T) gives an empty one with room for B texts of T tokens. Bytes are those that the
+    cache says it uses; without a cache those of the keys and values as they are.
+    """
+    if len(draws) == 0:
+        raise ValueError("draws: expected at least one, got none")
+    nats, accuracies = [], []
+    num_bytes = kv_cache.kv_cache_bytes(model.config, 1, model.embed.weight.itemsize)
+    for examples in draws:
+        if make_cache is None:
+            positions = torch.arange(examples.token_ids.shape[1])
+            with torch.no_grad():
+                logits = model(examples.token_ids, positions, attend)  # (B, T, V)
+        else:
+            B, T = examples.token_ids.shape
+            cache = make_cache(model.config, B, T)
+            for text in range(B):
+                cache.begin(text)
+            query_lens = torch.full((B,), T)
+            flat_ids = examples.token_ids.flatten()
+            logits = generate.forward_cached(model, cache, flat_ids, query_lens)
+            logits = logits.unflatten(0, (B, T))  # (B, T, V)
+            num_bytes = cache.used_bytes / (B * T)
+        said, right = recall.answers(logits, examples)
+        nats.append(cross_entropy(said, right).item())
+        accuracies.append((said.argmax(-1) == right).float().mean().item())
+    return Quality(tuple(nats), tuple(accuracies), num_bytes)
+
+
+def passages(
+    batch_size: int, seq_len: int, generator: torch.Generator | None = None
+) -> Examples:
+    """Passages of the book that no model was trained on, at random places: (B, seq_len);
+    each token but the first is asked for."""
+    _, held_out_ids = split_book(encode(load_book()))
+    token_ids = random_batch(held_out_ids, batch_size, seq_len, generator)
+    is_answer = torch.ones_like(token_ids, dtype=torch.bool)
+    is_answer[:, 0] = False
+    return Examples(token_ids, is_answer)
