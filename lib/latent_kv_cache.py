@@ -34,6 +34,7 @@ def rank_for(singular_values: torch.Tensor, share: float) -> int:
     """
     if not 0 < share <= 1:
         raise ValueError(f"share: expected above 0, at most 1, got {share}")
+
     kept = (singular_values**2).cumsum(dim=0)  # (W,)
     return int((kept < share * kept[-1]).sum()) + 1
 
@@ -53,6 +54,7 @@ def factorize(x: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
     if check_count("rank", rank) > min(x.shape):
         raise ValueError(f"rank: expected 1 to {min(x.shape)}, got {rank}")
+
     basis = torch.linalg.svd(x, full_matrices=False).Vh[:rank]  # (rank, W)
     return x @ basis.T, basis
 
@@ -77,18 +79,21 @@ def attend_latent(
     tensor([[[ 3., 30.]]])
     """
     (T, H, D), S, G = q.shape, len(k_codes), k_basis.shape[1]
+
     # absorb: what each query finds along each direction of the basis
     grouped = (q / D**0.5).view(T, G, H // G, D)
     q_codes = torch.einsum("tgmd,rgd->tgmr", grouped, k_basis)  # (T, G, H/G, R)
 
-    # attend: to codes, the same for all heads
+    # score: the same codes for all heads
     scores = q_codes.flatten(1, 2) @ k_codes.T  # (T, H, S)
+
+    # the last T of S tokens ask
     queries_at = torch.arange(S - T, S, device=q.device)[:, None, None]  # (T, 1, 1)
     is_future = torch.arange(S, device=q.device) > queries_at  # (T, 1, S)
-    weights = scores.masked_fill(is_future, float("-inf")).softmax(dim=-1)
-    out_codes = (weights @ v_codes).view(T, G, H // G, -1)  # (T, G, H/G, W)
+    weights = scores.masked_fill(is_future, float("-inf")).softmax(dim=-1)  # (T, H, S)
 
-    # back: one product per query, not per token
+    # sum up codes, then go back: one product per query, not per token
+    out_codes = (weights @ v_codes).view(T, G, H // G, -1)  # (T, G, H/G, W)
     out = torch.einsum("tgmw,wgd->tgmd", out_codes, v_basis)  # (T, G, H/G, D)
     return out.flatten(1, 2)  # (T, H, D)
 

@@ -43,16 +43,11 @@ def quantize(
     >>> codes  # 0 + 16 · 1 and 14 + 16 · 15
     tensor([ 16, 254], dtype=torch.uint8)
     """
-    check_bits(bits, x.shape[-1])
+    check_vectors(x, bits)
 
-    # a step, and how many of them
+    # how many steps of which size
     low, high = x.aminmax(dim=-1, keepdim=True)  # (..., 1)
     scale = (high - low) / (2**bits - 1)  # (..., 1)
-    if not scale.isfinite().all():
-        raise ValueError(
-            "x: expected vectors of finite numbers, with a finite range, got "
-            f"{int((~scale.isfinite()).sum())} of {scale.numel()} without"
-        )
     steps = (x - low) / scale.masked_fill(scale == 0, 1)  # (..., D)
 
     # pack
@@ -169,6 +164,18 @@ def from_rows(rows: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor
     num_codes = rows.shape[-1] - 2 * dtype.itemsize
     scale_and_zero = rows[..., num_codes:].contiguous().view(dtype)  # (..., 2)
     return dequantize(rows[..., :num_codes], *scale_and_zero.split(1, dim=-1), bits)
+
+
+def check_vectors(x: torch.Tensor, bits: int):
+    """Raise ValueError unless `quantize` can take these: looks at every number."""
+    check_bits(bits, x.shape[-1])
+    low, high = x.aminmax(dim=-1)  # (...,)
+    is_finite = (high - low).isfinite()
+    if not is_finite.all():
+        raise ValueError(
+            f"vectors to quantize: expected a finite range in each, got {x.shape[-1]} "
+            f"numbers from {low[~is_finite][0]} to {high[~is_finite][0]}"
+        )
 
 
 def check_bits(bits: int, head_dim: int = 8):
