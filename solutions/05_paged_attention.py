@@ -1210,12 +1210,21 @@ Markdown(table.render(cells, table.SMALL_SIZES))
 check.summary()
 
 # %% [markdown]
-# ## Four ways to read fewer bytes
+# ## Outlook: how to read fewer bytes
 #
-# When a GPU decodes, bytes set the pace. So how could there be fewer? Here are
-# four ideas, each an open problem, each with one measurement on our model. To
-# measure what an idea costs we put it in at `attend`, and ask how well the
-# model still predicts text that it never saw.
+# When a GPU decodes, bytes set the pace. So how could there be fewer? Four
+# ideas, each put in at `attend`, on a model that was trained for none of them:
+#
+# - **fewer heads**: one KV head, the mean of both;
+# - **fewer numbers**: keys as codes of 32 numbers instead of 64, from which
+#   they are made again;
+# - **fewer tokens**: each token sees the last W tokens only;
+# - **a state that does not grow**: without the softmax, attention is q @ (Kᵀ
+#   V), divided by the sum of its weights. Kᵀ V is a matrix of D by D, however
+#   long the text is, and the sum needs D numbers more. So add up each token's k
+#   vᵀ and k, and forget the token.
+#
+# How well does the model still predict text that it never saw?
 
 # %%
 lm = lm.cpu()
@@ -1229,180 +1238,80 @@ def loss(attend):
     return training.next_token_loss(logits, batch).item()
 
 
-def scores_of(q, k):
-    """Scores (B, H, T, S), the future -inf, of all queries over all keys."""
-    T, H, D = q.shape[-3:]
-    k = k.repeat_interleave(H // k.shape[-2], dim=-2).transpose(-3, -2)
-    scores = q.transpose(-3, -2) @ k.transpose(-2, -1) / D**0.5
-    return scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
-
-
-full_loss = loss(attend_fused)
-print(f"as it is: {full_loss:.3f} nats per byte")
-
-# %% [markdown]
-# ### Fewer KV heads
-#
-# Our model has 6 query heads on 2 KV heads. With a KV head for each query head,
-# cache and traffic would be three times as large. With one for all of them they
-# would be half as large.
-
-# %%
-kv_heads = [1, 2, 3, 6]
-by_heads = [
-    paged_attention.bytes_moved(
-        ModelConfig(256, 4, 6, G, d_model=192, d_ff=512, max_seq_len=512),
-        torch.tensor([512]),
-    )
-    for G in kv_heads
-]
-plotting.plot_measured(
-    {"": (kv_heads, by_heads)},
-    xlabel="KV heads, of 6 query heads",
-    ylabel="bytes in one step, one layer",
-    title="Bytes follow the number of KV heads",
-);
-
-# %%
 def one_kv_head(layer, q, k, v):
     k, v = (x.mean(dim=-2, keepdim=True) for x in (k, v))
     return attend_fused(layer, q, k, v)
 
 
-print(f"both KV heads averaged to one: {loss(one_kv_head):.3f} nats per byte")
-
-# %% [markdown]
-# Averaging the heads of a trained model is where Ainslie and others begin. Then
-# they train on, for 5% of the steps of the first training. Without that, the
-# model is ruined. What is open: how few heads, or how small a shared code for
-# all of them, a model of a given size can do with.
-#
-# ### Fewer keys
-#
-# How much of a query's attention falls on few keys? For queries in the second
-# half of each window, the keys sorted by weight, and the first k added up:
-
-# %%
-mass, spectra = {}, {}
+def coded_keys(layer, q, k, v):
+    """A text's keys, in the 32 directions that hold most of them."""
+    flat = k.flatten(-2)  # (B, S, G * D)
+    basis = torch.linalg.svd(flat, full_matrices=False).Vh[:, :32]
+    back = flat @ basis.transpose(1, 2) @ basis
+    return attend_fused(layer, q, back.view_as(k), v)
 
 
-def look(layer, q, k, v):
-    weights = scores_of(q, k).softmax(dim=-1)[:, :, 256:]
-    ranked = weights.sort(dim=-1, descending=True).values.cumsum(dim=-1)
-    mass[layer] = ranked.mean(dim=(0, 1, 2))
-    spectra[layer] = torch.linalg.svdvals(k[0].flatten(1))  # of (S, G · D)
-    return attend_fused(layer, q, k, v)
+def heads_first(q, k, v):
+    """q, k, v (B, H, T, D), each query head with the KV head that it reads."""
+    group_size = q.shape[-2] // k.shape[-2]
+    k, v = (x.repeat_interleave(group_size, dim=-2) for x in (k, v))
+    return (x.transpose(-3, -2) for x in (q, k, v))
 
 
-loss(look)
-top = [1, 2, 4, 8, 16, 32, 64, 128, 256]
-plotting.plot_measured(
-    {
-        f"layer {layer}": (top, [100 * ranked[k - 1].item() for k in top])
-        for layer, ranked in mass.items()
-    },
-    xlabel="keys, the heaviest first",
-    ylabel="share of the attention (%)",
-    title=f"On 4 keys: layer 3 {mass[3][3]:.0%}, layer 0 {mass[0][3]:.0%}",
-    log_x=True,
-);
-
-# %% [markdown]
-# *All but the first layer look at few keys.* A kernel that knew which ones
-# could read only the blocks that hold them. What is open: how to know it
-# without reading the keys.
-#
-# ### Fewer numbers per key
-#
-# The keys of one text, in one layer, are a matrix (S, G · D), 512 by 64 here.
-# If it were of low rank, keys could be stored as short codes. Its singular
-# values, squared and added up, say how close to low rank it is:
-
-# %%
-energies = {
-    layer: 100 * values.square().cumsum(0) / values.square().sum()
-    for layer, values in spectra.items()
-}
-num_needed = {
-    layer: int((energy < 90).sum()) + 1 for layer, energy in energies.items()
-}
-plotting.plot_measured(
-    {
-        f"layer {layer}": (range(1, 65), energy.tolist())
-        for layer, energy in energies.items()
-    },
-    xlabel="directions, the strongest first",
-    ylabel="share of the keys' squared length (%)",
-    title=f"{min(num_needed.values())} to {max(num_needed.values())} of 64 "
-    "directions hold 90% of the keys",
-).set_xticks([1, 16, 32, 48, 64]);
-
-# %% [markdown]
-# *No layer needs all 64, but none can do with a few.* (These are keys after the
-# rotation by their position, as the cache holds them.) What is open: how to
-# compress them so that attention can be computed on the codes.
-#
-# ### A state that does not grow
-#
-# Without the softmax, attention is q @ (Kᵀ V), divided by the sum of its
-# weights. Kᵀ V is a matrix of D by D, however long the text is, and the sum
-# needs D numbers more. So add up each token's k vᵀ and k, and forget the token.
-# Beside it we put the plainest memory of fixed size: the last W tokens.
-
-# %%
 def window(W):
     def attend(layer, q, k, v):
-        T, H = q.shape[-3:-1]
-        too_old = torch.ones(T, T).tril(-W).bool()
-        weights = scores_of(q, k).masked_fill(too_old, -math.inf).softmax(-1)
-        v = v.repeat_interleave(H // v.shape[-2], dim=-2).transpose(-3, -2)
-        return (weights @ v).transpose(-3, -2)
+        q, k, v = heads_first(q, k, v)
+        places = torch.arange(q.shape[-2])
+        distance = places[:, None] - places
+        is_seen = (distance >= 0) & (distance < W)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=is_seen
+        )
+        return out.transpose(-3, -2)
     return attend
 
 
 def linear(layer, q, k, v):
     """elu + 1 of queries and keys, in the place of exp of their product."""
-    H, G = q.shape[-2], k.shape[-2]
-    k, v = (x.repeat_interleave(H // G, dim=-2) for x in (k, v))
-    q, k, v = (x.transpose(-3, -2) for x in (q, k, v))
+    q, k, v = heads_first(q, k, v)
     q, k = (torch.nn.functional.elu(x) + 1 for x in (q, k))
     weights = (q @ k.transpose(-2, -1)).tril()  # as a state would, all at once
     out = weights @ v / weights.sum(dim=-1, keepdim=True)
     return out.transpose(-3, -2)
 
 
-G, D = lm.config.num_kv_heads, lm.config.head_dim
-token_bytes, state_bytes = 2 * G * D * 4, G * (D * D + D) * 4
-sizes = [4, 8, 16, 32, 64, 128, 256, 512]
-losses = [loss(window(W)) for W in sizes]
-linear_loss = loss(linear)
-print(f"a state has {state_bytes:,} bytes per layer, as much as ", end="")
-print(f"{state_bytes / token_bytes:.1f} tokens in the cache")
-
 # %%
+G, D = lm.config.num_kv_heads, lm.config.head_dim
+token_bytes, state_bytes = 2 * G * D * 4, G * (D * D + D) * 4  # in a layer
+sizes = [8, 16, 32, 64, 128, 256, 512]
+full_loss, all_bytes = loss(attend_fused), 512 * token_bytes
+losses = {
+    "last tokens": (
+        [W * token_bytes for W in sizes], [loss(window(W)) for W in sizes]
+    ),
+    "one KV head": ([all_bytes // 2], [loss(one_kv_head)]),
+    "coded keys": ([all_bytes * 3 // 4], [loss(coded_keys)]),
+    "state": ([state_bytes], [loss(linear)]),
+}
 plotting.plot_measured(
-    {
-        "last tokens": ([W * token_bytes for W in sizes], losses),
-        "state": ([state_bytes], [linear_loss]),
-    },
-    predicted={"everything": (
-        [W * token_bytes for W in sizes], [full_loss] * len(sizes)
-    )},
-    xlabel="bytes kept per layer",
+    losses,
+    predicted={"everything": (losses["last tokens"][0], [full_loss] * 7)},
+    xlabel="bytes kept per layer, of a text of 512 tokens",
     ylabel="loss (nats per byte)",
-    title=f"The last 16 tokens: {losses[2]:.2f}; a state of as many bytes: "
-    f"{linear_loss:.2f}",
+    title=f"Trained for everything ({full_loss:.2f}), and given less",
     log_x=True,
 );
 
 # %% [markdown]
-# *The model was trained for neither.* With 16 tokens per layer, four layers
-# reach back 4 · 15 = 60 bytes, some ten words, and most of what this model can
-# know is there. (The curve does not fall all the way. Look at 32 tokens, which
-# are 16,384 bytes: what a model was not trained on it does not do smoothly.)
-# The state fails altogether here; models that are trained for one do far
-# better. What is open: how much of a long text can be recalled from a state
-# that does not grow.
+# *The last tokens are nearly enough, since this model hardly looks further
+# back. (The curve does not fall all the way: what a model was not trained on it
+# does not do smoothly.) Coded keys cost a little. One KV head, and the state,
+# ruin it.* Ruined is not the last word: a model can be trained for either, and
+# then does far better. And a model of a book, which does without a long memory,
+# is no judge of what forgetting costs. Chapter 7 takes up heads, bits and
+# numbers, and finds out what each is worth. Which tokens may go, and how much
+# of a long text can be recalled from a state that does not grow, are open
+# problems.
 #
 # ## What is still wrong
 #
@@ -1414,7 +1323,7 @@ plotting.plot_measured(
 # - The cache makes its tables as wide as the longest text, step by step. A CUDA
 #   graph would want them of one width.
 # - Each step waits for all requests. A server lets them come and go between
-#   steps, and packs prompts beside decodes.
+#   steps, and packs prompts beside decodes: that is chapter 6.
 #
 # ## In five sentences
 #

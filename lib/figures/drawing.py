@@ -26,6 +26,9 @@ from lib.kv_cache import ContiguousKVCache
 from lib.model import Transformer, attend_fused
 
 CACHED = {"facecolor": "#B9D8EC", "edgecolor": "white"}
+QUERY = {"facecolor": "#E69F00", "edgecolor": "white"}
+KEY = {"facecolor": NEW, "edgecolor": "white"}
+VALUE = {"facecolor": "#009E73", "edgecolor": "white"}
 FREE = {"facecolor": "white", "edgecolor": "#8C8C8C"}
 SHARED = {"facecolor": "#F5E6B8", "edgecolor": "#B8860B", "hatch": "\\\\"}
 WAITING = {"color": "#8C8C8C", "linewidth": 2.4, "solid_capstyle": "butt"}
@@ -226,6 +229,33 @@ def draw_reads(
     ax.tick_params(length=0)
     ax.set(xlim=(-0.55, num_blocks - 0.45), ylim=(2.8, -0.6), title=title)
     return ax
+
+
+def draw_head_groups(
+    num_heads: int,
+    num_kv_heads: Sequence[int],
+    *,
+    names: Sequence[str],
+    title: str,
+) -> Figure:
+    """Which KV head each of num_heads query heads reads, one panel for each number of KV
+    heads, which must divide num_heads."""
+    figure, axes = plt.subplots(1, len(names), figsize=(8.6, 2.4), sharey=True)
+    for ax, G, name in zip(axes, num_kv_heads, names):
+        group_size = num_heads // G
+        for head in range(num_heads):
+            g = head // group_size
+            middle = g * group_size + (group_size - 1) / 2  # under its query heads
+            ax.plot([head, middle], [1.3, 0.7], color="#8C8C8C", linewidth=1)
+            ax.add_patch(Rectangle((head - 0.35, 1.3), 0.7, 0.5, **QUERY))
+            if head % group_size == 0:
+                ax.add_patch(Rectangle((middle - 0.35, 0.35), 0.7, 0.35, **KEY))
+                ax.add_patch(Rectangle((middle - 0.35, 0), 0.7, 0.35, **VALUE))
+        ax.set(xlim=(-0.6, num_heads - 0.4), ylim=(-0.1, 1.9))
+        ax.set_title(f"{name}: {G} KV {'head' if G == 1 else 'heads'}")
+        ax.set_axis_off()
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11.5, fontweight="bold")
+    return figure
 
 
 def draw_gantt(

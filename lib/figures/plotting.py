@@ -7,6 +7,7 @@ markers. Each function returns what it drew on.
 
 import itertools
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -285,6 +286,51 @@ def plot_latency(
     )
     _label_ends(ax, ends)
     return ax
+
+
+def plot_quality(
+    panels: Sequence[tuple[str, Mapping[str, tuple[Sequence, Sequence]]]],
+    *,
+    title: str,
+) -> Figure:
+    """Panels side by side: what each way to keep keys and values costs and is worth.
+
+    panels: each a name for its y axis and, by method, bytes per token and the values of
+    all draws at each: the mean is marked, and a line shows from the least to the most. A
+    method has the same marker in all panels. The x axis is logarithmic.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(8.6, 4.2))
+    names = list(dict.fromkeys(name for _, methods in panels for name in methods))
+    marker_of = dict(zip(names, itertools.cycle("osD^vPX*")))
+    colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    color_of = dict(zip(names, itertools.cycle(["black", *colors])))
+    for ax, (ylabel, methods) in zip(axes, panels):
+        for name, (num_bytes, draws) in methods.items():
+            means = [statistics.mean(values) for values in draws]
+            spread = [
+                [mean - min(values) for mean, values in zip(means, draws)],
+                [max(values) - mean for mean, values in zip(means, draws)],
+            ]
+            ax.errorbar(
+                num_bytes,
+                means,
+                spread,
+                label=name,
+                marker=marker_of[name],
+                color=color_of[name],
+                linewidth=1.2,
+            )
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+        ax.set(xlabel="bytes per token", ylabel=ylabel)
+    handles = {}
+    for ax in axes:
+        handles.update(zip(*reversed(ax.get_legend_handles_labels())))
+    figure.legend(
+        handles.values(), handles, loc="outside lower center", ncols=min(len(names), 4)
+    )
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11.5, fontweight="bold")
+    return figure
 
 
 def plot_roofline(

@@ -1,0 +1,1112 @@
+# %% [markdown]
+# # 7. A smaller cache: fewer bytes per token
+#
+# Paging stopped the cache from wasting memory. What is left is memory that
+# tokens really use, and there is a lot of it. A token's keys and values are a
+# product of three numbers: how many heads, how many numbers per head, how many
+# bits per number. This chapter makes each of them smaller, and asks every time
+# what it costs: how much worse does the model predict? Fewer bytes are easy.
+# Fewer bytes that nobody misses are the craft.
+#
+# **You need:** chapters 3 and 4, and of chapter 5 the online softmax. 150
+# minutes. No GPU.
+#
+# **You will be able to**
+#
+# - say how many bytes a token takes in any of these caches, to the byte,
+# - turn a model with many KV heads into one with few, and train it back to
+#   health,
+# - keep keys and values in 8, 4 or 2 bits, and say why keys need more of them
+#   than values,
+# - factorize keys and values into short codes, and compute attention on the
+#   codes themselves,
+# - explain why rotated positions stand in the way of that, and what DeepSeek
+#   does about it,
+# - tell from one plot which method to use for how many bytes.
+
+# %%
+from dataclasses import replace
+import json
+
+import torch
+
+from lib import generate, kv_cache, kv_heads, latent_kv_cache, model
+from lib import quantized_kv_cache, recall, text
+from lib.config import LLAMA3_8B, ModelConfig, check_count
+from lib.figures import drawing, plotting
+from lib.kv_cache import ContiguousKVCache
+from lib.kv_heads import check_divides
+from lib.latent_kv_cache import latent_format, record_kv
+from lib.measure import meter
+from lib.measure.quality import measure_quality, passages
+from lib.model import attend_fused, rotate
+from lib.paged_kv_cache import PagedKVCache
+from lib.quantized_kv_cache import QuantizedFormat, check_vectors
+from lib.course.check import check
+from lib.training import TrainingConfig
+
+plotting.use_course_style()
+torch.set_num_threads(1)  # steadier timings
+
+# %% [markdown]
+# ## A cache as large as the model
+#
+# Llama 3 8B has 32 layers. In each of them a token keeps keys and values of 8
+# heads of 128 numbers, in 16 bits each:
+
+# %%
+llama_bytes = kv_cache.kv_cache_bytes(LLAMA3_8B, 1, bytes_per_number=2)
+print(f"{llama_bytes:,} bytes per token")
+print(f"{16e9 / llama_bytes:,.0f} tokens take as much memory as its weights do")
+
+# %% [markdown]
+# Its weights take 16 GB, once, for everybody. Fifteen texts of 8,192 tokens
+# take as much again. And a GPU that decodes reads all of it, at every step
+# (chapter 5). So fewer bytes per token are more requests at a time, and a
+# faster step for each.
+#
+# There are three ways to get there, and they are the three parts of this
+# chapter:
+#
+# - **Fewer heads.** Several query heads read the same keys and values. Our
+#   model does so already: 6 query heads read 2 KV heads.
+# - **Fewer bits.** A number is kept in 8, 4 or 2 bits instead of 32, as one of
+#   256, 16 or 4 steps between the smallest and the largest of its vector. The
+#   size of a step and the smallest number, called **scale** and **zero
+#   point**, are kept with each vector.
+# - **Fewer numbers.** The keys of all heads of a layer are replaced by one
+#   short vector, their **code**, from which they can be made again, or nearly
+#   so. Values get a code of their own. The length of a code is its **rank**.
+#
+# ### Exercise 7.1 · `bytes_per_token` ★ (10 minutes)
+#
+# Count the bytes of a token in all layers, exactly. Without `bits` and `ranks`
+# it is what `kv_cache_bytes` gave in chapter 3. With `bits`, a pair for keys
+# and values, each vector of D numbers is packed into bytes and has its scale
+# and its zero point beside it, `bytes_per_number` bytes each. With `ranks`, a
+# pair too, a layer has one code for keys and one for values, whatever the
+# number of heads.
+
+# %% exercise="bytes_per_token"
+from lib.kv_heads import bytes_per_token
+
+# %%
+check(bytes_per_token)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# Count for one layer first: how many vectors does a token have there, and how
+# many bytes is each? With `bits` keys and values may differ, so add two terms.
+#
+# </details>
+# <details><summary>Hint 2</summary>
+#
+# A quantized vector has `D * b // 8 + 2 * bytes_per_number` bytes, and there
+# are `num_kv_heads` of them for keys and as many for values.
+#
+# </details>
+
+# %% [markdown]
+# What would Llama's cache cost otherwise?
+
+# %%
+many, single = (replace(LLAMA3_8B, num_kv_heads=G) for G in (32, 1))
+for name, num_bytes in {
+    "a KV head per query head": kv_heads.bytes_per_token(many, 2),
+    "8 KV heads, as it is": kv_heads.bytes_per_token(LLAMA3_8B, 2),
+    "1 KV head": kv_heads.bytes_per_token(single, 2),
+    "8 KV heads, 8 bits": kv_heads.bytes_per_token(LLAMA3_8B, 2, bits=(8, 8)),
+    "8 KV heads, 4 bits": kv_heads.bytes_per_token(LLAMA3_8B, 2, bits=(4, 4)),
+    "codes of 256 numbers": kv_heads.bytes_per_token(
+        LLAMA3_8B, 2, ranks=(256, 256)
+    ),
+}.items():
+    print(f"{name:24} {num_bytes:7,} bytes, 1 / {524288 / num_bytes:4.1f}")
+
+# %% [markdown]
+# ## How to see what is lost
+#
+# Bytes are counted; quality has to be measured. Our model of the book is not
+# enough for that. It predicts the next byte from the last few words, and what
+# a cache forgets beyond them hardly hurts it. So we use two models, and ask
+# each what it can do:
+#
+# - **The book**: nats per byte on passages that no model was trained on
+#   (chapter 2).
+# - **Notes**: a text that nobody can complete without remembering. Some keys
+#   are told with four values each, among filler; at the end four of the keys
+#   come again, and their values are to be predicted. We count the share that
+#   the model gets right. A model of two layers learns that in two minutes, and
+#   a few such models lie in data/recall, with all that made them.
+
+# %%
+def show(token_ids):
+    """Notes in characters: keys are letters, values numbers, filler dots."""
+    names = [chr(65 + i) if i < 26 else chr(71 + i) for i in range(32)]
+    names += [f"{i}" for i in range(64)] + ["·"] * 32
+    return " ".join(names[i] for i in token_ids)
+
+
+one = recall.draw_notes(1, 3, 12, torch.Generator().manual_seed(1))
+print(show(one.token_ids[0]))
+print("asked for:", show(one.token_ids[one.is_answer]))
+
+# %% [markdown]
+# `measure_quality` runs texts through a model and asks it for some of their
+# tokens: here for 24 passages of 256 bytes, and for 192 texts of eight notes in
+# 64 tokens of filler. They come in three draws, so that we see how much the
+# result depends on the draw. First without any loss:
+
+# %%
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+book_lm = model.load_model()
+book = [passages(8, 256, seeded(seed)) for seed in range(3)]
+notes_lm = recall.load("notes_g4")  # four query heads, four KV heads
+notes = [recall.draw_task("notes", 64, seeded(seed)) for seed in range(3)]
+
+book_plain = measure_quality(book_lm, book)
+notes_plain = measure_quality(notes_lm, notes)
+print("book: ", " ".join(f"{x:.3f}" for x in book_plain.nats), "nats per byte")
+print("notes:", " ".join(f"{x:.1%}" for x in notes_plain.accuracies), "right")
+
+# %% [markdown]
+# Now let us see that the two measure different things. We let each token look
+# at the last 16 tokens only, in every layer:
+
+# %%
+def last_16(layer, q, k, v):
+    T, H = q.shape[-3:-1]
+    places = torch.arange(T)
+    distance = places[:, None] - places  # (T, T)
+    is_seen = (distance >= 0) & (distance < 16)
+    k, v = (x.repeat_interleave(H // x.shape[-2], dim=-2) for x in (k, v))
+    q, k, v = (x.transpose(-3, -2) for x in (q, k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=is_seen
+    )
+    return out.transpose(-3, -2)
+
+
+short_book = measure_quality(book_lm, book, attend=last_16)
+short_notes = measure_quality(notes_lm, notes, attend=last_16)
+print(f"book:  {book_plain.mean_nats:.2f} nats per byte, "
+      f"with the last 16 tokens {short_book.mean_nats:.2f}")
+print(f"notes: {notes_plain.accuracy:.0%} right, "
+      f"with the last 16 tokens {short_notes.accuracy:.0%}")
+
+# %% [markdown]
+# The book gets a little worse. Of the notes nearly nothing is left: guessing
+# one of 64 values would be right in 2 of 100. Whoever judges a cache by the
+# book alone would say that forgetting is free.
+#
+# ## Fewer heads
+#
+# In **multi-head attention** each query head has its own keys and values. In
+# **multi-query attention** (Shazeer, 2019) all query heads share a single KV
+# head: the cache shrinks by the number of heads, and quality suffers. Between
+# the two lies **grouped-query attention**, in which groups of query heads share
+# one (Ainslie and others, 2023). Llama 3 has groups of four, our book model
+# groups of three.
+
+# %%
+drawing.draw_head_groups(
+    6, [6, 2, 1],
+    names=["multi-head", "grouped-query", "multi-query"],
+    title="The fewer heads of keys and values, the smaller the cache",
+);
+
+# %% [markdown]
+# *Six query heads (orange) and the KV heads (key blue, value green) that they
+# read: six, two, one.*
+#
+# A model can be trained that way from the beginning. But the models that people
+# had when the idea came up had a KV head for each query head. Ainslie and
+# others showed a cheap way over: average the KV heads of each group into one,
+# and train on for 5% of the steps. The averaging is done on the matrices that
+# make keys and values. If a group of two heads has the weights
+#
+# | | rows of its matrix |
+# |---|---|
+# | head 0 | 1, 3 |
+# | head 1 | 2, 7 |
+# | **mean** | 1.5, 5 |
+#
+# then the pooled head makes, for every token, the mean of the two keys that
+# were there before. (RoPE turns both by the same angle, so that it makes no
+# difference whether the mean is taken before it or after it.)
+#
+# ### Exercise 7.2 · `pool_kv_heads` ★★ (15 minutes)
+#
+# You get the matrix of `k_proj`, or of `v_proj`, of one layer: D rows for each
+# KV head, one head after the other. Return a matrix for fewer heads. Which old
+# heads become one? Query head h reads KV head `h // (H / G)`, before and after:
+# so it has to be neighbours.
+
+# %% exercise="pool_kv_heads" given="1"
+from lib.kv_heads import pool_kv_heads
+
+# %%
+check(pool_kv_heads)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# `view` gives a matrix more dimensions without moving a number: first the
+# group, then the head in its group, then the row of that head, then C. Which of
+# them is averaged?
+#
+# </details>
+# <details><summary>Hint 2</summary>
+#
+# `weight.view(num_kv_heads, G // num_kv_heads, head_dim, -1)` and then `mean`
+# over dimension 1. Join the first two of the three that are left.
+#
+# </details>
+
+# %% [markdown]
+# `with_kv_heads` pools both matrices of every layer with your function, and
+# copies all other weights. We pool the four heads of the notes model into two,
+# and into one; and the two of the book model into one.
+
+# %%
+pooled = {G: kv_heads.with_kv_heads(notes_lm, G) for G in (2, 1)}
+for G, lm in pooled.items():
+    print(f"notes, 4 heads pooled into {G}: "
+          f"{measure_quality(lm, notes).accuracy:.0%} right")
+book_one_head = kv_heads.with_kv_heads(book_lm, 1)
+book_pooled = measure_quality(book_one_head, book)
+print(f"book, 2 heads pooled into 1: {book_pooled.mean_nats:.2f} nats per byte")
+
+# %% [markdown]
+# Ruined: the mean of two keys is a key that neither head has looked for. But
+# what the model knows is still there, in all other weights and in what the
+# heads had in common. The notes model was trained for 3,000 steps. We train on
+# for 5% of that, 150 steps, which takes some seconds:
+
+# %%
+settings = TrainingConfig(
+    num_steps=150, batch_size=32, learning_rate=1e-3, warmup_steps=20
+)
+curves = {}
+for G, lm in pooled.items():
+    before = measure_quality(lm, notes).accuracy
+    curve = recall.train(
+        lm, "notes", settings, from_share=0.5, evaluate_every=25
+    )
+    curves[f"pooled into {G}"] = [(0, before), *curve]
+
+trained_on = {G: measure_quality(lm, notes) for G, lm in pooled.items()}
+plotting.plot_measured(
+    {name: tuple(zip(*curve)) for name, curve in curves.items()},
+    xlabel="steps of training after pooling (150 are 5% of the first training)",
+    ylabel="share of answers that are right",
+    title=f"After 150 steps, {trained_on[2].accuracy:.0%} with two heads, "
+    f"{trained_on[1].accuracy:.0%} with one",
+);
+
+# %% [markdown]
+# *Two heads come back sooner than one.* Training the book's model on for 5% of
+# its 5,000 steps takes minutes, so that was done beforehand (`python -m
+# lib.kv_heads`):
+
+# %%
+pooling = json.loads(kv_heads.RESULTS.read_text())
+for step, *nats in pooling["step_and_nats_per_byte"]:
+    print(f"{step:4} steps: {sum(nats) / len(nats):.3f} nats per byte")
+
+# %% [markdown]
+# ### A table like theirs
+#
+# Ainslie and others compare quality and time (their Table 1). We can make the
+# same table. Beside the pooled models stand those that were trained from
+# scratch with four, two and one KV heads, three times each with other random
+# numbers (their training is in data/results/recall.json). Time is a decode step
+# for sixteen texts of 1,000 tokens, in turns.
+
+# %%
+def decode_step(lm):
+    """A step of one new token for each of 16 texts in a cache."""
+    cache = ContiguousKVCache(lm.config, 16, 1024, fused_decode=True)
+    for request_id in range(16):
+        cache.begin(request_id)
+    prompts = torch.zeros(16 * 1000, dtype=torch.int64)
+    generate.forward_cached(lm, cache, prompts, torch.full((16,), 1000))
+    ones = torch.ones(16, dtype=torch.int64)
+    return lambda: generate.forward_cached(lm, cache, prompts[:16], ones)
+
+
+scratch = {G: recall.load(f"notes_g{G}") for G in (4, 2, 1)}
+seconds = meter.medians_in_turns(
+    {f"{G}": decode_step(lm) for G, lm in scratch.items()}, repeats=11
+)
+runs = json.loads(recall.RESULTS.read_text())
+print("KV heads  bytes per token  ms per step  from scratch        pooled")
+for G, lm in scratch.items():
+    last = [run["accuracy"][-1][1] for run in runs[f"notes_g{G}"]]
+    after = f"{trained_on[G].accuracy:.0%}" if G in trained_on else "-"
+    print(f"{G:8}  {kv_heads.bytes_per_token(lm.config):15,}  "
+          f"{1000 * seconds[f'{G}']:11.2f}  "
+          f"{' '.join(f'{share:.1%}' for share in last):18}  {after}")
+
+# %% [markdown]
+# | theirs: T5 XXL | KV heads | s per sample | average of 7 tasks |
+# |---|---|---|---|
+# | multi-head | 64 | 1.51 | 47.2 |
+# | grouped-query, pooled, 5% more training | 8 | 0.28 | 47.1 |
+# | multi-query, pooled, 5% more training | 1 | 0.24 | 46.6 |
+#
+# What is alike: fewer heads make a step faster, and after 5% more training
+# grouped heads have lost little, a single head more. What differs: in our task
+# a model trained *from scratch* with one head is as good as any, so here
+# pooling costs more than having few heads does. (Notes need few numbers. Tasks
+# like theirs need more.) And their model becomes five times faster, since it
+# runs on accelerators that wait for memory. Our step has other things to do
+# besides.
+#
+# ## Fewer bits
+#
+# Take a vector of four numbers, and two bits for each, that is four codes:
+#
+# | | | | | |
+# |---|---|---|---|---|
+# | numbers | -1.0 | 0.2 | 0.7 | 2.0 |
+# | steps of 1.0 above -1.0 | 0 | 1.2 | 1.7 | 3 |
+# | codes | 0 | 1 | 2 | 3 |
+# | back again | -1.0 | 0.0 | 1.0 | 2.0 |
+#
+# The zero point is the smallest number, -1. Three steps lead to the largest, so
+# the scale is (2 - (-1)) / 3 = 1. A code is the number of steps, rounded. What
+# comes back is off by half a step at most, and both ends are exact. Four codes
+# of two bits fill one byte, the first of them in its lowest bits: 0 + 1 · 4 +
+# 2 · 16 + 3 · 64 = 228.
+#
+# ### Exercise 7.3 · `quantize` ★★ (20 minutes)
+#
+# Do that for vectors of any shape (..., D), along the last dimension, with 8, 4
+# or 2 bits. A vector of equal numbers has scale 0, by which nothing can be
+# divided: its codes are 0. Use `torch` for all vectors at once.
+
+# %% exercise="quantize" given="1"
+from lib.quantized_kv_cache import quantize
+
+# %%
+check(quantize)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# `x.aminmax(dim=-1, keepdim=True)` gives the smallest and the largest. With
+# `bits` bits there are 2^bits codes, and so one step less. To avoid dividing by
+# 0, `scale.masked_fill(scale == 0, 1)`.
+#
+# </details>
+# <details><summary>Hint 2</summary>
+#
+# To pack, `unflatten(-1, (-1, 8 // bits))` puts the codes that share a byte
+# into a dimension of their own. Shift them left by `torch.arange(0, 8, bits)`,
+# then sum over that dimension, with `dtype=torch.uint8`. (Nothing overlaps, so
+# that a sum is an "or".)
+#
+# </details>
+
+# %%
+codes, scale, zero = quantized_kv_cache.quantize(
+    torch.tensor([-1.0, 0.2, 0.7, 2.0]), bits=2
+)
+codes, scale, zero
+
+# %% [markdown]
+# ### Exercise 7.4 · `dequantize` ★ (10 minutes)
+#
+# And back: unpack the codes, then count the steps from the zero point.
+
+# %% exercise="dequantize"
+from lib.quantized_kv_cache import dequantize
+
+# %%
+check(dequantize)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# Shift each byte right by 0, `bits`, 2 · `bits`, ... and keep the lowest `bits`
+# bits of each: `& (2**bits - 1)`.
+#
+# </details>
+# <details><summary>Hint 2</summary>
+#
+# `codes.unsqueeze(-1) >> shifts` makes a dimension of codes that shared a byte;
+# `flatten(-2)` joins it with the one before. With shifts in `torch.uint8` all
+# stays in single bytes until it is multiplied by the scale.
+#
+# </details>
+
+# %% [markdown]
+# ### A format, not a cache
+#
+# Which cache should keep these bytes? Any. Where a token lies is the business
+# of chapters 3 and 4; *what* lies there is that of a **format**. The plain
+# format writes keys and values as they are. `QuantizedFormat` turns each vector
+# into a row of bytes before it is written, codes, scale and zero point one
+# behind the other, and turns rows into vectors when they are read. Contiguous
+# rows, block tables, forks, copy-on-write: none of them looks at what is in a
+# row. So the model can write with a quantized cache in blocks, and your two
+# functions are what it reads through:
+
+# %%
+def write(prompt, num_new_tokens, **cache_settings):
+    """The greedy continuation of a prompt, and the cache that it came from."""
+    cache = PagedKVCache(book_lm.config, 16, block_size=16, **cache_settings)
+    cache.begin("a text")
+    (ids,) = generate.generate_cached(
+        book_lm, [text.encode(prompt)], num_new_tokens, cache, temperature=0
+    )
+    return text.decode(ids), cache
+
+
+for bits in (None, 8, 4, 2):
+    settings = {"format": QuantizedFormat(bits)} if bits else {}
+    written, cache = write("It was the whale", 60, **settings)
+    print(f"{bits or 32:2} bits, {cache.used_bytes:7,} bytes: {written!r}")
+
+# %% [markdown]
+# A decode step must not turn the whole cache back into numbers first: that
+# would be the memory it has saved. It goes through the cache tile by tile, 128
+# tokens at a time, with the online softmax of chapter 5 (`attend_online`, which
+# takes its keys and values in pieces). The meter can tell what either way
+# holds, beside the cache, while one query looks at S tokens:
+
+# %%
+eight = QuantizedFormat(8)
+
+
+def tile_by_tile(q, rows):
+    S = torch.tensor([rows[0].shape[1]])
+    return eight.attend(0, q, *rows, S, torch.tensor([1]))
+
+
+def all_at_once(q, rows):
+    S = torch.tensor([rows[0].shape[1]])
+    k, v = (quantized_kv_cache.from_rows(x, 8, q.dtype) for x in rows)
+    return kv_cache.attend_cached(q, k, v, S, torch.tensor([1]))
+
+
+for S in (512, 2048, 8192):
+    k, v = torch.randn(2, S, 2, 32, generator=seeded(S))
+    rows = [x[None] for x in eight.encode(0, k, v)]  # of one text
+    q = torch.randn(1, 6, 32, generator=seeded(0))
+    print(f"{S:4} tokens, {sum(x.nbytes for x in rows):7,} bytes: ", end="")
+    for way in (tile_by_tile, all_at_once):
+        peak_bytes = meter.measure(lambda: way(q, rows)).peak_bytes
+        print(f"{way.__name__} {peak_bytes:9,}  ", end="")
+    print()
+
+# %% [markdown]
+# ### What keys need and values do not
+#
+# How many bits are enough? We try keys and values apart: one of them in few
+# bits, the other in 8.
+
+# %%
+def contiguous(format):
+    """How `measure_quality` is to make a cache for B texts of T tokens."""
+    return lambda config, B, T: ContiguousKVCache(config, B, T, format=format)
+
+
+def both(format):
+    """Quality of the book and of the notes in a cache of this format."""
+    make_cache = contiguous(format)
+    return (
+        measure_quality(book_lm, book, make_cache=make_cache),
+        measure_quality(notes_lm, notes, make_cache=make_cache),
+    )
+
+
+pairs = [(8, 8), (4, 8), (2, 8), (8, 4), (8, 2), (4, 4), (4, 2)]
+by_bits = {bits: both(QuantizedFormat(*bits)) for bits in pairs}
+print("bits of keys, values   book (nats per byte)   notes (right)")
+for bits, (of_book, of_notes) in {
+    "as they are": (book_plain, notes_plain), **by_bits
+}.items():
+    print(f"{bits!s:21}  {of_book.mean_nats:20.3f}  {of_notes.accuracy:14.1%}")
+
+# %% [markdown]
+# With 8 bits nothing can be seen, with 4 hardly anything. With 2 bits the two
+# part: values survive, keys do not. An error in a value is one error among
+# many, in a weighted mean, where errors of both signs cancel. An error in a key
+# moves a *score*, and the weight is its exponential: a score that is off by 1
+# makes a weight almost three times as large, and moves all others with it.
+#
+# There is more to it. All numbers of a key share one scale, and it is set by
+# the largest of them. If some places of a key are always large, then the steps
+# are too coarse for all others. So group the numbers the other way: not the D
+# numbers of one key, but the same place of 32 neighbouring keys. That is KIVI's
+# proposal (Liu and others, 2024): keys **per channel**, values **per token**.
+# We try it with your function, at `attend`:
+
+# %%
+def per_channel(x, bits):
+    """x (B, T, G, D), quantized over 32 tokens at a time, and back again."""
+    B, T, G, D = x.shape
+    channels = x.view(B, T // 32, 32, G, D).movedim(2, -1)
+    quantized = quantized_kv_cache.quantize(channels, bits)
+    back = quantized_kv_cache.dequantize(*quantized, bits)
+    return back.movedim(-1, 2).reshape(B, T, G, D)
+
+
+def per_token(x, bits):
+    quantized = quantized_kv_cache.quantize(x, bits)
+    return quantized_kv_cache.dequantize(*quantized, bits)
+
+
+for name, k_of, v_of in [
+    ("keys per token", per_token, None),
+    ("keys per channel", per_channel, None),
+    ("values per token", None, per_token),
+    ("values per channel", None, per_channel),
+]:
+    def attend(layer, q, k, v):
+        k = k_of(k, 2) if k_of else k
+        v = v_of(v, 2) if v_of else v
+        return attend_fused(layer, q, k, v)
+
+    of_book = measure_quality(book_lm, book, attend=attend)
+    print(f"2 bits, {name:18}: {of_book.mean_nats:.3f} nats per byte")
+
+# %%
+with torch.no_grad():
+    keys, values = record_kv(book_lm, book[0].token_ids)
+    largest = {
+        name: x.flatten(0, 1).abs().amax(dim=0).flatten().sort().values
+        for name, x in (("keys", keys), ("values", values))
+    }
+ratio = {name: (x[-1] / x[32]).item() for name, x in largest.items()}
+plotting.plot_measured(
+    {name: (range(1, 65), x.tolist()) for name, x in largest.items()},
+    xlabel="channels of both heads, sorted",
+    ylabel="largest number that occurs",
+    title=f"The largest channel is {ratio['keys']:.1f} times the median one "
+    f"for keys, {ratio['values']:.1f} times for values",
+).set_xticks([1, 16, 32, 48, 64]);
+
+# %% [markdown]
+# *What is gained per channel comes from these differences.* It has a price: the
+# scale of a channel is known only when all 32 keys are there, so KIVI keeps the
+# newest keys as they are until a group is full. Our format is per token for
+# both, so that a token is written once and never again.
+#
+# Is it faster? Here it is not. The processor has to unpack what it reads:
+
+# %%
+def step_over(format):
+    cache = ContiguousKVCache(book_lm.config, 1, 512, format=format)
+    cache.begin("a text")
+    ids = book[0].token_ids.flatten()
+    generate.forward_cached(book_lm, cache, ids[:480], torch.tensor([480]))
+    next_id, one = ids[480:481], torch.tensor([1])
+    return lambda: generate.forward_cached(book_lm, cache, next_id, one)
+
+
+seconds = meter.medians_in_turns({
+    "32 bits": step_over(kv_cache.PLAIN),
+    "8 bits": step_over(QuantizedFormat(8)),
+    "4 bits": step_over(QuantizedFormat(4)),
+}, repeats=11)
+for name, value in seconds.items():
+    print(f"{name:7}: {1000 * value:.2f} ms per decode step")
+
+# %% [markdown]
+# That is this processor, and torch, which makes each step of unpacking a pass
+# of its own. In a kernel on a GPU, the bytes come in, and the numbers are made
+# in registers, where nothing has to be written; there a step waits for bytes,
+# and there are fewer of them.
+#
+# ## Fewer numbers
+#
+# Suppose that the keys of six tokens are these, three numbers each:
+#
+# | | w | h | a | l | e | s |
+# |---|---|---|---|---|---|---|
+# | key | 3, 4, 0 | 6, 8, 1 | 0, 0, 2 | 3, 4, 2 | -3, -4, 1 | 0, 0, -1 |
+# | code | 5, 0 | 10, 1 | 0, 2 | 5, 2 | -5, 1 | 0, -1 |
+#
+# They all lie in one plane, through (0.6, 0.8, 0) and (0, 0, 1). These two rows
+# are a **basis**: each key is its first number times the first row plus its
+# second number times the second. So two numbers per token are enough, the
+# **code**, and the basis is kept once for all tokens. As a formula: keys (6, 3)
+# are codes (6, 2) @ basis (2, 3), a product of two thin matrices. Such a matrix
+# has **rank** 2.
+#
+# Real keys do not lie in a plane exactly. But the singular value decomposition,
+# SVD, finds the basis of r rows that comes nearest. Its **singular values** say
+# how much lies in each direction: of the squares of all numbers together, the
+# first r directions hold the first r squared singular values. What do the keys
+# of our models look like? We record them as they occur, all KV heads of a layer
+# side by side, 64 numbers per token. (The weights say less: a matrix may have
+# full rank, while what is put into it never uses all of it.)
+
+# %%
+train_ids, _ = text.split_book(text.encode(text.load_book()))
+book_seen = record_kv(
+    book_lm, text.random_batch(train_ids, 16, 256, seeded(7))
+)
+notes_seen = record_kv(
+    notes_lm, recall.draw_task("notes", 64, seeded(7)).token_ids
+)
+
+
+def spectrum(x):
+    """Singular values of one layer's keys or values (N, G, D)."""
+    return torch.linalg.svdvals(x.flatten(1))
+
+
+# %% [markdown]
+# ### Exercise 7.5 · `rank_for` ★ (10 minutes)
+#
+# How many directions are needed to keep a given share? Return the smallest
+# rank, a plain int.
+
+# %% exercise="rank_for" given="1"
+from lib.latent_kv_cache import rank_for
+
+# %%
+check(rank_for)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# `(singular_values**2).cumsum(dim=0)`: entry r - 1 is what rank r keeps, and
+# the last entry is everything.
+#
+# </details>
+# <details><summary>Hint 2</summary>
+#
+# Count the ranks that keep too little. The next one is the first that keeps
+# enough.
+#
+# </details>
+
+# %%
+for name, (seen_keys, seen_values) in {
+    "book": book_seen, "notes": notes_seen
+}.items():
+    for kind, seen in (("keys", seen_keys), ("values", seen_values)):
+        ranks = [latent_kv_cache.rank_for(spectrum(x), 0.99) for x in seen]
+        print(f"{name:5} {kind:6}: ranks for 99%, by layer: {ranks} of 64")
+
+# %% [markdown]
+# ### Exercise 7.6 · `factorize` ★★ (15 minutes)
+#
+# Find the basis, and the codes. `torch.linalg.svd(x, full_matrices=False)`
+# gives U, S and Vh with x = U @ diag(S) @ Vh, the largest singular value first;
+# the rows of Vh are directions of length 1 that are perpendicular to each
+# other. That makes coding easy: the code of a vector, also of one that comes
+# later, is its product with each row.
+
+# %% exercise="factorize" given="1"
+from lib.latent_kv_cache import factorize
+
+# %%
+check(factorize)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# The first `rank` rows of Vh are the basis.
+#
+# </details>
+# <details><summary>Hint 2</summary>
+#
+# The codes are `x @ basis.T`.
+#
+# </details>
+
+# %%
+whales = torch.tensor([
+    [3.0, 4, 0], [6, 8, 1], [0, 0, 2], [3, 4, 2], [-3, -4, 1], [0, 0, -1]
+])
+codes, basis = latent_kv_cache.factorize(whales, rank=2)
+print("basis:\n", basis)
+print("largest error:", f"{(codes @ basis - whales).abs().max():.0e}")
+
+# %% [markdown]
+# (The basis is another one than ours, turned within the same plane. It serves
+# as well.)
+#
+# ### Attention on the codes
+#
+# A cache of codes is smaller. But if every step first made all keys again, it
+# would do more work than ever, and hold the keys after all. It need not. Take
+# the query (1, 2, 3). Its score with the key of h is
+#
+#     1 · 6 + 2 · 8 + 3 · 1 = 25
+#
+# Now multiply the query with the rows of the basis instead: (1 · 0.6 + 2 · 0.8,
+# 3 · 1) = (2.2, 3). And take that with h's *code*, (10, 1):
+#
+#     2.2 · 10 + 3 · 1 = 25
+#
+# The same, since q · (c B) = (q Bᵀ) · c: the basis has moved from the keys to
+# the query. The query has **absorbed** it, once, whatever the number of keys.
+# The same works for values, from the other side: the weighted mean of values is
+# the weighted mean of their codes, times the basis, once.
+#
+# ### Exercise 7.7 · `attend_latent` ★★★ (30 minutes)
+#
+# Write attention that never makes a key or a value. A layer's code is for all
+# KV heads together, and the basis has for each direction the numbers of each
+# head: `k_basis` is (R, G, D), and head g's key is `k_codes[s] @ k_basis[:,
+# g]`. Query head h reads KV head h // (H / G), so that the heads of a group
+# absorb the same part of the basis. After that, all query heads look at the
+# same codes: it is multi-query attention, with longer queries.
+#
+# Scores are divided by √D as ever. D is the length of the keys that would have
+# been there: the scores are the same numbers as before. The mask and the
+# softmax are given. Three paragraphs are missing: absorb, score, and the way
+# back.
+
+# %% exercise="attend_latent" given="1 4"
+from lib.latent_kv_cache import attend_latent
+
+# %%
+check(attend_latent)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# `grouped = (q / D**0.5).view(T, G, H // G, D)`: the group of KV head g is
+# `grouped[:, g]`, (T, H/G, D). Its product with `k_basis[:, g]`, (R, D),
+# transposed, gives numbers per direction, R. `torch.einsum` does it for all
+# groups: name each dimension by a letter, and sum over the one that is missing
+# behind the arrow.
+#
+# </details>
+# <details><summary>Hint 2</summary>
+#
+# `torch.einsum("tgmd,rgd->tgmr", grouped, k_basis)`. Flatten g and m into H:
+# `(T, H, R) @ k_codes.T` are the scores. On the way back, `weights @ v_codes`,
+# split H into groups again, and `"tgmw,wgd->tgmd"` with `v_basis`.
+#
+# </details>
+
+# %% [markdown]
+# What does it save? A decode step over 480 tokens of the book, in layer 2, with
+# codes of 32 numbers: once on the codes, and once by making all keys and
+# values.
+
+# %%
+half = latent_format(*book_seen, 32, 32)
+bases = half.k_bases[2], half.v_bases[2]
+k_codes, v_codes = (
+    x.squeeze(1)
+    for x in half.encode(2, book_seen[0][2][:480], book_seen[1][2][:480])
+)
+q = torch.randn(1, 6, 32, generator=seeded(0))
+
+
+def make_keys():
+    k, v = (
+        torch.einsum("sr,rgd->sgd", codes, basis)[None]
+        for codes, basis in zip((k_codes, v_codes), bases)
+    )
+    return kv_cache.attend_cached(
+        q, k, v, torch.tensor([480]), torch.tensor([1])
+    )
+
+
+def on_codes():
+    return latent_kv_cache.attend_latent(q, k_codes, v_codes, *bases)
+
+
+for name, way in (("making keys", make_keys), ("on the codes", on_codes)):
+    cost = meter.measure(way)
+    print(f"{name:12}: {cost.flops.total():9,} FLOPs, "
+          f"{cost.peak_bytes:7,} bytes at the peak")
+print("largest difference:", f"{(make_keys() - on_codes()).abs().max():.0e}")
+
+# %% [markdown]
+# `LatentFormat` has a basis for each layer, writes codes, and reads them by
+# your function. `latent_format` makes one from recorded keys and values. How
+# many numbers do keys need, how many values? In one of the two we keep all 64
+# directions.
+
+# %%
+def both_ranks(k_rank, v_rank):
+    """Quality of the book and of the notes, each in codes of its own."""
+    return [
+        measure_quality(
+            lm, draws,
+            make_cache=contiguous(latent_format(*seen, k_rank, v_rank)),
+        )
+        for lm, draws, seen in (
+            (book_lm, book, book_seen), (notes_lm, notes, notes_seen)
+        )
+    ]
+
+
+by_rank = {
+    which: {
+        rank: both_ranks(
+            rank if which != "values" else 64, rank if which != "keys" else 64
+        )
+        for rank in (48, 32, 24, 16)
+    }
+    for which in ("keys", "values", "keys and values")
+}
+
+print("rank   " + "".join(f"{which:>22}" for which in by_rank))
+print(f"  64   {book_plain.mean_nats:.3f} nats per byte, "
+      f"{notes_plain.accuracy:.1%} of the notes")
+for rank in (48, 32, 24, 16):
+    cells = [
+        f"{of_book.mean_nats:.3f}  {of_notes.accuracy:6.1%}"
+        for of_book, of_notes in (by_rank[which][rank] for which in by_rank)
+    ]
+    print(f"{rank:4}   " + "".join(f"{cell:>22}" for cell in cells))
+
+# %% [markdown]
+# The two models disagree. Of the notes, keys compress and values do not: to
+# tell eight keys from each other takes few numbers, while a value has to come
+# back as one of 64. Of the book it is the other way round. So there is no rank
+# that is right for keys: measure what your model needs.
+#
+# ### Why rotation has to stay outside
+#
+# Why do the keys of the book need so many directions? We look at them before
+# they were rotated. (To rotate back is to rotate by minus the position.)
+
+# %%
+positions = torch.arange(256)
+theta = book_lm.config.rope_theta
+before = torch.stack([
+    rotate(seen, -positions.repeat(16), theta) for seen in book_seen[0]
+])
+for name, seen in (("after", book_seen[0]), ("before", before)):
+    ranks = [latent_kv_cache.rank_for(spectrum(x), 0.99) for x in seen]
+    print(f"keys {name:6} rotation: ranks for 99%, by layer: {ranks} of 64")
+
+# %% [markdown]
+# A direction that all keys share, at whatever position, is one direction before
+# rotation. After it, it points elsewhere at every position, and fills the plane
+# in which RoPE turns it. So we should code keys *before* they are rotated, and
+# rotate what comes back. How good would that be?
+
+# %%
+def coded_before_rotation(rank):
+    bases = [
+        latent_kv_cache.factorize(x.flatten(1), rank)[1] for x in before
+    ]
+
+    def attend(layer, q, k, v):
+        places = torch.arange(k.shape[-3])
+        plain = rotate(k, -places, theta).flatten(-2)  # (B, T, G · D)
+        back = (plain @ bases[layer].T @ bases[layer]).view_as(k)
+        return attend_fused(layer, q, rotate(back, places, theta), v)
+
+    return measure_quality(book_lm, book, attend=attend)
+
+
+coded_before = {rank: coded_before_rotation(rank) for rank in (48, 32, 24, 16)}
+for rank, of_book in coded_before.items():
+    after = by_rank["keys"][rank][0].mean_nats
+    print(f"keys of rank {rank}: coded before rotation {of_book.mean_nats:.3f} "
+          f"nats per byte, after it {after:.3f}")
+
+# %% [markdown]
+# Far better. But look at what attention has become. The score of a query at
+# position t with the key of position s was q · (c B), and is now q · R(c B),
+# where R turns by the distance t - s. The query has to absorb the rotation too,
+# and there is one for each distance:
+
+# %%
+small_q = torch.randn(1, 1, 8, generator=seeded(0))
+small_basis = torch.randn(3, 8, generator=seeded(1))
+for distance in range(3):
+    turned = rotate(small_q, torch.tensor([distance]), theta)[0, 0]
+    print(f"distance {distance}: absorbed query {small_basis @ turned}")
+
+# %% [markdown]
+# As many absorbed queries as there are keys: that is no better than making the
+# keys. (We could make them, tile by tile, and pay in FLOPs. That is a choice,
+# and some do.) DeepSeek-V2 found a way around: **split the key in two**. A long
+# part comes from the code and is never rotated; it says *what* a token is. A
+# short part is rotated, is made from the token directly, and is shared by all
+# heads as in multi-query attention; it says *where* the token is. A score is
+# the sum of both:
+
+# %%
+T, H, R, D, D_rope = 6, 4, 8, 16, 4
+codes = torch.randn(T, R, generator=seeded(0))
+basis = torch.randn(R, H, D, generator=seeded(1))
+q_what = torch.randn(H, D, generator=seeded(2))
+k_where = rotate(
+    torch.randn(T, 1, D_rope, generator=seeded(3)), torch.arange(T), theta
+)
+q_where = rotate(
+    torch.randn(1, H, D_rope, generator=seeded(4)), torch.tensor([T - 1]), theta
+)[0]
+
+# with keys: each head's own long part, and the short one of all
+k_what = torch.einsum("tr,rhd->thd", codes, basis)
+k = torch.cat([k_what, k_where.expand(-1, H, -1)], dim=-1)
+with_keys = torch.einsum("hd,thd->ht", torch.cat([q_what, q_where], -1), k)
+
+# on codes: the long part of the query absorbs the basis, nothing is rotated
+absorbed = torch.einsum("hd,rhd->hr", q_what, basis)
+on_codes = absorbed @ codes.T + q_where @ k_where.squeeze(1).T
+print(f"largest difference: {(with_keys - on_codes).abs().max():.0e}")
+print(f"numbers per token: {R + D_rope} instead of {2 * H * D}")
+
+# %% [markdown]
+# In DeepSeek-V2 values come from the same code as keys. A token keeps 512 + 64
+# = 576 numbers per layer, for 128 heads of 128, which would be 32,768. That is
+# as much as 2.25 KV heads of grouped-query attention. The model has to be
+# trained that way from the beginning: ours was not, its position is in all of
+# its key.
+#
+# ## One plot
+#
+# Everything that we have tried, by what it costs and what is lost. For the
+# book lower is better, for the notes higher. One more is there: two KV heads
+# *and* 4 bits, since the methods do not exclude each other.
+
+# %%
+def points(qualities, draws_of):
+    """Bytes per token, and all draws, of each quality; the smallest first."""
+    ordered = sorted(qualities, key=lambda q: q.bytes_per_token)
+    return [q.bytes_per_token for q in ordered], [draws_of(q) for q in ordered]
+
+
+def of_book(qualities):
+    return points(qualities, lambda q: q.nats)
+
+
+def of_notes(qualities):
+    return points(qualities, lambda q: q.accuracies)
+
+
+in_bits = [by_bits[bits] for bits in [(8, 8), (8, 4), (4, 4), (4, 2), (2, 8)]]
+two_and_4_bits = measure_quality(
+    pooled[2], notes, make_cache=contiguous(QuantizedFormat(4))
+)
+one_head_bytes = kv_heads.bytes_per_token(book_one_head.config)
+nats_after = pooling["step_and_nats_per_byte"][-1][1:]
+
+book_panel = {
+    "as it is": of_book([book_plain]),
+    "fewer heads, trained on": ([one_head_bytes], [nats_after]),
+    "fewer bits": of_book([q for q, _ in in_bits]),
+} | {
+    f"codes, {which}": of_book([q for q, _ in ranks.values()])
+    for which, ranks in by_rank.items()
+}
+notes_panel = {
+    "as it is": of_notes([notes_plain]),
+    "fewer heads, trained on": of_notes(trained_on.values()),
+    "fewer bits": of_notes([q for _, q in in_bits]),
+} | {
+    f"codes, {which}": of_notes([q for _, q in ranks.values()])
+    for which, ranks in by_rank.items()
+} | {"two heads, 4 bits": of_notes([two_and_4_bits])}
+
+four = by_bits[4, 4][0]
+lost = four.mean_nats - book_plain.mean_nats
+factor = book_plain.bytes_per_token / four.bytes_per_token
+plotting.plot_quality(
+    [("nats per byte, book", book_panel), ("share right, notes", notes_panel)],
+    title=f"4 bits: {factor:.1f} times fewer bytes, {lost:.3f} nats per byte",
+);
+
+# %% [markdown]
+# *Left, lower is better; right, higher is. A mark is the mean of three draws of
+# texts, its line goes from the least to the most.*
+#
+# Read it from right to left. Bits come first: 4 bits for each number cost
+# nearly nothing and need no training. Fewer heads cost some training and then
+# little, and the two can be put together. Codes, made after training, pay off
+# where there is something to be saved, in values here and in keys there, but
+# not in both; and 2 bits for keys are too few for anybody. That is for these
+# two small models, in 32 bits to begin with. From 16 bits, which large models
+# use, 4 bits are a factor of less than 4, and the scales weigh more.
+
+# %%
+check.summary()
+
+# %% [markdown]
+# ## What is still wrong
+#
+# - Every token is still kept, also those that nobody will ever look at again.
+#   Of 121 tokens in a text of notes, 64 are filler. Which ones could go?
+#   That is the next question.
+# - Our keys per token do not use what KIVI found per channel, and the newest
+#   tokens, which matter most, are quantized like all others.
+# - Codes of rotated keys waste directions. A model has to be trained for them,
+#   as DeepSeek's are.
+# - On the CPU all of this saves bytes, not time. A kernel would have to read
+#   the bytes as they are.
+#
+# ## In five sentences
+#
+# 1. A token's bytes are heads times numbers times bits, and each of these can
+#    be made smaller without the others.
+# 2. Query heads that share a KV head make the cache smaller by the size of the
+#    group; a model with many KV heads is pooled by their mean and trained on.
+# 3. A number kept in few bits needs a scale and a zero point per vector; keys
+#    need more bits than values, since their errors go through an exponential.
+# 4. If keys and values are a product of codes and a basis, a query can absorb
+#    the basis, and attention runs on the codes: multi-query attention with long
+#    heads.
+# 5. RoPE between code and query would have to be absorbed too, once per
+#    distance; so what is rotated is kept apart, and small.
+#
+# ## Do you recall?
+#
+# 1. A model has 32 query heads and 4 KV heads of 64 numbers, and 24 layers. How
+#    many bytes does a token take in 16 bits? And with 4 bits and scales?
+# 2. Why are neighbouring KV heads pooled, and not the first with the third?
+# 3. A vector has the numbers 0, 1, 2, 30. What do 2 bits make of it?
+# 4. One number of a value is off by 0.1, and one number of a key is. Which of
+#    the two can change the whole output, and when?
+# 5. A layer has codes of 128 numbers and 8 KV heads of 64. How many numbers per
+#    token does a decode step read with absorbed queries, and how many if it
+#    makes the keys and values?
+# 6. Why may DeepSeek-V2's long part not be rotated?
+#
+# <details><summary>Answers</summary>
+#
+# 1. 24 · 2 · 4 · 64 · 2 = 24,576. With 4 bits 24 · 2 · 4 · (32 + 4) = 6,912.
+# 2. Query head h reads KV head h // (H / G). With fewer of them it reads the
+#    one that its neighbours read, so that one should be their mean.
+# 3. A scale of 10: the codes are 0, 0, 0, 3, so it comes back as 0, 0, 0, 30.
+# 4. The key, if it meets a query that is large in that place: the score goes
+#    through an exponential. The value moves one number of the output, by 0.1
+#    times its weight.
+# 5. 2 · 128 either way: codes are what is in memory. But with keys and values
+#    made, 2 · 8 · 64 numbers per token are written and read besides.
+# 6. The query would have to absorb a rotation by the distance, another one for
+#    each key.
+#
+# </details>
+#
+# ## Sources
+#
+# - Shazeer, *Fast Transformer Decoding: One Write-Head is All You Need*, 2019,
+#   [1911.02150](https://arxiv.org/abs/1911.02150): multi-query attention.
+# - Ainslie and others, *GQA*, 2023,
+#   [2305.13245](https://arxiv.org/abs/2305.13245): groups; pooling (section
+#   2.1), 5% of the steps, and Table 1.
+# - Liu and others, *KIVI*, 2024,
+#   [2402.02750](https://arxiv.org/abs/2402.02750): keys per channel, values per
+#   token.
+# - DeepSeek-AI, *DeepSeek-V2*, 2024,
+#   [2405.04434](https://arxiv.org/abs/2405.04434): multi-head latent attention
+#   (section 2.1), and how many numbers it keeps (its Table 1).
+# - Arora and others, *Zoology*, 2023,
+#   [2312.04927](https://arxiv.org/abs/2312.04927): why recall is a measure of
+#   its own.
+# - Llama Team, *The Llama 3 Herd of Models*, 2024,
+#   [2407.21783](https://arxiv.org/abs/2407.21783).
