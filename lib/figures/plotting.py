@@ -289,22 +289,23 @@ def plot_latency(
 
 
 def plot_quality(
-    panels: Sequence[tuple[str, Mapping[str, tuple[Sequence, Sequence]]]],
+    panels: Sequence[tuple[str, str, Mapping[str, tuple[Sequence, Sequence]]]],
     *,
     title: str,
 ) -> Figure:
     """Panels side by side: what each way to keep keys and values costs and is worth.
 
-    panels: each a name for its y axis and, by method, bytes per token and the values of
-    all draws at each: the mean is marked, and a line shows from the least to the most. A
+    panels: each a name and a scale for its y axis ("linear", or "symlog", which shows
+    small losses beside large ones) and, by method, bytes per token and the values of all
+    draws at each: the mean is marked, and a line shows from the least to the most. A
     method has the same marker in all panels. The x axis is logarithmic.
     """
     figure, axes = plt.subplots(1, len(panels), figsize=(8.6, 4.2))
-    names = list(dict.fromkeys(name for _, methods in panels for name in methods))
+    names = list(dict.fromkeys(name for *_, methods in panels for name in methods))
     marker_of = dict(zip(names, itertools.cycle("osD^vPX*")))
     colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
     color_of = dict(zip(names, itertools.cycle(["black", *colors])))
-    for ax, (ylabel, methods) in zip(axes, panels):
+    for ax, (ylabel, yscale, methods) in zip(axes, panels):
         for name, (num_bytes, draws) in methods.items():
             means = [statistics.mean(values) for values in draws]
             spread = [
@@ -322,6 +323,9 @@ def plot_quality(
             )
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+        if yscale == "symlog":
+            ax.set_yscale("symlog", linthresh=0.01)
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         ax.set(xlabel="bytes per token", ylabel=ylabel)
     handles = {}
     for ax in axes:
