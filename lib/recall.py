@@ -241,11 +241,15 @@ class Recipe:
     task: str
     model: ModelConfig
     num_steps: int
+    learning_rate: float
 
     @property
     def training(self) -> TrainingConfig:
         return TrainingConfig(
-            self.num_steps, batch_size=32, learning_rate=2e-3, warmup_steps=50
+            self.num_steps,
+            batch_size=32,
+            learning_rate=self.learning_rate,
+            warmup_steps=50,
         )
 
 
@@ -259,11 +263,12 @@ SMALL = ModelConfig(
     max_seq_len=1024,
 )
 RECIPES = {
-    "pairs": Recipe("pairs", replace(SMALL, num_heads=2, num_kv_heads=2), 2400),
-    "notes_g4": Recipe("notes", SMALL, 3000),
-    "notes_g2": Recipe("notes", replace(SMALL, num_kv_heads=2), 3000),
-    "notes_g1": Recipe("notes", replace(SMALL, num_kv_heads=1), 3000),
-    "notes_l4": Recipe("notes", replace(SMALL, num_layers=4, num_kv_heads=2), 4000),
+    # With 2e-3, two of three seeds never learned their first two pairs.
+    "pairs": Recipe("pairs", replace(SMALL, num_heads=2, num_kv_heads=2), 2400, 1e-3),
+    "notes_g4": Recipe("notes", SMALL, 3000, 2e-3),
+    "notes_g2": Recipe("notes", replace(SMALL, num_kv_heads=2), 3000, 2e-3),
+    "notes_g1": Recipe("notes", replace(SMALL, num_kv_heads=1), 3000, 2e-3),
+    "notes_l4": Recipe("notes", replace(SMALL, num_layers=4, num_kv_heads=2), 4000, 2e-3),
 }
 
 
