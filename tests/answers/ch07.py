@@ -68,11 +68,7 @@ def by_numpy(config, bytes_per_number=4, *, bits=None, ranks=None):
     return L * G * widths.sum()
 
 
-def sizes(config):
-    return config.num_layers, config.num_kv_heads, config.head_dim
-
-
-def token_bytes(config, size, bits, ranks, **other):
+def token_bytes(config, given, bits, ranks, **other):
     """As the library, with something else in the place of a part."""
     parts = {
         "L": config.num_layers,
@@ -80,8 +76,8 @@ def token_bytes(config, size, bits, ranks, **other):
         "D": config.head_dim,
         "sum": sum,
         "vector": lambda D, b: D * b // 8,
-        "beside": 2 * size,
-        "size": size,
+        "beside": 2 * given,
+        "size": given,
         "two": 2,
         **other,
     }
@@ -194,12 +190,12 @@ def four_bytes_always(config, bytes_per_number=4, *, bits=None, ranks=None):
     return token_bytes(config, 4, bits, ranks)
 
 
-@wrong("bytes_per_token", says="Scale and zero point have bytes_per_number")
+@wrong("bytes_per_token", says="whatever the bits")
 def scales_of_four_bytes(config, bytes_per_number=4, *, bits=None, ranks=None):
     return token_bytes(config, bytes_per_number, bits, ranks, beside=8)
 
 
-@wrong("bytes_per_token", says="Scale and zero point have bytes_per_number")
+@wrong("bytes_per_token", says="whatever the bits")
 def scales_of_one_byte(config, bytes_per_number=4, *, bits=None, ranks=None):
     return token_bytes(config, bytes_per_number, bits, ranks, beside=2)
 
@@ -402,7 +398,7 @@ def median_of_each(weight, head_dim, num_kv_heads):
     return pooled_by(weight, head_dim, num_kv_heads, pool)
 
 
-@wrong("pool_kv_heads", says="not over the numbers of a head")
+@wrong("pool_kv_heads", says="over the heads of a group")
 def over_the_numbers_of_a_head(weight, head_dim, num_kv_heads):
     return pooled_by(weight, head_dim, num_kv_heads, lambda x: x.mean(2).flatten(0, 1))
 
@@ -577,7 +573,7 @@ def kept_by_squares(singular_values, share):
     return (singular_values**2).cumsum(0), (singular_values**2).sum()
 
 
-@wrong("rank_for", says="place of the last")
+@wrong("rank_for", says="a rank is no place")
 def place_of_the_last(singular_values, share):
     kept, total = kept_by_squares(singular_values, share)
     return int((kept < share * total).sum())
@@ -608,7 +604,7 @@ def strictly_more_than_all(singular_values, share):
     return int((kept > share * total).int().argmax()) + 1
 
 
-@wrong("rank_for", says="not at most")
+@wrong("rank_for", says="a rank is no place")
 def at_most_the_share(singular_values, share):
     kept, total = kept_by_squares(singular_values, share)
     return int((kept <= share * total).sum())
@@ -626,7 +622,7 @@ def root_of_the_share(singular_values, share):
     return int((kept < share**0.5 * total).sum()) + 1
 
 
-@wrong("rank_for", says="left out are the smallest")
+@wrong("rank_for", says="the last are left out")
 def smallest_first(singular_values, share):
     return library_like(singular_values.flip(0), share)
 
@@ -636,7 +632,7 @@ def library_like(singular_values, share):
     return int((kept < share * kept[-1]).sum()) + 1
 
 
-@wrong("rank_for", says="not to be kept")
+@wrong("rank_for", says="need not be kept")
 def share_to_lose(singular_values, share):
     kept, total = kept_by_squares(singular_values, share)
     return int((kept < (1 - share) * total).sum()) + 1
@@ -674,7 +670,7 @@ def squares_of_sums(singular_values, share):
     return int((kept < share * kept[-1]).sum()) + 1
 
 
-@wrong("rank_for", says="with zeros")
+@wrong("rank_for", says="zeros add nothing")
 def all_values_for_all_of_it(singular_values, share):
     if share == 1:
         return len(singular_values)
@@ -806,8 +802,8 @@ def by_power_iteration(x, rank):
 def turned_within_the_plane(x, rank):
     check_rank(x, rank)
     basis = torch.linalg.svd(x, full_matrices=False)[2][:rank]
-    turn = torch.linalg.qr(torch.arange(1.0, rank**2 + 1).view(rank, rank).cos()).Q
-    basis = turn.to(x.dtype) @ basis
+    angles = torch.arange(rank**2, dtype=x.dtype).view(rank, rank)
+    basis = torch.linalg.qr(angles.cos()).Q @ basis
     return x @ basis.mT, basis
 
 
@@ -950,14 +946,14 @@ def codes_with_values_twice(x, rank):
     return x @ Vh[:rank].T * S[:rank], Vh[:rank]
 
 
-@wrong("factorize")
+@wrong("factorize", says="take the svd")
 def first_rows_at_right_angles(x, rank):
     check_rank(x, rank)
     basis = torch.linalg.qr(x[:rank].T).Q.T
     return x @ basis.T, basis
 
 
-@wrong("factorize")
+@wrong("factorize", says="take the svd")
 def first_numbers(x, rank):
     check_rank(x, rank)
     basis = torch.eye(x.shape[1], dtype=x.dtype)[:rank]
@@ -971,7 +967,7 @@ def largest_numbers(x, rank):
     return x[:, places], torch.eye(x.shape[1], dtype=x.dtype)[places]
 
 
-@wrong("factorize", says="right angles")
+@wrong("factorize", says="take the svd")
 def rows_as_a_basis(x, rank):
     check_rank(x, rank)
     basis = torch.nn.functional.normalize(x[:rank], dim=1)
@@ -1020,7 +1016,7 @@ def factors_in_double(x, rank):
     return codes_of_u(x.double(), rank)
 
 
-@wrong("factorize")
+@wrong("factorize", says="Compute in float64")
 def factors_in_single(x, rank):
     codes, basis = codes_of_u(x.float(), rank)
     return codes.to(x.dtype), basis.to(x.dtype)

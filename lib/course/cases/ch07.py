@@ -36,7 +36,7 @@ def bytes_per_token_cases(seed: int) -> list[Case]:
         ("bits, and six query heads on two KV heads", (1, 6, 2, 14), 4, [4, 8], None),
         ("bits, and three layers", (3, 1, 1, 10), 4, [4, 8], None),
         ("bits, and scales of eight bytes", (1, 5, 5, 20), 8, [4, 2], None),
-        ("a code of one number for a key, and one for a value", one, 4, None, [1, 1]),
+        ("codes of 3 numbers", (1, 1, 1, 10), 4, None, [3, 3]),
         ("codes of 5 numbers", (1, 1, 1, 22), 4, None, [5, 5]),
         ("codes of 3 and of 8 numbers", (1, 1, 1, 22), 4, None, [3, 8]),
         ("codes of 9 and of 4 numbers", (1, 1, 1, 22), 4, None, [9, 4]),
@@ -102,31 +102,37 @@ def _other_bytes(inputs: dict) -> list:
         )
         each = "Each KV head's key and value has a scale and a zero point of its own"
         as_bits = "8 bits are a byte: divide by 8"
-        scales = "Scale and zero point have bytes_per_number bytes each"
+        scales = (
+            "Scale and zero point are as they are, whatever the bits: bytes_per_number "
+            "bytes each"
+        )
         own = "bits has two numbers: of a key, and of a value"
         all_bits = "Multiply by head_dim before you divide by 8: // cuts off"
         replaced = "A number has `bits` bits, and bytes_per_number no more"
-        apart = "Scale and zero point are numbers beside the codes: they have no bits"
         right = G * sum(n + 2 * size for n in packed)
+        one_width = []
+        if first == second:  # with others 8 bits for both would give the same
+            cut = L * G * sum(D * (b // 8) + 2 * size for b in bits)
+            one_width = [(all_bits, cut)]
         return [
             (beside, L * G * sum(packed)),
             (beside, L * G * sum(n + size for n in packed)),
-            (each, L * (G * sum(packed) + 4 * size)),
-            (each, L * (G * sum(packed) + 2 * size)),
-            (each, L * (G * sum(packed) + 2 * G * size)),
-            (each, L * G * sum(packed) + 4 * size),
-            (each, L * G * sum(packed) + 2 * size),
+            *(
+                (each if G > 1 else beside, L * G * sum(packed) + number * size)
+                for number in (4, 2, 4 * L, 2 * L, 2 * G * L)
+                if number != 4 * G * L
+            ),
             (as_bits, L * G * sum(8 * n + 2 * size for n in packed)),
             (as_bits, L * G * sum(8 * n + 2 * 8 * size for n in packed)),
             (scales, L * G * sum(n + 2 for n in packed)),
             (scales, L * G * sum(n + 8 for n in packed) if size != 4 else None),
             (own, L * 2 * G * (packed[0] + 2 * size) if first != second else None),
             (own, L * 2 * G * (packed[1] + 2 * size) if first != second else None),
-            (all_bits, L * G * sum(D * (b // 8) + 2 * size for b in bits)),
+            *one_width,
             (replaced, L * G * sum(n * size + 2 * size for n in packed)),
             (replaced, L * G * sum(8 * n * size + 2 * size for n in packed)),
-            (apart, L * G * sum((D + 2) * b // 8 for b in bits)),
-            (apart, L * G * sum((D + 2 * size) * b // 8 for b in bits)),
+            (scales, L * G * sum((D + 2) * b // 8 for b in bits)),
+            (scales, L * G * sum((D + 2 * size) * b // 8 for b in bits)),
             (layers, right),
             (both, L * G * (packed[0] + 2 * size)),
             (both, L * G * (packed[1] + 2 * size)),
@@ -177,9 +183,9 @@ def pool_kv_heads_cases(seed: int) -> list[Case]:
     rng = np.random.default_rng(seed)
     cases = []
     for name, num_heads, head_dim, num_columns, num_kv_heads in (
-        ("two heads of one number that become one", 2, 1, 1, 1),
-        ("four heads of one number that become two", 4, 1, 1, 2),
-        ("two heads of three numbers that become one", 2, 3, 1, 1),
+        ("two heads of one number that become one", 2, 1, 2, 1),
+        ("four heads of one number that become two", 4, 1, 2, 2),
+        ("two heads of three numbers that become one", 2, 3, 2, 1),
         ("three heads of one number that become one", 3, 1, 2, 1),
         ("six heads that become two", 6, 2, 3, 2),
         ("six heads that become three", 6, 2, 3, 3),
@@ -194,6 +200,8 @@ def pool_kv_heads_cases(seed: int) -> list[Case]:
     ):
         dtype = np.float32 if name == "single precision" else np.float64
         weight = rng.normal(size=(num_heads * head_dim, num_columns)).astype(dtype)
+        weight[:, 0].sort()  # so that neither the first head nor the last has all that
+        weight[::-1, 1].sort()  # is largest
         heads = {"head_dim": head_dim, "num_kv_heads": num_kv_heads}
         cases.append(Case(name, {"weight": weight, **heads}))
     return cases
@@ -217,15 +225,15 @@ def pool_kv_heads_explain(inputs: dict, expected: dict, got: dict) -> str | None
 def _why_another_shape(inputs: dict, right: np.ndarray, theirs: np.ndarray) -> str | None:
     D, num_kv_heads = inputs["head_dim"], inputs["num_kv_heads"]
     (num_rows, C), G = inputs["weight"].shape, len(inputs["weight"]) // D
-    if theirs.size == right.size and _is_near(theirs.ravel(), right.ravel()):
-        return "Lay the heads below each other again: (num_kv_heads · D, C)"
     if theirs.ndim == 2 and _is_near(theirs.T, right):
         return "A row makes a number of a key: it stays a row"
+    if theirs.size == right.size and _is_near(theirs.ravel(), right.ravel()):
+        return "Lay the heads below each other again: (num_kv_heads · D, C)"
     copies = right.reshape(num_kv_heads, D, C).repeat(G // num_kv_heads, axis=0)
     if _is_near(theirs.reshape(-1), copies.reshape(-1)):
         return "One head for each group: no copy for each that went into it"
     if theirs.shape[:1] == (num_rows,) and theirs.size == num_rows * C:
-        return "Of each group one head is left"
+        return "Of each group one head is left: the mean is over the heads of a group"
     if theirs.size == num_kv_heads * C and D > 1:
         return "The mean is over the heads of a group, not over the numbers of a head too"
     if theirs.size == G * C and D > 1:
@@ -264,7 +272,6 @@ def _other_pools(weight: np.ndarray, head_dim: int, num_kv_heads: int) -> list:
         ),
         (mean, groups.sum(axis=1)),
         (same_mean, groups.sum(axis=1) / G),
-        (same_mean, groups.sum(axis=1) / num_kv_heads),
         (same_mean, groups.sum(axis=1) / group_size**0.5),
         (same_mean, groups.sum(axis=1) / 2),
         (one, groups[:, 0]),
@@ -280,6 +287,8 @@ def _other_pools(weight: np.ndarray, head_dim: int, num_kv_heads: int) -> list:
     ]
     if num_kv_heads == 1:  # with one group there are no others
         found = [row for row in found if row[0] != neighbours]
+    else:
+        found.append((same_mean, groups.sum(axis=1) / num_kv_heads))
     if D == 1:
         found = [row for row in found if row[0] != numbers]
     shape = num_kv_heads * D, C
@@ -295,10 +304,12 @@ def rank_for_cases(seed: int) -> list[Case]:
     # Where shares are met exactly, squares and their sums are without rounding.
     for name, values, share in (
         ("a single value", [5.0], 0.5),
-        ("two values, and the first is enough", [4.0, 3.0], 0.6),
-        ("two values, and the first is not enough", [4.0, 3.0], 0.7),
-        ("four equal values, and half of them", [2.0, 2.0, 2.0, 2.0], 0.5),
-        ("four equal values, and a little more than half", [2.0] * 4, 0.5001),
+        # Of these each slip gives another rank, in one of the three.
+        ("values that go down slowly", [15.0, 12.0, 11.0, 11.0, 6.0, 6.0, 6.0], 0.7),
+        ("two large values", [14.0, 13.0, 4.0, 4.0, 3.0, 2.0, 1.0, 1.0], 0.75),
+        ("one large value", [11.0, 2.0, 2.0, 2.0, 2.0], 0.85),
+        ("eight equal values, and half of them", [2.0] * 8, 0.5),
+        ("eight equal values, and a little more than half", [2.0] * 8, 0.5001),
         ("a share that is met exactly", [6.0, 4.0, 3.0, 1.0, 1.0, 1.0], 0.8125),
         ("a share of one hundredth", [6.0, 5.0, 4.0], 0.01),
         ("all of it", [7.0, 3.0, 2.0, 1.0], 1.0),
@@ -362,40 +373,37 @@ def _other_ranks(singular_values: np.ndarray, share: float) -> list:
     rank = least(squares)
     kept = squares.cumsum() / squares.sum()
     singles = squares / squares.sum()
-    count = (
-        "A rank is a number of values, not the place of the last: the first has place 0"
-    )
+    count = "The value with which the share is reached counts too: a rank is no place"
     root = "The share is of squares, not of the root of their sum"
     first = "A rank is enough if all that it keeps, the first values together, is"
-    return [
+    number = "The share is of what is kept, not of the number of values"
+    found = [
         (count, rank - 1),
-        ("One less is enough: the smallest rank that keeps the share", rank + 1),
         ("What is kept is the sum of squares, not of the values", least(values)),
         (
             "Exactly the share is enough: at least, not more",
             int((kept <= share).sum()) + 1,
         ),
-        ("At least the share is kept, not at most", int((kept <= share + 1e-12).sum())),
         (root, least(squares, share**2)),
         (root, least(squares, share**0.5)),
-        ("Values that are left out are the smallest", least(squares[::-1])),
-        ("That keeps what is not to be kept", least(squares, 1 - share)),
-        (first, int((singles >= share).sum())),
-        (first, int((singles < share).sum()) + 1),
-        (first, int((values >= share * values[0]).sum())),
-        (first, int((values < share * values[0]).sum()) + 1),
-        ("The share is of what is kept, not of the number of values", int(share * W)),
-        (
-            "The share is of what is kept, not of the number of values",
-            math.ceil(share * W),
-        ),
-        ("The share is of what is kept, not of the number of values", round(share * W)),
-        ("The smallest rank: with zeros nothing more is kept", W if share == 1 else rank),
+        ("That keeps what need not be kept, and no more", least(squares, 1 - share)),
         (
             "Square each value, then sum: not the sum's square",
             least(np.diff(values.cumsum() ** 2, prepend=0)),
         ),
     ]
+    if W == 1:  # whoever has one more has failed here
+        found.append(("One less is enough: the smallest rank is asked for", rank + 1))
+    elif share < 1:
+        smallest = "Keep the first values, the largest: the last are left out"
+        found.append((smallest, least(squares[::-1])))
+        found += [(number, f(share * W)) for f in (int, math.ceil, round)]
+        for parts, least_part in ((singles, share), (values, share * values[0])):
+            num_large = int((parts >= least_part).sum())
+            found += [(first, num_large), (first, W - num_large + 1)]
+    elif rank < W:
+        found.append(("The smallest rank: zeros add nothing to what is kept", W))
+    return found
 
 
 def factorize_cases(seed: int) -> list[Case]:
@@ -404,9 +412,9 @@ def factorize_cases(seed: int) -> list[Case]:
     # From one singular value to the next it goes down by a third or more where the rank
     # cuts, so that what is nearest is sharp.
     for name, N, W, rank, values in (
-        ("two vectors of two numbers, on a line", 2, 2, 1, [5.0]),
-        ("three vectors of two numbers, rank 1", 3, 2, 1, [3.0, 1.0]),
+        ("five vectors of three numbers, rank 1", 5, 3, 1, [3.0, 1.5, 0.5]),
         ("two vectors of three numbers, rank 1", 2, 3, 1, [3.0, 1.0]),
+        ("two vectors of two numbers, on a line", 2, 2, 1, [5.0]),
         ("four vectors of four numbers, rank 1", 4, 4, 1, [4.0, 2.0, 1.0, 0.5]),
         ("four vectors of four numbers, rank 2", 4, 4, 2, [6.0, 4.0, 2.0, 0.5]),
         ("a single vector", 1, 5, 1, [4.0]),
@@ -459,6 +467,10 @@ def _thin_limit(x: np.ndarray) -> int:
     return 12 * x.nbytes + 12 * x.itemsize * x.shape[1] ** 2 + 16384
 
 
+CENTRED = "Do not subtract the mean: the product is to be near x itself"
+TURNED = "Directions are the rows of Vh, or the columns of V: not the rows of V, nor of U"
+
+
 def factorize_explain(inputs: dict, expected: dict, got: dict) -> str | None:
     if expected["raised"] != "nothing":
         return KEEP_THE_CHECK
@@ -480,12 +492,18 @@ def factorize_explain(inputs: dict, expected: dict, got: dict) -> str | None:
             )
         return _why_not_orthonormal(inputs, got)
     if is_right["basis.T @ basis"]:
+        mean = inputs["x"].mean(axis=0) @ expected["basis.T @ basis"]
+        if _is_near(got["codes @ basis"] + mean, expected["codes @ basis"]):
+            return CENTRED
         return (
             "The code of a vector is its product with each row of the basis: x @ basis.T"
         )
     found = {}
-    for words, plane in _other_planes(**inputs):
-        is_it = _is_near(got["basis.T @ basis"], plane)
+    plane = got["basis.T @ basis"]
+    for words, other in _other_planes(**inputs):
+        is_it = _is_near(plane, other)
+        if words == TURNED:  # whoever mixes these up mixes up signs, which are free
+            is_it = _is_near(np.abs(plane), np.abs(other))
         found[words] = found.get(words, False) or is_it
     return _reproduced(found)
 
@@ -512,7 +530,10 @@ def _why_other_matrices(inputs: dict, codes: str, basis: str) -> str | None:
 
 
 def _why_not_orthonormal(inputs: dict, got: dict) -> str | None:
-    lengths = np.diag(got["basis @ basis.T"])
+    products = got["basis @ basis.T"]
+    if np.allclose(products, np.eye(len(products)), atol=1e-4):
+        return f"Compute in {inputs['x'].dtype}, as x is"
+    lengths = np.diag(products)
     if _is_near(lengths, np.ones_like(lengths)):
         return "Rows of the basis are at right angles too"
     if inputs["x"].shape[0] >= len(lengths) > 0:
@@ -527,23 +548,18 @@ def _other_planes(x: np.ndarray, rank: int) -> list:
     (N, W), mean = x.shape, x.mean(axis=0)
     U, _, Vh = np.linalg.svd(x, full_matrices=False)
     smallest = "The directions to keep are those of the largest singular values"
-    turned = (
-        "Directions are the rows of Vh, or the columns of V: not the rows of V, and "
-        "nothing of U"
-    )
-    centred = "Do not subtract the mean: the product is to be near x itself"
     first = "The nearest plane is none of x's own rows, nor of its columns: take the svd"
     bases = [
         (smallest, Vh[-rank:]),
-        (centred, np.linalg.svd(x - mean, full_matrices=False)[2][:rank]),
+        (CENTRED, np.linalg.svd(x - mean, full_matrices=False)[2][:rank]),
         (first, np.linalg.qr(x[:rank].T)[0].T),
         (first, np.eye(W)[:rank]),
         (first, np.eye(W)[np.argsort(-np.linalg.norm(x, axis=0))[:rank]]),
     ]
     if len(Vh) == W:
-        bases += [(turned, Vh.T[:rank]), (turned, Vh[:, -rank:].T)]
+        bases += [(TURNED, Vh.T[:rank]), (TURNED, Vh.T[:rank, ::-1])]
     if N == W:
-        bases += [(turned, U.T[:rank]), (turned, U[:rank])]
+        bases += [(TURNED, U.T[:rank]), (TURNED, U[:rank])]
     return [(words, basis.T @ basis) for words, basis in bases]
 
 
