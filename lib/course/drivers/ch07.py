@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lib.config import ModelConfig
 from lib.course.drivers.ch01 import as_array, as_number, refusal
@@ -90,3 +92,113 @@ def _are_thin(codes: np.ndarray | str, basis: np.ndarray | str) -> bool:
         and codes.ndim == basis.ndim == 2
         and codes.shape[1] == basis.shape[0]
     )
+
+
+# quantize, dequantize
+
+
+def quantize(answer: Callable, x: np.ndarray, bits: int, is_turned: bool = False) -> dict:
+    """is_turned: let the first dimension of x be the last in memory."""
+    given = torch.from_numpy(x)
+    if is_turned:
+        given = given.movedim(0, -1).contiguous().movedim(-1, 0)
+    try:
+        with _NoIntegerForNaN():
+            found = answer(given, bits)
+    except NotImplementedError:  # of a stub
+        raise
+    except (ValueError, RuntimeError) as error:
+        return refusal(error, "quantize", answer)
+    if not isinstance(found, (tuple, list)) or len(found) != 3:
+        words = f"a {type(found).__name__}, not the three tensors codes, scale and zero"
+        return {"raised": "nothing", "codes": words}
+    codes, scale, zero = map(as_array, found)
+    return {
+        "raised": "nothing",
+        "codes": codes,
+        "scale": scale,
+        "zero": zero,
+        "vectors_of_scale_0": int(np.sum(scale == 0)),
+        "x_is_as_before": torch.equal(given.nan_to_num(), torch.tensor(x).nan_to_num()),
+    }
+
+
+class _NoIntegerForNaN(TorchDispatchMode):
+    """While inside, a NaN that is made an integer becomes 173. C++ leaves open what it
+    becomes: whoever gets the right number on one machine has been lucky."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        args, kwargs = list(args), kwargs or {}
+        aten = torch.ops.aten
+        if func is aten._to_copy.default and kwargs.get("dtype"):
+            dtype, source = kwargs["dtype"], 0
+        elif func is aten.copy_.default:
+            dtype, source = args[0].dtype, 1
+        else:
+            return func(*args, **kwargs)
+        if not dtype.is_floating_point and args[source].is_floating_point():
+            args[source] = args[source].nan_to_num(nan=173.0)
+        return func(*args, **kwargs)
+
+
+def dequantize(
+    answer: Callable,
+    codes: np.ndarray,
+    scale: np.ndarray,
+    zero: np.ndarray,
+    bits: int,
+    num_behind: int = 0,
+) -> dict:
+    """num_behind: how many bytes of each row are no codes, but what lies behind them."""
+    num_codes = codes.shape[-1] - num_behind
+    given = torch.from_numpy(codes)[..., :num_codes]
+    x = answer(given, torch.from_numpy(scale), torch.from_numpy(zero), bits)
+    return {"x": as_array(x)}
+
+
+# attend_latent
+
+
+def attend_latent(
+    answer: Callable,
+    q: np.ndarray,
+    k_codes: np.ndarray,
+    v_codes: np.ndarray,
+    k_basis: np.ndarray,
+    v_basis: np.ndarray,
+) -> dict:
+    tensors = [torch.from_numpy(x) for x in (q, k_codes, v_codes, k_basis, v_basis)]
+    made = _Made()
+
+    def attend() -> Any:
+        with made:
+            return answer(*tensors)
+
+    cost = measure(attend)
+    return {
+        "out": as_array(cost.value),
+        "peak_bytes": cost.peak_bytes,
+        "bytes_made": made.num_bytes,
+    }
+
+
+class _Made(TorchDispatchMode):
+    """Counts the bytes of all that operations make, also of what is gone long since."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        known = {id_ for id_, _ in _storages((args, kwargs))}
+        self.num_bytes += sum(n for id_, n in {*_storages(out)} if id_ not in known)
+        return out
+
+
+def _storages(values: Any) -> list[tuple[int, int]]:
+    """Of the tensors among values: what tells a storage from others, and its bytes."""
+    tensors = [x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return [(storage._cdata, storage.nbytes()) for storage in storages]
