@@ -1028,7 +1028,7 @@ plotting.plot_quality(
         ("book: nats per byte lost", "symlog", book_panel),
         ("notes: share right", "linear", notes_panel),
     ],
-    title=f"4 bits: {factor:.1f} times fewer bytes, {lost:.3f} nats per byte",
+    title=f"4 bits: {factor:.1f} times fewer bytes, {lost:.3f} nats lost",
 );
 
 # %% [markdown]

@@ -326,6 +326,8 @@ def plot_quality(
         if yscale == "symlog":
             ax.set_yscale("symlog", linthresh=0.01)
             ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+            most = max(max(values) for _, draws in methods.values() for values in draws)
+            ax.set_ylim(-0.005, 1.5 * max(most, 0.01))
         ax.set(xlabel="bytes per token", ylabel=ylabel)
     handles = {}
     for ax in axes:
