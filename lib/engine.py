@@ -8,7 +8,7 @@ sent back, and computed again later (https://arxiv.org/abs/2309.06180, section 4
 
 Invariant: what a request knows, its prompt and its answer so far, is in `token_ids`; how
 much of that is computed is in the cache, and nowhere else. So an engine that was stopped
-at any line of this file, by an error or an interrupt, finds its way back:
+at any line of this file or its cache's, by an error or an interrupt, finds its way back:
 `Engine._settle`. And who else is there changes nothing but rounding: each token is drawn
 with a seed of its own.
 
@@ -307,8 +307,7 @@ class Engine:
 
         An error of the model, or an interrupt, loses no request and none of its tokens:
         who has begun, or was sent back, stays so, and what was computed may be computed
-        again. Then the next step goes on. (An interrupt inside the cache's own `begin`,
-        `fork` or `free` may leave that unusable.)
+        again. Then the next step goes on.
         """
         self._settle()
         times = [time.perf_counter()]

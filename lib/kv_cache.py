@@ -42,7 +42,9 @@ class KVCache(abc.ABC):
 
     Two promises. What no step has written never changes a result: calls that would lead
     attention there raise. And a step counts when its `with` block ends, or not at all: an
-    error inside it, or the interrupt of a notebook, leaves the cache as it was.
+    error inside it, or the interrupt of a notebook, leaves the cache as it was. The same
+    holds for `begin`, `fork` and `free`: wherever they are stopped, a request is there
+    with all that it has, or nothing of it is.
 
     A kind of cache says how by `_begin_row`, `_free_row`, `_open_step` and `_take_back`,
     and how it hands out memory by `block_size`, `num_blocks` and what counts blocks.
@@ -79,15 +81,25 @@ class KVCache(abc.ABC):
         """
         self._check_ready("begin")
         self._check_new(request_id)
-        self._begin_row(request_id)
+        try:
+            self._begin_row(request_id, token_ids)
+        except BaseException:
+            self._drop(request_id)
+            raise
 
     def free(self, request_id: Hashable):
         """The request is over: what it held is free.
 
-        Raises ValueError for one that never began, or was freed before.
+        Raises ValueError for one that never began, or was freed before. Where anything
+        else stops it on the way, the request is over all the same.
         """
         self._check_ready("free")
-        self._free_row(self._row(request_id))
+        row = self._row(request_id)
+        try:
+            self._free_row(row)
+        except BaseException:
+            self._drop(request_id)
+            raise
 
     def find(self, token_ids: Sequence[int]) -> tuple[int, int]:
         """Of a text: how many of its tokens are there already, for whoever begins with
@@ -185,12 +197,18 @@ class KVCache(abc.ABC):
         return [r for r in self.request_ids if r is not None]
 
     @abc.abstractmethod
-    def _begin_row(self, request_id: Hashable):
+    def _begin_row(self, request_id: Hashable, token_ids: Sequence[int]):
         """Give it a row."""
 
     @abc.abstractmethod
     def _free_row(self, row: int):
-        """Take it back, with what it held."""
+        """Take it back, with what it held. `_drop` calls it again where it was stopped,
+        if the request is still in a row."""
+
+    def _drop(self, request_id: Hashable):
+        """Leave nothing of it, wherever `begin`, `fork` or `free` was stopped."""
+        if request_id in self.request_ids:
+            self._free_row(self._row(request_id))
 
     def _mark(self) -> Any:
         """What `_take_back` has to know of the time before a step."""
@@ -541,7 +559,7 @@ class ContiguousKVCache(KVCache):
                     f"many as were reserved, got {count}"
                 )
 
-    def _begin_row(self, request_id: Hashable):
+    def _begin_row(self, request_id: Hashable, token_ids: Sequence[int]):
         if None not in self.request_ids:
             raise CacheFullError(
                 f"request {request_id!r}: expected a free row, got none: "

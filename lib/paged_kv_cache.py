@@ -287,8 +287,12 @@ class PagedKVCache(KVCache):
         row = self._row(parent_id)
         self._check_new(child_id)
         self._check_manager()
-        self.manager.fork(parent_id, child_id)
-        self._add_row(child_id, self._seq_lens[row])
+        try:
+            self.manager.fork(parent_id, child_id)
+            self._add_row(child_id, self._seq_lens[row], token_ids)
+        except BaseException:
+            self._drop(child_id)
+            raise
 
     def check_room(self, query_lens: torch.Tensor):
         """OutOfBlocksError if all that are free are not enough for all of these."""
@@ -299,18 +303,38 @@ class PagedKVCache(KVCache):
         if needed > len(manager.free_block_ids):
             raise OutOfBlocksError(needed, len(manager.free_block_ids))
 
-    def _begin_row(self, request_id: Hashable):
+    def _check_new(self, request_id: Hashable):
+        super()._check_new(request_id)
+        if request_id in self.manager.block_tables:
+            raise ValueError(
+                f"request {request_id!r}: expected one that is new to the manager too, "
+                f"got one that it has for somebody else"
+            )
+
+    def _begin_row(self, request_id: Hashable, token_ids: Sequence[int]):
         self.manager.allocate(request_id, 0)
-        self._add_row(request_id, self._seq_lens.new_zeros(()))
+        self._add_row(request_id, self._seq_lens.new_zeros(()), token_ids)
 
     def _free_row(self, row: int):
         request_id = self.request_ids[row]
         if request_id in self.manager.block_tables:
             self.manager.free(request_id)
         rest = [b for b in range(len(self.request_ids)) if b != row]
-        self.request_ids = [self.request_ids[b] for b in rest]
-        self._tables, self._seq_lens = self._tables[rest], self._seq_lens[rest]
-        del self._marks[request_id]
+        request_ids = [self.request_ids[b] for b in rest]
+        # In one line: an interrupt comes before it or after it.
+        self.request_ids, self._marks, self._tables, self._seq_lens = (
+            request_ids,
+            {request_id: self._marks[request_id] for request_id in request_ids},
+            self._tables[rest],
+            self._seq_lens[rest],
+        )
+
+    def _drop(self, request_id: Hashable):
+        # By what every manager has, whoever wrote its `allocate`, `fork` and `free`.
+        self.manager.block_tables.pop(request_id, None)
+        self.manager.seq_lens.pop(request_id, None)
+        self.manager.take_back({})
+        super()._drop(request_id)
 
     def _mark(self) -> dict[Hashable, Mark]:
         return dict(self._marks)
@@ -393,11 +417,16 @@ class PagedKVCache(KVCache):
         for cache in (self.k_cache, self.v_cache):
             cache[:, block_id, start:] = 0
 
-    def _add_row(self, request_id: Hashable, seq_len: torch.Tensor):
-        self._tables = F.pad(self._tables, (0, 0, 0, 1), value=-1)
-        self._seq_lens = torch.cat([self._seq_lens, seq_len.view(1)])
-        self.request_ids.append(request_id)
-        self._marks[request_id] = self.manager.mark(request_id)
+    def _add_row(
+        self, request_id: Hashable, seq_len: torch.Tensor, token_ids: Sequence[int]
+    ):
+        # In one line, as in `_free_row`.
+        self.request_ids, self._marks, self._tables, self._seq_lens = (
+            [*self.request_ids, request_id],
+            {**self._marks, request_id: self.manager.mark(request_id)},
+            F.pad(self._tables, (0, 0, 0, 1), value=-1),
+            torch.cat([self._seq_lens, seq_len.view(1)]),
+        )
         self._write_row(len(self.request_ids) - 1, 0)
 
     def _write_row(self, row: int, start: int):

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import torch
+
 from lib.block_manager import BlockManager
 from lib.config import ModelConfig
 from lib.paged_kv_cache import PagedKVCache
@@ -255,13 +257,7 @@ class RememberingBlockManager(BlockManager):
         free = self.free_block_ids
         free.clock += 1
         block_table = self.block_tables.get(request_id, [])
-        try:
-            super().free(request_id)
-        except BaseException:
-            if request_id not in self.block_tables:  # its blocks are on the way
-                self.seq_lens.pop(request_id, None)
-                self.take_back({})
-            raise
+        super().free(request_id)
         for block_id in reversed(block_table):
             if block_id in free.idle:
                 free.idle.move_to_end(block_id)
@@ -311,7 +307,8 @@ class PrefixKVCache(PagedKVCache):
 
     `begin` with the tokens of a request, and it has those that were found already: its
     first step brings the rest. Full blocks are remembered after the step that fills them,
-    those of answers too, as far as the list that `begin` was given has grown with them.
+    those of answers too, as far as the list that `begin` was given has grown with them;
+    tokens that are in the cache must not change there.
 
     Two requests that compute the same block at the same time have two: one gets the name.
     A step that fails may have cost the names of blocks that it had begun to write to.
@@ -340,27 +337,6 @@ class PrefixKVCache(PagedKVCache):
         num_in_use = sum(self.manager.ref_count[block_id] > 0 for block_id in block_ids)
         return len(block_ids) * self.block_size, num_in_use
 
-    def begin(self, request_id: Hashable, token_ids: Sequence[int] = ()):
-        """A new request, with what is there of the beginning of its text.
-
-        token_ids: may grow while the request goes on; those that are in the cache must
-        not change. Raises ValueError if the request has begun already.
-        """
-        super().begin(request_id)
-        try:
-            self._remember_all()
-            block_ids = self.manager.names.find(token_ids, self.block_size)
-            last = self.manager.names.name_of_block[block_ids[-1]] if block_ids else None
-            self._texts[request_id] = Text(token_ids, last)
-            self.manager.share(request_id, block_ids)
-            self._marks[request_id] = self.manager.mark(request_id)
-            self._seq_lens[-1] = len(block_ids) * self.block_size
-            self._write_row(len(self.request_ids) - 1, 0)
-        except BaseException:
-            self.free(request_id)
-            self.manager.take_back({})  # a block that was on its way, and its count
-            raise
-
     def fork(
         self, parent_id: Hashable, child_id: Hashable, token_ids: Sequence[int] = ()
     ):
@@ -379,8 +355,7 @@ class PrefixKVCache(PagedKVCache):
                 f"request {child_id!r}: expected its text to begin as that of request "
                 f"{parent_id!r}, {expected}, got {got}"
             )
-        super().fork(parent_id, child_id)
-        self._texts[child_id] = Text(token_ids)
+        super().fork(parent_id, child_id, token_ids)
 
     def check_integrity(self):
         """Raise AssertionError that names the first thing that is not as it must be."""
@@ -398,6 +373,25 @@ class PrefixKVCache(PagedKVCache):
                     f"block {block_id}: expected {expected}, which request "
                     f"{request_id!r} has there, got the name of {got}"
                 )
+
+    def _begin_row(self, request_id: Hashable, token_ids: Sequence[int]):
+        """With what is there of the beginning of its text."""
+        super()._begin_row(request_id, token_ids)
+        self._remember_all()
+        block_ids = self.manager.names.find(token_ids, self.block_size)
+        if block_ids:
+            last = self.manager.names.name_of_block[block_ids[-1]]
+            self._texts[request_id].last = last
+        self.manager.share(request_id, block_ids)
+        self._marks[request_id] = self.manager.mark(request_id)
+        self._seq_lens[-1] = len(block_ids) * self.block_size
+        self._write_row(len(self.request_ids) - 1, 0)
+
+    def _add_row(
+        self, request_id: Hashable, seq_len: torch.Tensor, token_ids: Sequence[int]
+    ):
+        super()._add_row(request_id, seq_len, token_ids)
+        self._texts[request_id] = Text(token_ids)
 
     def _free_row(self, row: int):
         request_id = self.request_ids[row]

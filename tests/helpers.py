@@ -1,7 +1,9 @@
 """What several tests share: tolerances, small models, and a pool to attend over."""
 
 import math
-from collections.abc import Hashable
+import sys
+from collections.abc import Collection, Hashable
+from types import FrameType, ModuleType
 
 import torch
 
@@ -28,6 +30,37 @@ def assert_close(got: torch.Tensor, expected: torch.Tensor):
     assert difference <= tolerance, (
         f"expected at most {tolerance} apart, got {difference}"
     )
+
+
+class Interrupt:
+    """KeyboardInterrupt at a line that the code of some modules runs, its number `when`
+    from 0.
+
+    where: the name and number of that line, None as long as it was not reached.
+    """
+
+    def __init__(self, when: int, modules: Collection[ModuleType]):
+        self.lines_left, self.where = when, None
+        self.files = {module.__file__ for module in modules}
+
+    def __enter__(self) -> "Interrupt":
+        self.before = sys.gettrace()
+        sys.settrace(self.enter_function)
+        return self
+
+    def enter_function(self, frame: FrameType, event: str, arg: object):
+        return self.at_line if frame.f_code.co_filename in self.files else None
+
+    def at_line(self, frame: FrameType, event: str, arg: object):
+        if event == "line" and self.where is None:
+            self.lines_left -= 1
+            if self.lines_left < 0:
+                self.where = f"{frame.f_code.co_name}, line {frame.f_lineno}"
+                raise KeyboardInterrupt
+        return self.at_line
+
+    def __exit__(self, *_):
+        sys.settrace(self.before)
 
 
 def begun(cache: KVCache, batch_size: int) -> KVCache:

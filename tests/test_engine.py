@@ -9,13 +9,12 @@ import functools
 import itertools
 import math
 import random
-import sys
 from collections import deque
 from dataclasses import dataclass, field
 
 import pytest
 import torch
-from helpers import random_model
+from helpers import Interrupt, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -26,7 +25,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from lib import engine
+from lib import block_manager, engine, kv_cache, paged_kv_cache, prefix_cache
 from lib.engine import (
     Engine,
     Load,
@@ -132,6 +131,8 @@ def check(eng):
         assert list(cache.manager.block_tables) == cache.request_ids
         assert list(cache.manager.seq_lens.values()) == cache.seq_lens.tolist()
         cache._check_manager()
+    if isinstance(cache, PrefixKVCache):
+        cache.check_integrity()
     cached = dict(zip(cache.request_ids, cache.seq_lens.tolist()))
     for request in eng.running:
         assert cached[request.request_id] < len(request.token_ids)
@@ -378,7 +379,10 @@ def test_a_sampled_text_is_the_same_after_steps_that_failed():
     ]  # fmt: skip
     while eng.requests:
         if rng.random() < 0.5:
-            with Interrupt(rng.randrange(250)), contextlib.suppress(KeyboardInterrupt):
+            with (
+                Interrupt(rng.randrange(250), OWN),
+                contextlib.suppress(KeyboardInterrupt),
+            ):
                 eng.step()
             check(eng)
         else:
@@ -464,31 +468,8 @@ def test_hostile_schedules_end_with_every_text_right(name, watermark):
 
 # Interrupts and errors.
 
-
-class Interrupt:
-    """KeyboardInterrupt at line number `when` that the code of the engine runs."""
-
-    def __init__(self, when):
-        self.lines_left, self.where = when, None
-
-    def __enter__(self):
-        self.before = sys.gettrace()
-        sys.settrace(self.enter_function)
-        return self
-
-    def enter_function(self, frame, event, arg):
-        return self.at_line if frame.f_code.co_filename == engine.__file__ else None
-
-    def at_line(self, frame, event, arg):
-        if event == "line" and self.where is None:
-            self.lines_left -= 1
-            if self.lines_left < 0:
-                self.where = f"{frame.f_code.co_name}, line {frame.f_lineno}"
-                raise KeyboardInterrupt
-        return self.at_line
-
-    def __exit__(self, *_):
-        sys.settrace(self.before)
+OWN = (engine,)
+CACHES = kv_cache, paged_kv_cache, prefix_cache, block_manager
 
 
 def drain(eng, max_steps=500):
@@ -556,6 +537,19 @@ def scenes():
         eng, _ = behind()
         return eng, lambda: eng.add(other, 3, n=3, temperature=0, request_id="new")
 
+    def served(kind, size, num_tokens):
+        """All of it: requests are added, forked, sent back, and end."""
+        eng = Engine(small_model(), make_cache(kind, size, num_tokens=num_tokens))
+        eng.add(other, 3, temperature=0)
+        eng.run()
+
+        def call():
+            eng.add(other, 6, n=2, temperature=0, stop_ids=[5])
+            eng.add(other, 5, temperature=0)
+            eng.run()
+
+        return eng, call
+
     def streamed():
         eng, _ = forking("paged", 4)
         stream = eng.stream(other, 2, temperature=0)
@@ -571,18 +565,23 @@ def scenes():
         "cancel": cancelled,
         "add": added,
         "stream": streamed,
+        "a whole run": functools.partial(served, "paged", 4, 20),
+        "a whole run that finds texts": functools.partial(served, "prefix", 4, 20),
+        "a whole run over rows": functools.partial(served, "contiguous", 2, None),
     }
 
 
 SCENES = scenes()
+CALLS = [name for name in SCENES if not name.startswith("a whole run")]
+IN_THE_CACHE = [name for name in SCENES if name != "add"]  # which asks it for nothing
 
 
-def interrupted_at_every_line(scene, every):
+def interrupted_at_every_line(scene, every, modules=OWN):
     num_lines, is_through = 0, False
     while not is_through:
         eng, call = scene()
         requests = list(eng.requests.values())
-        with Interrupt(num_lines) as interrupt:
+        with Interrupt(num_lines, modules) as interrupt:
             try:
                 call()
             except KeyboardInterrupt:
@@ -601,15 +600,26 @@ def interrupted_at_every_line(scene, every):
     assert num_lines > 15 + every
 
 
-@pytest.mark.parametrize("name", SCENES)
+@pytest.mark.parametrize("name", CALLS)
 def test_after_an_interrupt_at_a_line_of_the_engine_all_texts_are_right(name):
     interrupted_at_every_line(SCENES[name], every=7)
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("name", SCENES)
+@pytest.mark.parametrize("name", CALLS)
 def test_after_an_interrupt_at_any_line_of_the_engine_all_texts_are_right(name):
     interrupted_at_every_line(SCENES[name], every=1)
+
+
+@pytest.mark.parametrize("name", IN_THE_CACHE)
+def test_after_an_interrupt_at_a_line_of_the_cache_all_texts_are_right(name):
+    interrupted_at_every_line(SCENES[name], every=97, modules=CACHES)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", IN_THE_CACHE)
+def test_after_an_interrupt_at_any_line_of_the_cache_all_texts_are_right(name):
+    interrupted_at_every_line(SCENES[name], every=1, modules=CACHES)
 
 
 @pytest.mark.parametrize("layer", [0, 1, "unembed"])
@@ -710,7 +720,7 @@ def test_a_stream_that_is_interrupted_after_its_last_token_says_nothing_else():
     eng.run()
     for when in itertools.count():
         stream = eng.stream([1, 2, 3], 1, temperature=0)
-        with Interrupt(when) as interrupt:
+        with Interrupt(when, OWN) as interrupt:
             try:
                 assert list(stream) == recomputed((1, 2, 3), 1)
             except KeyboardInterrupt as error:
@@ -1105,11 +1115,11 @@ class EngineAgainstEachAlone(RuleBasedStateMachine):
             own = {**sampling, "seed": seed + i} if seed is not None else sampling
             self.known[request] = prompt, num_new, stop_ids, tuple(own.items())
 
-    def maybe_interrupted(self, when, call):
+    def maybe_interrupted(self, when, call, modules=OWN):
         if when is None:
             call()
             return
-        with Interrupt(when), contextlib.suppress(KeyboardInterrupt):
+        with Interrupt(when, modules), contextlib.suppress(KeyboardInterrupt):
             call()
 
     @rule(num_steps=st.integers(1, 4))
@@ -1123,6 +1133,11 @@ class EngineAgainstEachAlone(RuleBasedStateMachine):
     @rule(when=lines)
     def interrupted_step(self, when):
         self.maybe_interrupted(when, self.eng.step)
+
+    @precondition(lambda self: self.eng.requests)
+    @rule(when=st.integers(0, 1200))
+    def step_that_is_interrupted_in_the_cache(self, when):
+        self.maybe_interrupted(when, self.eng.step, CACHES)
 
     @precondition(lambda self: self.eng.requests)
     @rule(layer=st.integers(0, 1), error=st.sampled_from([RuntimeError, ValueError]))
@@ -1174,7 +1189,7 @@ class EngineAgainstEachAlone(RuleBasedStateMachine):
         one = stream, request_id, got, arguments = self.streams[
             number % len(self.streams)
         ]
-        with Interrupt(10**9 if when is None else when):
+        with Interrupt(10**9 if when is None else when, OWN):
             try:
                 got.append(next(stream))
                 return
@@ -1246,7 +1261,10 @@ def test_ten_thousand_requests(kind, size):
         if eng.requests and rng.random() < 0.05:
             eng.cancel(rng.choice(list(eng.requests)))
         if rng.random() < 0.05:
-            with Interrupt(rng.randrange(300)), contextlib.suppress(KeyboardInterrupt):
+            with (
+                Interrupt(rng.randrange(300), OWN),
+                contextlib.suppress(KeyboardInterrupt),
+            ):
                 eng.step()
         else:
             eng.step()

@@ -1,14 +1,15 @@
 import contextlib
 import copy
+import functools
+import itertools
 import math
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from helpers import assert_close, begun, filled, random_model
+from helpers import Interrupt, assert_close, begun, filled, random_model
 
-from lib import block_manager, kv_cache, paged_kv_cache
+from lib import block_manager, kv_cache, paged_kv_cache, prefix_cache
 from lib.block_manager import OutOfBlocksError
 from lib.config import LLAMA3_8B, TINY
 from lib.generate import (
@@ -30,6 +31,7 @@ from lib.kv_cache import (
 from lib.measure.meter import measure
 from lib.model import Transformer, attend_fused
 from lib.paged_kv_cache import PagedKVCache
+from lib.prefix_cache import PrefixKVCache
 
 
 def poisoned_cache(model, batch_size, max_seq_len):
@@ -307,6 +309,12 @@ def all_of(cache):
     return facts
 
 
+@functools.cache
+def small_model():
+    return random_model(dtype=torch.float64, num_layers=1, d_model=8, d_ff=8)
+
+
+CACHES = kv_cache, paged_kv_cache, block_manager, prefix_cache
 KINDS = ["contiguous", "paged", "shared"]
 DECODE, PREFILL, RAGGED = [1, 1, 1, 1], [4, 5, 2, 3], [1, 0, 3, 1]
 
@@ -314,33 +322,6 @@ DECODE, PREFILL, RAGGED = [1, 1, 1, 1], [4, 5, 2, 3], [1, 0, 3, 1]
 def step(model, cache, counts):
     query_lens = torch.tensor(counts[: len(cache.request_ids)])
     return forward_cached(model, cache, torch.arange(query_lens.sum()), query_lens)
-
-
-class Interrupt:
-    """KeyboardInterrupt at line number `when` that the code of the caches runs."""
-
-    FILES = {module.__file__ for module in (kv_cache, paged_kv_cache, block_manager)}
-
-    def __init__(self, when):
-        self.lines_left = when
-
-    def __enter__(self):
-        self.before = sys.gettrace()
-        sys.settrace(self.enter_function)
-
-    def enter_function(self, frame, event, arg):
-        return self.at_line if frame.f_code.co_filename in self.FILES else None
-
-    def at_line(self, frame, event, arg):
-        if event == "line":
-            self.lines_left -= 1
-            if self.lines_left < 0:
-                self.where = f"{frame.f_code.co_name}, line {frame.f_lineno}"
-                raise KeyboardInterrupt
-        return self.at_line
-
-    def __exit__(self, *_):
-        sys.settrace(self.before)
 
 
 @pytest.mark.parametrize(
@@ -361,7 +342,7 @@ def test_an_interrupt_at_any_line_leaves_the_cache_as_it_was(kind, counts):
     expected = step(model, copy.deepcopy(start), counts)
     num_lines, is_through = 0, False
     while not is_through:
-        cache, interrupt = copy.deepcopy(start), Interrupt(num_lines)
+        cache, interrupt = copy.deepcopy(start), Interrupt(num_lines, CACHES)
         try:
             with interrupt:
                 step(model, cache, counts)
@@ -371,6 +352,160 @@ def test_an_interrupt_at_any_line_leaves_the_cache_as_it_was(kind, counts):
             assert_close(step(model, cache, counts), expected)
             num_lines += 1
     assert num_lines > 90
+
+
+TEXT = [5, 6, 7, 8, 9, 1, 2]
+COMING_AND_GOING = {
+    "begin": lambda cache: cache.begin("new", TEXT),
+    "free": lambda cache: cache.free(1),
+    "free a parent": lambda cache: cache.free(0),
+    "fork": lambda cache: cache.fork(0, "new", TEXT),
+}
+IN_BLOCKS = {"paged": PagedKVCache, "prefix": PrefixKVCache}
+CALLS = [
+    *((kind, name) for kind in IN_BLOCKS for name in COMING_AND_GOING),
+    *(("contiguous", name) for name in ("begin", "free")),
+]
+
+
+def crowded(kind, model):
+    """Requests 0 and 1, and a child of 0. Of TEXT a prefix cache has two blocks in use
+    and an idle one; those of request 1 have no names yet."""
+    if kind == "contiguous":
+        cache = ContiguousKVCache(model.config, 3, 12, dtype=torch.float64)
+    else:
+        cache = IN_BLOCKS[kind](model.config, 16, 2, dtype=torch.float64)
+    for request_id, token_ids in (("gone", TEXT[:6]), (0, TEXT[:5]), (1, [4, 3, 2, 1])):
+        cache.begin(request_id, token_ids)
+        row = cache.request_ids.index(request_id)
+        query_lens = torch.zeros_like(cache.seq_lens)
+        query_lens[row] = len(token_ids) - cache.seq_lens[row]
+        new_ids = torch.tensor(token_ids[cache.seq_lens[row] :])
+        forward_cached(model, cache, new_ids, query_lens)
+        if request_id == "gone":
+            cache.free(request_id)
+    if cache.can_fork:
+        cache.fork(0, "child", TEXT[:6])
+    return cache
+
+
+def asked(model, cache):
+    """Logits after three more tokens of each request, by its id."""
+    live = [request_id is not None for request_id in cache.request_ids]
+    query_lens = 3 * torch.tensor(live).long()
+    ids = torch.arange(3).repeat(sum(live))
+    logits = forward_cached(model, cache, ids, query_lens).split(query_lens.tolist())
+    return dict(zip(cache.request_ids, logits))
+
+
+def check_sound(cache):
+    if isinstance(cache, PagedKVCache):
+        cache.manager.check_integrity()
+        cache._check_manager()
+        assert list(cache.manager.block_tables) == cache.request_ids
+    if isinstance(cache, PrefixKVCache):
+        cache.check_integrity()
+        assert list(cache._texts) == cache.request_ids
+
+
+def facts(cache):
+    return [*all_of(cache)[:5], cache.num_free_blocks]
+
+
+@functools.cache
+def undisturbed(kind, name):
+    """A cache before a call, facts of it before and after, and what is asked then."""
+    cache = crowded(kind, small_model())
+    start, before = copy.deepcopy(cache), facts(cache)
+    COMING_AND_GOING[name](cache)
+    return start, before, facts(cache), asked(small_model(), cache)
+
+
+def stopped_rightly(kind, name, stop):
+    """Whether `stop`, which makes a call fail on the way, let it through. The cache is
+    as it was before or as it will be after, goes on, and leaks nothing."""
+    call = COMING_AND_GOING[name]
+    start, before, after, expected = undisturbed(kind, name)
+    cache = copy.deepcopy(start)
+    is_through = stop(cache, call)
+    check_sound(cache)
+    got = facts(cache)
+    assert got in (before, after), f"expected {before} or {after}, got {got}"
+    if got == before:
+        call(cache)
+        got = facts(cache)
+        assert got == after, f"expected {after}, got {got}"
+    for request_id, logits in asked(small_model(), cache).items():
+        assert_close(logits, expected[request_id])
+    check_sound(cache)
+    for request_id in expected.keys() - {None}:
+        cache.free(request_id)
+    check_sound(cache)
+    num_free = cache.num_free_blocks
+    assert num_free == cache.num_blocks, f"expected {cache.num_blocks}, got {num_free}"
+    assert cache.used_bytes == 0, f"expected none, got {cache.used_bytes}"
+    return is_through
+
+
+@pytest.mark.parametrize("kind, name", CALLS)
+def test_an_interrupt_at_any_line_of_begin_fork_or_free_comes_before_or_after_it(
+    kind, name
+):
+    for when in itertools.count():
+
+        def stop(cache, call, when=when):
+            with Interrupt(when, CACHES) as interrupt:
+                try:
+                    call(cache)
+                except KeyboardInterrupt:
+                    assert interrupt.where
+            return interrupt.where is None
+
+        if stopped_rightly(kind, name, stop):
+            break
+    assert when > 10
+
+
+@pytest.mark.parametrize("is_before", [True, False])
+@pytest.mark.parametrize(
+    "kind, name", [(kind, name) for kind, name in CALLS if kind != "contiguous"]
+)
+def test_a_manager_that_fails_in_begin_fork_or_free_leaves_a_sound_cache(
+    kind, name, is_before
+):
+    """Its functions may be a reader's own."""
+
+    def stop(cache, call):
+        method = {"begin": "allocate", "fork": "fork"}.get(name, "free")
+        own = getattr(cache.manager, method)
+
+        def failing(*args):
+            if not is_before:
+                own(*args)
+            raise NotImplementedError("by the test")
+
+        setattr(cache.manager, method, failing)
+        with pytest.raises(NotImplementedError, match="by the test"):
+            call(cache)
+        setattr(cache.manager, method, own)
+
+    stopped_rightly(kind, name, stop)
+
+
+@pytest.mark.parametrize("kind", IN_BLOCKS)
+def test_who_begins_takes_nothing_from_one_of_whom_the_manager_alone_knows(kind):
+    cache = crowded(kind, small_model())
+    cache.manager.allocate("new", 3)
+    before = copy.deepcopy(all_of(cache))
+    for name in ("begin", "fork"):
+        with pytest.raises(
+            ValueError, match="'new': expected one that is new to the mana"
+        ):
+            COMING_AND_GOING[name](cache)
+        got = all_of(cache)
+        assert (
+            got[:5] == before[:5] and got[5]["block_tables"] == before[5]["block_tables"]
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)

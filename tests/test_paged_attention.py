@@ -6,18 +6,28 @@ import mmap
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import NOWHERE, assert_near, begun, in_float64, paged, prefilled
+from helpers import (
+    NOWHERE,
+    assert_near,
+    begun,
+    in_float64,
+    paged,
+    prefilled,
+    random_model,
+)
 
 from lib import generate, paged_kv_cache
 from lib.config import TINY, ModelConfig
 from lib.course.drivers.ch05 import PROMISED
-from lib.model import Transformer
+from lib.engine import Engine
+from lib.model import Transformer, attend_fused
 from lib.paged_attention import (
     attend_online,
     bytes_moved,
@@ -605,6 +615,41 @@ def test_generation_through_the_kernel_is_generation_by_recompute():
     for token_ids, prompt_ids in zip(texts, prompts):
         expected = generate.generate_recompute(model, prompt_ids, 5, temperature=0)
         assert torch.equal(token_ids, expected)
+
+
+def test_an_engine_over_the_kernels_gives_each_request_the_text_that_it_has_alone():
+    model, calls = random_model(), Counter()
+
+    def counted(kernel):
+        def attend(*args):
+            calls[kernel] += 1
+            return kernel(*args)
+
+        return attend
+
+    cache = PagedKVCache(
+        model.config, 7, 4, decode=counted(paged_decode), prefill=counted(paged_prefill)
+    )
+    eng, requests = Engine(model, cache, token_budget=10), []
+    for prompt_len, num_answers in ((3, 1), (6, 2), (9, 1)):
+        prompt_ids = torch.randint(model.config.vocab_size, (prompt_len,))
+        made = eng.add(prompt_ids, 6, n=num_answers, temperature=0)
+        requests += made if num_answers > 1 else [made]
+    steps = eng.run()
+    num_copies = sum(len(step.next_ids.keys() - step.counts.keys()) for step in steps)
+    assert num_copies == 1 and any(step.preempted for step in steps)
+    assert min(calls[paged_decode], calls[paged_prefill]) > 4, calls
+
+    for request in requests:
+        text, S = torch.tensor(request.token_ids), request.prompt_len
+        expected = generate.generate_recompute(model, text[:S], 6, temperature=0)
+        assert torch.equal(text, expected), f"expected {expected}, got {text}"
+        with torch.no_grad():
+            logits = model(text, torch.arange(len(text)), attend_fused)[S - 1 : -1]
+        first, second = logits.topk(2).values.T
+        assert (first - second).min() > 1e-3, "rounding could have decided"
+    cache.manager.check_integrity()
+    assert cache.num_free_blocks == cache.num_blocks
 
 
 def test_the_oracle_does_not_overflow_on_large_queries_and_keys():

@@ -218,8 +218,8 @@ def test_lines_that_meet_at_their_ends_are_named_in_a_legend():
 
 
 def sent_back_once():
-    """Two requests in four blocks of three: 1 is sent back before step 3, waits for two
-    steps, and computes its prompt and three tokens of its answer again in step 5."""
+    """Two requests in four blocks of three: 1 is sent back before step 4, waits for two
+    steps, and computes its prompt and three tokens of its answer again in step 6."""
     steps = predict_steps([Request(4, 5), Request(4, 5)], 4, 3)
     assert [step.preempted for step in steps] == [[], [], [], [1], [], [], []]
     return steps
@@ -243,28 +243,29 @@ def test_a_row_of_the_gantt_chart_is_what_a_request_did():
     ax = drawing.draw_gantt(sent_back_once(), title="")
     decode, prompt = 0.5, 0.8
     assert bars_of(ax) == {
-        0: [((-0.5, 0.5), prompt, None), ((0.5, 4.5), decode, None)],
+        0: [((0.5, 1.5), prompt, None), ((1.5, 5.5), decode, None)],
         1: [
-            ((-0.5, 0.5), prompt, None),
-            ((0.5, 2.5), decode, None),
-            ((4.5, 5.5), prompt, plotting.WASTED["hatch"]),
-            ((5.5, 6.5), decode, None),
+            ((0.5, 1.5), prompt, None),
+            ((1.5, 3.5), decode, None),
+            ((5.5, 6.5), prompt, plotting.WASTED["hatch"]),
+            ((6.5, 7.5), decode, None),
         ],
     }
+    assert ax.get_xlim() == (0.5, 7.5), "steps 1 to 7, as on the page"
     waits, crosses = ax.lines
-    assert waits.get_xydata().tolist() == [[2.5, 1], [4.5, 1]]
-    assert crosses.get_xydata().tolist() == [[2.5, 1]]
+    assert waits.get_xydata().tolist() == [[3.5, 1], [5.5, 1]]
+    assert crosses.get_xydata().tolist() == [[3.5, 1]]
     assert legend(ax) == ["prompt", "decode", "computed again", "waits", "sent back"]
 
 
 def test_pieces_of_a_prompt_stand_one_by_one_and_who_has_arrived_waits():
     steps = predict_steps([Request(9, 2), Request(1, 2)], 3, 4, token_budget=4)
-    ax = drawing.draw_gantt(steps, arrived={0: 0, 1: 1}, title="")
+    ax = drawing.draw_gantt(steps, arrived={0: 1, 1: 2}, title="")
     pieces = [ends for ends, height, _ in bars_of(ax)[0] if height == 0.8]
-    assert pieces == [(-0.5, 0.5), (0.5, 1.5), (1.5, 2.5)]
+    assert pieces == [(0.5, 1.5), (1.5, 2.5), (2.5, 3.5)]
     (waits,) = ax.lines
-    begins = next(i for i, step in enumerate(steps) if 1 in step.counts)
-    assert waits.get_xydata().tolist() == [[0.5, 1], [begins - 0.5, 1]]
+    begins = next(i for i, step in enumerate(steps, start=1) if 1 in step.counts)
+    assert waits.get_xydata().tolist() == [[1.5, 1], [begins - 0.5, 1]]
     assert legend(ax) == ["prompt", "decode", "waits"]
     assert not drawing.draw_gantt(steps, title="").lines, "nobody says when they came"
 
@@ -278,9 +279,9 @@ def test_only_what_was_computed_before_is_computed_again():
             ({"a": 2}, {"a": 0}, []),
         )
     ]
-    rows = drawing._activities(steps, {"b": 1})
-    assert rows["a"] == {0: "prompt", 1: "computed again", 2: "prompt"}
-    assert rows["b"] == {1: "waits", 2: "waits"}, "it never began"
+    rows = drawing._activities(steps, {"b": 2})
+    assert rows["a"] == {1: "prompt", 2: "computed again", 3: "prompt"}
+    assert rows["b"] == {2: "waits", 3: "waits"}, "it never began"
 
 
 def test_the_pool_over_time_is_that_of_the_steps():
@@ -291,7 +292,8 @@ def test_the_pool_over_time_is_that_of_the_steps():
     in_batch, waiting = (patch.get_data().values.tolist() for patch in below.patches)
     assert in_batch == [2, 2, 2, 1, 1, 1, 1] and waiting == [0, 0, 0, 1, 1, 0, 0]
     crosses = above.lines[-1]
-    assert crosses.get_xydata().tolist() == [[2.5, 4]]
+    assert crosses.get_xydata().tolist() == [[3.5, 4]]
+    assert used.get_data().edges.tolist() == [i + 0.5 for i in range(8)], "from step 1"
     assert legend(below) == ["in the batch", "waiting", "sent back"]
     _, below = plotting.plot_pool(steps[:3], 4, title="").axes
     assert legend(below) == ["in the batch", "waiting"]

@@ -4,6 +4,7 @@ Texts are of few letters, so that they often begin alike. Blocks that hold nothi
 wherever that is allowed, so that whoever reads them shows it.
 """
 
+import contextlib
 import copy
 import hashlib
 import itertools
@@ -15,7 +16,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from helpers import assert_close, random_model
+from helpers import Interrupt, assert_close, random_model
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -26,7 +27,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from lib import prefix_cache
+from lib import block_manager, kv_cache, paged_kv_cache, prefix_cache
 from lib.block_manager import OutOfBlocksError
 from lib.generate import forward_cached, generate_cached, generate_recompute
 from lib.paged_kv_cache import PagedKVCache
@@ -81,8 +82,7 @@ def kv_of(text):
 
 
 KV = {}
-NAMES = "prefix_cache", "block_manager", "paged_kv_cache", "kv_cache"
-FILES = tuple(f"lib/{name}.py" for name in NAMES)
+MODULES = prefix_cache, block_manager, paged_kv_cache, kv_cache
 
 
 def check_names(cache, names_given):
@@ -720,7 +720,7 @@ def lines_of_a_life(num_blocks):
 
     def trace(frame, event, _):
         name = frame.f_code.co_filename
-        if not name.endswith(FILES):
+        if name not in {module.__file__ for module in MODULES}:
             return None
         if event == "line":
             lines[name.rsplit("/", 1)[1]] += 1
@@ -786,32 +786,6 @@ def test_the_cache_calls_the_three_functions_of_its_module(monkeypatch):
     assert all(calls[f.__name__] > 0 for f in (block_hashes, find_prefix, evict)), calls
 
 
-def stopped(number, calls):
-    """Run these calls up to a line of the cache or its manager; the file it is in."""
-    count, where = 0, None
-
-    def trace(frame, event, _):
-        nonlocal count, where
-        if not frame.f_code.co_filename.endswith(FILES[:2]):
-            return None
-        if event == "line":
-            count += 1
-            if count == number:
-                where = frame.f_code.co_filename
-                raise KeyboardInterrupt
-        return trace
-
-    before, _ = sys.gettrace(), sys.settrace(trace)
-    try:
-        for call in calls:
-            call()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(before)
-    return where
-
-
 def under_pressure():
     """One request under way, and all other blocks idle, with three texts."""
     cache = prefix_kv_cache(7, 2)
@@ -836,32 +810,33 @@ def life(cache, text):
     ]
 
 
-def test_an_interrupt_at_any_line_leaves_no_wrong_name(monkeypatch):
-    """Nor a leak, where it comes in what this module has written."""
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.nightly)])
+def test_an_interrupt_at_any_line_leaves_no_wrong_name_and_no_leak(monkeypatch, every):
     names_given, text = note_names(monkeypatch), [1, 2, 0, 4, 2, 2]
     first, names_before = under_pressure(), dict(names_given)
-    num_own = 0
-    for number in itertools.count(1):
+    for when in itertools.count(step=every):
         names_given.clear()
         names_given.update(names_before)
         cache = copy.copy(first)
-        where = stopped(number, life(cache, text))
+        with (
+            Interrupt(when, MODULES) as interrupt,
+            contextlib.suppress(KeyboardInterrupt),
+        ):
+            for call in life(cache, text):
+                call()
         check_names(cache, names_given)
-        names, empty = cache.manager.names, cache.manager.free_block_ids.empty
-        assert not set(names.block_of_hash.values()) & set(empty)
-        if where is None:
+        cache.check_integrity()
+        if interrupt.where is None:
             break
-        if where.endswith(FILES[0]):
-            num_own += 1
-            for request_id in cache.request_ids:
-                cache.free(request_id)
-            cache.check_integrity()
-            assert cache.num_free_blocks == 7
-            compute(cache, "again", text)
-            table = cache.manager.block_tables["again"]
-            got = torch.stack([cache.k_cache[:, table], cache.v_cache[:, table]])
-            assert_close(got.flatten(2, 3), kv_of(tuple(text)))
-    assert num_own > 200
+        for request_id in cache.request_ids:
+            cache.free(request_id)
+        cache.check_integrity()
+        assert cache.num_free_blocks == 7, interrupt.where
+        compute(cache, "again", text)
+        table = cache.manager.block_tables["again"]
+        got = torch.stack([cache.k_cache[:, table], cache.v_cache[:, table]])
+        assert_close(got.flatten(2, 3), kv_of(tuple(text)))
+    assert when > 400
 
 
 def test_what_is_no_number_is_found_by_nobody():

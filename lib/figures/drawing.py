@@ -267,9 +267,9 @@ def draw_gantt(
 ) -> Axes:
     """Who was in the batch when: a row for a request, a column for a step.
 
-    steps: all that an engine took, or those of `simulation.predict_steps`. arrived:
-    request id -> the first step after its arrival; who is not in it is drawn from where
-    it begins. A request that is not in the batch, but will be, waits.
+    steps: all that an engine took, or those of `simulation.predict_steps`; the first is
+    step 1. arrived: request id -> the first step after its arrival; who is not in it is
+    drawn from where it begins. A request that is not in the batch, but will be, waits.
     """
     rows = _activities(steps, arrived or {})
     ax = ax or plt.subplots(figsize=(7.4, min(1.5 + 0.22 * len(rows), 7.0)))[1]
@@ -293,11 +293,11 @@ def draw_gantt(
                 corner = left - 0.5, row - height / 2
                 ax.add_patch(Rectangle(corner, width, height, **looks[kind]))
     places = list(rows)
-    for i, step in enumerate(steps):
+    for i, step in enumerate(steps, start=1):
         for request_id in step.preempted:
             ax.plot(i - 0.5, places.index(request_id), **SENT_BACK)
     ax.set_yticks(range(len(rows)), [str(request_id) for request_id in rows])
-    ax.set(xlim=(-0.5, len(steps) - 0.5), ylim=(len(rows) - 0.5, -0.5))
+    ax.set(xlim=(0.5, len(steps) + 0.5), ylim=(len(rows) - 0.5, -0.5))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(axis="y", visible=False)
     ax.set(xlabel="step", ylabel="request", title=title)
@@ -317,7 +317,7 @@ def _activities(
     """What each request did in each step, from its arrival to its last token."""
     rows: dict[Hashable, dict[int, str]] = {request_id: {} for request_id in arrived}
     cached, most, decoding = Counter(), Counter(), set()
-    for i, step in enumerate(steps):
+    for i, step in enumerate(steps, start=1):
         for request_id in step.preempted:
             cached[request_id] = 0
             decoding.discard(request_id)
@@ -335,8 +335,8 @@ def _activities(
             rows.setdefault(request_id, {})
             decoding.add(request_id)
     for request_id, cells in rows.items():
-        start = arrived.get(request_id, min(cells, default=0))
-        for i in range(start, max(cells, default=len(steps))):
+        start = arrived.get(request_id, min(cells, default=1))
+        for i in range(start, max(cells, default=len(steps) + 1)):
             cells.setdefault(i, "waits")
     return rows
 

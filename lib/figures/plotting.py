@@ -230,15 +230,15 @@ def plot_usage(
 def plot_pool(steps: Sequence[Step], num_blocks: int, *, title: str) -> Figure:
     """The pool over the steps of an engine: blocks in use above, requests below.
 
-    steps: an engine's, or those of `simulation.predict_steps`. A cross marks a step that
-    sent requests back.
+    steps: an engine's, or those of `simulation.predict_steps`; the first is step 1. A
+    cross marks a step that sent requests back.
     """
     figure, (above, below) = plt.subplots(2, 1, figsize=(7.0, 4.4), sharex=True)
-    edges = [i - 0.5 for i in range(len(steps) + 1)]
+    edges = [i + 0.5 for i in range(len(steps) + 1)]
     used = [num_blocks - step.num_free_blocks for step in steps]
     above.stairs(used, edges, fill=True, color="#9FC9E3")
     above.axhline(num_blocks, color="black", linewidth=1)
-    sent_back = [i - 0.5 for i, step in enumerate(steps) if step.preempted]
+    sent_back = [i + 0.5 for i, step in enumerate(steps) if step.preempted]
     (crosses,) = above.plot(sent_back, [num_blocks] * len(sent_back), **SENT_BACK)
     above.set(ylim=(0, 1.15 * num_blocks), title=title)
     above.set_ylabel(f"blocks in use, of {num_blocks}")
