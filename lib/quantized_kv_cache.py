@@ -162,7 +162,9 @@ def to_rows(x: torch.Tensor, bits: int) -> torch.Tensor:
 def from_rows(rows: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
     """What `to_rows` made rows of, for x in this dtype: (..., D)."""
     num_codes = rows.shape[-1] - 2 * dtype.itemsize
-    scale_and_zero = rows[..., num_codes:].contiguous().view(dtype)  # (..., 2)
+    # A copy of their own: where a row's codes end need not be a place for such numbers.
+    in_bytes = rows[..., num_codes:].clone(memory_format=torch.contiguous_format)
+    scale_and_zero = in_bytes.view(dtype)  # (..., 2)
     return dequantize(rows[..., :num_codes], *scale_and_zero.split(1, dim=-1), bits)
 
 
