@@ -52,7 +52,8 @@ def quantize(
 
     # pack
     shifts = torch.arange(0, 8, bits, device=x.device)  # (8 / bits,)
-    in_bytes = steps.round().to(torch.uint8).unflatten(-1, (-1, 8 // bits))
+    steps = steps.round().clamp(max=2**bits - 1)  # more, if the scale was rounded down
+    in_bytes = steps.to(torch.uint8).unflatten(-1, (-1, 8 // bits))
     codes = (in_bytes << shifts).sum(dim=-1, dtype=torch.uint8)  # (..., D * bits / 8)
     return codes, scale, low
 
