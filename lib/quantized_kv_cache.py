@@ -183,7 +183,7 @@ def check_vectors(x: torch.Tensor, bits: int):
 
 def check_bits(bits: int, head_dim: int = 8):
     """Raise ValueError unless vectors of head_dim numbers can be packed in such bits."""
-    if bits not in BITS:
+    if type(bits) is not int or bits not in BITS:  # 8.0 is in it
         raise ValueError(f"bits: expected one of {BITS}, got {bits!r}")
     if head_dim * bits % 8:
         raise ValueError(
