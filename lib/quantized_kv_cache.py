@@ -6,8 +6,8 @@ vector, the size of a step and the smallest number. Chapters 3 and 4 keep where 
 lies, and need not change: a vector becomes a row of bytes, and these are written,
 gathered, shared and copied as numbers were.
 
-To attend, a decode step reads the bytes tile by tile, so that no more than one tile of
-keys and values is there in full at a time.
+To attend, a decode step reads the bytes tile by tile: of a text of any length, keys and
+values are there in full for two tiles at most, the one that was read and the next.
 
 KIVI: https://arxiv.org/abs/2402.02750. Read lib/kv_cache.py, for `KVFormat`, and
 `attend_online` in lib/paged_attention.py before.
@@ -128,11 +128,11 @@ class QuantizedFormat(KVFormat):
                 continue
             rows = k_cache[b, :S], v_cache[b, :S]  # (S, G, bytes) each
             if len(q_b) == 1:
-                tiles = self._tiles(*rows, q.dtype)
+                tiles = self._tiles(*rows, q.dtype, TILE)
                 out, _ = paged_attention.attend_online(q_b[0] / D**0.5, tiles)
                 outs.append(out[None])  # (1, H, D)
             else:
-                k, v = next(self._tiles(*rows, q.dtype, tile=S))
+                k, v = next(self._tiles(*rows, q.dtype, S))
                 lens = seq_lens[b : b + 1], query_lens[b : b + 1]
                 outs.append(kv_cache.attend_cached(q_b, k[None], v[None], *lens))
         return torch.cat(outs)  # (N, H, D)
@@ -142,7 +142,7 @@ class QuantizedFormat(KVFormat):
         k_rows: torch.Tensor,
         v_rows: torch.Tensor,
         dtype: torch.dtype,
-        tile: int = TILE,
+        tile: int,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values (tile, G, D), one tile after the other; the last is shorter."""
         for start in range(0, len(k_rows), tile):
