@@ -205,7 +205,7 @@ def train(
     (steps done, accuracy) after every `evaluate_every` steps and at the end.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    fixed = draw_task(task, 128, torch.Generator().manual_seed(2**32))
+    fixed = draw_task(task, 128, torch.Generator().manual_seed(2**32 - 1))
     matrices = [p for p in model.parameters() if p.dim() == 2]
     gains = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices}, {"params": gains, "weight_decay": 0.0}]
