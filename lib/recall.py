@@ -301,7 +301,8 @@ def main():
     for name in args.names:
         _check_name(name)
     torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
+    for folder in (args.out, args.results.parent):  # before the minutes, not after
+        folder.mkdir(parents=True, exist_ok=True)
     bar = tqdm(
         [(name, s) for name in args.names or RECIPES for s in range(args.seeds)],
         file=sys.stdout,
