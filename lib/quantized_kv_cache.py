@@ -155,9 +155,9 @@ class QuantizedFormat(KVFormat):
 
 def to_rows(x: torch.Tensor, bits: int) -> torch.Tensor:
     """x (..., D), quantized, with scale and zero point behind: uint8 (..., bytes)."""
-    codes, *scale_and_zero = quantize(x, bits)
-    in_bytes = [number.contiguous().view(torch.uint8) for number in scale_and_zero]
-    return torch.cat([codes, *in_bytes], dim=-1)
+    codes, scale, zero = quantize(x, bits)
+    scale_and_zero = torch.cat([scale, zero], dim=-1)  # (..., 2)
+    return torch.cat([codes, scale_and_zero.view(torch.uint8)], dim=-1)
 
 
 def from_rows(rows: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
