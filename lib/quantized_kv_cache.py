@@ -126,7 +126,7 @@ class QuantizedFormat(KVFormat):
         for b, (q_b, S) in enumerate(zip(q.split(counts), seq_lens.tolist())):
             if len(q_b) == 0:  # it rests
                 continue
-            rows = k_cache[b, :S], v_cache[b, :S]  # (S, G, bytes) each
+            rows = k_cache[b, :S], v_cache[b, :S]  # (S, G, k_bytes), (S, G, v_bytes)
             if len(q_b) == 1:
                 tiles = self._tiles(*rows, q.dtype, TILE)
                 out, _ = paged_attention.attend_online(q_b[0] / D**0.5, tiles)
