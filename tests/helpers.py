@@ -80,6 +80,30 @@ def in_steps(x: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.where(step > 0, low + step * ((x - low) / step).round(), x)
 
 
+# Of three requests the new tokens: prefill, in pieces, decodes, and some that rest.
+STEPS = [[5, 0, 9], [1, 7, 0], [1, 1, 1], [4, 1, 0]]
+
+
+def run_steps(
+    cache: KVCache, steps: list[list[int]] = STEPS, kept: KVFormat = PLAIN
+) -> list[torch.Tensor]:
+    """What attention gives in each step and layer over random keys and values, of so many
+    new tokens of each request; over what a format leaves of them, if one is given."""
+    config, outs = cache.config, []
+    generator = torch.Generator().manual_seed(0)
+    heads = config.num_heads, config.num_kv_heads, config.num_kv_heads
+    for counts in steps:
+        with cache.extend(torch.tensor(counts)) as attend:
+            for layer in range(config.num_layers):
+                q, k, v = (
+                    torch.randn(sum(counts), n, config.head_dim, generator=generator)
+                    for n in heads
+                )
+                q, k, v = (x.to(cache.dtype) for x in (q, k, v))
+                outs.append(attend(layer, q, *as_kept(kept, layer, k, v)))
+    return outs
+
+
 def filled(cache: KVCache, lens: dict[Hashable, int]) -> KVCache:
     """The cache, in which requests of these lengths have begun; keys and values are 0."""
     for request_id in lens:
