@@ -298,6 +298,7 @@ def main():
         "--results", type=Path, default=RESULTS, help="curves and times: json"
     )
     args = parser.parse_args()
+    check_count("seeds", args.seeds)
     for name in args.names:
         _check_name(name)
     torch.set_num_threads(1)

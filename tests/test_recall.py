@@ -388,7 +388,9 @@ def test_a_second_call_replaces_the_run_of_its_seed_and_no_other(command, monkey
     assert files == ["notes.pt", "pairs.pt"]
 
 
-def test_a_name_that_is_none_is_refused_before_anything_is_trained(command):
+def test_wrong_names_and_counts_are_refused_before_anything_is_trained(command):
     with pytest.raises(ValueError, match="model: expected one of .*, got 'pears'"):
         command("pairs", "pears")
+    with pytest.raises(ValueError, match="seeds: expected an integer of at least 1"):
+        command("pairs", "--seeds", "0")
     assert not command.out.exists()
