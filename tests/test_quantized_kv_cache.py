@@ -242,6 +242,17 @@ def test_tiles_of_any_size_give_the_same(monkeypatch, tile):
         assert all(n == tile for n in tiles[:-1]) and 0 < tiles[-1] <= tile
 
 
+def test_the_first_bits_are_those_of_keys_and_the_second_those_of_values():
+    assert QuantizedFormat(8, 4).bits == (8, 4) and QuantizedFormat(2).bits == (2, 2)
+    cache = ContiguousKVCache(TINY, 3, 5, format=QuantizedFormat(8, 2))
+    assert cache.k_cache.shape == (2, 3, 5, 2, 8 + 2 * 4)
+    assert cache.v_cache.shape == (2, 3, 5, 2, 2 + 2 * 4)
+    x = torch.tensor([[[0.0, 0.2, 0.9, 1.0, 0.0, 0.2, 0.9, 1.0]]]).repeat(1, 2, 1)
+    k, v = QuantizedFormat(2, 8).encode(0, x, x)
+    assert from_rows(k, 2, x.dtype).flatten()[1].item() == pytest.approx(1 / 3)
+    assert from_rows(v, 8, x.dtype).flatten()[1].item() == pytest.approx(0.2)
+
+
 def test_more_than_one_new_token_is_attended_to_as_a_whole(monkeypatch):
     calls = []
     for module, name in (
