@@ -3,6 +3,7 @@ over them: who is there, in which pieces, and what was sent back changes no text
 
 import copy
 import functools
+import math
 
 import pytest
 import torch
@@ -91,6 +92,19 @@ def test_the_formats_write_other_texts():
     prompt_ids = list(range(1, 12))
     texts = [alone(name, prompt_ids, 12) for name in NAMES]
     assert len({tuple(text) for text in texts}) >= 3, f"expected other texts, got {texts}"
+
+
+@every_format
+@pytest.mark.parametrize("places", [(3,), (2, 5)])
+def test_a_token_has_its_bytes_in_all_layers_and_a_format_begins_with_zeros(places, name):
+    format, config = formats()[name], model().config
+    caches = format.empty(config, places, torch.float32, "cpu")
+    num_tokens = math.prod(places)
+    per_token = format.bytes_per_token(config, 4)
+    assert sum(cache.nbytes for cache in caches) == num_tokens * per_token
+    for cache in caches:
+        assert cache.shape[:-2] == (config.num_layers, *places) and not cache.any()
+        assert cache.is_contiguous()
 
 
 @every_cache

@@ -1,3 +1,4 @@
+import functools
 import json
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,7 @@ from lib.kv_cache import kv_cache_bytes
 from lib.kv_heads import bytes_per_token, pool_kv_heads, with_kv_heads
 from lib.measure import quality
 from lib.model import attend_causal
+from lib.text import encode, load_book, split_book
 from lib.training import TrainingConfig
 
 
@@ -142,17 +144,20 @@ def test_the_command_trains_the_pooled_model_and_writes_what_it_found(
     num_threads = torch.get_num_threads()
     path = tmp_path / "pooling.json"
     small = lambda n, T, generator: quality.passages(2, 12, generator)  # noqa: E731
+    train_ids, _ = split_book(encode(load_book()))
+    model = functools.partial(random_model, dropout=0.3)
     trained = []
     step = kv_heads.Trainer.step
 
     def noting(self):
         trained.append(self.model.config.num_kv_heads)
         assert self.config.learning_rate == 1e-3
+        assert torch.equal(self.token_ids, train_ids)
         return step(self)
 
     monkeypatch.setattr(kv_heads, "RESULTS", path)
     monkeypatch.setattr(kv_heads, "TrainingConfig", Short)
-    monkeypatch.setattr(kv_heads, "load_model", random_model)
+    monkeypatch.setattr(kv_heads, "load_model", model)
     monkeypatch.setattr(kv_heads, "passages", small)
     monkeypatch.setattr(kv_heads.Trainer, "step", noting)
     monkeypatch.setattr("sys.argv", ["lib/kv_heads.py"])
@@ -168,9 +173,9 @@ def test_the_command_trains_the_pooled_model_and_writes_what_it_found(
     assert result["training"]["num_steps"] == 12
     assert result["command"] == "python -m lib.kv_heads"
     draws = [small(8, 256, torch.Generator().manual_seed(seed)) for seed in range(3)]
-    unpooled = quality.measure_quality(random_model(), draws)
+    unpooled = quality.measure_quality(model(), draws)
     assert result["nats_per_byte_unpooled"] == pytest.approx(unpooled.nats)
-    pooled = quality.measure_quality(with_kv_heads(random_model(), 1), draws)
+    pooled = quality.measure_quality(with_kv_heads(model(), 1), draws)
     assert result["step_and_nats_per_byte"][0][1:] == pytest.approx(pooled.nats, abs=1e-4)
     captured = capfd.readouterr()
     assert "  10 steps:" in captured.out and captured.err == ""
