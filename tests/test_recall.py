@@ -290,7 +290,7 @@ def test_a_few_pairs_are_learned(monkeypatch):
 
 
 def test_gains_are_not_decayed_and_the_rate_is_that_of_training(monkeypatch):
-    groups = []
+    groups, norms = [], []
 
     class Noting(torch.optim.AdamW):
         def step(self):
@@ -300,13 +300,44 @@ def test_gains_are_not_decayed_and_the_rate_is_that_of_training(monkeypatch):
                     for g in self.param_groups
                 ]
             )
+            parameters = [p for g in self.param_groups for p in g["params"]]
+            norms.append(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
+            assert all(g["betas"] == (0.9, 0.95) for g in self.param_groups)
             super().step()
 
     monkeypatch.setattr(torch.optim, "AdamW", Noting)
-    trained()
+    trained(config=replace(SHORT, max_grad_norm=0.01))
+    assert [norm.item() for norm in norms] == pytest.approx([0.01] * 6, rel=1e-3)
     for step, ((decay, rate, dims), (none, other_rate, other_dims)) in enumerate(groups):
         assert (decay, none) == (0.1, 0.0) and (dims, other_dims) == ({2}, {1})
         assert rate == other_rate == recall.learning_rate(step, SHORT)
+
+
+def test_dropout_is_on_in_every_step_and_off_in_between(monkeypatch):
+    modes, forward = [], Transformer.forward
+
+    def noting(self, *args):
+        modes.append(self.training)
+        return forward(self, *args)
+
+    monkeypatch.setattr(Transformer, "forward", noting)
+    trained(config=replace(SHORT, num_steps=4), evaluate_every=2)
+    assert modes == [True, True, False] * 2
+
+
+def test_a_seed_is_that_of_the_weights_and_of_the_texts(monkeypatch):
+    begun = []
+
+    def noting(model, task, config, **settings):
+        begun.append((model.embed.weight.clone(), config))
+        return [(1, 0.5)]
+
+    monkeypatch.setattr(recall, "train", noting)
+    for seed in (0, 1, 0):
+        _, result = recall.train_recipe(Recipe("pairs", TINY_SIZES, 3), seed)
+        assert result["seed"] == result["training"]["seed"] == begun[-1][1].seed == seed
+    first, second, again = (weight for weight, _ in begun)
+    assert torch.equal(first, again) and not torch.equal(first, second)
 
 
 def test_every_recipe_can_be_trained_on_its_task():
