@@ -334,7 +334,7 @@ def test_a_seed_is_that_of_the_weights_and_of_the_texts(monkeypatch):
 
     monkeypatch.setattr(recall, "train", noting)
     for seed in (0, 1, 0):
-        _, result = recall.train_recipe(Recipe("pairs", TINY_SIZES, 3), seed)
+        _, result = recall.train_recipe(Recipe("pairs", TINY_SIZES, 3, 2e-3), seed)
         assert result["seed"] == result["training"]["seed"] == begun[-1][1].seed == seed
     first, second, again = (weight for weight, _ in begun)
     assert torch.equal(first, again) and not torch.equal(first, second)
@@ -347,6 +347,7 @@ def test_every_recipe_can_be_trained_on_its_task():
         assert longest <= recipe.model.max_seq_len
         assert recipe.model.vocab_size == VOCAB_SIZE
         assert recipe.training.num_steps == recipe.num_steps
+        assert recipe.training.learning_rate == recipe.learning_rate
     heads = [RECIPES[f"notes_g{n}"].model.num_kv_heads for n in (4, 2, 1)]
     assert heads == [4, 2, 1] and SMALL.num_heads == 4
 
@@ -355,8 +356,8 @@ def test_every_recipe_can_be_trained_on_its_task():
 def command(monkeypatch, tmp_path):
     """`python -m lib.recall` with small recipes; gives what it has written."""
     recipes = {
-        "pairs": Recipe("pairs", TINY_SIZES, 3),
-        "notes": Recipe("notes", replace(TINY_SIZES, num_kv_heads=2), 2),
+        "pairs": Recipe("pairs", TINY_SIZES, 3, 2e-3),
+        "notes": Recipe("notes", replace(TINY_SIZES, num_kv_heads=2), 2, 1e-3),
     }
     monkeypatch.setattr(recall, "RECIPES", recipes)
     out, results = tmp_path / "new" / "weights", tmp_path / "other" / "recall.json"
