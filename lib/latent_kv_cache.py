@@ -105,9 +105,8 @@ class LatentFormat(KVFormat):
 
     def __init__(self, k_bases: torch.Tensor, v_bases: torch.Tensor):
         """k_bases (L, R, G, D), v_bases (L, W, G, D): of each layer's `factorize`."""
-        same = [0, 2, 3]
-        shapes = [[basis.shape[i] for i in same] for basis in (k_bases, v_bases)]
-        if k_bases.dim() != 4 or v_bases.dim() != 4 or shapes[0] != shapes[1]:
+        shapes = [(*basis.shape[:1], *basis.shape[2:]) for basis in (k_bases, v_bases)]
+        if k_bases.dim() != 4 or shapes[0] != shapes[1]:  # layers, KV heads, numbers
             raise ValueError(
                 f"bases: expected (L, R, G, D) and (L, W, G, D), got "
                 f"{tuple(k_bases.shape)} and {tuple(v_bases.shape)}"

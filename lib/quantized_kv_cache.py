@@ -6,8 +6,8 @@ vector, the size of a step and the smallest number. Chapters 3 and 4 keep where 
 lies, and need not change: a vector becomes a row of bytes, and these are written,
 gathered, shared and copied as numbers were.
 
-To attend, a decode step reads the bytes tile by tile, so that no more than one tile of
-keys and values is there in full at a time.
+To attend, a decode step reads the bytes tile by tile: of a text of any length, keys and
+values are there in full for two tiles at most, the one that was read and the next.
 
 KIVI: https://arxiv.org/abs/2402.02750. Read lib/kv_cache.py, for `KVFormat`, and
 `attend_online` in lib/paged_attention.py before.
@@ -52,7 +52,8 @@ def quantize(
 
     # pack
     shifts = torch.arange(0, 8, bits, device=x.device)  # (8 / bits,)
-    in_bytes = steps.round().to(torch.uint8).unflatten(-1, (-1, 8 // bits))
+    steps = steps.round().clamp(max=2**bits - 1)  # more, if the scale was rounded down
+    in_bytes = steps.to(torch.uint8).unflatten(-1, (-1, 8 // bits))
     codes = (in_bytes << shifts).sum(dim=-1, dtype=torch.uint8)  # (..., D * bits / 8)
     return codes, scale, low
 
@@ -125,13 +126,13 @@ class QuantizedFormat(KVFormat):
         for b, (q_b, S) in enumerate(zip(q.split(counts), seq_lens.tolist())):
             if len(q_b) == 0:  # it rests
                 continue
-            rows = k_cache[b, :S], v_cache[b, :S]  # (S, G, bytes) each
+            rows = k_cache[b, :S], v_cache[b, :S]  # (S, G, k_bytes), (S, G, v_bytes)
             if len(q_b) == 1:
-                tiles = self._tiles(*rows, q.dtype)
+                tiles = self._tiles(*rows, q.dtype, TILE)
                 out, _ = paged_attention.attend_online(q_b[0] / D**0.5, tiles)
                 outs.append(out[None])  # (1, H, D)
             else:
-                k, v = next(self._tiles(*rows, q.dtype, tile=S))
+                k, v = next(self._tiles(*rows, q.dtype, S))
                 lens = seq_lens[b : b + 1], query_lens[b : b + 1]
                 outs.append(kv_cache.attend_cached(q_b, k[None], v[None], *lens))
         return torch.cat(outs)  # (N, H, D)
@@ -141,7 +142,7 @@ class QuantizedFormat(KVFormat):
         k_rows: torch.Tensor,
         v_rows: torch.Tensor,
         dtype: torch.dtype,
-        tile: int = TILE,
+        tile: int,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values (tile, G, D), one tile after the other; the last is shorter."""
         for start in range(0, len(k_rows), tile):
@@ -154,15 +155,17 @@ class QuantizedFormat(KVFormat):
 
 def to_rows(x: torch.Tensor, bits: int) -> torch.Tensor:
     """x (..., D), quantized, with scale and zero point behind: uint8 (..., bytes)."""
-    codes, *scale_and_zero = quantize(x, bits)
-    in_bytes = [number.contiguous().view(torch.uint8) for number in scale_and_zero]
-    return torch.cat([codes, *in_bytes], dim=-1)
+    codes, scale, zero = quantize(x, bits)
+    scale_and_zero = torch.cat([scale, zero], dim=-1)  # (..., 2)
+    return torch.cat([codes, scale_and_zero.view(torch.uint8)], dim=-1)
 
 
 def from_rows(rows: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
     """What `to_rows` made rows of, for x in this dtype: (..., D)."""
     num_codes = rows.shape[-1] - 2 * dtype.itemsize
-    scale_and_zero = rows[..., num_codes:].contiguous().view(dtype)  # (..., 2)
+    # A copy of their own: where a row's codes end need not be a place for such numbers.
+    in_bytes = rows[..., num_codes:].clone(memory_format=torch.contiguous_format)
+    scale_and_zero = in_bytes.view(dtype)  # (..., 2)
     return dequantize(rows[..., :num_codes], *scale_and_zero.split(1, dim=-1), bits)
 
 
@@ -180,7 +183,7 @@ def check_vectors(x: torch.Tensor, bits: int):
 
 def check_bits(bits: int, head_dim: int = 8):
     """Raise ValueError unless vectors of head_dim numbers can be packed in such bits."""
-    if bits not in BITS:
+    if type(bits) is not int or bits not in BITS:  # 8.0 is in it
         raise ValueError(f"bits: expected one of {BITS}, got {bits!r}")
     if head_dim * bits % 8:
         raise ValueError(

@@ -205,7 +205,7 @@ def train(
     (steps done, accuracy) after every `evaluate_every` steps and at the end.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    fixed = draw_task(task, 128, torch.Generator().manual_seed(2**32))
+    fixed = draw_task(task, 128, torch.Generator().manual_seed(2**32 - 1))
     matrices = [p for p in model.parameters() if p.dim() == 2]
     gains = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices}, {"params": gains, "weight_decay": 0.0}]
@@ -298,10 +298,12 @@ def main():
         "--results", type=Path, default=RESULTS, help="curves and times: json"
     )
     args = parser.parse_args()
+    check_count("seeds", args.seeds)
     for name in args.names:
         _check_name(name)
     torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
+    for folder in (args.out, args.results.parent):  # before the minutes, not after
+        folder.mkdir(parents=True, exist_ok=True)
     bar = tqdm(
         [(name, s) for name in args.names or RECIPES for s in range(args.seeds)],
         file=sys.stdout,

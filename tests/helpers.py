@@ -8,9 +8,11 @@ from types import FrameType, ModuleType
 import torch
 
 from lib.config import ModelConfig
-from lib.kv_cache import KVCache
+from lib.kv_cache import PLAIN, KVCache, KVFormat
+from lib.latent_kv_cache import LatentFormat
 from lib.model import Transformer
 from lib.paged_attention import paged_decode_gather
+from lib.quantized_kv_cache import QuantizedFormat
 
 # Largest difference that rounding explains, by dtype: absolute, for values of about 1.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -70,14 +72,79 @@ def begun(cache: KVCache, batch_size: int) -> KVCache:
     return cache
 
 
+def random_format(config: ModelConfig, k_rank: int, v_rank: int) -> LatentFormat:
+    """Orthonormal bases in float64, others in each layer and for keys and values."""
+    generator = torch.Generator().manual_seed(0)
+    heads = config.num_kv_heads, config.head_dim
+    bases = []
+    for rank in (k_rank, v_rank):
+        width = heads[0] * heads[1]
+        x = torch.randn(
+            config.num_layers, width, width, generator=generator, dtype=torch.float64
+        )
+        bases.append(torch.linalg.qr(x).Q[:, :rank].unflatten(-1, heads))
+    return LatentFormat(*bases)
+
+
+def as_kept(
+    format: KVFormat, layer: int, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is left of keys and values (S, G, D) in this format: an oracle, by other means
+    than those of the library."""
+    if format is PLAIN:
+        return k, v
+    if isinstance(format, QuantizedFormat):
+        k_bits, v_bits = format.bits
+        return in_steps(k, k_bits), in_steps(v, v_bits)
+    k_basis, v_basis = (
+        bases[layer].flatten(1).to(k) for bases in (format.k_bases, format.v_bases)
+    )
+    projected = [
+        (x.flatten(1) @ (basis.T @ basis)).view(x.shape)
+        for x, basis in ((k, k_basis), (v, v_basis))
+    ]
+    return projected[0], projected[1]
+
+
+def in_steps(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """x (..., D), each vector's numbers moved to the nearest of 2^bits equal steps."""
+    low, high = x.min(-1, keepdim=True).values, x.max(-1, keepdim=True).values
+    step = (high - low) / (2**bits - 1)
+    return torch.where(step > 0, low + step * ((x - low) / step).round(), x)
+
+
+# Of three requests the new tokens: prefill, in pieces, decodes, and some that rest.
+STEPS = [[5, 0, 9], [1, 7, 0], [1, 1, 1], [4, 1, 0]]
+
+
+def run_steps(
+    cache: KVCache, steps: list[list[int]] = STEPS, kept: KVFormat = PLAIN
+) -> list[torch.Tensor]:
+    """What attention gives in each step and layer over random keys and values, of so many
+    new tokens of each request; over what a format leaves of them, if one is given."""
+    config, outs = cache.config, []
+    generator = torch.Generator().manual_seed(0)
+    heads = config.num_heads, config.num_kv_heads, config.num_kv_heads
+    for counts in steps:
+        with cache.extend(torch.tensor(counts)) as attend:
+            for layer in range(config.num_layers):
+                q, k, v = (
+                    torch.randn(sum(counts), n, config.head_dim, generator=generator)
+                    for n in heads
+                )
+                q, k, v = (x.to(cache.dtype) for x in (q, k, v))
+                outs.append(attend(layer, q, *as_kept(kept, layer, k, v)))
+    return outs
+
+
 def filled(cache: KVCache, lens: dict[Hashable, int]) -> KVCache:
     """The cache, in which requests of these lengths have begun; keys and values are 0."""
     for request_id in lens:
         cache.begin(request_id)
     counts = [lens.get(request_id, 0) for request_id in cache.request_ids]
     N, config = sum(counts), cache.config
-    q = cache.k_cache.new_zeros(N, config.num_heads, config.head_dim)
-    k = cache.k_cache.new_zeros(N, config.num_kv_heads, config.head_dim)
+    q = torch.zeros(N, config.num_heads, config.head_dim, dtype=cache.dtype)
+    k = torch.zeros(N, config.num_kv_heads, config.head_dim, dtype=cache.dtype)
     with cache.extend(torch.tensor(counts)) as attend:
         for layer in range(config.num_layers):
             attend(layer, q, k, k)

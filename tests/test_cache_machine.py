@@ -2,14 +2,15 @@
 
 What a request has is kept twice: in the cache, and as its queries, keys and values in
 plain tensors. Each step's attention must equal `attend_causal` over the whole text, and
-places that nobody has written hold NaN, so that whoever reads them shows it.
+places that nobody has written hold NaN, so that whoever reads them shows it. So it is for
+other formats than the plain one, over what these leave of keys and values.
 """
 
 import copy
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import as_kept, assert_close, random_format
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -22,14 +23,21 @@ from hypothesis.stateful import (
 
 from lib.block_manager import OutOfBlocksError
 from lib.config import ModelConfig
-from lib.kv_cache import CacheFullError, ContiguousKVCache, kv_cache_bytes
+from lib.kv_cache import PLAIN, CacheFullError, ContiguousKVCache
 from lib.model import attend_causal
 from lib.paged_kv_cache import PagedKVCache
+from lib.quantized_kv_cache import QuantizedFormat
 
 CONFIG = ModelConfig(8, 2, num_heads=2, num_kv_heads=1, d_model=8, d_ff=8, max_seq_len=64)
 LAYERS = range(CONFIG.num_layers)
 BATCH_SIZE, MAX_SEQ_LEN = 2, 9  # of the contiguous cache
 NUM_SLOTS = 36  # of the pool, in all
+# And the bytes of a token: 2 layers, D = 4, numbers of 8 bytes.
+PLAIN_ONLY = [(PLAIN, 2 * (4 + 4) * 8)]
+SMALLER = [
+    (QuantizedFormat(4, 2), 2 * (2 + 1 + 2 * 2 * 8)),  # no row fills whole numbers
+    (random_format(CONFIG, 2, 3), 2 * (2 + 3) * 8),
+]
 
 row_numbers = st.integers(0, 5)
 counts = st.lists(st.sampled_from([0, 1, 1, 1, 2, 5]), min_size=6, max_size=6)
@@ -40,15 +48,19 @@ errors = st.sampled_from([KeyboardInterrupt, RuntimeError, GeneratorExit])
 
 class CacheAgainstDictionary(RuleBasedStateMachine):
     kinds: list  # "contiguous", or the pool's block size
+    formats = PLAIN_ONLY
 
     @initialize(
         kind=st.runner().flatmap(lambda self: st.sampled_from(self.kinds)),
+        format=st.runner().flatmap(lambda self: st.sampled_from(self.formats)),
         fused=st.booleans(),
         seed=st.integers(0, 99),
         num_requests=st.integers(0, 3),
     )
-    def make(self, kind, fused, seed, num_requests):
-        settings = {"dtype": torch.float64, "fused_decode": fused}
+    def make(self, kind, format, fused, seed, num_requests):
+        self.format, self.bytes_per_token = format
+        settings = {"dtype": torch.float64, "format": self.format}
+        settings["fused_decode"] = fused and self.format is PLAIN
         self.is_paged = kind != "contiguous"
         if self.is_paged:
             self.cache = PagedKVCache(CONFIG, NUM_SLOTS // kind, kind, **settings)
@@ -115,15 +127,16 @@ class CacheAgainstDictionary(RuleBasedStateMachine):
         """NaN wherever this step may not read."""
         cache = self.cache
         pools = cache.k_cache, cache.v_cache
+        nan = torch.nan if pools[0].is_floating_point() else 255  # so are eight of these
         if self.is_paged:
             manager, size = cache.manager, cache.manager.block_size
             for pool in pools:
-                pool[:, manager.free_block_ids] = torch.nan
+                pool[:, manager.free_block_ids] = nan
                 for request_id, table in manager.block_tables.items():
                     # The fused call masks the rest of a block: numbers, the cache says.
                     if table and not cache.fused_decode:
                         filled = self.length(request_id) - (len(table) - 1) * size
-                        pool[:, table[-1], filled:] = torch.nan
+                        pool[:, table[-1], filled:] = nan
             return
         # The fused call masks what lies behind the shorter ones: numbers, the cache says.
         is_decode = cache.fused_decode and set(query_lens) == {1}
@@ -131,7 +144,7 @@ class CacheAgainstDictionary(RuleBasedStateMachine):
         self.pools_before = [pool.clone() for pool in pools]
         for pool in pools:
             for row, seq_len in enumerate(self.lengths()):
-                pool[:, row, longest if is_decode else seq_len :] = torch.nan
+                pool[:, row, longest if is_decode else seq_len :] = nan
 
     def cure(self):
         """Behind the texts, numbers: as the cache left them before the poison."""
@@ -243,7 +256,8 @@ class CacheAgainstDictionary(RuleBasedStateMachine):
                 for request_id, new in zip(self.rows, news):
                     old = self.texts.get(request_id) or self.some(0)
                     whole = [torch.cat([a, b], dim=1)[layer] for a, b in zip(old, new)]
-                    out = attend_causal(layer, *whole)
+                    kept = as_kept(self.format, layer, *whole[1:])
+                    out = attend_causal(layer, whole[0], *kept)
                     expected.append(out[len(out) - new[0].shape[1] :])
                 assert_close(got, torch.cat(expected))
                 assert not got.isnan().any()
@@ -384,8 +398,8 @@ class CacheAgainstDictionary(RuleBasedStateMachine):
             reserved, filled = len(used) * manager.block_size, len(places)
         else:
             reserved, filled = BATCH_SIZE * MAX_SEQ_LEN, sum(self.lengths())
-        assert cache.reserved_bytes == kv_cache_bytes(CONFIG, reserved, 8)
-        assert cache.used_bytes == kv_cache_bytes(CONFIG, filled, 8)
+        assert cache.reserved_bytes == reserved * self.bytes_per_token
+        assert cache.used_bytes == filled * self.bytes_per_token
 
     @invariant()
     def the_tensor_of_tables_is_that_of_the_manager(self):
@@ -409,6 +423,14 @@ class PagedAgainstDictionary(CacheAgainstDictionary):
     kinds = [1, 3, 4]
 
 
+class ContiguousSmaller(ContiguousAgainstDictionary):
+    formats = SMALLER
+
+
+class PagedSmaller(PagedAgainstDictionary):
+    formats = SMALLER
+
+
 def case_of(machine, **changes):
     """Its test, in a class of its own, with these settings."""
     case = type(machine.__name__, (machine,), {}).TestCase
@@ -417,9 +439,14 @@ def case_of(machine, **changes):
 
 
 SHORT = {"max_examples": 80, "stateful_step_count": 30, "derandomize": True}
+SHORTER = {**SHORT, "max_examples": 30}
 LONG = {"max_examples": 125, "stateful_step_count": 40, "print_blob": True}
 
 TestContiguous = case_of(ContiguousAgainstDictionary, **SHORT)
 TestPaged = case_of(PagedAgainstDictionary, **SHORT)
+TestContiguousSmaller = case_of(ContiguousSmaller, **SHORTER)
+TestPagedSmaller = case_of(PagedSmaller, **SHORTER)
 TestContiguousNightly = pytest.mark.nightly(case_of(ContiguousAgainstDictionary, **LONG))
 TestPagedNightly = pytest.mark.nightly(case_of(PagedAgainstDictionary, **LONG))
+TestContiguousSmallerNightly = pytest.mark.nightly(case_of(ContiguousSmaller, **LONG))
+TestPagedSmallerNightly = pytest.mark.nightly(case_of(PagedSmaller, **LONG))

@@ -16,23 +16,39 @@ import torch
 from helpers import begun
 
 import lib
-from lib import checkpointing, generate, paged_attention, sampling, text
+from lib import (
+    checkpointing,
+    generate,
+    kv_heads,
+    latent_kv_cache,
+    paged_attention,
+    recall,
+    sampling,
+    text,
+)
 from lib.config import ModelConfig
 from lib.engine import Engine
 from lib.kv_cache import ContiguousKVCache
+from lib.measure import quality
 from lib.model import Transformer, attend_causal, attend_fused
 from lib.paged_kv_cache import PagedKVCache
+from lib.quantized_kv_cache import QuantizedFormat
+from lib.recall import Examples
 from lib.training import Trainer, TrainingConfig
 
 FOLDER = Path(lib.__file__).parent
 FOLDERS = FOLDER, FOLDER / "measure", FOLDER / "figures"
 SIZES = {"B": 3, "H": 6, "G": 2, "D": 10, "C": 60, "F": 22, "V": 29, "heads": None}
 CONFIG = ModelConfig(29, 4, 6, 2, d_model=60, d_ff=22, max_seq_len=40, dropout=0.1)
-COMMENT = re.compile(r"#\s*\(((?:\.\.\.|[A-Z\d]|min\(|heads)[^#]*?)\)(?:$|[,:;. ])")
+SHAPE = r"\(((?:\.\.\.|[A-Z\d]|min\(|heads)[^#]*?)\)"
+COMMENT = re.compile(
+    rf"#\s*{SHAPE}(?:, {SHAPE})?(?:$|[,:;. ])"
+)  # a second one: of a pair
 
 
-def shape_comments() -> dict[tuple[str, int], tuple[str, list[str] | None]]:
-    """(file, last line of a statement) -> the shape, and the names it is claimed for.
+def shape_comments() -> dict[tuple[str, int], tuple[list[str], list[str] | None]]:
+    """(file, last line of a statement) -> the shape, or those of a pair, and the names
+    they are claimed for.
 
     Names are None for a return.
     """
@@ -50,7 +66,8 @@ def shape_comments() -> dict[tuple[str, int], tuple[str, list[str] | None]]:
                 targets = node.targets[0]
                 elements = targets.elts if isinstance(targets, ast.Tuple) else [targets]
                 names = [e.id for e in elements if isinstance(e, ast.Name)]
-            found[str(path), node.lineno] = (comment[1], names)
+            claims = [claim for claim in comment.groups() if claim]
+            found[str(path), node.lineno] = (claims, names)
     return found
 
 
@@ -94,12 +111,12 @@ class Watcher:
                 for name, value in frame.f_locals.items():
                     if len(name) == 1 and name.isupper() and isinstance(value, int):
                         letters[name] = value
-                claim, names = self.comments[pending]
+                claims, names = self.comments[pending]
                 if names is not None:
                     for name in names:
-                        self.compare(pending, claim, frame.f_locals.get(name), letters)
+                        self.compare(pending, claims, frame.f_locals.get(name), letters)
                 elif event == "return":
-                    self.compare(pending, claim, arg, letters)
+                    self.compare(pending, claims, arg, letters)
                 pending = None
             if frame.f_lineno < last_line:  # a loop begins again
                 letters.clear()
@@ -111,14 +128,22 @@ class Watcher:
 
         return local
 
-    def compare(self, where, claim, value, letters):
+    def compare(self, where, claims, value, letters):
         if isinstance(value, tuple):
-            for element in value:
-                self.compare(where, claim, element, letters)
+            each = claims if len(claims) == len(value) else claims[:1] * len(value)
+            for claim, element in zip(each, value):
+                self.compare(where, [claim], element, letters)
         if isinstance(value, torch.Tensor):
             self.seen.add(where)
-            if not matches(claim, tuple(value.shape), letters):
-                self.wrong.append((*where, claim, tuple(value.shape), dict(letters)))
+            if not matches(claims[0], tuple(value.shape), letters):
+                self.wrong.append((*where, claims, tuple(value.shape), dict(letters)))
+
+
+def smaller_formats(model, token_ids):
+    keys, values = latent_kv_cache.record_kv(model, token_ids)
+    latent_kv_cache.rank_for(torch.linalg.svdvals(keys[0].flatten(1)), 0.9)
+    latent = latent_kv_cache.latent_format(keys, values, 3, 5)
+    return QuantizedFormat(8, 4), latent
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +193,18 @@ def watcher():
             "decode": paged_attention.paged_decode_online,
             "prefill": paged_attention.paged_prefill_gather,
         }
+        for format in smaller_formats(
+            model, token_ids
+        ):  # the comments of a pool are those of the plain one
+            cache = begun(ContiguousKVCache(CONFIG, 3, 16, format=format), 3)
+            generate.generate_cached(model, prompts, 2, cache)
+        drawn = Examples(token_ids, torch.ones(3, 7, dtype=torch.bool))
+        make_cache = lambda config, B, T: ContiguousKVCache(config, B, T)  # noqa: E731
+        quality.measure_quality(model, [drawn])
+        quality.measure_quality(model, [drawn], make_cache=make_cache)
+        kv_heads.with_kv_heads(model, 1)
+        recall.draw_pairs(3, 5)
+        recall.draw_notes(3, 7, 11)
         cache = PagedKVCache(CONFIG, 9, 4, **in_place)
         begun(cache, 3)
         generate.generate_cached(model, prompts, 2, cache)
@@ -209,3 +246,17 @@ def test_a_wrong_comment_would_be_found(claim, shape, is_true):
     assert (
         matches(claim, shape, {"top_k": 5} if "top_k" in claim else {"T": 7}) == is_true
     )
+
+
+def test_each_of_a_pair_has_its_own_shape():
+    claims = [x for x in COMMENT.search("k, v  # (S, R), (S, W)").groups() if x]
+    assert claims == ["S, R", "S, W"]
+    assert COMMENT.search("k  # (S, R), of a layer").groups() == ("S, R", None)
+    pair = torch.zeros(7, 2), torch.zeros(7, 3)
+    watcher = Watcher()
+    watcher.compare(("a", 1), claims, pair, {})
+    watcher.compare(("a", 1), ["7, 2"], (pair[0], pair[0]), {})
+    assert watcher.wrong == []
+    watcher.compare(("a", 1), claims, pair[::-1], {"R": 2, "W": 3})
+    watcher.compare(("a", 1), ["7, 2"], pair, {})
+    assert len(watcher.wrong) == 3

@@ -51,10 +51,16 @@ def measure_quality(
 
     Each draw goes through `attend`, or through a cache, in one step: make_cache(config,
     B, T) gives an empty one with room for B texts of T tokens. Bytes are those that the
-    cache says it uses; without a cache those of the keys and values as they are.
+    cache says it uses; without a cache those of the keys and values as they are. Raises
+    ValueError where there is no draw, a draw asks for nothing, or the model has dropout
+    and is in training mode.
     """
-    if len(draws) == 0:
-        raise ValueError("draws: expected at least one, got none")
+    num_answers = [int(examples.is_answer[:, 1:].sum()) for examples in draws]
+    if len(draws) == 0 or 0 in num_answers:
+        raise ValueError(
+            f"draws: expected at least one, each with answers, got {num_answers} answers"
+        )
+    generate.check_no_dropout(model)
     nats, accuracies = [], []
     num_bytes = kv_cache.kv_cache_bytes(model.config, 1, model.embed.weight.itemsize)
     for examples in draws:

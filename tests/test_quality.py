@@ -1,0 +1,163 @@
+import math
+
+import pytest
+import torch
+from helpers import random_format, random_model
+
+from lib.kv_cache import ContiguousKVCache, kv_cache_bytes
+from lib.measure.quality import Quality, measure_quality, passages
+from lib.model import attend_causal
+from lib.paged_kv_cache import PagedKVCache
+from lib.quantized_kv_cache import QuantizedFormat
+from lib.recall import Examples
+from lib.text import encode, load_book, split_book
+from lib.training import next_token_loss
+
+
+def random_draws(num_draws=3, shape=(3, 12)):
+    draws = []
+    for seed in range(num_draws):
+        generator = torch.Generator().manual_seed(seed)
+        token_ids = torch.randint(256, shape, generator=generator)
+        is_answer = torch.rand(shape, generator=generator) < 0.4
+        is_answer[:, 0] = False
+        draws.append(Examples(token_ids, is_answer))
+    return draws
+
+
+def all_asked(draws):
+    asked = []
+    for examples in draws:
+        is_answer = torch.ones_like(examples.is_answer)
+        is_answer[:, 0] = False
+        asked.append(Examples(examples.token_ids, is_answer))
+    return asked
+
+
+def test_nats_of_whole_passages_are_the_loss_of_training():
+    model, draws = random_model(dtype=torch.float64), all_asked(random_draws())
+    got = measure_quality(model, draws)
+    for nats, examples in zip(got.nats, draws, strict=True):
+        logits = model(examples.token_ids, torch.arange(12), attend_causal)
+        expected = next_token_loss(logits, examples.token_ids).item()
+        assert nats == pytest.approx(expected, rel=1e-12)
+
+
+def test_only_what_is_asked_for_counts():
+    model, draws = random_model(dtype=torch.float64), random_draws()
+    got = measure_quality(model, draws)
+    for nats, accuracy, examples in zip(got.nats, got.accuracies, draws):
+        logits = model(examples.token_ids, torch.arange(12), attend_causal)
+        logs, hits = [], []
+        for b, t in examples.is_answer.nonzero().tolist():
+            right = examples.token_ids[b, t]
+            logs.append(-logits[b, t - 1].softmax(0)[right].log().item())
+            hits.append(int(logits[b, t - 1].argmax() == right))
+        assert nats == pytest.approx(sum(logs) / len(logs), rel=1e-12)
+        assert accuracy == pytest.approx(sum(hits) / len(hits))
+
+
+def test_a_model_that_knows_what_comes_is_always_right():
+    model = random_model(dtype=torch.float64)
+    token_ids = torch.randint(256, (2, 9))
+    with torch.no_grad():
+        for _ in range(9):  # each token is the one that the model finds most likely
+            logits = model(token_ids, torch.arange(9), attend_causal)
+            token_ids = torch.cat([token_ids[:, :1], logits[:, :-1].argmax(-1)], 1)
+    draws = all_asked([Examples(token_ids, torch.ones(2, 9, dtype=torch.bool))])
+    assert measure_quality(model, draws).accuracies == (1.0,)
+    draws = all_asked([Examples((token_ids + 1) % 256, draws[0].is_answer)])
+    assert measure_quality(model, draws).accuracy < 0.5
+
+
+PLAIN_CACHES = {
+    "contiguous": lambda config, B, T: ContiguousKVCache(
+        config, B, T, dtype=torch.float64
+    ),
+    "fused": lambda config, B, T: ContiguousKVCache(
+        config, B, T, dtype=torch.float64, fused_decode=True
+    ),
+    "paged": lambda config, B, T: PagedKVCache(
+        config, B * math.ceil(T / 5), 5, dtype=torch.float64
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PLAIN_CACHES)
+def test_a_plain_cache_is_worth_as_much_as_none(kind):
+    model, draws = random_model(dtype=torch.float64), random_draws()
+    plain = measure_quality(model, draws)
+    got = measure_quality(model, draws, make_cache=PLAIN_CACHES[kind])
+    assert got.nats == pytest.approx(plain.nats, rel=1e-10)
+    assert got.accuracies == plain.accuracies
+    assert got.bytes_per_token == plain.bytes_per_token
+    assert plain.bytes_per_token == kv_cache_bytes(model.config, 1, 8)
+
+
+def test_attention_that_is_given_is_that_which_is_measured():
+    model, draws = random_model(dtype=torch.float64), random_draws()
+
+    def blind(layer, q, k, v):
+        return torch.zeros_like(q)
+
+    plain, got = (
+        measure_quality(model, draws, attend=attend) for attend in (attend_causal, blind)
+    )
+    assert plain.nats == pytest.approx(measure_quality(model, draws).nats, rel=1e-10)
+    assert all(abs(a - b) > 1e-3 for a, b in zip(plain.nats, got.nats))
+
+
+def test_bytes_and_losses_are_those_of_the_cache():
+    model, draws = random_model(dtype=torch.float64), random_draws()
+    plain = measure_quality(model, draws)
+    bytes_of, losses = {}, {}
+    for name, format in {
+        "8 bits": QuantizedFormat(8),
+        "2 bits": QuantizedFormat(2),
+        "latent": random_format(model.config, 2, 3),
+    }.items():
+        make = lambda config, B, T, f=format: ContiguousKVCache(  # noqa: E731
+            config, B, T, dtype=torch.float64, format=f
+        )
+        got = measure_quality(model, draws, make_cache=make)
+        bytes_of[name] = got.bytes_per_token
+        losses[name] = max(abs(a - b) for a, b in zip(got.nats, plain.nats))
+    assert bytes_of == {"8 bits": 2 * 4 * 24, "2 bits": 2 * 4 * 18, "latent": 2 * 5 * 8}
+    assert 0 < losses["8 bits"] < losses["2 bits"]
+    assert losses["latent"] > 0.01
+
+
+def test_the_means_are_those_of_the_draws():
+    quality = Quality((1.0, 2.0, 6.0), (0.5, 1.0, 0.0), 8.0)
+    assert quality.mean_nats == 3.0 and quality.accuracy == 0.5
+
+
+def test_no_draws_or_draws_that_ask_for_nothing_are_refused():
+    model, draws = random_model(), random_draws()
+    silent = Examples(draws[0].token_ids, torch.zeros_like(draws[0].is_answer))
+    silent.is_answer[:, 0] = True  # nobody predicts a first token
+    for wrong in ([], [silent], [draws[0], silent], [passages(2, 1)]):
+        with pytest.raises(ValueError, match="draws: expected at least one, each with"):
+            measure_quality(model, wrong)
+
+
+def test_dropout_is_not_measured():
+    model = random_model(dropout=0.5).train()
+    with pytest.raises(ValueError, match="model: expected eval mode, got training mode"):
+        measure_quality(model, random_draws())
+    assert measure_quality(random_model().train(), random_draws()).mean_nats > 0
+
+
+def test_passages_are_held_out_and_all_but_their_first_tokens_are_asked_for():
+    train_ids, held_out_ids = split_book(encode(load_book()))
+    examples = passages(5, 40, torch.Generator().manual_seed(3))
+    again = passages(5, 40, torch.Generator().manual_seed(3))
+    assert torch.equal(examples.token_ids, again.token_ids)
+    assert examples.token_ids.shape == (5, 40)
+    held_out, train = (bytes(ids.tolist()) for ids in (held_out_ids, train_ids))
+    for row in examples.token_ids.tolist():
+        assert bytes(row) in held_out and bytes(row) not in train
+    assert examples.is_answer.dtype == torch.bool
+    assert not examples.is_answer[:, 0].any() and examples.is_answer[:, 1:].all()
+    other = passages(5, 40, torch.Generator().manual_seed(4))
+    assert not torch.equal(examples.token_ids, other.token_ids)

@@ -1,0 +1,428 @@
+import json
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import random_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import one_hot
+
+from lib import recall
+from lib.config import ModelConfig
+from lib.model import Transformer, load_model
+from lib.recall import (
+    NUM_NOTE_KEYS,
+    NUM_PAIR_KEYS,
+    RECIPES,
+    SMALL,
+    VOCAB_SIZE,
+    Examples,
+    Recipe,
+    accuracy,
+    answers,
+    draw_notes,
+    draw_pairs,
+    draw_task,
+    load,
+    train,
+)
+from lib.training import TrainingConfig
+
+FIRST_FILLER = 96
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def asked_in(row, is_answer, start, values):
+    """Of the end of a text: [(key, its values)], which must be marked as answers."""
+    asked = []
+    for i in range(start, len(row), 1 + values):
+        assert not is_answer[i] and all(is_answer[i + 1 : i + 1 + values])
+        asked.append((row[i], tuple(row[i + 1 : i + 1 + values])))
+    assert not any(is_answer[:start])
+    return asked
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(
+    batch_size=st.integers(1, 5),
+    num_pairs=st.integers(1, NUM_PAIR_KEYS),
+    seed=st.integers(0, 9),
+)
+def test_pairs_are_told_and_then_asked_for_in_another_order(batch_size, num_pairs, seed):
+    examples = draw_pairs(batch_size, num_pairs, seeded(seed))
+    ids, is_answer = examples.token_ids, examples.is_answer
+    assert ids.shape == is_answer.shape == (batch_size, 4 * num_pairs)
+    assert ids.dtype == torch.int64 and is_answer.dtype == torch.bool
+    for row, marks in zip(ids.tolist(), is_answer.tolist()):
+        told = dict(zip(row[: 2 * num_pairs : 2], row[1 : 2 * num_pairs : 2]))
+        assert len(told) == num_pairs, "expected each key once"
+        assert all(0 <= key < NUM_PAIR_KEYS <= told[key] < VOCAB_SIZE for key in told)
+        asked = asked_in(row, marks, 2 * num_pairs, 1)
+        assert dict(asked) == {key: (value,) for key, value in told.items()}
+        assert len(asked) == num_pairs
+
+
+@settings(deadline=None, max_examples=80, derandomize=True)
+@given(
+    batch_size=st.integers(1, 5),
+    num_notes=st.integers(1, NUM_NOTE_KEYS),
+    num_filler=st.integers(0, 70),
+    seed=st.integers(0, 9),
+)
+def test_notes_lie_whole_among_filler_and_some_are_asked_for(
+    batch_size, num_notes, num_filler, seed
+):
+    examples = draw_notes(batch_size, num_notes, num_filler, seeded(seed))
+    ids, is_answer = examples.token_ids, examples.is_answer
+    num_asked, told_len = min(num_notes, 4), 5 * num_notes + num_filler
+    assert ids.shape == is_answer.shape == (batch_size, told_len + 5 * num_asked)
+    assert ids.dtype == torch.int64 and is_answer.dtype == torch.bool
+    for row, marks in zip(ids.tolist(), is_answer.tolist()):
+        told, i = {}, 0
+        while i < told_len:
+            if row[i] >= FIRST_FILLER:
+                i += 1
+                continue
+            key, values = row[i], tuple(row[i + 1 : i + 5])
+            assert 0 <= key < NUM_NOTE_KEYS and key not in told and i + 5 <= told_len
+            assert all(NUM_NOTE_KEYS <= value < FIRST_FILLER for value in values)
+            told[key] = values
+            i += 5
+        assert len(told) == num_notes
+        filler = [token_id for token_id in row if token_id >= FIRST_FILLER]
+        assert len(filler) == num_filler and all(x < VOCAB_SIZE for x in filler)
+        asked = asked_in(row, marks, told_len, 4)
+        assert len(dict(asked)) == len(asked) == num_asked
+        assert all(told[key] == values for key, values in asked)
+
+
+def test_every_id_and_every_place_occurs():
+    pairs = draw_pairs(400, 16, seeded()).token_ids
+    assert set(pairs.flatten().tolist()) == set(range(VOCAB_SIZE))
+    told, asked = pairs[:, :32:2], pairs[:, 32::2]
+    assert (told == asked).float().mean() < 0.1, "expected another order"
+    assert (told.sort(1).values == told).all(1).sum() == 0
+    notes = draw_notes(400, 8, 64, seeded()).token_ids
+    assert set(notes.flatten().tolist()) == set(range(VOCAB_SIZE))
+    is_key = notes[:, : 5 * 8 + 64] < NUM_NOTE_KEYS
+    first, last = is_key.int().argmax(1), 103 - is_key.flip(1).int().argmax(1)
+    assert first.min() == 0 and last.max() == 99  # the last note's key
+    assert first.max() > 15 and last.min() < 80
+
+
+@pytest.mark.parametrize("task", ["pairs", "notes"])
+@pytest.mark.parametrize("share_done", [None, 0.3])
+def test_a_seed_draws_the_same_texts_again(share_done, task):
+    one, same, other = (
+        draw_task(task, 64, seeded(seed), share_done) for seed in (5, 5, 6)
+    )
+    assert torch.equal(one.token_ids, same.token_ids)
+    assert torch.equal(one.is_answer, same.is_answer)
+    shapes_differ = one.token_ids.shape != other.token_ids.shape
+    assert shapes_differ or not torch.equal(one.token_ids, other.token_ids)
+    torch.manual_seed(3)
+    one = draw_task(task, 4, None, share_done)
+    torch.manual_seed(3)
+    assert torch.equal(one.token_ids, draw_task(task, 4, None, share_done).token_ids)
+
+
+def test_texts_grow_in_three_stages():
+    def lengths(task, share_done):
+        generator = seeded()
+        return {
+            draw_task(task, 1, generator, share_done).token_ids.shape[1]
+            for _ in range(400)
+        }
+
+    for share_done, most in ((0, 4), (0.24, 4), (0.25, 8), (0.49, 8), (0.5, 16), (1, 16)):
+        assert lengths("pairs", share_done) == {4 * n for n in range(2, most + 1)}
+    for share_done, num_notes, num_filler in (
+        *((0.0, 3, 8), (0.24, 3, 8), (0.25, 5, 32), (0.49, 5, 32)),
+        *((0.5, 8, 64), (1.0, 8, 64)),
+    ):
+        found = lengths("notes", share_done)
+        longest = 5 * (num_notes + min(num_notes, 4)) + num_filler
+        assert 20 <= min(found) <= 30 and longest - 10 <= max(found) <= longest
+    assert lengths("pairs", None) == {64}
+    assert lengths("notes", None) == {8 * 5 + 64 + 4 * 5}
+
+
+@pytest.mark.parametrize(
+    "draw, words",
+    [
+        (lambda: draw_pairs(1, 65), "num_pairs: expected 1 to 64, got 65"),
+        (lambda: draw_pairs(1, 0), "num_pairs: expected an integer of at least 1"),
+        (lambda: draw_pairs(1, 2.0), "num_pairs: expected an integer .* got 2.0"),
+        (lambda: draw_pairs(1, True), "num_pairs: expected an integer .* got True"),
+        (lambda: draw_pairs(0, 2), "batch_size: expected an integer of at least 1"),
+        (lambda: draw_notes(1, 33, 4), "num_notes: expected 1 to 32, got 33"),
+        (lambda: draw_notes(1, 0, 4), "num_notes: expected an integer of at least 1"),
+        (lambda: draw_notes(1, 2, -1), "num_filler: expected an integer of at least 0"),
+        (lambda: draw_notes(0, 2, 1), "batch_size: expected an integer of at least 1"),
+        (lambda: draw_task("pair", 1), "task: expected one of .'pairs', 'notes'., got"),
+        (lambda: draw_task(None, 1), "task: expected one of .* got None"),
+        (lambda: load("notes"), "model: expected one of .'pairs', 'notes_g4'.* 'notes'"),
+    ],
+)
+def test_what_cannot_be_drawn_or_loaded_is_refused(draw, words):
+    with pytest.raises(ValueError, match=words):
+        draw()
+
+
+def test_an_answer_is_predicted_by_the_logits_before_it():
+    ids = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+    is_answer = torch.tensor([[0, 1, 0, 1], [0, 0, 1, 0]]).bool()
+    logits = torch.arange(8.0).view(2, 4, 1).expand(2, 4, 9)
+    said, right = answers(logits, Examples(ids, is_answer))
+    assert said[:, 0].tolist() == [0, 2, 5] and said.shape == (3, 9)
+    assert right.tolist() == [2, 4, 7]
+
+
+class Oracle(torch.nn.Module):
+    """Remembers a text perfectly, but for each n-th of its answers."""
+
+    def __init__(self, examples, wrong_every=None):
+        super().__init__()
+        self.next_ids = examples.token_ids.roll(-1, 1).clone()
+        where = examples.is_answer.roll(-1, 1).nonzero().tolist()
+        for b, t in where[::wrong_every] if wrong_every else []:
+            self.next_ids[b, t] = (self.next_ids[b, t] + 1) % VOCAB_SIZE
+
+    def forward(self, token_ids, positions, attend):
+        assert positions.tolist() == list(range(token_ids.shape[1]))
+        return one_hot(self.next_ids, VOCAB_SIZE).float()
+
+
+@pytest.mark.parametrize("task", ["pairs", "notes"])
+def test_who_remembers_everything_is_always_right(task):
+    examples = draw_task(task, 8, seeded())
+    assert accuracy(Oracle(examples), examples) == 1.0
+    assert accuracy(Oracle(examples, wrong_every=4), examples) == 0.75
+    assert accuracy(Oracle(examples, wrong_every=1), examples) == 0.0
+    assert accuracy(random_model(vocab_size=VOCAB_SIZE), examples) < 0.15
+
+
+TINY_SIZES = ModelConfig(VOCAB_SIZE, 1, 2, 1, d_model=16, d_ff=16, max_seq_len=256)
+SHORT = TrainingConfig(6, batch_size=4, learning_rate=1e-2, warmup_steps=1)
+
+
+def trained(task="pairs", config=SHORT, sizes=TINY_SIZES, **settings):
+    torch.manual_seed(0)
+    model = Transformer(sizes)
+    return model, train(model, task, config, **settings)
+
+
+@pytest.mark.parametrize("task", ["pairs", "notes"])
+def test_the_same_seed_trains_the_same_weights(task):
+    (one, curve), (same, same_curve), (other, _) = (
+        trained(task, replace(SHORT, seed=seed)) for seed in (1, 1, 2)
+    )
+    for a, b in zip(one.parameters(), same.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert curve == same_curve
+    assert not torch.equal(one.embed.weight, other.embed.weight)
+    assert not one.training
+
+
+def test_the_random_numbers_of_others_change_nothing():
+    torch.manual_seed(0)
+    one, other = Transformer(TINY_SIZES), Transformer(TINY_SIZES)
+    other.load_state_dict(one.state_dict())
+    train(one, "pairs", SHORT)
+    torch.randn(5)
+    train(other, "pairs", SHORT)
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_curve_is_of_the_steps_that_were_asked_for_and_of_the_last():
+    assert [step for step, _ in trained()[1]] == [6]
+    assert [step for step, _ in trained(evaluate_every=2)[1]] == [2, 4, 6]
+    assert [step for step, _ in trained(evaluate_every=4)[1]] == [4, 6]
+    model, curve = trained()
+    assert curve[-1][1] == accuracy(model, draw_task("pairs", 128, seeded(2**32 - 1)))
+
+
+def test_it_is_judged_by_texts_that_it_was_not_trained_on(monkeypatch):
+    """torch takes no more than 32 bits of a seed: 2**32 would be 0 again."""
+    drawn, calls = draw_task, []
+
+    def noting(task, batch_size, generator=None, share_done=None):
+        first = torch.rand(3, generator=generator.clone_state()).tolist()
+        calls.append((share_done, first))
+        return drawn(task, batch_size, generator, share_done)
+
+    monkeypatch.setattr(recall, "draw_task", noting)
+    trained(config=replace(SHORT, seed=0))
+    (_, judged), *learned = calls
+    assert all(first != judged for _, first in learned)
+    assert judged != torch.rand(3, generator=seeded(0)).tolist()
+    assert [share for share, _ in calls] == [None, *(step / 6 for step in range(6))]
+
+
+@pytest.mark.parametrize("from_share", [0.0, 0.5, 0.9])
+def test_who_has_learned_already_begins_at_a_later_stage(monkeypatch, from_share):
+    drawn, shares = draw_task, []
+
+    def noting(task, batch_size, generator=None, share_done=None):
+        shares.append(share_done)
+        return drawn(task, batch_size, generator, share_done)
+
+    monkeypatch.setattr(recall, "draw_task", noting)
+    trained(from_share=from_share)
+    expected = [from_share + (1 - from_share) * step / 6 for step in range(6)]
+    assert shares[1:] == pytest.approx(expected)
+
+
+def test_a_few_pairs_are_learned(monkeypatch):
+    """By heart: the loss is that of the answers, and falls."""
+    fixed = draw_pairs(8, 4, seeded(4))
+    monkeypatch.setattr(recall, "draw_task", lambda *args, **kwargs: fixed)
+    config = replace(SHORT, num_steps=40, learning_rate=5e-3)
+    model, curve = trained(config=config, evaluate_every=1)
+    assert curve[0][1] < 0.3 and curve[-1][1] > 0.9, curve
+    assert accuracy(model, fixed) == curve[-1][1]
+
+
+def test_gains_are_not_decayed_and_the_rate_is_that_of_training(monkeypatch):
+    groups, norms = [], []
+
+    class Noting(torch.optim.AdamW):
+        def step(self):
+            groups.append(
+                [
+                    (g["weight_decay"], g["lr"], {p.dim() for p in g["params"]})
+                    for g in self.param_groups
+                ]
+            )
+            parameters = [p for g in self.param_groups for p in g["params"]]
+            norms.append(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
+            assert all(g["betas"] == (0.9, 0.95) for g in self.param_groups)
+            super().step()
+
+    monkeypatch.setattr(torch.optim, "AdamW", Noting)
+    trained(config=replace(SHORT, max_grad_norm=0.01))
+    assert [norm.item() for norm in norms] == pytest.approx([0.01] * 6, rel=1e-3)
+    for step, ((decay, rate, dims), (none, other_rate, other_dims)) in enumerate(groups):
+        assert (decay, none) == (0.1, 0.0) and (dims, other_dims) == ({2}, {1})
+        assert rate == other_rate == recall.learning_rate(step, SHORT)
+
+
+def test_dropout_is_on_in_every_step_and_off_in_between(monkeypatch):
+    modes, forward = [], Transformer.forward
+
+    def noting(self, *args):
+        modes.append(self.training)
+        return forward(self, *args)
+
+    monkeypatch.setattr(Transformer, "forward", noting)
+    trained(config=replace(SHORT, num_steps=4), evaluate_every=2)
+    assert modes == [True, True, False] * 2
+
+
+def test_a_seed_is_that_of_the_weights_and_of_the_texts(monkeypatch):
+    begun = []
+
+    def noting(model, task, config, **settings):
+        begun.append((model.embed.weight.clone(), config))
+        return [(1, 0.5)]
+
+    monkeypatch.setattr(recall, "train", noting)
+    for seed in (0, 1, 0):
+        _, result = recall.train_recipe(Recipe("pairs", TINY_SIZES, 3, 2e-3), seed)
+        assert result["seed"] == result["training"]["seed"] == begun[-1][1].seed == seed
+    first, second, again = (weight for weight, _ in begun)
+    assert torch.equal(first, again) and not torch.equal(first, second)
+
+
+def test_every_recipe_can_be_trained_on_its_task():
+    assert Counter(recipe.task for recipe in RECIPES.values()) == {"pairs": 1, "notes": 4}
+    for recipe in RECIPES.values():
+        longest = draw_task(recipe.task, 1).token_ids.shape[1]
+        assert longest <= recipe.model.max_seq_len
+        assert recipe.model.vocab_size == VOCAB_SIZE
+        assert recipe.training.num_steps == recipe.num_steps
+        assert recipe.training.learning_rate == recipe.learning_rate
+    heads = [RECIPES[f"notes_g{n}"].model.num_kv_heads for n in (4, 2, 1)]
+    assert heads == [4, 2, 1] and SMALL.num_heads == 4
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """`python -m lib.recall` with small recipes; gives what it has written."""
+    recipes = {
+        "pairs": Recipe("pairs", TINY_SIZES, 3, 2e-3),
+        "notes": Recipe("notes", replace(TINY_SIZES, num_kv_heads=2), 2, 1e-3),
+    }
+    monkeypatch.setattr(recall, "RECIPES", recipes)
+    out, results = tmp_path / "new" / "weights", tmp_path / "other" / "recall.json"
+    num_threads = torch.get_num_threads()
+
+    def run(*args):
+        folders = ["--out", str(out), "--results", str(results)]
+        monkeypatch.setattr("sys.argv", ["lib/recall.py", *args, *folders])
+        recall.main()
+        files = sorted(path.name for path in out.iterdir())
+        return files, json.loads(results.read_text())
+
+    run.out = out
+    yield run
+    torch.set_num_threads(num_threads)
+
+
+def test_the_command_writes_weights_that_can_be_loaded(command, monkeypatch, capfd):
+    files, found = command()
+    assert files == ["notes.pt", "pairs.pt"]
+    assert {name: [r["seed"] for r in runs] for name, runs in found.items()} == {
+        "pairs": [0],
+        "notes": [0],
+    }
+    result = found["notes"][0]
+    assert [step for step, _ in result["accuracy"]] == [2]
+    assert ModelConfig(**result["model"]) == recall.RECIPES["notes"].model
+    assert result["training"]["num_steps"] == 2 and result["training"]["seed"] == 0
+    assert "lib.recall" in result["command"] and "torch" in result["machine"]
+    monkeypatch.setattr(recall, "WEIGHTS", command.out)
+    model = load("notes")
+    assert not model.training and model.config == recall.RECIPES["notes"].model
+    assert result["num_parameters"] == sum(p.numel() for p in model.parameters())
+    share = accuracy(model, draw_task("notes", 128, seeded(2**32 - 1)))
+    assert result["accuracy"][-1][1] == pytest.approx(share, abs=1e-4)
+    assert capfd.readouterr().err == ""
+
+
+def test_more_seeds_are_kept_beside_each_other_and_the_first_ones_weights(command):
+    _, found = command("pairs", "--seeds", "2")
+    assert list(found) == ["pairs"] and [r["seed"] for r in found["pairs"]] == [0, 1]
+    weights = load_model(command.out / "pairs.pt").state_dict()
+    first, second = (
+        recall.train_recipe(recall.RECIPES["pairs"], seed)[0].state_dict()
+        for seed in (0, 1)
+    )
+    assert all(torch.equal(weights[name], first[name]) for name in weights)
+    assert not all(torch.equal(weights[name], second[name]) for name in weights)
+
+
+def test_a_second_call_replaces_the_run_of_its_seed_and_no_other(command, monkeypatch):
+    command("pairs", "--seeds", "2")
+    more = replace(recall.RECIPES["pairs"], num_steps=5)
+    monkeypatch.setitem(recall.RECIPES, "pairs", more)
+    _, found = command("pairs")
+    steps = [(r["seed"], r["training"]["num_steps"]) for r in found["pairs"]]
+    assert steps == [(0, 5), (1, 3)]
+    files, found = command("notes")
+    assert list(found) == ["pairs", "notes"] and len(found["pairs"]) == 2
+    assert files == ["notes.pt", "pairs.pt"]
+
+
+def test_wrong_names_and_counts_are_refused_before_anything_is_trained(command):
+    with pytest.raises(ValueError, match="model: expected one of .*, got 'pears'"):
+        command("pairs", "pears")
+    with pytest.raises(ValueError, match="seeds: expected an integer of at least 1"):
+        command("pairs", "--seeds", "0")
+    assert not command.out.exists()
