@@ -225,7 +225,7 @@ def pool_kv_heads_explain(inputs: dict, expected: dict, got: dict) -> str | None
     if not isinstance(theirs, np.ndarray):
         return None
     if theirs.shape != right.shape:
-        return _why_another_shape(inputs, right, theirs)
+        return _why_no_pooled_shape(inputs, right, theirs)
     found = {}
     for words, other in _other_pools(**inputs):
         is_it = _is_near(theirs, other) and not _is_near(other, right)
@@ -233,7 +233,9 @@ def pool_kv_heads_explain(inputs: dict, expected: dict, got: dict) -> str | None
     return _reproduced(found)
 
 
-def _why_another_shape(inputs: dict, right: np.ndarray, theirs: np.ndarray) -> str | None:
+def _why_no_pooled_shape(
+    inputs: dict, right: np.ndarray, theirs: np.ndarray
+) -> str | None:
     D, num_kv_heads = inputs["head_dim"], inputs["num_kv_heads"]
     (num_rows, C), G = inputs["weight"].shape, len(inputs["weight"]) // D
     if theirs.ndim == 2 and _is_near(theirs.T, right):
