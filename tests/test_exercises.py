@@ -288,6 +288,17 @@ NOT_THE_CAUSE = [
     ("merge_splits", "merge_splits_keeping_a_dimension", "that of the parts'"),
     ("merge_splits", "merge_splits_with_a_very_small_logsumexp", "that of the parts'"),
     ("bytes_moved", "bytes_moved_of_those_with_keys", "outputs are written"),
+    ("bytes_per_token", "a_byte_per_code", "divide by 8"),
+    ("bytes_per_token", "codes_alone", "of its own"),
+    ("bytes_per_token", "ranks_before_bits_of_one", "nothing stands beside"),
+    ("pool_kv_heads", "in_single", "mean"),
+    ("pool_kv_heads", "pairs_again_and_again", "divides by"),
+    ("rank_for", "almost_the_share", "Exactly the share"),
+    ("rank_for", "sums_in_half_precision", "index"),
+    ("rank_for", "refuses_zeros", "zeros add nothing"),
+    ("factorize", "by_random_svd", "Compute in"),
+    ("factorize", "few_power_iterations", "Compute in"),
+    ("factorize", "first_numbers", "rows of Vh"),
 ]
 if HAS_TRITON:
     NOT_THE_CAUSE += [

@@ -104,28 +104,28 @@ def keys_alone_of_quantized_vectors(config, bytes_per_number=4, *, bits=None, ra
     return token_bytes(config, bytes_per_number, bits, ranks, **keys)
 
 
-@wrong("bytes_per_token", says="two numbers: of a key's code")
+@wrong("bytes_per_token", says="those of a key's code")
 def keys_rank_for_both(config, bytes_per_number=4, *, bits=None, ranks=None):
     if ranks is not None:
         ranks = 2 * ranks[:1]
     return token_bytes(config, bytes_per_number, bits, ranks)
 
 
-@wrong("bytes_per_token", says="two numbers: of a key's code")
+@wrong("bytes_per_token", says="those of a key's code")
 def larger_rank_for_both(config, bytes_per_number=4, *, bits=None, ranks=None):
     if ranks is not None:
         ranks = 2 * (max(ranks),)
     return token_bytes(config, bytes_per_number, bits, ranks)
 
 
-@wrong("bytes_per_token", says="two numbers: of a key, and of a value")
+@wrong("bytes_per_token", says="those of a key, and those of a value")
 def keys_bits_for_both(config, bytes_per_number=4, *, bits=None, ranks=None):
     if bits is not None:
         bits = 2 * bits[:1]
     return token_bytes(config, bytes_per_number, bits, ranks)
 
 
-@wrong("bytes_per_token", says="two numbers: of a key, and of a value")
+@wrong("bytes_per_token", says="those of a key, and those of a value")
 def values_bits_for_both(config, bytes_per_number=4, *, bits=None, ranks=None):
     if bits is not None:
         bits = 2 * bits[1:]
@@ -248,24 +248,24 @@ def bytes_of_a_number_rounded_down(config, bytes_per_number=4, *, bits=None, ran
     return token_bytes(config, bytes_per_number, bits, ranks, **rounded)
 
 
-@wrong("bytes_per_token")
+@wrong("bytes_per_token", says="share a byte")
 def a_byte_per_code(config, bytes_per_number=4, *, bits=None, ranks=None):
     unpacked = {"vector": lambda D, b: D}
     return token_bytes(config, bytes_per_number, bits, ranks, **unpacked)
 
 
-@wrong("bytes_per_token", says="no more")
+@wrong("bytes_per_token", says="not beside")
 def bits_and_bytes_too(config, bytes_per_number=4, *, bits=None, ranks=None):
     both = {"vector": lambda D, b: D * b * bytes_per_number // 8}
     return token_bytes(config, bytes_per_number, bits, ranks, **both)
 
 
-@wrong("bytes_per_token", says="look at them")
+@wrong("bytes_per_token", says="each vector is packed")
 def bits_not_looked_at(config, bytes_per_number=4, *, bits=None, ranks=None):
     return token_bytes(config, bytes_per_number, None, ranks)
 
 
-@wrong("bytes_per_token", says="look at them")
+@wrong("bytes_per_token", says="a key is a code")
 def ranks_not_looked_at(config, bytes_per_number=4, *, bits=None, ranks=None):
     return token_bytes(config, bytes_per_number, bits, None)
 
@@ -443,7 +443,7 @@ def with_a_dimension_kept(weight, head_dim, num_kv_heads):
     return pooled_by(weight, head_dim, num_kv_heads, lambda x: x.mean(1, True).flatten(1))
 
 
-@wrong("pool_kv_heads", says="no copy for each")
+@wrong("pool_kv_heads", says="One head per group")
 def copied_to_as_many(weight, head_dim, num_kv_heads):
     def pool(x):
         return x.mean(1, keepdim=True).expand_as(x).reshape(-1, x.shape[-1])
@@ -451,7 +451,7 @@ def copied_to_as_many(weight, head_dim, num_kv_heads):
     return pooled_by(weight, head_dim, num_kv_heads, pool)
 
 
-@wrong("pool_kv_heads", says="stays a row")
+@wrong("pool_kv_heads", says="Rows stay rows")
 def columns_for_rows(weight, head_dim, num_kv_heads):
     return pooled_by(weight, head_dim, num_kv_heads, lambda x: x.mean(1).flatten(0, 1).T)
 
@@ -575,7 +575,7 @@ def kept_by_squares(singular_values, share):
     return (singular_values**2).cumsum(0), (singular_values**2).sum()
 
 
-@wrong("rank_for", says="a rank is no place")
+@wrong("rank_for", says="a rank is no index")
 def place_of_the_last(singular_values, share):
     kept, total = kept_by_squares(singular_values, share)
     return int((kept < share * total).sum())
@@ -606,7 +606,7 @@ def strictly_more_than_all(singular_values, share):
     return int((kept > share * total).int().argmax()) + 1
 
 
-@wrong("rank_for", says="a rank is no place")
+@wrong("rank_for", says="a rank is no index")
 def at_most_the_share(singular_values, share):
     kept, total = kept_by_squares(singular_values, share)
     return int((kept <= share * total).sum())
@@ -634,20 +634,20 @@ def library_like(singular_values, share):
     return int((kept < share * kept[-1]).sum()) + 1
 
 
-@wrong("rank_for", says="need not be kept")
+@wrong("rank_for", says="not of what is left out")
 def share_to_lose(singular_values, share):
     kept, total = kept_by_squares(singular_values, share)
     return int((kept < (1 - share) * total).sum()) + 1
 
 
-@wrong("rank_for", says="all that it keeps")
+@wrong("rank_for", says="no value alone")
 def each_value_against_the_share(singular_values, share):
     kept_by_squares(singular_values, share)
     parts = singular_values**2 / (singular_values**2).sum()
     return int((parts < share).sum()) + 1
 
 
-@wrong("rank_for", says="all that it keeps")
+@wrong("rank_for", says="no value alone")
 def large_against_the_first(singular_values, share):
     kept_by_squares(singular_values, share)
     return int((singular_values >= share * singular_values[0]).sum())
@@ -679,13 +679,13 @@ def all_values_for_all_of_it(singular_values, share):
     return library_like(singular_values, share)
 
 
-@wrong("rank_for", says="takes as an int")
+@wrong("rank_for", says="as an int: give one")
 def a_tensor_for_a_rank(singular_values, share):
     kept, total = kept_by_squares(singular_values, share)
     return (kept < share * total).sum() + 1
 
 
-@wrong("rank_for", says="takes as an int")
+@wrong("rank_for", says="as an int: give one")
 def a_float_for_a_rank(singular_values, share):
     return float(library_like(singular_values, share))
 
@@ -904,6 +904,12 @@ def columns_for_tokens(x, rank):
     return Vh[:rank] @ x.T, Vh[:rank]
 
 
+@wrong("factorize", says="the basis transposed")
+def basis_not_transposed(x, rank):
+    _, _, Vh = thin_svd(x, rank)
+    return x @ Vh[:rank], Vh[:rank]
+
+
 @wrong("factorize", says="Codes first")
 def basis_first(x, rank):
     _, _, Vh = thin_svd(x, rank)
@@ -948,14 +954,14 @@ def codes_with_values_twice(x, rank):
     return x @ Vh[:rank].T * S[:rank], Vh[:rank]
 
 
-@wrong("factorize", says="take the svd")
+@wrong("factorize", says="take its singular vectors")
 def first_rows_at_right_angles(x, rank):
     check_rank(x, rank)
     basis = torch.linalg.qr(x[:rank].T).Q.T
     return x @ basis.T, basis
 
 
-@wrong("factorize", says="take the svd")
+@wrong("factorize", says="take its singular vectors")
 def first_numbers(x, rank):
     check_rank(x, rank)
     basis = torch.eye(x.shape[1], dtype=x.dtype)[:rank]
@@ -969,7 +975,7 @@ def largest_numbers(x, rank):
     return x[:, places], torch.eye(x.shape[1], dtype=x.dtype)[places]
 
 
-@wrong("factorize", says="take the svd")
+@wrong("factorize", says="take its singular vectors")
 def rows_as_a_basis(x, rank):
     check_rank(x, rank)
     basis = torch.nn.functional.normalize(x[:rank], dim=1)

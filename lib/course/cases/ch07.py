@@ -79,104 +79,115 @@ def bytes_per_token_explain(inputs: dict, expected: dict, got: dict) -> str | No
     return _reproduced(found)
 
 
+LAYERS = "Each layer has keys and values of its own"
+BOTH = "A token has a key and a value"
+QUERY = "Only KV heads are stored: several query heads read one"
+HEADS = "Each KV head has a key and a value"
+WIDTH = "A key has head_dim numbers in each KV head, not d_model"
+NUMBERS = "That counts numbers, not bytes"
+GIVEN = "A number has bytes_per_number bytes, whatever the default is"
+
+
 @reference
 def _other_bytes(inputs: dict) -> list:
     """What comes of each slip: words and bytes."""
     config, size = inputs["config"], inputs["bytes_per_number"]
-    L, H, G = (config[name] for name in ("num_layers", "num_heads", "num_kv_heads"))
-    D, bits, ranks = config["d_model"] // H, inputs["bits"], inputs["ranks"]
-    layers = "Each layer has keys and values of its own"
-    both = "A token has a key and a value"
-    query = "Only KV heads are stored: several query heads read one"
-    width = "A key has head_dim numbers in each KV head, not d_model"
-    numbers = "That counts numbers, not bytes"
-    given = "A number has bytes_per_number bytes, whatever the default is"
-    default = "Where bytes_per_number is not given it is 4"
-    heads = "Each KV head has a key and a value"
-    if bits is not None:
-        first, second = bits
-        packed = [D * b // 8 for b in bits]  # bytes of a vector
-        beside = (
-            "Beside each vector, key or value, are two numbers: its scale and its zero "
-            "point"
-        )
-        each = "Each KV head's key and value has a scale and a zero point of its own"
-        as_bits = "8 bits are a byte: divide by 8"
-        scales = (
-            "Scale and zero point are as they are, whatever the bits: bytes_per_number "
-            "bytes each"
-        )
-        own = "bits has two numbers: of a key, and of a value"
-        all_bits = "Multiply by head_dim before you divide by 8: // cuts off"
-        replaced = "A number has `bits` bits, and bytes_per_number no more"
-        right = G * sum(n + 2 * size for n in packed)
-        one_width = []
-        if first == second:  # with others 8 bits for both would give the same
-            cut = L * G * sum(D * (b // 8) + 2 * size for b in bits)
-            one_width = [(all_bits, cut)]
-        return [
-            (beside, L * G * sum(packed)),
-            (beside, L * G * sum(n + size for n in packed)),
-            *(
-                (each if G > 1 else beside, L * G * sum(packed) + number * size)
-                for number in (4, 2, 4 * L, 2 * L, 2 * G * L)
-                if number != 4 * G * L
-            ),
-            (as_bits, L * G * sum(8 * n + 2 * size for n in packed)),
-            (as_bits, L * G * sum(8 * n + 2 * 8 * size for n in packed)),
-            (scales, L * G * sum(n + 2 for n in packed)),
-            (scales, L * G * sum(n + 8 for n in packed) if size != 4 else None),
-            (own, L * 2 * G * (packed[0] + 2 * size) if first != second else None),
-            (own, L * 2 * G * (packed[1] + 2 * size) if first != second else None),
-            *one_width,
-            (replaced, L * G * sum(n * size + 2 * size for n in packed)),
-            (replaced, L * G * sum(8 * n * size + 2 * size for n in packed)),
-            (scales, L * G * sum((D + 2) * b // 8 for b in bits)),
-            (scales, L * G * sum((D + 2 * size) * b // 8 for b in bits)),
-            (layers, right),
-            (both, L * G * (packed[0] + 2 * size)),
-            (both, L * G * (packed[1] + 2 * size)),
-            (query, L * right // G * H),
-            (heads, L * right // G),
-            (width, L * G * sum(H * n + 2 * size for n in packed)),
-            ("`bits` are those of the cache: look at them", L * 2 * G * D * size),
-        ]
-    if ranks is not None:
-        one_code = "All KV heads of a layer have one code together, however many they are"
-        own = "ranks has two numbers: of a key's code, and of a value's"
-        no_scale = "A code is numbers as they are: nothing stands beside it"
-        instead = "A code of so many numbers is there instead of head_dim numbers"
-        right = sum(ranks) * size
-        return [
-            (one_code, L * G * right),
-            (one_code, L * H * right),
-            (own, L * 2 * ranks[0] * size),
-            (own, L * 2 * ranks[1] * size),
-            (no_scale, L * (right + 4 * size)),
-            (instead, L * D * right),
-            (instead, L * G * D * right),
-            (layers, right),
-            (both, L * ranks[0] * size),
-            (both, L * ranks[1] * size),
-            ("Each has a code of its own: add the two", L * math.prod(ranks) * size),
-            ("The sum is that of both: a key's code and a value's", 2 * L * right),
-            (numbers, L * sum(ranks)),
-            (given, L * sum(ranks) * 4),
-            ("`ranks` are those of the cache: look at them", L * 2 * G * D * size),
-        ]
-    plain = [
-        (layers, 2 * G * D * size),
-        (both, L * G * D * size),
-        (query, L * 2 * H * D * size),
-        (heads, L * 2 * D * size),
-        (numbers, L * 2 * G * D),
-        (given, L * 2 * G * D * 4),
-    ]
-    if H == G:  # whoever takes d_model for head_dim has failed where H is G
-        plain.append((width, L * 2 * G * H * D * size))
+    names = "num_layers", "num_heads", "num_kv_heads", "d_model"
+    L, H, G, C = (config[name] for name in names)
+    if inputs["bits"] is not None:
+        return _other_bytes_in_bits(L, H, G, C // H, size, inputs["bits"])
+    if inputs["ranks"] is not None:
+        return _other_bytes_of_codes(L, H, G, C // H, size, inputs["ranks"])
+    D = C // H
     if size == 4 and L == H == 1:  # without the argument, and nothing else
-        plain = [(default, 2 * D * other) for other in (1, 2, 8)]
-    return plain
+        default = "Where bytes_per_number is not given it is 4"
+        return [(default, 2 * D * other) for other in (1, 2, 8)]
+    return [
+        (LAYERS, 2 * G * D * size),
+        (BOTH, L * G * D * size),
+        (QUERY, L * 2 * H * D * size),
+        (HEADS, L * 2 * D * size),
+        (NUMBERS, L * 2 * G * D),
+        (GIVEN, L * 2 * G * D * 4),
+        # Whoever takes d_model for head_dim has failed where H is G.
+        (WIDTH, L * 2 * G * C * size if H == G else None),
+    ]
+
+
+@reference
+def _other_bytes_in_bits(L: int, H: int, G: int, D: int, size: int, bits: list) -> list:
+    beside = (
+        "Beside each vector, key or value, are two numbers: its scale and its zero point"
+    )
+    each = "Each KV head's key and value has a scale and a zero point of its own"
+    scales = (
+        "Scale and zero point are as they are, whatever the bits: bytes_per_number bytes "
+        "each"
+    )
+    own = "`bits` are two numbers: those of a key, and those of a value"
+    as_bits = "8 bits are a byte: divide by 8"
+    shared = "Codes are packed: 8 / bits of them share a byte"
+    cut = "Multiply by head_dim before you divide by 8: 4 // 8 is 0"
+    instead = "A number has so many bits in place of bytes_per_number bytes, not beside"
+    unused = "With `bits` each vector is packed: a number takes so many of them"
+    packed = [D * b // 8 for b in bits]  # bytes of a vector
+    right = [G * (n + 2 * size) for n in packed]
+    found = [
+        (beside, L * G * sum(packed)),
+        (beside, L * G * sum(n + size for n in packed)),
+        *(
+            (each if G > 1 else beside, L * G * sum(packed) + number * size)
+            for number in (4, 2, 4 * L, 2 * L, 2 * G * L)
+            if number != 4 * G * L
+        ),
+        (scales, L * G * sum(n + 2 for n in packed)),
+        (scales, L * G * sum(n + 8 for n in packed) if size != 4 else None),
+        (scales, L * G * sum((D + 2) * b // 8 for b in bits)),
+        (scales, L * G * sum((D + 2 * size) * b // 8 for b in bits)),
+        (as_bits, L * G * sum(8 * n + 2 * size for n in packed)),
+        (as_bits, L * G * sum(8 * n + 2 * 8 * size for n in packed)),
+        (instead, L * G * sum(n * size + 2 * size for n in packed)),
+        (instead, L * G * sum(8 * n * size + 2 * size for n in packed)),
+        (unused, L * 2 * G * D * size),
+        (LAYERS, sum(right)),
+        (BOTH, L * right[0]),
+        (BOTH, L * right[1]),
+        (QUERY, L * sum(right) // G * H),
+        (HEADS, L * sum(right) // G),
+    ]
+    if bits[0] != bits[1]:
+        found += [(own, L * 2 * one) for one in right]
+    else:  # with others 8 bits for both would give the same
+        found.append((cut, L * G * sum(D * (b // 8) + 2 * size for b in bits)))
+        found.append((shared, L * 2 * G * (D + 2 * size)))
+    return found
+
+
+@reference
+def _other_bytes_of_codes(L: int, H: int, G: int, D: int, size: int, ranks: list) -> list:
+    one_code = "All KV heads of a layer have one code together, however many they are"
+    own = "`ranks` are two numbers: those of a key's code, and those of a value's"
+    no_scale = "A code is numbers as they are: nothing stands beside it"
+    instead = "A code of so many numbers is there instead of head_dim numbers"
+    unused = "With `ranks` a key is a code: it takes so many numbers"
+    right = sum(ranks) * size
+    return [
+        (one_code, L * G * right),
+        (one_code, L * H * right),
+        (own, L * 2 * ranks[0] * size),
+        (own, L * 2 * ranks[1] * size),
+        (no_scale, L * (right + 4 * size)),
+        (instead, L * D * right),
+        (instead, L * G * D * right),
+        (unused, L * 2 * G * D * size),
+        (LAYERS, right),
+        (BOTH, L * ranks[0] * size),
+        (BOTH, L * ranks[1] * size),
+        ("A key has a code and a value has one: add them", L * math.prod(ranks) * size),
+        ("sum(ranks) has both codes, a key's and a value's", 2 * L * right),
+        (NUMBERS, L * sum(ranks)),
+        (GIVEN, L * sum(ranks) * 4),
+    ]
 
 
 def pool_kv_heads_cases(seed: int) -> list[Case]:
@@ -214,7 +225,7 @@ def pool_kv_heads_explain(inputs: dict, expected: dict, got: dict) -> str | None
     if not isinstance(theirs, np.ndarray):
         return None
     if theirs.shape != right.shape:
-        return _why_another_shape(inputs, right, theirs)
+        return _why_no_pooled_shape(inputs, right, theirs)
     found = {}
     for words, other in _other_pools(**inputs):
         is_it = _is_near(theirs, other) and not _is_near(other, right)
@@ -222,16 +233,18 @@ def pool_kv_heads_explain(inputs: dict, expected: dict, got: dict) -> str | None
     return _reproduced(found)
 
 
-def _why_another_shape(inputs: dict, right: np.ndarray, theirs: np.ndarray) -> str | None:
+def _why_no_pooled_shape(
+    inputs: dict, right: np.ndarray, theirs: np.ndarray
+) -> str | None:
     D, num_kv_heads = inputs["head_dim"], inputs["num_kv_heads"]
     (num_rows, C), G = inputs["weight"].shape, len(inputs["weight"]) // D
     if theirs.ndim == 2 and _is_near(theirs.T, right):
-        return "A row makes a number of a key: it stays a row"
+        return "Rows stay rows: each makes one number of a key"
     if theirs.size == right.size and _is_near(theirs.ravel(), right.ravel()):
         return "Lay the heads below each other again: (num_kv_heads · D, C)"
     copies = right.reshape(num_kv_heads, D, C).repeat(G // num_kv_heads, axis=0)
     if _is_near(theirs.reshape(-1), copies.reshape(-1)):
-        return "One head for each group: no copy for each that went into it"
+        return "One head per group: no copy for each head that went into it"
     if theirs.shape[:1] == (num_rows,) and theirs.size == num_rows * C:
         return "Of each group one head is left: the mean is over the heads of a group"
     if theirs.size == num_kv_heads * C and D > 1:
@@ -251,7 +264,7 @@ def _other_pools(weight: np.ndarray, head_dim: int, num_kv_heads: int) -> list:
     group_size = G // num_kv_heads
     groups = weight.reshape(num_kv_heads, group_size, D, C)
     means = groups.mean(axis=1)
-    neighbours = "Neighbours become one: with two to a group heads 0 and 1, then 2 and 3"
+    neighbours = "Neighbours become one: in groups of two, heads 0 and 1, then 2 and 3"
     numbers = "A head is head_dim rows one after the other: they stay together"
     mean, same_mean = "The mean of a group, not its sum", "A mean divides by group_size"
     one = "The mean of a group, not one of its heads"
@@ -340,8 +353,7 @@ def _rank_case(name: str, values: np.ndarray, share: float) -> Case:
 
 
 def _share(rng, values: np.ndarray) -> float:
-    """A random one at which neither a slip nor rounding finds what is right by chance:
-    on the way there are several ranks, and none is near."""
+    """A random one that no rank meets so nearly that rounding would count."""
     kept = (values**2).cumsum() / (values**2).sum()
     while True:
         share = round(float(rng.uniform(0.7, 0.97)), 4)
@@ -354,7 +366,7 @@ def rank_for_explain(inputs: dict, expected: dict, got: dict) -> str | None:
         return KEEP_THE_CHECK
     ours, theirs = expected["rank"], got["rank"]
     if isinstance(theirs, (str, float)):
-        return "A rank is a count, which factorize takes as an int of Python"
+        return "A rank is a count, which `factorize` takes as an int: give one"
     found = {}
     for words, other in _other_ranks(**inputs):
         found[words] = found.get(words, False) or (theirs == other and other != ours)
@@ -368,14 +380,14 @@ def _other_ranks(singular_values: np.ndarray, share: float) -> list:
     squares = values**2
 
     def least(parts: np.ndarray, least_share: float = share) -> int:
-        return int((parts.cumsum() < least_share * parts.sum() - 1e-12).sum()) + 1
+        return int((parts.cumsum() < least_share * parts.sum() * (1 - 1e-12)).sum()) + 1
 
     rank = least(squares)
     kept = squares.cumsum() / squares.sum()
     singles = squares / squares.sum()
-    count = "The value with which the share is reached counts too: a rank is no place"
+    count = "The value with which the share is reached counts too: a rank is no index"
     root = "The share is of squares, not of the root of their sum"
-    first = "A rank is enough if all that it keeps, the first values together, is"
+    first = "Add up squares from the first on: no value alone is compared with the share"
     number = "The share is of what is kept, not of the number of values"
     found = [
         (count, rank - 1),
@@ -386,7 +398,10 @@ def _other_ranks(singular_values: np.ndarray, share: float) -> list:
         ),
         (root, least(squares, share**2)),
         (root, least(squares, share**0.5)),
-        ("That keeps what need not be kept, and no more", least(squares, 1 - share)),
+        (
+            "The share is of what is kept, not of what is left out",
+            least(squares, 1 - share),
+        ),
         (
             "Square each value, then sum: not the sum's square",
             least(np.diff(values.cumsum() ** 2, prepend=0)),
@@ -487,8 +502,8 @@ def factorize_explain(inputs: dict, expected: dict, got: dict) -> str | None:
     if not is_right["basis @ basis.T"]:
         if is_right["codes @ basis"]:
             return (
-                "Rows of the basis have length 1 and are at right angles: the "
-                "singular values belong in the codes"
+                "Rows of the basis have length 1 and are at right angles to each other: "
+                "the singular values belong in the codes"
             )
         return _why_not_orthonormal(inputs, got)
     if is_right["basis.T @ basis"]:
@@ -535,9 +550,9 @@ def _why_not_orthonormal(inputs: dict, got: dict) -> str | None:
         return f"Compute in {inputs['x'].dtype}, as x is"
     lengths = np.diag(products)
     if _is_near(lengths, np.ones_like(lengths)):
-        return "Rows of the basis are at right angles too"
+        return "Rows of the basis are at right angles to each other too"
     if inputs["x"].shape[0] >= len(lengths) > 0:
-        return "Rows of the basis must have length 1, and are at right angles"
+        return "Rows of the basis have length 1 and are at right angles to each other"
     return None
 
 
@@ -548,7 +563,7 @@ def _other_planes(x: np.ndarray, rank: int) -> list:
     (N, W), mean = x.shape, x.mean(axis=0)
     U, _, Vh = np.linalg.svd(x, full_matrices=False)
     smallest = "The directions to keep are those of the largest singular values"
-    first = "The nearest plane is none of x's own rows, nor of its columns: take the svd"
+    first = "Rows or columns of x span no nearest plane: take its singular vectors"
     bases = [
         (smallest, Vh[-rank:]),
         (CENTRED, np.linalg.svd(x - mean, full_matrices=False)[2][:rank]),
@@ -1234,7 +1249,16 @@ EXERCISES = [
         },
     ),
     Exercise("lib.latent_kv_cache.rank_for", 1, rank_for_cases, rank_for_explain),
-    Exercise("lib.latent_kv_cache.factorize", 2, factorize_cases, factorize_explain),
+    Exercise(
+        "lib.latent_kv_cache.factorize",
+        2,
+        factorize_cases,
+        factorize_explain,
+        errors={
+            "shapes cannot be multiplied": "x is (N, W), and the basis (rank, W): for "
+            "codes multiply x by the basis transposed"
+        },
+    ),
     Exercise(
         "lib.latent_kv_cache.attend_latent",
         3,
