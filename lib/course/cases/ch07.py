@@ -719,7 +719,8 @@ def quantize_explain(inputs: dict, expected: dict, got: dict) -> str | None:
         words = "0 / 0 is NaN, and which integer that becomes nobody can say"
         return f"{words}. {EQUAL}" if is_nan else None
     scale = expected["scale"]
-    if scale.max() < 1e-8 and _are_codes_of_a_larger_scale(x, bits, scale, theirs):
+    larger = _codes_of_larger_scales(x, bits, scale) if scale.max() < 1e-8 else []
+    if any(np.array_equal(theirs, other) for other in larger):
         return "Only a scale of 0 needs another divisor: a scale may be very small"
     found: dict[str, bool] = {}
     for slip, words in QUANTIZE_SLIPS.items():
@@ -749,43 +750,40 @@ def _why_other_numbers(x: np.ndarray, bits: int, expected: dict, got: dict) -> s
         return EQUAL
     if not got["x_is_as_before"]:
         return "x is the caller's: leave it as it is"
-    low, high = (f(x, axis=-1, keepdims=True) for f in (np.min, np.max))
-    with np.errstate(all="ignore"):
-        wrong = {
-            STEPS: [((high - low) / 2**bits, zero)],
-            "In this order: codes, scale, zero": [(zero, scale)],
-            "The scale is the size of one step": [(1 / scale, zero), (high - low, zero)],
-            "The zero point is the vector's smallest number itself": [
-                (scale, other)
-                for other in (
-                    -low,
-                    high,
-                    (low + high) / 2,
-                    low / scale,
-                    -low / scale,
-                    np.round(low / scale),
-                    np.round(-low / scale),
-                    0 * low,
-                )
-            ],
+    return _reproduced(
+        {
+            words: any(all(map(_is_near, theirs, other)) for other in others)
+            for words, others in _other_numbers(x, bits, scale, zero).items()
         }
-        return _reproduced(
-            {
-                words: any(all(map(_is_near, theirs, other)) for other in others)
-                for words, others in wrong.items()
-            }
-        )
+    )
 
 
 @reference
-def _are_codes_of_a_larger_scale(x, bits, scale, codes) -> bool:
+def _other_numbers(x: np.ndarray, bits: int, scale: np.ndarray, zero: np.ndarray) -> dict:
+    """What to say -> wrong pairs of scale and zero point."""
+    low, high = (f(x, axis=-1, keepdims=True) for f in (np.min, np.max))
+    with np.errstate(all="ignore"):
+        zeros = [-low, high, (low + high) / 2, 0 * low, low / scale, -low / scale]
+        zeros += [np.round(low / scale), np.round(-low / scale)]
+        return {
+            STEPS: [[(high - low) / 2**bits, zero]],
+            "In this order: codes, scale, zero": [[zero, scale]],
+            "The scale is the size of one step": [[1 / scale, zero], [high - low, zero]],
+            "The zero point is the vector's smallest number itself": [
+                [scale, other] for other in zeros
+            ],
+        }
+
+
+@reference
+def _codes_of_larger_scales(x: np.ndarray, bits: int, scale: np.ndarray) -> list:
     """As of whoever adds a small number to each scale, or takes that for the least."""
     steps = x - x.min(axis=-1, keepdims=True)
-    return any(
-        np.array_equal(codes, _pack(np.round(steps / larger), bits))
+    return [
+        _pack(np.round(steps / larger), bits)
         for small in (*(10.0**-n for n in range(1, 13)), np.finfo(np.float32).eps)
         for larger in (scale + small, np.maximum(scale, small))
-    )
+    ]
 
 
 @reference
@@ -1066,8 +1064,9 @@ def attend_latent_explain(inputs: dict, expected: dict, got: dict) -> str | None
     if not isinstance(out, np.ndarray):
         return None
     with np.errstate(all="ignore"):
+        sums = _latent(inputs, is_back=False)
         if out.shape != right.shape:
-            return _why_another_shape(inputs, right, out)
+            return _why_another_shape(sums, right, out)
         if _is_near(out, right):
             return _why_so_many_bytes(inputs, got)
         found: dict[str, bool] = {}
@@ -1080,11 +1079,10 @@ def attend_latent_explain(inputs: dict, expected: dict, got: dict) -> str | None
     return _reproduced(found)
 
 
-def _why_another_shape(inputs, right: np.ndarray, out: np.ndarray) -> str | None:
-    H, T = right.shape[1], right.shape[0]
-    if _is_near(out, _latent(inputs, is_back=False)):
+def _why_another_shape(sums, right: np.ndarray, out: np.ndarray) -> str | None:
+    if _is_near(out, sums):
         return GO_BACK
-    if out.shape == (H, T, right.shape[2]) and _is_near(out.swapaxes(0, 1), right):
+    if _is_near(out.swapaxes(0, 1), right):
         return "Put tokens before heads again: out has the shape of q"
     return None
 
