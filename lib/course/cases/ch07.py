@@ -1066,7 +1066,7 @@ def attend_latent_explain(inputs: dict, expected: dict, got: dict) -> str | None
     with np.errstate(all="ignore"):
         sums = _latent(inputs, is_back=False)
         if out.shape != right.shape:
-            return _why_another_shape(sums, right, out)
+            return _why_no_output(sums, right, out)
         if _is_near(out, right):
             return _why_so_many_bytes(inputs, got)
         found: dict[str, bool] = {}
@@ -1079,7 +1079,7 @@ def attend_latent_explain(inputs: dict, expected: dict, got: dict) -> str | None
     return _reproduced(found)
 
 
-def _why_another_shape(sums, right: np.ndarray, out: np.ndarray) -> str | None:
+def _why_no_output(sums, right: np.ndarray, out: np.ndarray) -> str | None:
     if _is_near(out, sums):
         return GO_BACK
     if _is_near(out.swapaxes(0, 1), right):
