@@ -221,6 +221,8 @@ def _odd(outputs: dict) -> Iterator[dict]:
 def _odd_number(value):
     if isinstance(value, np.ndarray) and value.dtype.kind in "if":
         return (value * 1.25 + 3).astype(value.dtype)
+    if isinstance(value, np.ndarray) and value.dtype.kind == "u":  # with no room above
+        return value + value.dtype.type(3)
     return value + 3 if type(value) in (int, float) else value
 
 

@@ -1407,6 +1407,12 @@ def quantize_with_a_bit_more_than_the_scale(x, bits):
     return quantized(x, bits, eps=1e-8)
 
 
+@wrong("quantize")
+def quantize_rounding_in_half_precision(x, bits):
+    check_vectors(x, bits)
+    return quantized(x, bits, rounded=lambda steps: steps.half().round())
+
+
 @wrong("quantize", says="a scale may be very small")
 def quantize_with_a_least_scale(x, bits):
     check_vectors(x, bits)
@@ -1837,6 +1843,20 @@ def attend_latent_in_tiles_of_16_keys(q, k_codes, v_codes, k_basis, v_basis):
     is_future = future(T, len(k_codes))[:, None]
     sums = scores.masked_fill(is_future, -math.inf).softmax(-1) @ v_codes
     return torch.einsum("thw,whd->thd", sums, v_basis[:, neighbours])
+
+
+@wrong("attend_latent", says="All heads read the same codes, as they are")
+def attend_latent_with_codes_for_each_head(q, k_codes, v_codes, k_basis, v_basis):
+    T, H, D = q.shape
+    k_codes, v_codes = (x[:, None].repeat(1, H, 1) for x in (k_codes, v_codes))
+    k_basis, v_basis = (
+        b.repeat_interleave(H // b.shape[1], dim=1) for b in (k_basis, v_basis)
+    )
+    asked = torch.einsum("thd,rhd->thr", q, k_basis)
+    scores = torch.einsum("thr,shr->ths", asked, k_codes) / D**0.5
+    scores = scores.masked_fill(future(T, len(k_codes))[:, None], -math.inf)
+    sums = torch.einsum("ths,shw->thw", scores.softmax(-1), v_codes)
+    return torch.einsum("thw,whd->thd", sums, v_basis)
 
 
 @wrong("attend_latent", says="divide by the root of D")

@@ -601,6 +601,7 @@ def quantize_cases(seed: int) -> list[Case]:
         ("a vector of zeros, 4 bits", 4, (4,)),
         ("four numbers, 2 bits", 2, (4,)),
         ("twelve numbers, 2 bits", 2, (12,)),
+        ("numbers almost halfway between two steps", 8, (3, 24)),
         ("two vectors, one of them a hundred times larger", 8, (2, 6)),
         ("a vector of equal numbers between two others", 4, (3, 6)),
         ("three tokens, two heads", 4, (3, 2, 8)),
@@ -616,7 +617,7 @@ def quantize_cases(seed: int) -> list[Case]:
         ("a NaN in the second vector", 4, (2, 4)),
         ("4 bits, 20 tokens, three heads", 4, (20, 3, 16)),
     ):
-        x = _between_steps(rng, shape, bits)
+        x = _between_steps(rng, shape, bits, 0.49 if "halfway" in name else 0.4)
         if name.startswith("a first"):
             x = -np.sort(-x)
         if "below 0" in name:
@@ -624,7 +625,7 @@ def quantize_cases(seed: int) -> list[Case]:
         if "far from 0" in name:
             x += 1e4 * rng.uniform(1, 2)
         if "very small" in name:
-            x *= 1e-7
+            x *= 255e-8 * rng.uniform(0.8, 0.9) / (x.max() - x.min())
         if "far from all others" in name:
             x = _with_an_outlier(rng, x.size)
         if "equal" in name:
@@ -645,18 +646,20 @@ def quantize_cases(seed: int) -> list[Case]:
     return cases
 
 
-def _between_steps(rng, shape: tuple[int, ...], bits: int) -> np.ndarray:
-    """Random vectors of which no number is nearly as near to one step as to another, so
-    that no rounding decides.
+def _between_steps(rng, shape: tuple[int, ...], bits: int, farthest: float) -> np.ndarray:
+    """Random vectors of which no number is as near to one step as to another: each is
+    `farthest` of a step away from its own at most, so that no rounding decides.
 
-    Some lie below their nearest step, some above, some farther from it than others. So it
-    shows who cuts where we round, and who rounds the zero point: that is a quarter of a
-    step away from where the steps from 0 would be.
+    Some lie below their step, some above, some far from it. So it shows who cuts where we
+    round, and who rounds the zero point: that is a quarter of a step away from where
+    steps that are counted from 0 would lie. Neighbours differ, so that their order shows.
     """
     (*leading, D), last = shape, 2**bits - 1
-    near, far = rng.uniform(0.1, 0.2, shape), rng.uniform(0.3, 0.4, shape)
+    near, far = rng.uniform(0.1, 0.2, shape), rng.uniform(farthest - 0.1, farthest, shape)
     kinds = np.choose(np.arange(D) % 4, [far, -near, -far, near])
-    places = rng.integers(1, last, size=shape) + kinds
+    steps = np.broadcast_to(np.arange(1, last), (*leading, last - 1))
+    steps = rng.permuted(steps, axis=-1)[..., np.arange(D) % (last - 1)]
+    places = steps + kinds
     places[..., -1:], places[..., :1] = last, 0  # a single number has one step
     places = rng.permuted(np.roll(places, -1, axis=-1), axis=-1)
     scale = rng.uniform(1, 4, (*leading, 1)) / last
@@ -731,7 +734,8 @@ def quantize_explain(inputs: dict, expected: dict, got: dict) -> str | None:
         words = "0 / 0 is NaN, and which integer that becomes nobody can say"
         return f"{words}. {EQUAL}" if is_nan else None
     scale = expected["scale"]
-    if scale.max() < 1e-8 and _are_codes_of_a_larger_scale(x, bits, scale, theirs):
+    larger = _codes_of_larger_scales(x, bits, scale) if scale.max() < 1e-8 else []
+    if any(np.array_equal(theirs, other) for other in larger):
         return "Only a scale of 0 needs another divisor: a scale may be very small"
     found: dict[str, bool] = {}
     for slip, words in QUANTIZE_SLIPS.items():
@@ -761,43 +765,40 @@ def _why_other_numbers(x: np.ndarray, bits: int, expected: dict, got: dict) -> s
         return EQUAL
     if not got["x_is_as_before"]:
         return "x is the caller's: leave it as it is"
-    low, high = (f(x, axis=-1, keepdims=True) for f in (np.min, np.max))
-    with np.errstate(all="ignore"):
-        wrong = {
-            STEPS: [((high - low) / 2**bits, zero)],
-            "In this order: codes, scale, zero": [(zero, scale)],
-            "The scale is the size of one step": [(1 / scale, zero), (high - low, zero)],
-            "The zero point is the vector's smallest number itself": [
-                (scale, other)
-                for other in (
-                    -low,
-                    high,
-                    (low + high) / 2,
-                    low / scale,
-                    -low / scale,
-                    np.round(low / scale),
-                    np.round(-low / scale),
-                    0 * low,
-                )
-            ],
+    return _reproduced(
+        {
+            words: any(all(map(_is_near, theirs, other)) for other in others)
+            for words, others in _other_numbers(x, bits, scale, zero).items()
         }
-        return _reproduced(
-            {
-                words: any(all(map(_is_near, theirs, other)) for other in others)
-                for words, others in wrong.items()
-            }
-        )
+    )
 
 
 @reference
-def _are_codes_of_a_larger_scale(x, bits, scale, codes) -> bool:
+def _other_numbers(x: np.ndarray, bits: int, scale: np.ndarray, zero: np.ndarray) -> dict:
+    """What to say -> wrong pairs of scale and zero point."""
+    low, high = (f(x, axis=-1, keepdims=True) for f in (np.min, np.max))
+    with np.errstate(all="ignore"):
+        zeros = [-low, high, (low + high) / 2, 0 * low, low / scale, -low / scale]
+        zeros += [np.round(low / scale), np.round(-low / scale)]
+        return {
+            STEPS: [[(high - low) / 2**bits, zero]],
+            "In this order: codes, scale, zero": [[zero, scale]],
+            "The scale is the size of one step": [[1 / scale, zero], [high - low, zero]],
+            "The zero point is the vector's smallest number itself": [
+                [scale, other] for other in zeros
+            ],
+        }
+
+
+@reference
+def _codes_of_larger_scales(x: np.ndarray, bits: int, scale: np.ndarray) -> list:
     """As of whoever adds a small number to each scale, or takes that for the least."""
     steps = x - x.min(axis=-1, keepdims=True)
-    return any(
-        np.array_equal(codes, _pack(np.round(steps / larger), bits))
-        for small in (1e-9, 1e-8, 1.1920928955078125e-07, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
+    return [
+        _pack(np.round(steps / larger), bits)
+        for small in (*(10.0**-n for n in range(1, 13)), np.finfo(np.float32).eps)
         for larger in (scale + small, np.maximum(scale, small))
-    )
+    ]
 
 
 @reference
@@ -877,6 +878,8 @@ def dequantize_cases(seed: int) -> list[Case]:
     ):
         dtype = {"half": np.float16, "sing": np.float32}.get(name[:4], np.float64)
         codes = rng.integers(0, 256, size=shape, dtype=np.uint8)
+        if name.startswith("one byte"):  # that would have a sign, and is not the middle
+            codes[:] = rng.integers(129, 255)
         if name.startswith("two bytes"):  # other numbers in all of their parts
             codes[:] = _bytes_without_a_twin(rng)
         if "255" in name:
@@ -1054,15 +1057,21 @@ def _lower_all_but_the_last(q, k_codes, v_codes, k_basis):
 
 def _latent_limits(inputs: dict) -> dict[str, float]:
     """Room for some copies of the codes, of scores, and of a basis for each query head:
-    not, in a text long enough to tell, for a key of one head for each token. And all that
-    is made one after the other is less than the keys, or values, of all heads."""
+    not, in a text long enough to tell, for a key of one head for each token. No tensor is
+    larger than one of these. And all that is made one after the other is less than the
+    keys, or values, of all heads."""
     (T, H, D), (S, R) = inputs["q"].shape, inputs["k_codes"].shape
     W, size = inputs["v_codes"].shape[1], inputs["q"].itemsize
     codes, scores, bases = S * (R + W), S * T * H, (R + W) * H * D
     of_queries = T * H * (R + W + D)
     at_once = 2 * codes + 6 * scores + 2 * bases + 8 * of_queries
     in_all = 4 * codes + (12 + 2 * (R + W)) * scores + 6 * bases + 24 * of_queries
-    return {"peak_bytes": size * at_once + 4096, "bytes_made": size * in_all + 16384}
+    largest = max(S * max(R, W, T * H), H * D * max(R, W), T * H * max(R, W, D))
+    return {
+        "peak_bytes": size * at_once + 4096,
+        "largest_tensor_bytes": size * largest + 1024,
+        "bytes_made": size * in_all + 16384,
+    }
 
 
 def attend_latent_explain(inputs: dict, expected: dict, got: dict) -> str | None:
@@ -1070,8 +1079,9 @@ def attend_latent_explain(inputs: dict, expected: dict, got: dict) -> str | None
     if not isinstance(out, np.ndarray):
         return None
     with np.errstate(all="ignore"):
+        sums = _latent(inputs, is_back=False)
         if out.shape != right.shape:
-            return _why_another_shape(inputs, right, out)
+            return _why_no_output(sums, right, out)
         if _is_near(out, right):
             return _why_so_many_bytes(inputs, got)
         found: dict[str, bool] = {}
@@ -1084,27 +1094,28 @@ def attend_latent_explain(inputs: dict, expected: dict, got: dict) -> str | None
     return _reproduced(found)
 
 
-def _why_another_shape(inputs, right: np.ndarray, out: np.ndarray) -> str | None:
-    H, T = right.shape[1], right.shape[0]
-    if _is_near(out, _latent(inputs, is_back=False)):
+def _why_no_output(sums, right: np.ndarray, out: np.ndarray) -> str | None:
+    if _is_near(out, sums):
         return GO_BACK
-    if out.shape == (H, T, right.shape[2]) and _is_near(out.swapaxes(0, 1), right):
+    if _is_near(out.swapaxes(0, 1), right):
         return "Put tokens before heads again: out has the shape of q"
     return None
 
 
 def _why_so_many_bytes(inputs: dict, got: dict) -> str | None:
     """Of an answer whose out is right."""
-    (S, _), D, size = inputs["k_codes"].shape, inputs["q"].shape[2], got["out"].itemsize
-    G = inputs["k_basis"].shape[1]
+    (S, R), (_, G, D) = inputs["k_codes"].shape, inputs["v_basis"].shape
+    W, size = inputs["v_codes"].shape[1], got["out"].itemsize
     absorb = (
         "turn each query into the codes' coordinates, and compare that with codes; sum "
         "up codes, and go through v_basis once per query"
     )
-    if got["peak_bytes"] >= S * D * size:
+    if got["largest_tensor_bytes"] >= S * D * size:
         return f"That is room for keys or values of D numbers per token: {absorb}"
     if got["bytes_made"] >= S * G * D * size:
         return f"Keys or values are made, if not all at a time: {absorb}"
+    if got["largest_tensor_bytes"] >= 2 * S * max(R, W) * size:
+        return "All heads read the same codes, as they are: no copies"
     return None
 
 

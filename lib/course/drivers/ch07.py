@@ -178,22 +178,26 @@ def attend_latent(
     return {
         "out": as_array(cost.value),
         "peak_bytes": cost.peak_bytes,
+        "largest_tensor_bytes": made.largest,
         "bytes_made": made.num_bytes,
     }
 
 
 class _Made(TorchDispatchMode):
-    """Counts the bytes of all that operations make, also of what is gone long since."""
+    """Counts the bytes of all that operations make, also of what is gone long since, and
+    finds the largest."""
 
     def __init__(self):
         super().__init__()
-        self.num_bytes = 0
+        self.num_bytes = self.largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         known = {id_ for id_, _ in _storages((args, kwargs))}
-        self.num_bytes += sum(n for id_, n in {*_storages(out)} if id_ not in known)
+        sizes = [n for id_, n in {*_storages(out)} if id_ not in known]
+        self.num_bytes += sum(sizes)
+        self.largest = max([self.largest, *sizes])
         return out
 
 
