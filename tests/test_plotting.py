@@ -306,3 +306,41 @@ def test_latency_curves_are_told_apart_without_colour():
     assert sorted(texts(ax)) == sorted(names)
     assert len({line.get_marker() for line in ax.lines}) == 4
     assert ax.get_yscale() == "log"
+
+
+def test_a_method_looks_the_same_in_both_panels_and_shows_all_its_draws():
+    panels = [
+        (
+            "lost",
+            "symlog",
+            {"plain": ([64], [[0, 0]]), "bits": ([8, 16], [[1, 3], [0.5]])},
+        ),
+        ("right", "linear", {"heads": ([32], [[0.5]]), "bits": ([8], [[0.25, 0.75]])}),
+    ]
+    figure = plotting.plot_quality(panels, title="")
+    left, right = figure.axes
+    of_bits = [ax.containers[1] for ax in (left, right)]
+    means = [bars.lines[0].get_xydata().tolist() for bars in of_bits]
+    assert means == [[[8, 2], [16, 0.5]], [[8, 0.5]]]
+    (spread,) = of_bits[1].lines[2]
+    assert spread.get_segments()[0].tolist() == [[8, 0.25], [8, 0.75]]
+    looks = [(bars.lines[0].get_marker(), bars.lines[0].get_color()) for bars in of_bits]
+    assert looks[0] == looks[1]
+    markers = {ax.containers[0].lines[0].get_marker() for ax in (left, right)}
+    assert len(markers | {looks[0][0]}) == 3, "plain, heads and bits"
+    (named,) = figure.legends
+    assert {t.get_text() for t in named.get_texts()} == {"plain", "bits", "heads"}
+    low, high = left.get_ylim()
+    assert low < 0 and high > 3, "the largest loss is in the picture"
+
+
+def test_query_heads_are_joined_to_the_kv_head_that_they_read():
+    figure = drawing.draw_head_groups(4, [4, 2, 1], names="abc", title="")
+    for ax, G in zip(figure.axes, (4, 2, 1)):
+        looks = [patch.get_facecolor() for patch in ax.patches]
+        keys = [p for p in ax.patches if p.get_facecolor() == to_rgba(plotting.NEW)]
+        assert len(looks) == 4 + 2 * G and len(keys) == G
+        middles = [p.get_x() + p.get_width() / 2 for p in keys]
+        ends = [line.get_xydata().tolist() for line in ax.lines]
+        for head, ((x, _), (under, _)) in enumerate(ends):
+            assert x == head and under == pytest.approx(middles[head // (4 // G)])
