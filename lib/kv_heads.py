@@ -66,8 +66,8 @@ def pool_kv_heads(weight: torch.Tensor, head_dim: int, num_kv_heads: int) -> tor
     """The matrix of keys, or of values, with fewer heads: each the mean of neighbours.
 
     weight: (G · D, C), D = head_dim: rows 0 to D - 1 make the first KV head's numbers.
-    As many neighbours become one head as there must, so that each query head reads the
-    mean of a group in which the head is that it read before. Returns (num_kv_heads · D,
+    G / num_kv_heads neighbours become one head, so that each query head reads the mean of
+    a group that contains the head it read before. Returns (num_kv_heads · D,
     C). Raises ValueError unless num_kv_heads divides G. (Ainslie and others, section 2.1)
 
     >>> weight = torch.tensor([[1.0], [2.0], [3.0], [6.0]])  # C = 1, four heads of one

@@ -70,8 +70,8 @@ def attend_latent(
 
     q (T, H, D), of the last T of S tokens; k_codes (S, R), v_codes (S, W); k_basis (R, G,
     D), v_basis (W, G, D): token s has, for KV head g, the key k_codes[s] @ k_basis[:, g].
-    But no key or value is ever made: nothing of size S has more than S · R, S · W or
-    S · T · H numbers. Query head h reads KV head h // (H / G). Returns (T, H, D).
+    But no key or value is ever made: no tensor with a dimension S has more than S · R, S
+    · W or S · T · H numbers. Query head h reads KV head h // (H / G). Returns (T, H, D).
 
     >>> k_codes, v_codes = torch.zeros(2, 1), torch.tensor([[2.0], [4.0]])  # S = 2
     >>> q, basis = torch.ones(1, 1, 2), torch.tensor([[[1.0, 10.0]]])  # H = G = 1, D = 2

@@ -22,6 +22,7 @@ before.
 import argparse
 import json
 import shlex
+import string
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -122,6 +123,18 @@ def draw_notes(
     order = _distinct(batch_size, num_notes, num_asked, generator)  # (B, asked)
     index = order.unsqueeze(-1).expand(-1, -1, notes.shape[-1])
     return _examples(told, notes.gather(1, index))
+
+
+def spell_notes(token_ids: torch.Tensor) -> str:
+    """A text of notes, (T,), to look at: keys are letters, values numbers, filler dots.
+
+    >>> spell_notes(torch.tensor([0, 32, 33, 34, 35, 96, 31]))
+    'A 0 1 2 3 · f'
+    """
+    letters = string.ascii_letters[26:] + string.ascii_letters[:26]  # capitals first
+    names = [*letters[:NUM_NOTE_KEYS], *map(str, range(NUM_NOTE_VALUES))]
+    names += ["·"] * (VOCAB_SIZE - len(names))
+    return " ".join(names[token_id] for token_id in token_ids.tolist())
 
 
 def _distinct(

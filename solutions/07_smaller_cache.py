@@ -8,7 +8,7 @@
 # what it costs: how much worse does the model predict? Fewer bytes are easy.
 # Fewer bytes that nobody misses are the craft.
 #
-# **You need:** chapters 3 and 4, and of chapter 5 the online softmax. 150
+# **You need:** chapters 3 and 4, and of chapter 5 the online softmax. 180
 # minutes. No GPU.
 #
 # **You will be able to**
@@ -38,7 +38,7 @@ from lib.kv_cache import ContiguousKVCache
 from lib.kv_heads import check_divides
 from lib.latent_kv_cache import latent_format, record_kv
 from lib.measure import meter
-from lib.measure.quality import measure_quality, passages
+from lib.measure.quality import Quality, measure_quality, passages
 from lib.model import attend_fused, rotate
 from lib.paged_kv_cache import PagedKVCache
 from lib.quantized_kv_cache import QuantizedFormat, check_vectors
@@ -135,22 +135,18 @@ for name, num_bytes in {
 # - **The book**: nats per byte on passages that no model was trained on
 #   (chapter 2).
 # - **Notes**: a text that nobody can complete without remembering. Some keys
-#   are told with four values each, among filler; at the end four of the keys
-#   come again, and their values are to be predicted. We count the share that
-#   the model gets right. A model of two layers learns that in two minutes, and
-#   a few such models lie in data/recall, with all that made them.
+#   are told with four values each, among filler. At the end up to four of the
+#   keys come again, and their values are to be predicted. We count the share
+#   that the model gets right. A model of two layers learns that in a few
+#   minutes, and some such models lie in data/recall.
+#
+# Here is a short text, with three notes. Keys are letters, values numbers, and
+# filler is dots:
 
 # %%
-def show(token_ids):
-    """Notes in characters: keys are letters, values numbers, filler dots."""
-    names = [chr(65 + i) if i < 26 else chr(71 + i) for i in range(32)]
-    names += [f"{i}" for i in range(64)] + ["·"] * 32
-    return " ".join(names[i] for i in token_ids)
-
-
 one = recall.draw_notes(1, 3, 12, torch.Generator().manual_seed(1))
-print(show(one.token_ids[0]))
-print("asked for:", show(one.token_ids[one.is_answer]))
+print(recall.spell_notes(one.token_ids[0]))
+print("asked for:", recall.spell_notes(one.token_ids[one.is_answer]))
 
 # %% [markdown]
 # `measure_quality` runs texts through a model and asks it for some of their
@@ -199,9 +195,10 @@ print(f"notes: {notes_plain.accuracy:.0%} right, "
       f"with the last 16 tokens {short_notes.accuracy:.0%}")
 
 # %% [markdown]
-# The book gets a little worse. Of the notes nearly nothing is left: guessing
-# one of 64 values would be right in 2 of 100. Whoever judges a cache by the
-# book alone would say that forgetting is free.
+# The book gets a little worse. Of the notes not much is left: those that happen
+# to lie close to their question. (Two layers of 16 tokens reach back 30 tokens.
+# Guessing one of 64 values would be right in 2 of 100.) Whoever judges a cache
+# by the book alone would say that forgetting is free.
 #
 # ## Fewer heads
 #
@@ -229,7 +226,7 @@ drawing.draw_head_groups(
 # and train on for 5% of the steps. The averaging is done on the matrices that
 # make keys and values. If a group of two heads has the weights
 #
-# | | rows of its matrix |
+# | | its row, two columns |
 # |---|---|
 # | head 0 | 1, 3 |
 # | head 1 | 2, 7 |
@@ -282,10 +279,10 @@ book_pooled = measure_quality(book_one_head, book)
 print(f"book, 2 heads pooled into 1: {book_pooled.mean_nats:.2f} nats per byte")
 
 # %% [markdown]
-# Ruined: the mean of two keys is a key that neither head has looked for. But
-# what the model knows is still there, in all other weights and in what the
-# heads had in common. The notes model was trained for 3,000 steps. We train on
-# for 5% of that, 150 steps, which takes some seconds:
+# Ruined: the mean of two keys is a key that no query head has learned to look
+# for. But what the model knows is still there, in all other weights and in what
+# the heads had in common. The notes model was trained for 3,000 steps. We train
+# on for 5% of that, 150 steps, which takes some seconds:
 
 # %%
 settings = TrainingConfig(
@@ -304,12 +301,12 @@ plotting.plot_measured(
     {name: tuple(zip(*curve)) for name, curve in curves.items()},
     xlabel="steps of training after pooling (150 are 5% of the first training)",
     ylabel="share of answers that are right",
-    title=f"After 150 steps, {trained_on[2].accuracy:.0%} with two heads, "
-    f"{trained_on[1].accuracy:.0%} with one",
+    title="Pooled into two heads, a model comes back sooner than into one",
 );
 
 # %% [markdown]
-# *Two heads come back sooner than one.* Training the book's model on for 5% of
+# *The share of the answers to 512 questions, in 128 texts that are the same at
+# every step.* Training the book's model on for 5% of
 # its 5,000 steps takes minutes, so that was done beforehand (`python -m
 # lib.kv_heads`):
 
@@ -324,8 +321,8 @@ for step, *nats in pooling["step_and_nats_per_byte"]:
 # Ainslie and others compare quality and time (their Table 1). We can make the
 # same table. Beside the pooled models stand those that were trained from
 # scratch with four, two and one KV heads, three times each with other random
-# numbers (their training is in data/results/recall.json). Time is a decode step
-# for sixteen texts of 1,000 tokens, in turns.
+# numbers (their training is in data/results/recall.json). Time is the median of
+# a decode step for sixteen texts of 960 tokens, where the models take turns.
 
 # %%
 def decode_step(lm):
@@ -333,15 +330,15 @@ def decode_step(lm):
     cache = ContiguousKVCache(lm.config, 16, 1024, fused_decode=True)
     for request_id in range(16):
         cache.begin(request_id)
-    prompts = torch.zeros(16 * 1000, dtype=torch.int64)
-    generate.forward_cached(lm, cache, prompts, torch.full((16,), 1000))
+    prompts = torch.zeros(16 * 960, dtype=torch.int64)
+    generate.forward_cached(lm, cache, prompts, torch.full((16,), 960))
     ones = torch.ones(16, dtype=torch.int64)
     return lambda: generate.forward_cached(lm, cache, prompts[:16], ones)
 
 
 scratch = {G: recall.load(f"notes_g{G}") for G in (4, 2, 1)}
 seconds = meter.medians_in_turns(
-    {f"{G}": decode_step(lm) for G, lm in scratch.items()}, repeats=11
+    {f"{G}": decode_step(lm) for G, lm in scratch.items()}, repeats=41
 )
 runs = json.loads(recall.RESULTS.read_text())
 print("KV heads  bytes per token  ms per step  from scratch        pooled")
@@ -384,7 +381,7 @@ for G, lm in scratch.items():
 # of two bits fill one byte, the first of them in its lowest bits: 0 + 1 · 4 +
 # 2 · 16 + 3 · 64 = 228.
 #
-# ### Exercise 7.3 · `quantize` ★★ (20 minutes)
+# ### Exercise 7.3 · `quantize` ★★ (30 minutes)
 #
 # Do that for vectors of any shape (..., D), along the last dimension, with 8, 4
 # or 2 bits. A vector of equal numbers has scale 0, by which nothing can be
@@ -474,6 +471,14 @@ for bits in (None, 8, 4, 2):
     print(f"{bits or 32:2} bits, {cache.used_bytes:7,} bytes: {written!r}")
 
 # %% [markdown]
+# With 8 bits the model writes as well as with 32, with 2 bits it does not. The
+# texts are not the same, though: wherever two bytes are nearly as likely, a
+# small error chooses the other one, and from there on it is another text. So
+# texts do not tell how much is lost. We shall measure that below.
+#
+# (4 bits per number are more than that, by the way: 32 numbers of a head share
+# a scale and a zero point of 32 bits each, so that each number costs 6 bits.)
+#
 # A decode step must not turn the whole cache back into numbers first: that
 # would be the memory it has saved. It goes through the cache tile by tile, 128
 # tokens at a time, with the online softmax of chapter 5 (`attend_online`, which
@@ -542,11 +547,12 @@ for bits, (of_book, of_notes) in {
 # makes a weight almost three times as large, and moves all others with it.
 #
 # There is more to it. All numbers of a key share one scale, and it is set by
-# the largest of them. If some places of a key are always large, then the steps
-# are too coarse for all others. So group the numbers the other way: not the D
-# numbers of one key, but the same place of 32 neighbouring keys. That is KIVI's
-# proposal (Liu and others, 2024): keys **per channel**, values **per token**.
-# We try it with your function, at `attend`:
+# the largest of them. If some places of a key, its **channels**, are always
+# large, then the steps are too coarse for all others. So let other numbers
+# share a scale: not the D numbers of one key, but those of one channel in 32
+# neighbouring keys. That is KIVI's proposal (Liu and others, 2024): keys **per
+# channel**, values **per token**. We try it with your function, without a
+# cache: `attend=` takes any attention instead of one.
 
 # %%
 def per_channel(x, bits):
@@ -577,27 +583,30 @@ for name, k_of, v_of in [
     of_book = measure_quality(book_lm, book, attend=attend)
     print(f"2 bits, {name:18}: {of_book.mean_nats:.3f} nats per byte")
 
+# %% [markdown]
+# Per channel, keys of 2 bits lose far less. For values it makes little
+# difference. `record_kv` collects keys and values as they occur in a model:
+
 # %%
-with torch.no_grad():
-    keys, values = record_kv(book_lm, book[0].token_ids)
-    largest = {
-        name: x.flatten(0, 1).abs().amax(dim=0).flatten().sort().values
-        for name, x in (("keys", keys), ("values", values))
-    }
+keys, values = record_kv(book_lm, book[0].token_ids)  # (L, N, G, D) each
+largest = {
+    name: x.abs().amax(dim=(0, 1)).flatten().sort().values
+    for name, x in (("keys", keys), ("values", values))
+}
 ratio = {name: (x[-1] / x[32]).item() for name, x in largest.items()}
 plotting.plot_measured(
     {name: (range(1, 65), x.tolist()) for name, x in largest.items()},
     xlabel="channels of both heads, sorted",
-    ylabel="largest number that occurs",
-    title=f"Largest channel over median one: keys {ratio['keys']:.1f}, "
-    f"values {ratio['values']:.1f}",
+    ylabel="largest number that occurs, in all layers",
+    title=f"The largest channel is {ratio['keys']:.1f} times the median: keys",
 ).set_xticks([1, 16, 32, 48, 64]);
 
 # %% [markdown]
-# *What is gained per channel comes from these differences.* It has a price: the
-# scale of a channel is known only when all 32 keys are there, so KIVI keeps the
-# newest keys as they are until a group is full. Our format is per token for
-# both, so that a token is written once and never again.
+# *Some channels of keys are much larger than all others; those of values are
+# not.* Per channel has a price: the scale of a channel is known only when all
+# 32 keys are there, so KIVI keeps the newest keys as they are until there are
+# so many. Our format is per token for both, so that a token is written once and
+# never again.
 #
 # Is it faster? Here it is not. The processor has to unpack what it reads:
 
@@ -639,7 +648,9 @@ for name, value in seconds.items():
 # second number times the second. So two numbers per token are enough, the
 # **code**, and the basis is kept once for all tokens. As a formula: keys (6, 3)
 # are codes (6, 2) @ basis (2, 3), a product of two thin matrices. Such a matrix
-# has **rank** 2.
+# has **rank** 2. (Code is a word for any short form: the integers above were
+# codes of single numbers, these are codes of whole vectors. The field calls
+# such a vector a **latent**, and so do the names of our functions.)
 #
 # Real keys do not lie in a plane exactly. But the singular value decomposition,
 # SVD, finds the basis of r rows that comes nearest. Its **singular values** say
@@ -702,10 +713,10 @@ for name, (seen_keys, seen_values) in {
 # ### Exercise 7.6 · `factorize` ★★ (15 minutes)
 #
 # Find the basis, and the codes. `torch.linalg.svd(x, full_matrices=False)`
-# gives U, S and Vh with x = U @ diag(S) @ Vh, the largest singular value first;
-# the rows of Vh are directions of length 1 that are perpendicular to each
-# other. That makes coding easy: the code of a vector, also of one that comes
-# later, is its product with each row.
+# gives U, S and Vh with x = U @ diag(S) @ Vh, the largest singular value first.
+# One of the three holds directions in which vectors like those of x lie, of
+# length 1 and perpendicular to each other. The codes have to be such that a
+# vector that comes later, and was not in x, gets its code by the same rule.
 
 # %% exercise="factorize" given="1"
 from lib.latent_kv_cache import factorize
@@ -716,12 +727,13 @@ check(factorize)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# The first `rank` rows of Vh are the basis.
+# The rows of Vh have as many numbers as a vector has: they are the directions.
+# How far does a vector reach in a direction of length 1?
 #
 # </details>
 # <details><summary>Hint 2</summary>
 #
-# The codes are `x @ basis.T`.
+# The first `rank` rows of Vh are the basis, and the codes are `x @ basis.T`.
 #
 # </details>
 
@@ -755,14 +767,15 @@ print("largest error:", f"{(codes @ basis - whales).abs().max():.0e}")
 # The same works for values, from the other side: the weighted mean of values is
 # the weighted mean of their codes, times the basis, once.
 #
-# ### Exercise 7.7 · `attend_latent` ★★★ (30 minutes)
+# ### Exercise 7.7 · `attend_latent` ★★★ (40 minutes)
 #
 # Write attention that never makes a key or a value. A layer's code is for all
 # KV heads together, and the basis has for each direction the numbers of each
 # head: `k_basis` is (R, G, D), and head g's key is `k_codes[s] @ k_basis[:,
-# g]`. Query head h reads KV head h // (H / G), so that the heads of a group
-# absorb the same part of the basis. After that, all query heads look at the
-# same codes: it is multi-query attention, with longer queries.
+# g]`. Values have codes and a basis of their own, of another rank W. Query head
+# h reads KV head h // (H / G), so that the heads of a group absorb the same
+# part of the basis. After that, all query heads look at the same codes: it is
+# multi-query attention, with longer queries.
 #
 # Scores are divided by √D as ever. D is the length of the keys that would have
 # been there: the scores are the same numbers as before. The mask and the
@@ -827,8 +840,11 @@ for name, way in (("making keys", make_keys), ("on the codes", on_codes)):
     print(f"{name:12}: {cost.flops.total():9,} FLOPs, "
           f"{cost.peak_bytes:7,} bytes at the peak")
 print("largest difference:", f"{(make_keys() - on_codes()).abs().max():.0e}")
+basis_bytes = half.k_bases.nbytes + half.v_bases.nbytes
+print(f"the bases of all layers: {basis_bytes:,} bytes, once for all texts")
 
 # %% [markdown]
+# A tenth of the work, and a small part of the memory, for the same numbers.
 # `LatentFormat` has a basis for each layer, writes codes, and reads them by
 # your function. `latent_format` makes one from recorded keys and values. How
 # many numbers do keys need, how many values? In one of the two we keep all 64
@@ -869,10 +885,13 @@ for rank in (48, 32, 24, 16):
     print(f"{rank:4}   " + "".join(f"{cell:>22}" for cell in cells))
 
 # %% [markdown]
-# The two models disagree. Of the notes, keys compress and values do not: to
-# tell eight keys from each other takes few numbers, while a value has to come
-# back as one of 64. Of the book it is the other way round. So there is no rank
-# that is right for keys: measure what your model needs.
+# The two models disagree. In the notes values give way first: at rank 16 the
+# keys have lost next to nothing, and values every tenth answer. To tell eight
+# keys from each other takes few numbers, while a value has to come back as one
+# of 64. In the book keys give way first, at rank 32. So there is no rank that
+# is right for keys: measure what your model needs. (And do not expect losses to
+# add up: keys of rank 16 are so wrong that coding the values too no longer
+# hurts.)
 #
 # ### Why rotation has to stay outside
 #
@@ -917,10 +936,10 @@ for rank, of_book in coded_before.items():
           f"nats per byte, after it {after:.3f}")
 
 # %% [markdown]
-# Far better. But look at what attention has become. The score of a query at
-# position t with the key of position s was q · (c B), and is now q · R(c B),
-# where R turns by the distance t - s. The query has to absorb the rotation too,
-# and there is one for each distance:
+# Far better. But look at what attention has become. The score of a query with
+# the key of a code c was q · (c B). Now a rotation R stands between them, q ·
+# R(c B), and how far it turns depends on how far the two tokens are apart. The
+# query has to absorb the rotation too, and there is one for each distance:
 
 # %%
 small_q = torch.randn(1, 1, 8, generator=seeded(0))
@@ -937,6 +956,14 @@ for distance in range(3):
 # short part is rotated, is made from the token directly, and is shared by all
 # heads as in multi-query attention; it says *where* the token is. A score is
 # the sum of both:
+#
+# | | what (from the code) | where (rotated) |
+# |---|---|---|
+# | kept per token | a code of R numbers | one short key for all heads |
+# | query | absorbs the basis, once | is rotated, once |
+# | score | query's code · token's code | query · key |
+#
+# With random numbers, for six tokens and four heads:
 
 # %%
 T, H, R, D, D_rope = 6, 4, 8, 16, 4
@@ -959,10 +986,10 @@ with_keys = torch.einsum("hd,thd->ht", torch.cat([q_what, q_where], -1), k)
 absorbed = torch.einsum("hd,rhd->hr", q_what, basis)
 on_codes = absorbed @ codes.T + q_where @ k_where.squeeze(1).T
 print(f"largest difference: {(with_keys - on_codes).abs().max():.0e}")
-print(f"numbers per token: {R + D_rope} instead of {2 * H * D}")
+print(f"{R + D_rope} numbers per token; keys have {H * (D + D_rope)}")
 
 # %% [markdown]
-# In DeepSeek-V2 values come from the same code as keys. A token keeps 512 + 64
+# In DeepSeek-V2 values come from the same code as well. A token keeps 512 + 64
 # = 576 numbers per layer, for 128 heads of 128, which would be 32,768. That is
 # as much as 2.25 KV heads of grouped-query attention. The model has to be
 # trained that way from the beginning: ours was not, its position is in all of
@@ -970,63 +997,51 @@ print(f"numbers per token: {R + D_rope} instead of {2 * H * D}")
 #
 # ## One plot
 #
-# Everything that we have tried, by what it costs and what is lost. For the book
-# we subtract what each draw of passages costs without any loss, so that the
-# draws can be compared. One more is there for the notes: two KV heads *and* 4
-# bits, since the methods do not exclude each other.
+# What we have tried, by what it costs and what is lost. For the book we
+# subtract what each draw of passages costs without any loss, so that the draws
+# can be compared. One more is there for the notes: two KV heads *and* 4 bits,
+# since the methods do not exclude each other.
 
 # %%
-def points(qualities, draws_of):
-    """Bytes per token, and all draws, of each quality; the smallest first."""
-    ordered = sorted(qualities, key=lambda q: q.bytes_per_token)
-    return [q.bytes_per_token for q in ordered], [draws_of(q) for q in ordered]
-
-
-def lost_nats(nats):
-    return [after - before for after, before in zip(nats, book_plain.nats)]
-
-
-def of_book(qualities):
-    return points(qualities, lambda q: lost_nats(q.nats))
-
-
-def of_notes(qualities):
-    return points(qualities, lambda q: q.accuracies)
-
-
-in_bits = [by_bits[bits] for bits in [(8, 8), (8, 4), (4, 4), (4, 2)]]
+bits = [(8, 8), (8, 4), (4, 4), (4, 2)]
 two_and_4_bits = measure_quality(
     pooled[2], notes, make_cache=contiguous(QuantizedFormat(4))
 )
-one_head_bytes = kv_heads.bytes_per_token(book_one_head.config)
-nats_after = pooling["step_and_nats_per_byte"][-1][1:]
-
-book_panel = {
-    "as it is": of_book([book_plain]),
-    "fewer heads, trained on": ([one_head_bytes], [lost_nats(nats_after)]),
-    "fewer bits": of_book([q for q, _ in in_bits]),
-    "2 bits for keys": of_book([by_bits[2, 8][0]]),
-} | {
-    f"codes, {which}": of_book([q for q, _ in ranks.values()])
-    for which, ranks in by_rank.items()
+one_head = Quality(
+    nats=tuple(pooling["step_and_nats_per_byte"][-1][1:]),
+    accuracies=(),
+    bytes_per_token=kv_heads.bytes_per_token(book_one_head.config),
+)
+methods = {  # of the book, of the notes
+    "as it is": ([book_plain], [notes_plain]),
+    "fewer heads, trained on": ([one_head], list(trained_on.values())),
+    "fewer bits": zip(*(by_bits[pair] for pair in bits)),
+    "keys 2 bits, values 8": zip(by_bits[2, 8]),
+    "codes of keys": zip(*by_rank["keys"].values()),
+    "codes of values": zip(*by_rank["values"].values()),
+    "codes of both": zip(*by_rank["keys and values"].values()),
+    "two heads, 4 bits": ([], [two_and_4_bits]),
 }
-notes_panel = {
-    "as it is": of_notes([notes_plain]),
-    "fewer heads, trained on": of_notes(trained_on.values()),
-    "fewer bits": of_notes([q for _, q in in_bits]),
-    "2 bits for keys": of_notes([by_bits[2, 8][1]]),
-} | {
-    f"codes, {which}": of_notes([q for _, q in ranks.values()])
-    for which, ranks in by_rank.items()
-} | {"two heads, 4 bits": of_notes([two_and_4_bits])}
+of_book, of_notes = zip(*(map(list, pair) for pair in methods.values()))
+book_panel = dict(zip(methods, of_book)) | {
+    "codes of keys before rotation": list(coded_before.values())
+}
+
+
+def nats_lost(quality):
+    return [a - b for a, b in zip(quality.nats, book_plain.nats)]
+
 
 four = by_bits[4, 4][0]
-lost = four.mean_nats - book_plain.mean_nats
 factor = book_plain.bytes_per_token / four.bytes_per_token
+lost = four.mean_nats - book_plain.mean_nats
 plotting.plot_quality(
     [
-        ("book: nats per byte lost", "symlog", book_panel),
-        ("notes: share right", "linear", notes_panel),
+        ("book: nats per byte lost", "symlog", book_panel, nats_lost),
+        (
+            "notes: share right", "linear",
+            dict(zip(methods, of_notes)), lambda quality: quality.accuracies,
+        ),
     ],
     title=f"4 bits: {factor:.1f} times fewer bytes, {lost:.3f} nats lost",
 );
@@ -1034,15 +1049,18 @@ plotting.plot_quality(
 # %% [markdown]
 # *Left, lower is better (below 0.01 the axis is linear, above it logarithmic);
 # right, higher is. A mark is the mean of three draws of texts, its line goes
-# from the least to the most.*
+# from the least to the most. On each line, from right to left: bits of keys and
+# values 8 and 8, 8 and 4, 4 and 4, 4 and 2; codes of 48, 32, 24 and 16
+# numbers.*
 #
-# Read it from right to left. Bits come first: 4 bits for each number cost
-# nearly nothing and need no training, 2 bits for keys are too few for anybody.
-# Fewer heads cost some training, and then little; the two can be put together.
-# Codes, made after training, pay off where there is something to be saved, in
-# values here and in keys there. All that is for two small models, and from 32
-# bits per number. Large models begin with 16, so that 4 bits and their scales
-# are a factor of less than 4.
+# Bits come first: 4 bits for each number cost nearly nothing and need no
+# training. Keys of 2 bits per token are too few for either model. Two heads
+# cost some training, and then little; one head costs more, and for either the
+# bits can be reduced as well. Codes, made after training, pay off only where a
+# model leaves something to be saved: here in the values of the book and in the
+# keys of the notes. All that is for two small models, and from 32 bits per
+# number. Large models begin with 16, so that 4 bits and their scales are a
+# factor of less than 4.
 
 # %%
 check.summary()
@@ -1051,8 +1069,8 @@ check.summary()
 # ## What is still wrong
 #
 # - Every token is still kept, also those that nobody will ever look at again.
-#   Of 121 tokens in a text of notes, 64 are filler. Which ones could go?
-#   That is the next question.
+#   In a text of notes, 104 tokens come before the first question, and 64 of
+#   them are filler. Which ones could go?
 # - Our keys per token do not use what KIVI found per channel, and the newest
 #   tokens, which matter most, are quantized like all others.
 # - Codes of rotated keys waste directions. A model has to be trained for them,
@@ -1081,10 +1099,10 @@ check.summary()
 # 2. Why are neighbouring KV heads pooled, and not the first with the third?
 # 3. A vector has the numbers 0, 1, 2, 30. What do 2 bits make of it?
 # 4. One number of a value is off by 0.1, and one number of a key is. Which of
-#    the two can change the whole output, and when?
-# 5. A layer has codes of 128 numbers and 8 KV heads of 64. How many numbers per
-#    token does a decode step read with absorbed queries, and how many if it
-#    makes the keys and values?
+#    the two can change all numbers of the output?
+# 5. A layer has codes of 128 numbers for keys, and as many for values, and 8 KV
+#    heads of 64. How many numbers per token does a decode step read with
+#    absorbed queries? What is there besides if it makes the keys and values?
 # 6. Why may DeepSeek-V2's long part not be rotated?
 #
 # <details><summary>Answers</summary>
@@ -1096,8 +1114,8 @@ check.summary()
 # 4. The key, if it meets a query that is large in that place: the score goes
 #    through an exponential. The value moves one number of the output, by 0.1
 #    times its weight.
-# 5. 2 · 128 either way: codes are what is in memory. But with keys and values
-#    made, 2 · 8 · 64 numbers per token are written and read besides.
+# 5. 2 · 128 = 256. With keys and values made it reads these too, and then
+#    writes and reads 2 · 8 · 64 = 1,024 more.
 # 6. The query would have to absorb a rotation by the distance, another one for
 #    each key.
 #

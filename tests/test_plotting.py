@@ -14,6 +14,7 @@ from lib.config import TINY
 from lib.engine import Step
 from lib.figures import drawing, plotting
 from lib.kv_cache import ContiguousKVCache
+from lib.measure.quality import Quality
 from lib.simulation import Request, Usage, predict_steps
 
 matplotlib.use("agg")
@@ -309,21 +310,24 @@ def test_latency_curves_are_told_apart_without_colour():
 
 
 def test_a_method_looks_the_same_in_both_panels_and_shows_all_its_draws():
+    def kept(num_bytes, *draws):
+        return Quality(draws, (), num_bytes)
+
+    def halves(quality):
+        return [x / 2 for x in quality.nats]
+
+    bits = [kept(16, 0.5), kept(8, 1, 3)]  # in any order
     panels = [
-        (
-            "lost",
-            "symlog",
-            {"plain": ([64], [[0, 0]]), "bits": ([8, 16], [[1, 3], [0.5]])},
-        ),
-        ("right", "linear", {"heads": ([32], [[0.5]]), "bits": ([8], [[0.25, 0.75]])}),
+        ("lost", "symlog", {"plain": [kept(64, 0)], "bits": bits}, lambda q: q.nats),
+        ("half", "linear", {"heads": [kept(32, 4)], "bits": bits[1:]}, halves),
     ]
     figure = plotting.plot_quality(panels, title="")
     left, right = figure.axes
     of_bits = [ax.containers[1] for ax in (left, right)]
     means = [bars.lines[0].get_xydata().tolist() for bars in of_bits]
-    assert means == [[[8, 2], [16, 0.5]], [[8, 0.5]]]
+    assert means == [[[8, 2], [16, 0.5]], [[8, 1]]]
     (spread,) = of_bits[1].lines[2]
-    assert spread.get_segments()[0].tolist() == [[8, 0.25], [8, 0.75]]
+    assert spread.get_segments()[0].tolist() == [[8, 0.5], [8, 1.5]]
     looks = [(bars.lines[0].get_marker(), bars.lines[0].get_color()) for bars in of_bits]
     assert looks[0] == looks[1]
     markers = {ax.containers[0].lines[0].get_marker() for ax in (left, right)}

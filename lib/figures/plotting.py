@@ -7,9 +7,9 @@ markers. Each function returns what it drew on.
 
 import itertools
 import math
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 
 import matplotlib.pyplot as plt
 import torch
@@ -289,36 +289,43 @@ def plot_latency(
 
 
 def plot_quality(
-    panels: Sequence[tuple[str, str, Mapping[str, tuple[Sequence, Sequence]]]],
+    panels: Sequence[tuple[str, str, Mapping[str, Sequence], Callable]],
     *,
     title: str,
 ) -> Figure:
     """Panels side by side: what each way to keep keys and values costs and is worth.
 
     panels: each a name and a scale for its y axis ("linear", or "symlog", which shows
-    small losses beside large ones) and, by method, bytes per token and the values of all
-    draws at each: the mean is marked, and a line shows from the least to the most. A
-    method has the same marker in all panels. The x axis is logarithmic.
+    small losses beside large ones); by method, each `Quality` of lib/measure/quality.py;
+    and what of one is drawn, a number for each draw of texts. The mean is marked, and a
+    line goes from the least to the most. A method looks the same in all panels. The x
+    axis is logarithmic.
     """
-    figure, axes = plt.subplots(1, len(panels), figsize=(8.6, 4.2))
-    names = list(dict.fromkeys(name for *_, methods in panels for name in methods))
-    marker_of = dict(zip(names, itertools.cycle("osD^vPX*")))
-    colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
-    color_of = dict(zip(names, itertools.cycle(["black", *colors])))
-    for ax, (ylabel, yscale, methods) in zip(axes, panels):
-        for name, (num_bytes, draws) in methods.items():
-            means = [statistics.mean(values) for values in draws]
-            spread = [
-                [mean - min(values) for mean, values in zip(means, draws)],
-                [max(values) - mean for mean, values in zip(means, draws)],
-            ]
-            ax.errorbar(
-                num_bytes,
+    figure, axes = plt.subplots(1, len(panels), figsize=(8.6, 4.4))
+    names = list(dict.fromkeys(name for _, _, methods, _ in panels for name in methods))
+    colors = ["black", *plt.rcParams["axes.prop_cycle"].by_key()["color"]]
+    looks = zip(itertools.cycle("osD^v<>PX*"), itertools.cycle(colors))
+    look_of = dict(zip(names, looks))
+    named = {}
+    for ax, (ylabel, yscale, methods, draws_of) in zip(axes, panels):
+        highest = 0.01
+        for name, qualities in methods.items():
+            if not qualities:
+                continue
+            by_bytes = sorted(qualities, key=lambda quality: quality.bytes_per_token)
+            draws = [draws_of(quality) for quality in by_bytes]
+            means, least, most = ([f(x) for x in draws] for f in (mean, min, max))
+            highest = max(highest, *most)
+            marker, color = look_of[name]
+            named[name] = ax.errorbar(
+                [quality.bytes_per_token for quality in by_bytes],
                 means,
-                spread,
-                label=name,
-                marker=marker_of[name],
-                color=color_of[name],
+                [
+                    [b - a for a, b in zip(*ends)]
+                    for ends in ((least, means), (means, most))
+                ],
+                marker=marker,
+                color=color,
                 linewidth=1.2,
             )
         ax.set_xscale("log", base=2)
@@ -326,15 +333,9 @@ def plot_quality(
         if yscale == "symlog":
             ax.set_yscale("symlog", linthresh=0.01)
             ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-            most = max(max(values) for _, draws in methods.values() for values in draws)
-            ax.set_ylim(-0.005, 1.5 * max(most, 0.01))
+            ax.set_ylim(-0.005, 1.5 * highest)
         ax.set(xlabel="bytes per token", ylabel=ylabel)
-    handles = {}
-    for ax in axes:
-        handles.update(zip(*reversed(ax.get_legend_handles_labels())))
-    figure.legend(
-        handles.values(), handles, loc="outside lower center", ncols=min(len(names), 4)
-    )
+    figure.legend(named.values(), named, loc="outside lower center", ncols=3)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11.5, fontweight="bold")
     return figure
 
