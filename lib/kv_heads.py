@@ -7,7 +7,7 @@ queries, and is H / G times smaller. A model that was trained with more of them 
 into one with fewer by taking the mean of those that become one, and is then trained on,
 for a small part of the steps that it took to train it.
 
-    python -m lib.kv_heads    # the book's model with one KV head, trained on: 3 minutes
+    python -m lib.kv_heads    # the book's model with one KV head, trained on: minutes
 
 Read lib/model.py, lib/training.py and lib/kv_cache.py before.
 """

@@ -1217,7 +1217,7 @@ check.summary()
 #
 # - **fewer heads**: one KV head, the mean of both;
 # - **fewer numbers**: keys as codes of 32 numbers instead of 64, from which
-#   they are made again;
+#   they are made again (as if one knew beforehand which 32 are best);
 # - **fewer tokens**: each token sees the last W tokens only;
 # - **a state that does not grow**: without the softmax, attention is q @ (Kᵀ
 #   V), divided by the sum of its weights. Kᵀ V is a matrix of D by D, however

@@ -16,8 +16,8 @@
 # - say how many bytes a token takes in any of these caches, to the byte,
 # - turn a model with many KV heads into one with few, and train it back to
 #   health,
-# - keep keys and values in 8, 4 or 2 bits, and say why keys need more of them
-#   than values,
+# - keep keys and values in 8, 4 or 2 bits, and say what keys need that values
+#   do not,
 # - factorize keys and values into short codes, and compute attention on the
 #   codes themselves,
 # - explain why rotated positions stand in the way of that, and what DeepSeek
@@ -57,7 +57,7 @@ torch.set_num_threads(1)  # steadier timings
 # %%
 llama_bytes = kv_cache.kv_cache_bytes(LLAMA3_8B, 1, bytes_per_number=2)
 print(f"{llama_bytes:,} bytes per token")
-print(f"{16e9 / llama_bytes:,.0f} tokens take as much memory as its weights do")
+print(f"{16e6 / llama_bytes:.0f} thousand tokens take as much as its weights")
 
 # %% [markdown]
 # Its weights take 16 GB, once, for everybody. Fifteen texts of 8,192 tokens
@@ -195,10 +195,10 @@ print(f"notes: {notes_plain.accuracy:.0%} right, "
       f"with the last 16 tokens {short_notes.accuracy:.0%}")
 
 # %% [markdown]
-# The book gets a little worse. Of the notes not much is left: those that happen
-# to lie close to their question. (Two layers of 16 tokens reach back 30 tokens.
-# Guessing one of 64 values would be right in 2 of 100.) Whoever judges a cache
-# by the book alone would say that forgetting is free.
+# The book gets a little worse. Of the notes nothing is left: always to answer
+# with the value that the text has told most often is right in about 8 of 100.
+# Whoever judges a cache by the book alone would say that forgetting costs
+# little. (Four layers of 16 tokens reach back 60 tokens, two layers 30.)
 #
 # ## Fewer heads
 #
@@ -206,8 +206,8 @@ print(f"notes: {notes_plain.accuracy:.0%} right, "
 # **multi-query attention** (Shazeer, 2019) all query heads share a single KV
 # head: the cache shrinks by the number of heads, and quality suffers. Between
 # the two lies **grouped-query attention**, in which groups of query heads share
-# one (Ainslie and others, 2023). Llama 3 has groups of four, our book model
-# groups of three.
+# one (Ainslie and others, 2023). Llama 3 8B has groups of four, our book model
+# has groups of three.
 
 # %%
 drawing.draw_head_groups(
@@ -280,9 +280,10 @@ print(f"book, 2 heads pooled into 1: {book_pooled.mean_nats:.2f} nats per byte")
 
 # %% [markdown]
 # Ruined: the mean of two keys is a key that no query head has learned to look
-# for. But what the model knows is still there, in all other weights and in what
-# the heads had in common. The notes model was trained for 3,000 steps. We train
-# on for 5% of that, 150 steps, which takes some seconds:
+# for, and the mean of two values is nothing that the next layer expects. But
+# what the model knows is still there, in all other weights and in what the
+# heads had in common. The notes model was trained for 3,000 steps. We train on
+# for 5% of that, 150 steps, which takes some seconds:
 
 # %%
 settings = TrainingConfig(
@@ -541,72 +542,91 @@ for bits, (of_book, of_notes) in {
 
 # %% [markdown]
 # With 8 bits nothing can be seen, with 4 hardly anything. With 2 bits the two
-# part: values survive, keys do not. An error in a value is one error among
-# many, in a weighted mean, where errors of both signs cancel. An error in a key
-# moves a *score*, and the weight is its exponential: a score that is off by 1
-# makes a weight almost three times as large, and moves all others with it.
+# part: values survive, keys do not. An error in a value passes into the output
+# about as large as it is. An error in a key changes a *score*, and with it the
+# weights of all tokens. But that is the smaller part of it.
 #
-# There is more to it. All numbers of a key share one scale, and it is set by
-# the largest of them. If some places of a key, its **channels**, are always
-# large, then the steps are too coarse for all others. So let other numbers
-# share a scale: not the D numbers of one key, but those of one channel in 32
-# neighbouring keys. That is KIVI's proposal (Liu and others, 2024): keys **per
-# channel**, values **per token**. We try it with your function, without a
+# All numbers of a key share one scale, and it is set by the largest of them. If
+# some places of a key, its **channels**, are always large, then the steps are
+# too coarse for all others. So let other numbers share a scale: not the D
+# numbers of one key, but those of one channel in some 32 neighbouring keys.
+# That is KIVI's proposal (Liu and others, 2024): keys **per channel**, values
+# **per token**. KVQuant (Hooper and others, 2024) goes one step further:
+# rotation mixes two channels, by another angle for each token, so quantize keys
+# *before* they are rotated. We try all this with your function, without a
 # cache: `attend=` takes any attention instead of one.
 
 # %%
-def per_channel(x, bits):
-    """x (B, T, G, D), quantized over 32 tokens at a time, and back again."""
-    B, T, G, D = x.shape
-    channels = x.view(B, T // 32, 32, G, D).movedim(2, -1)
-    quantized = quantized_kv_cache.quantize(channels, bits)
-    back = quantized_kv_cache.dequantize(*quantized, bits)
-    return back.movedim(-1, 2).reshape(B, T, G, D)
+def per_token(x):
+    quantized = quantized_kv_cache.quantize(x, 2)
+    return quantized_kv_cache.dequantize(*quantized, 2)
 
 
-def per_token(x, bits):
-    quantized = quantized_kv_cache.quantize(x, bits)
-    return quantized_kv_cache.dequantize(*quantized, bits)
+def per_channel(x):
+    """x (B, T, G, D), one scale per channel for 32 tokens, or for all T."""
+    size = 32 if x.shape[1] % 32 == 0 else x.shape[1]
+    channels = x.unflatten(1, (-1, size)).movedim(2, -1)  # (B, ..., G, D, size)
+    return per_token(channels).movedim(-1, 2).flatten(1, 2)
 
 
-for name, k_of, v_of in [
-    ("keys per token", per_token, None),
-    ("keys per channel", per_channel, None),
-    ("values per token", None, per_token),
-    ("values per channel", None, per_channel),
-]:
+def per_channel_before_rotation(k):
+    places, theta = torch.arange(k.shape[1]), book_lm.config.rope_theta
+    return rotate(per_channel(rotate(k, -places, theta)), places, theta)
+
+
+def untouched(x):
+    return x
+
+
+print("2 bits of                               book   notes")
+for name, (k_way, v_way) in {
+    "keys, per token": (per_token, untouched),
+    "keys, per channel": (per_channel, untouched),
+    "keys, per channel, before rotation": (
+        per_channel_before_rotation, untouched
+    ),
+    "values, per token": (untouched, per_token),
+    "values, per channel": (untouched, per_channel),
+}.items():
     def attend(layer, q, k, v):
-        k = k_of(k, 2) if k_of else k
-        v = v_of(v, 2) if v_of else v
-        return attend_fused(layer, q, k, v)
+        return attend_fused(layer, q, k_way(k), v_way(v))
 
     of_book = measure_quality(book_lm, book, attend=attend)
-    print(f"2 bits, {name:18}: {of_book.mean_nats:.3f} nats per byte")
+    of_notes = measure_quality(notes_lm, notes, attend=attend)
+    print(f"{name:37} {of_book.mean_nats:.3f}  {of_notes.accuracy:5.1%}")
 
 # %% [markdown]
-# Per channel, keys of 2 bits lose far less. For values it makes little
-# difference. `record_kv` collects keys and values as they occur in a model:
+# Per channel and before rotation, keys are as good as values in 2 bits, or
+# nearly so. (To rotate back is to rotate by minus the position.) For values it
+# makes no difference which numbers share a scale. What is it about the channels
+# of keys? `record_kv` collects keys and values as they occur in a model:
 
 # %%
 keys, values = record_kv(book_lm, book[0].token_ids)  # (L, N, G, D) each
+num_channels = keys.shape[2] * keys.shape[3]
 largest = {
     name: x.abs().amax(dim=(0, 1)).flatten().sort().values
     for name, x in (("keys", keys), ("values", values))
 }
-ratio = {name: (x[-1] / x[32]).item() for name, x in largest.items()}
+ratio = {name: (x[-1] / x.median()).item() for name, x in largest.items()}
 plotting.plot_measured(
-    {name: (range(1, 65), x.tolist()) for name, x in largest.items()},
+    {
+        name: (range(1, num_channels + 1), x.tolist())
+        for name, x in largest.items()
+    },
     xlabel="channels of both heads, sorted",
     ylabel="largest number that occurs, in all layers",
     title=f"The largest channel is {ratio['keys']:.1f} times the median: keys",
-).set_xticks([1, 16, 32, 48, 64]);
+).set_xticks([1, *range(16, num_channels + 1, 16)]);
 
 # %% [markdown]
 # *Some channels of keys are much larger than all others; those of values are
-# not.* Per channel has a price: the scale of a channel is known only when all
-# 32 keys are there, so KIVI keeps the newest keys as they are until there are
-# so many. Our format is per token for both, so that a token is written once and
-# never again.
+# not.* Much of it is an offset, the same for all tokens, which a zero point per
+# channel takes away. But per channel has a price: scale and zero point are
+# known only when all 32 keys are there, so KIVI keeps the newest keys as they
+# are until there are so many. And keys that were quantized before rotation have
+# to be rotated at every step. Our format is per token for both, so that a token
+# is written once and never again.
 #
 # Is it faster? Here it is not. The processor has to unpack what it reads:
 
@@ -807,9 +827,9 @@ check(attend_latent)
 # </details>
 
 # %% [markdown]
-# What does it save? A decode step over 480 tokens of the book, in layer 2, with
-# codes of 32 numbers: once on the codes, and once by making all keys and
-# values.
+# What does it save? A decode step over 480 tokens of the book, in layer 2: with
+# plain keys and values, with codes of 32 numbers from which all keys and values
+# are made, and on the codes.
 
 # %%
 half = latent_format(*book_seen, 32, 32)
@@ -835,16 +855,26 @@ def on_codes():
     return latent_kv_cache.attend_latent(q, k_codes, v_codes, *bases)
 
 
-for name, way in (("making keys", make_keys), ("on the codes", on_codes)):
+def as_they_are():
+    k, v = (seen[2][None, :480] for seen in book_seen)
+    return kv_cache.attend_cached(
+        q, k, v, torch.tensor([480]), torch.tensor([1])
+    )
+
+
+for way in (as_they_are, make_keys, on_codes):
     cost = meter.measure(way)
-    print(f"{name:12}: {cost.flops.total():9,} FLOPs, "
+    print(f"{way.__name__:11}: {cost.flops.total():9,} FLOPs, "
           f"{cost.peak_bytes:7,} bytes at the peak")
 print("largest difference:", f"{(make_keys() - on_codes()).abs().max():.0e}")
 basis_bytes = half.k_bases.nbytes + half.v_bases.nbytes
 print(f"the bases of all layers: {basis_bytes:,} bytes, once for all texts")
 
 # %% [markdown]
-# A tenth of the work, and a small part of the memory, for the same numbers.
+# The same numbers, with a tenth of the work that making keys takes, and little
+# more than plain attention does. (Codes of 64 numbers, as long as all heads
+# together, would take twice as much: each query head compares all of a code.)
+#
 # `LatentFormat` has a basis for each layer, writes codes, and reads them by
 # your function. `latent_format` makes one from recorded keys and values. How
 # many numbers do keys need, how many values? In one of the two we keep all 64
@@ -886,17 +916,17 @@ for rank in (48, 32, 24, 16):
 
 # %% [markdown]
 # The two models disagree. In the notes values give way first: at rank 16 the
-# keys have lost next to nothing, and values every tenth answer. To tell eight
-# keys from each other takes few numbers, while a value has to come back as one
-# of 64. In the book keys give way first, at rank 32. So there is no rank that
-# is right for keys: measure what your model needs. (And do not expect losses to
+# keys have lost next to nothing, and values every tenth answer. In the book
+# keys give way first, at rank 32. And that need not hold for the next model:
+# notes learned from another seed lose as much on both. So there is no rank that
+# is right for keys. Measure what your model needs. (And do not expect losses to
 # add up: keys of rank 16 are so wrong that coding the values too no longer
 # hurts.)
 #
 # ### Why rotation has to stay outside
 #
 # Why do the keys of the book need so many directions? We look at them before
-# they were rotated. (To rotate back is to rotate by minus the position.)
+# they were rotated:
 
 # %%
 positions = torch.arange(256)
@@ -909,9 +939,10 @@ for name, seen in (("after", book_seen[0]), ("before", before)):
     print(f"keys {name:6} rotation: ranks for 99%, by layer: {ranks} of 64")
 
 # %% [markdown]
-# A direction that all keys share, at whatever position, is one direction before
-# rotation. After it, it points elsewhere at every position, and fills the plane
-# in which RoPE turns it. So we should code keys *before* they are rotated, and
+# RoPE turns any direction that keys use by another angle at every position, and
+# so makes many directions of one. (From layer 1 on most of what is there before
+# rotation is one large direction, the mean of all keys, which makes these ranks
+# look smaller still.) So we should code keys *before* they are rotated, and
 # rotate what comes back. How good would that be?
 
 # %%
@@ -926,7 +957,9 @@ def coded_before_rotation(rank):
         back = (plain @ bases[layer].T @ bases[layer]).view_as(k)
         return attend_fused(layer, q, rotate(back, places, theta), v)
 
-    return measure_quality(book_lm, book, attend=attend)
+    found = measure_quality(book_lm, book, attend=attend)
+    num_bytes = kv_heads.bytes_per_token(book_lm.config, ranks=(rank, 64))
+    return replace(found, bytes_per_token=num_bytes)
 
 
 coded_before = {rank: coded_before_rotation(rank) for rank in (48, 32, 24, 16)}
@@ -991,9 +1024,9 @@ print(f"{R + D_rope} numbers per token; keys have {H * (D + D_rope)}")
 # %% [markdown]
 # In DeepSeek-V2 values come from the same code as well. A token keeps 512 + 64
 # = 576 numbers per layer, for 128 heads of 128, which would be 32,768. That is
-# as much as 2.25 KV heads of grouped-query attention. The model has to be
-# trained that way from the beginning: ours was not, its position is in all of
-# its key.
+# as much as 2.25 KV heads of grouped-query attention. The model was trained
+# that way from the beginning. In ours the position is in all of the key; such
+# models have been converted by some more training (Ji and others, 2025).
 #
 # ## One plot
 #
@@ -1054,7 +1087,7 @@ plotting.plot_quality(
 # numbers.*
 #
 # Bits come first: 4 bits for each number cost nearly nothing and need no
-# training. Keys of 2 bits per token are too few for either model. Two heads
+# training. Keys of 2 bits with one scale per token are too coarse. Two heads
 # cost some training, and then little; one head costs more, and for either the
 # bits can be reduced as well. Codes, made after training, pay off only where a
 # model leaves something to be saved: here in the values of the book and in the
@@ -1071,10 +1104,9 @@ check.summary()
 # - Every token is still kept, also those that nobody will ever look at again.
 #   In a text of notes, 104 tokens come before the first question, and 64 of
 #   them are filler. Which ones could go?
-# - Our keys per token do not use what KIVI found per channel, and the newest
-#   tokens, which matter most, are quantized like all others.
-# - Codes of rotated keys waste directions. A model has to be trained for them,
-#   as DeepSeek's are.
+# - Our caches keep rotated keys, with one scale per token. What we measured per
+#   channel and before rotation, for bits and for ranks, they do not use.
+# - Our codes were found after training. DeepSeek's model learned its own.
 # - On the CPU all of this saves bytes, not time. A kernel would have to read
 #   the bytes as they are.
 #
@@ -1084,8 +1116,9 @@ check.summary()
 #    be made smaller without the others.
 # 2. Query heads that share a KV head make the cache smaller by the size of the
 #    group; a model with many KV heads is pooled by their mean and trained on.
-# 3. A number kept in few bits needs a scale and a zero point per vector; keys
-#    need more bits than values, since their errors go through an exponential.
+# 3. A number kept in few bits needs a scale and a zero point, which it shares
+#    with others; for keys it matters with which: with those of its channel,
+#    before rotation.
 # 4. If keys and values are a product of codes and a basis, a query can absorb
 #    the basis, and attention runs on the codes: multi-query attention with long
 #    heads.
@@ -1111,9 +1144,8 @@ check.summary()
 # 2. Query head h reads KV head h // (H / G). With fewer of them it reads the
 #    one that its neighbours read, so that one should be their mean.
 # 3. A scale of 10: the codes are 0, 0, 0, 3, so it comes back as 0, 0, 0, 30.
-# 4. The key, if it meets a query that is large in that place: the score goes
-#    through an exponential. The value moves one number of the output, by 0.1
-#    times its weight.
+# 4. The key: it changes a score, and so the weights of all tokens. The value
+#    moves one number of the output, by 0.1 times its weight.
 # 5. 2 · 128 = 256. With keys and values made it reads these too, and then
 #    writes and reads 2 · 8 · 64 = 1,024 more.
 # 6. The query would have to absorb a rotation by the distance, another one for
@@ -1131,9 +1163,14 @@ check.summary()
 # - Liu and others, *KIVI*, 2024,
 #   [2402.02750](https://arxiv.org/abs/2402.02750): keys per channel, values per
 #   token.
+# - Hooper and others, *KVQuant*, 2024,
+#   [2401.18079](https://arxiv.org/abs/2401.18079): keys per channel, before
+#   rotation.
 # - DeepSeek-AI, *DeepSeek-V2*, 2024,
 #   [2405.04434](https://arxiv.org/abs/2405.04434): multi-head latent attention
 #   (section 2.1), and how many numbers it keeps (its Table 1).
+# - Ji and others, *MHA2MLA*, 2025,
+#   [2502.14837](https://arxiv.org/abs/2502.14837): a trained model converted.
 # - Arora and others, *Zoology*, 2023,
 #   [2312.04927](https://arxiv.org/abs/2312.04927): why recall is a measure of
 #   its own.

@@ -303,7 +303,8 @@ def plot_quality(
     """
     figure, axes = plt.subplots(1, len(panels), figsize=(8.6, 4.4))
     names = list(dict.fromkeys(name for _, _, methods, _ in panels for name in methods))
-    colors = ["black", *plt.rcParams["axes.prop_cycle"].by_key()["color"]]
+    cycle = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    colors = ["black", *cycle, "#7F3C8D", "#8C8C8C"]
     looks = zip(itertools.cycle("osD^v<>PX*"), itertools.cycle(colors))
     look_of = dict(zip(names, looks))
     named = {}

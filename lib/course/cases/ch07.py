@@ -1255,6 +1255,8 @@ EXERCISES = [
         dequantize_cases,
         dequantize_explain,
         errors={
+            "ZeroDivisionError": "A uint8 does not hold 256: it becomes 0, and nothing "
+            "can be divided by that. Keep the lowest bits by & instead",
             "view size is not compatible": "A tensor need not lie in memory in the order "
             "of its shape: unflatten, flatten and reshape take any",
         },
