@@ -1525,6 +1525,13 @@ def dequantize_by_a_table(codes, scale, zero, bits):
 
 
 @right("dequantize")
+def dequantize_between_both_ends(codes, scale, zero, bits):
+    shifts, last = torch.arange(0, 8, bits), 2**bits - 1
+    numbers = ((codes.unsqueeze(-1) >> shifts) & last).flatten(-2)
+    return torch.lerp(zero, zero + last * scale, numbers.to(scale.dtype) / last)
+
+
+@right("dequantize")
 def dequantize_in_numpy(codes, scale, zero, bits):
     in_bits = np.unpackbits(codes.numpy()[..., None], axis=-1, bitorder="little")
     in_bits = in_bits.reshape(*codes.shape[:-1], -1, bits)
