@@ -1752,6 +1752,19 @@ def attend_latent_query_by_query(q, k_codes, v_codes, k_basis, v_basis):
 
 
 @right("attend_latent")
+def attend_latent_by_products_and_sums(q, k_codes, v_codes, k_basis, v_basis):
+    (T, H, D), S = q.shape, len(k_codes)
+    k_basis, v_basis = (  # (H, R, D), (H, W, D)
+        b.repeat_interleave(H // b.shape[1], dim=1).transpose(0, 1)
+        for b in (k_basis, v_basis)
+    )
+    asked = (q.unsqueeze(2) * k_basis).sum(dim=-1)  # (T, H, R)
+    scores = asked @ k_codes.T / math.sqrt(D)
+    weights = scores.masked_fill(future(T, S)[:, None], -math.inf).softmax(-1)
+    return ((weights @ v_codes).unsqueeze(-1) * v_basis).sum(dim=2)
+
+
+@right("attend_latent")
 def attend_latent_token_by_token(q, k_codes, v_codes, k_basis, v_basis):
     (T, H, D), S = q.shape, len(k_codes)
     q = q.unflatten(1, (k_basis.shape[1], -1)) / D**0.5

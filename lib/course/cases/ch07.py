@@ -1059,17 +1059,17 @@ def _lower_all_but_the_last(q, k_codes, v_codes, k_basis):
 
 
 def _latent_limits(inputs: dict) -> dict[str, float]:
-    """Room for some copies of the codes, of scores, and of a basis for each query head:
-    not, in a text long enough to tell, for a key of one head for each token. No tensor is
+    """Room for some copies of the codes, of scores, and of a basis for each query: not,
+    in a text long enough to tell, for a key of one head for each token. No tensor is
     larger than one of these. And all that is made one after the other is less than the
     keys, or values, of all heads."""
     (T, H, D), (S, R) = inputs["q"].shape, inputs["k_codes"].shape
     W, size = inputs["v_codes"].shape[1], inputs["q"].itemsize
-    codes, scores, bases = S * (R + W), S * T * H, (R + W) * H * D
+    codes, scores, bases = S * (R + W), S * T * H, T * (R + W) * H * D
     of_queries = T * H * (R + W + D)
     at_once = 2 * codes + 6 * scores + 2 * bases + 8 * of_queries
     in_all = 4 * codes + (12 + 2 * (R + W)) * scores + 6 * bases + 24 * of_queries
-    largest = max(S * max(R, W, T * H), H * D * max(R, W), T * H * max(R, W, D))
+    largest = max(S * max(R, W, T * H), T * H * D * max(R, W))
     return {
         "peak_bytes": size * at_once + 4096,
         "largest_tensor_bytes": size * largest + 1024,
