@@ -229,6 +229,23 @@ def test_numbers_that_cannot_be_quantized_leave_the_cache_as_it_was(
     assert torch.equal(got, forward_cached(model(), other, ids, lens))
 
 
+@every_cache
+@pytest.mark.parametrize("name", ["8 bits", "latent"])
+def test_numbers_of_another_dtype_are_refused(name, kind):
+    cache = begun(CACHES[kind](formats()[name]), 1)
+    num_rows = len(cache.request_ids)
+    lens = torch.tensor([2] + [0] * (num_rows - 1))
+    heads = [torch.randn(2, n, 4, dtype=torch.float64) for n in (4, 2, 2)]
+    for which in range(3):
+        wrong = [x.float() if i == which else x for i, x in enumerate(heads)]
+        with (
+            pytest.raises(ValueError, match="attend: expected q, k, v in torch.float64"),
+            cache.extend(lens) as attend,
+        ):
+            attend(0, *wrong)
+        assert cache.used_bytes == 0 and not cache.k_cache.any()
+
+
 def test_a_request_without_numbers_is_cancelled_and_the_others_go_on():
     settings = {"dtype": torch.float64, "format": QuantizedFormat(8)}
     engine = Engine(model(), PagedKVCache(model().config, 20, 4, **settings))
