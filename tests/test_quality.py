@@ -107,6 +107,16 @@ def test_attention_that_is_given_is_that_which_is_measured():
     assert all(abs(a - b) > 1e-3 for a, b in zip(plain.nats, got.nats))
 
 
+def test_attention_beside_a_cache_is_refused():
+    with pytest.raises(ValueError, match="attend: expected without make_cache"):
+        measure_quality(
+            random_model(),
+            random_draws(),
+            attend=attend_causal,
+            make_cache=ContiguousKVCache,
+        )
+
+
 def test_bytes_and_losses_are_those_of_the_cache():
     model, draws = random_model(dtype=torch.float64), random_draws()
     plain = measure_quality(model, draws)

@@ -52,11 +52,13 @@ def measure_quality(
     Each draw goes through `attend`, or through a cache, in one step: make_cache(config,
     B, T) gives an empty one with room for B texts of T tokens. Bytes are those that the
     cache says it uses; without a cache those of the keys and values as they are. Raises
-    ValueError where there is no draw, a draw asks for nothing, or the model has dropout
-    and is in training mode.
+    ValueError where there is no draw, a draw asks for nothing, both attend and make_cache
+    are given, or the model has dropout and is in training mode.
     """
     if isinstance(draws, Examples):
         raise ValueError("draws: expected a list of Examples, got one: [examples]")
+    if make_cache is not None and attend is not attend_fused:
+        raise ValueError("attend: expected without make_cache, whose cache attends")
     num_answers = [int(examples.is_answer[:, 1:].sum()) for examples in draws]
     if len(draws) == 0 or 0 in num_answers:
         raise ValueError(
