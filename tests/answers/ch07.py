@@ -1992,6 +1992,16 @@ def attend_latent_without_softmax(q, k_codes, v_codes, k_basis, v_basis):
     )
 
 
+def exp_over_sum(scores):
+    weights = scores.exp()
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
+@wrong("attend_latent", says="scores far above 0")
+def attend_latent_not_subtracting_the_largest(q, k_codes, v_codes, k_basis, v_basis):
+    return latent(q, k_codes, v_codes, k_basis, v_basis, weigh=exp_over_sum)
+
+
 @wrong("attend_latent", says="Those are sums of codes")
 def attend_latent_not_brought_back(q, k_codes, v_codes, k_basis, v_basis):
     return latent(q, k_codes, v_codes, k_basis, v_basis, back=False)

@@ -1016,6 +1016,7 @@ def attend_latent_cases(seed: int) -> list[Case]:
         ("codes as long as all KV heads together", (2, 5), (4, 2, 3), (6, 6)),
         ("codes longer than all KV heads together", (1, 5), (2, 2, 2), (5, 6)),
         ("scores of the past far below 0", (3, 3), (2, 2, 4), (3, 2)),
+        ("scores far above 0", (3, 3), (2, 2, 4), (3, 2)),
         ("500 tokens, four KV heads of 128 numbers", (1, 500), (4, 4, 128), (3, 2)),
         ("single precision", (2, 5), (4, 2, 4), (3, 2)),
         ("random sizes", *_random_sizes(rng)),
@@ -1026,7 +1027,12 @@ def attend_latent_cases(seed: int) -> list[Case]:
         )
         k_basis, v_basis = (rng.normal(size=(rank, G, D)) for rank in (R, W))
         if "far below" in name:
-            _lower_all_but_the_last(q, k_codes, v_codes, k_basis)
+            _set_scores(q, k_codes, k_basis)
+            k_codes[:-1, 0] = -60
+            v_codes[1:] *= 1e200  # so large that a weight of exp(-400) shows
+        if "far above" in name:  # exp of them is more than a number can be
+            _set_scores(q, k_codes, k_basis)
+            k_codes[:, 0] += 90
         if "500" in name:  # that the scores are not so far apart
             k_basis /= D**0.5
         arrays = {
@@ -1047,16 +1053,13 @@ def _random_sizes(rng) -> tuple[tuple[int, ...], ...]:
     return (T, S), (G * group_size, G, D), (R, W)
 
 
-def _lower_all_but_the_last(q, k_codes, v_codes, k_basis):
-    """Scores near -600 but for the last key's, and values behind the first so large that
-    a weight of exp(-400) shows."""
+def _set_scores(q, k_codes, k_basis):
+    """Let scores, for D = 4, be near 10 times the first number of a key's code."""
     q /= 10
     q[..., 0] += 20
     k_codes /= 10
-    k_codes[:-1, 0] = -60
     k_basis[0] = 0
     k_basis[0, :, 0] = 1
-    v_codes[1:] *= 1e200
 
 
 def _latent_limits(inputs: dict) -> dict[str, float]:
