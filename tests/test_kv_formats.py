@@ -122,6 +122,20 @@ def test_a_prefill_in_pieces_is_that_of_the_whole(chunk_size, name, kind):
     torch.testing.assert_close(*logits, rtol=1e-9, atol=1e-9)
 
 
+@every_cache
+@every_format
+def test_a_step_in_which_all_rest_changes_nothing(name, kind):
+    cache = begun(CACHES[kind](formats()[name]), 3)
+    forward_cached(model(), cache, torch.arange(6), torch.tensor([3, 2, 1]))
+    seq_lens, k_cache = cache.seq_lens, cache.k_cache.clone()
+    with cache.extend(torch.zeros(3, dtype=torch.int64)) as attend:
+        for layer in range(2):
+            heads = [torch.zeros(0, n, 4, dtype=torch.float64) for n in (4, 2, 2)]
+            assert attend(layer, *heads).shape == (0, 4, 4)
+    assert torch.equal(cache.seq_lens, seq_lens)
+    assert torch.equal(cache.k_cache, k_cache)
+
+
 @every_format
 def test_every_cache_writes_what_a_request_writes_alone(name):
     prompts = [torch.randint(BAD_ID, (n,)) for n in (9, 1, 14)]
