@@ -144,7 +144,7 @@ class KVCache(abc.ABC):
                 raise RuntimeError(
                     "attend: expected inside of its own step, got after it"
                 )
-            check_new_kv(q, k, v, kv_shape)
+            check_new_kv(q, k, v, kv_shape, self.dtype)
             with torch.no_grad():  # what is kept would keep its graph
                 out = attend_rows(layer, q, k, v)
             layers.add(layer)
@@ -608,15 +608,23 @@ class ContiguousKVCache(KVCache):
 
 
 def check_new_kv(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_shape: tuple[int, int, int]
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv_shape: tuple[int, int, int],
+    dtype: torch.dtype,
 ):
-    """Raise ValueError unless there is a query, key and value for each new token."""
+    """Raise ValueError unless there is a query, key and value for each new token, in the
+    dtype of the cache: a row of bytes would be read as other numbers."""
     shapes = [tuple(x.shape) for x in (q, k, v)]
     if shapes != [(kv_shape[0], *q.shape[1:]), kv_shape, kv_shape]:
         raise ValueError(
             f"attend: expected q of {kv_shape[0]} tokens, as many as the step has, and "
             f"k, v {kv_shape}, got {shapes}"
         )
+    dtypes = [x.dtype for x in (q, k, v)]
+    if dtypes != [dtype] * 3:
+        raise ValueError(f"attend: expected q, k, v in {dtype}, got {dtypes}")
 
 
 def check_query_lens(query_lens: torch.Tensor, seq_lens: torch.Tensor):

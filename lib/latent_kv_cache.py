@@ -174,7 +174,9 @@ def record_kv(
     model: Transformer, token_ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The keys, rotated, and the values that occur in texts (B, T): (L, B · T, G, D)
-    each."""
+    each. Raises ValueError for token_ids of another shape."""
+    if token_ids.dim() != 2:
+        raise ValueError(f"token_ids: expected (B, T), got {tuple(token_ids.shape)}")
     seen = {}
 
     def attend(layer, q, k, v):
@@ -194,6 +196,8 @@ def latent_format(
     bases = []
     for seen, rank in ((keys, k_rank), (values, v_rank)):
         heads = seen.shape[2:]
+        if seen.dtype.itemsize < 4:  # of 16 bits torch finds no singular vectors
+            seen = seen.float()
         layers = [factorize(x.flatten(1), rank)[1] for x in seen]  # (rank, G * D) each
         bases.append(torch.stack(layers).unflatten(-1, heads))  # (L, rank, G, D)
     return LatentFormat(*bases)

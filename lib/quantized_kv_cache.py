@@ -171,6 +171,11 @@ def from_rows(rows: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor
 
 def check_vectors(x: torch.Tensor, bits: int):
     """Raise ValueError unless `quantize` can take these: looks at every number."""
+    if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(
+            f"vectors to quantize: expected floats (..., D), got {x.dtype} "
+            f"{tuple(x.shape)}"
+        )
     check_bits(bits, x.shape[-1])
     low, high = x.aminmax(dim=-1)  # (...,)
     is_finite = (high - low).isfinite()

@@ -165,7 +165,7 @@ def draw_task(
     share_done: how much of a training run is over, from 0 to 1: texts are of a random
     size up to a largest, which grows after a quarter and after half of the run. None: all
     of the largest size, 16 pairs, or 8 notes in 64 tokens of filler. Raises ValueError
-    for a task that is not known.
+    for a task that is not known, and another share.
     """
     sizes = {
         "pairs": [(4,), (8,), (16,)],  # pairs
@@ -173,6 +173,8 @@ def draw_task(
     }
     if task not in sizes:
         raise ValueError(f"task: expected one of {list(sizes)}, got {task!r}")
+    if share_done is not None and not 0 <= share_done <= 1:
+        raise ValueError(f"share_done: expected from 0 to 1, got {share_done}")
     draw = draw_pairs if task == "pairs" else draw_notes
     if share_done is None:
         return draw(batch_size, *sizes[task][-1], generator)
@@ -217,6 +219,8 @@ def train(
     of `draw_task` to begin: 0.5 for a model that has learned the task already. Returns
     (steps done, accuracy) after every `evaluate_every` steps and at the end.
     """
+    if evaluate_every is not None:
+        check_count("evaluate_every", evaluate_every)
     generator = torch.Generator().manual_seed(config.seed)
     fixed = draw_task(task, 128, torch.Generator().manual_seed(2**32 - 1))
     matrices = [p for p in model.parameters() if p.dim() == 2]

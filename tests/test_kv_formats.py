@@ -122,6 +122,20 @@ def test_a_prefill_in_pieces_is_that_of_the_whole(chunk_size, name, kind):
     torch.testing.assert_close(*logits, rtol=1e-9, atol=1e-9)
 
 
+@every_cache
+@every_format
+def test_a_step_in_which_all_rest_changes_nothing(name, kind):
+    cache = begun(CACHES[kind](formats()[name]), 3)
+    forward_cached(model(), cache, torch.arange(6), torch.tensor([3, 2, 1]))
+    seq_lens, k_cache = cache.seq_lens, cache.k_cache.clone()
+    with cache.extend(torch.zeros(3, dtype=torch.int64)) as attend:
+        for layer in range(2):
+            heads = [torch.zeros(0, n, 4, dtype=torch.float64) for n in (4, 2, 2)]
+            assert attend(layer, *heads).shape == (0, 4, 4)
+    assert torch.equal(cache.seq_lens, seq_lens)
+    assert torch.equal(cache.k_cache, k_cache)
+
+
 @every_format
 def test_every_cache_writes_what_a_request_writes_alone(name):
     prompts = [torch.randint(BAD_ID, (n,)) for n in (9, 1, 14)]
@@ -227,6 +241,23 @@ def test_numbers_that_cannot_be_quantized_leave_the_cache_as_it_was(
     ids, lens = torch.arange(sum(counts)), torch.tensor(counts)
     got = forward_cached(model(), cache, ids, lens)
     assert torch.equal(got, forward_cached(model(), other, ids, lens))
+
+
+@every_cache
+@pytest.mark.parametrize("name", ["8 bits", "latent"])
+def test_numbers_of_another_dtype_are_refused(name, kind):
+    cache = begun(CACHES[kind](formats()[name]), 1)
+    num_rows = len(cache.request_ids)
+    lens = torch.tensor([2] + [0] * (num_rows - 1))
+    heads = [torch.randn(2, n, 4, dtype=torch.float64) for n in (4, 2, 2)]
+    for which in range(3):
+        wrong = [x.float() if i == which else x for i, x in enumerate(heads)]
+        with (
+            pytest.raises(ValueError, match="attend: expected q, k, v in torch.float64"),
+            cache.extend(lens) as attend,
+        ):
+            attend(0, *wrong)
+        assert cache.used_bytes == 0 and not cache.k_cache.any()
 
 
 def test_a_request_without_numbers_is_cancelled_and_the_others_go_on():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lib.config import TINY, ModelConfig
 from lib.generate import forward_cached, generate_cached, generate_recompute
-from lib.kv_cache import ContiguousKVCache
+from lib.kv_cache import PLAIN, ContiguousKVCache
 from lib.latent_kv_cache import (
     LatentFormat,
     attend_latent,
@@ -175,6 +175,25 @@ def test_recorded_are_the_keys_and_values_that_a_cache_holds():
     assert_close(keys, cache.k_cache.flatten(1, 2))  # (L, B * T, G, D)
     assert_close(values, cache.v_cache.flatten(1, 2))
     assert not keys.requires_grad and not values.requires_grad
+
+
+@pytest.mark.parametrize("shape", [(7,), (), (2, 1, 7)])
+def test_keys_and_values_of_texts_that_are_no_batch_are_refused(shape):
+    with pytest.raises(ValueError, match=r"token_ids: expected \(B, T\), got \("):
+        record_kv(random_model(), torch.zeros(shape, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_has_bases_too(dtype):
+    model = random_model(dtype=dtype)
+    width = model.config.num_kv_heads * model.config.head_dim
+    format = latent_format(*record_kv(model, torch.arange(40)[None]), width, width)
+    logits = []
+    for kept in (format, PLAIN):
+        cache = ContiguousKVCache(model.config, 1, 9, dtype=dtype, format=kept)
+        ids, lens = torch.arange(9), torch.tensor([9])
+        logits.append(forward_cached(model, begun(cache, 1), ids, lens).float())
+    torch.testing.assert_close(*logits, rtol=0.05, atol=0.05)
 
 
 def test_each_layer_has_the_bases_of_its_own_keys_and_of_its_own_values():

@@ -348,3 +348,28 @@ def test_query_heads_are_joined_to_the_kv_head_that_they_read():
         ends = [line.get_xydata().tolist() for line in ax.lines]
         for head, ((x, _), (under, _)) in enumerate(ends):
             assert x == head and under == pytest.approx(middles[head // (4 // G)])
+
+
+@pytest.mark.parametrize(
+    "groups, words",
+    [
+        ([6, 4], "num_kv_heads: expected divisors of 6, got 4"),
+        ([6, 12], "num_kv_heads: expected divisors of 6, got 12"),
+        ([6, 0], "num_kv_heads: expected an integer of at least 1, got 0"),
+        ([6, 2, 1], "names: expected 3, got 2"),
+    ],
+)
+def test_heads_that_cannot_be_drawn_are_refused(groups, words):
+    with pytest.raises(ValueError, match=words):
+        drawing.draw_head_groups(6, groups, names=["a", "b"], title="t")
+
+
+def test_one_panel_can_stand_alone():
+    draws = Quality((0.3, -0.1, 2.0), (), 640)
+    panel = ("lost", "symlog", {"8 bits": [draws]}, lambda quality: quality.nats)
+    figure = plotting.plot_quality([panel], title="")
+    (ax,) = figure.axes
+    low, high = ax.get_ylim()
+    assert low < -0.1 and high > 2.0, f"expected all draws inside, got {low}, {high}"
+    figure = drawing.draw_head_groups(6, [2], names=["two"], title="")
+    assert len(figure.axes[0].patches) == 6 + 2 * 2

@@ -107,6 +107,16 @@ def test_attention_that_is_given_is_that_which_is_measured():
     assert all(abs(a - b) > 1e-3 for a, b in zip(plain.nats, got.nats))
 
 
+def test_attention_beside_a_cache_is_refused():
+    with pytest.raises(ValueError, match="attend: expected without make_cache"):
+        measure_quality(
+            random_model(),
+            random_draws(),
+            attend=attend_causal,
+            make_cache=ContiguousKVCache,
+        )
+
+
 def test_bytes_and_losses_are_those_of_the_cache():
     model, draws = random_model(dtype=torch.float64), random_draws()
     plain = measure_quality(model, draws)
@@ -139,6 +149,8 @@ def test_no_draws_or_draws_that_ask_for_nothing_are_refused():
     for wrong in ([], [silent], [draws[0], silent], [passages(2, 1)]):
         with pytest.raises(ValueError, match="draws: expected at least one, each with"):
             measure_quality(model, wrong)
+    with pytest.raises(ValueError, match="draws: expected a list of Examples, got one"):
+        measure_quality(model, draws[0])
 
 
 def test_dropout_is_not_measured():
@@ -161,3 +173,9 @@ def test_passages_are_held_out_and_all_but_their_first_tokens_are_asked_for():
     assert not examples.is_answer[:, 0].any() and examples.is_answer[:, 1:].all()
     other = passages(5, 40, torch.Generator().manual_seed(4))
     assert not torch.equal(examples.token_ids, other.token_ids)
+
+
+@pytest.mark.parametrize("sizes", [(0, 40), (2, 0), (-1, 40), (2, -3), (2.0, 40)])
+def test_passages_of_no_size_are_refused(sizes):
+    with pytest.raises(ValueError, match="expected an integer of at least 1"):
+        passages(*sizes)

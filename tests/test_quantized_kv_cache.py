@@ -1,4 +1,5 @@
 import math
+import re
 
 import pytest
 import torch
@@ -178,6 +179,16 @@ def test_vectors_without_a_finite_range_are_refused(numbers, dtype, words):
     words = f"expected a finite range in each, got 8 numbers {words}"
     if -math.inf in numbers:
         x[1, 0] = -math.inf
+    with pytest.raises(ValueError, match=words):
+        quantize(x, 8)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [torch.tensor([1, 2]), torch.tensor([True]), torch.tensor(1.0), torch.zeros(3, 0)],
+)
+def test_what_is_no_vector_of_floats_is_refused(x):
+    words = re.escape(f"expected floats (..., D), got {x.dtype} {tuple(x.shape)}")
     with pytest.raises(ValueError, match=words):
         quantize(x, 8)
 

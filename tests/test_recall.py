@@ -166,6 +166,10 @@ def test_texts_grow_in_three_stages():
         (lambda: draw_notes(0, 2, 1), "batch_size: expected an integer of at least 1"),
         (lambda: draw_task("pair", 1), "task: expected one of .'pairs', 'notes'., got"),
         (lambda: draw_task(None, 1), "task: expected one of .* got None"),
+        (lambda: draw_task("pairs", 1, None, 1.1), "share_done: expected from 0 to 1"),
+        (lambda: draw_task("notes", 1, None, -0.1), "share_done: expected .* got -0.1"),
+        (lambda: trained(from_share=2.0), "share_done: expected from 0 to 1, got 2.0"),
+        (lambda: trained(evaluate_every=0), "evaluate_every: expected an integer of"),
         (lambda: load("notes"), "model: expected one of .'pairs', 'notes_g4'.* 'notes'"),
     ],
 )

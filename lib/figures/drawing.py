@@ -19,7 +19,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from lib.block_manager import BlockManager
-from lib.config import ModelConfig
+from lib.config import ModelConfig, check_count
 from lib.engine import Step
 from lib.figures.plotting import NEW, SENT_BACK, WASTED
 from lib.kv_cache import ContiguousKVCache
@@ -239,8 +239,15 @@ def draw_head_groups(
     title: str,
 ) -> Figure:
     """Which KV head each of num_heads query heads reads, one panel for each number of KV
-    heads, which must divide num_heads."""
-    figure, axes = plt.subplots(1, len(names), figsize=(8.6, 2.4), sharey=True)
+    heads. Raises ValueError unless these divide num_heads, and each has a name."""
+    if len(names) != len(num_kv_heads):
+        raise ValueError(f"names: expected {len(num_kv_heads)}, got {len(names)}")
+    for G in num_kv_heads:
+        if num_heads % check_count("num_kv_heads", G):
+            raise ValueError(f"num_kv_heads: expected divisors of {num_heads}, got {G}")
+    figure, (axes,) = plt.subplots(
+        1, len(names), figsize=(8.6, 2.4), sharey=True, squeeze=False
+    )
     for ax, G, name in zip(axes, num_kv_heads, names):
         group_size = num_heads // G
         for head in range(num_heads):

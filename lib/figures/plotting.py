@@ -301,7 +301,7 @@ def plot_quality(
     line goes from the least to the most. A method looks the same in all panels. The x
     axis is logarithmic.
     """
-    figure, axes = plt.subplots(1, len(panels), figsize=(8.6, 4.4))
+    figure, (axes,) = plt.subplots(1, len(panels), figsize=(8.6, 4.4), squeeze=False)
     names = list(dict.fromkeys(name for _, _, methods, _ in panels for name in methods))
     cycle = plt.rcParams["axes.prop_cycle"].by_key()["color"]
     colors = ["black", *cycle, "#7F3C8D", "#8C8C8C"]
@@ -309,14 +309,14 @@ def plot_quality(
     look_of = dict(zip(names, looks))
     named = {}
     for ax, (ylabel, yscale, methods, draws_of) in zip(axes, panels):
-        highest = 0.01
+        lowest, highest = -0.0033, 0.01
         for name, qualities in methods.items():
             if not qualities:
                 continue
             by_bytes = sorted(qualities, key=lambda quality: quality.bytes_per_token)
             draws = [draws_of(quality) for quality in by_bytes]
             means, least, most = ([f(x) for x in draws] for f in (mean, min, max))
-            highest = max(highest, *most)
+            lowest, highest = min(lowest, *least), max(highest, *most)
             marker, color = look_of[name]
             named[name] = ax.errorbar(
                 [quality.bytes_per_token for quality in by_bytes],
@@ -334,7 +334,7 @@ def plot_quality(
         if yscale == "symlog":
             ax.set_yscale("symlog", linthresh=0.01)
             ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-            ax.set_ylim(-0.005, 1.5 * highest)
+            ax.set_ylim(1.5 * lowest, 1.5 * highest)
         ax.set(xlabel="bytes per token", ylabel=ylabel)
     figure.legend(named.values(), named, loc="outside lower center", ncols=3)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11.5, fontweight="bold")

@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from lib import generate, kv_cache, recall
-from lib.config import ModelConfig
+from lib.config import ModelConfig, check_count
 from lib.kv_cache import KVCache
 from lib.model import Attend, Transformer, attend_fused
 from lib.recall import Examples
@@ -52,9 +52,13 @@ def measure_quality(
     Each draw goes through `attend`, or through a cache, in one step: make_cache(config,
     B, T) gives an empty one with room for B texts of T tokens. Bytes are those that the
     cache says it uses; without a cache those of the keys and values as they are. Raises
-    ValueError where there is no draw, a draw asks for nothing, or the model has dropout
-    and is in training mode.
+    ValueError where there is no draw, a draw asks for nothing, both attend and make_cache
+    are given, or the model has dropout and is in training mode.
     """
+    if isinstance(draws, Examples):
+        raise ValueError("draws: expected a list of Examples, got one: [examples]")
+    if make_cache is not None and attend is not attend_fused:
+        raise ValueError("attend: expected without make_cache, whose cache attends")
     num_answers = [int(examples.is_answer[:, 1:].sum()) for examples in draws]
     if len(draws) == 0 or 0 in num_answers:
         raise ValueError(
@@ -89,6 +93,8 @@ def passages(
 ) -> Examples:
     """Passages of the book that no model was trained on, at random places: (B, seq_len);
     each token but the first is asked for."""
+    check_count("batch_size", batch_size)
+    check_count("seq_len", seq_len)
     _, held_out_ids = split_book(encode(load_book()))
     token_ids = random_batch(held_out_ids, batch_size, seq_len, generator)
     is_answer = torch.ones_like(token_ids, dtype=torch.bool)

@@ -1525,6 +1525,13 @@ def dequantize_by_a_table(codes, scale, zero, bits):
 
 
 @right("dequantize")
+def dequantize_between_both_ends(codes, scale, zero, bits):
+    shifts, last = torch.arange(0, 8, bits), 2**bits - 1
+    numbers = ((codes.unsqueeze(-1) >> shifts) & last).flatten(-2)
+    return torch.lerp(zero, zero + last * scale, numbers.to(scale.dtype) / last)
+
+
+@right("dequantize")
 def dequantize_in_numpy(codes, scale, zero, bits):
     in_bits = np.unpackbits(codes.numpy()[..., None], axis=-1, bitorder="little")
     in_bits = in_bits.reshape(*codes.shape[:-1], -1, bits)
@@ -1742,6 +1749,19 @@ def attend_latent_query_by_query(q, k_codes, v_codes, k_basis, v_basis):
             code = (weights[:, None] * v_codes[:seen]).sum(dim=0)
             out[t, h] = code @ v_basis[:, g]
     return out
+
+
+@right("attend_latent")
+def attend_latent_by_products_and_sums(q, k_codes, v_codes, k_basis, v_basis):
+    (T, H, D), S = q.shape, len(k_codes)
+    k_basis, v_basis = (  # (H, R, D), (H, W, D)
+        b.repeat_interleave(H // b.shape[1], dim=1).transpose(0, 1)
+        for b in (k_basis, v_basis)
+    )
+    asked = (q.unsqueeze(2) * k_basis).sum(dim=-1)  # (T, H, R)
+    scores = asked @ k_codes.T / math.sqrt(D)
+    weights = scores.masked_fill(future(T, S)[:, None], -math.inf).softmax(-1)
+    return ((weights @ v_codes).unsqueeze(-1) * v_basis).sum(dim=2)
 
 
 @right("attend_latent")
@@ -1970,6 +1990,16 @@ def attend_latent_without_softmax(q, k_codes, v_codes, k_basis, v_basis):
     return latent(
         q, k_codes, v_codes, k_basis, v_basis, weigh=lambda s: s.nan_to_num(neginf=0)
     )
+
+
+def exp_over_sum(scores):
+    weights = scores.exp()
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
+@wrong("attend_latent", says="scores far above 0")
+def attend_latent_not_subtracting_the_largest(q, k_codes, v_codes, k_basis, v_basis):
+    return latent(q, k_codes, v_codes, k_basis, v_basis, weigh=exp_over_sum)
 
 
 @wrong("attend_latent", says="Those are sums of codes")

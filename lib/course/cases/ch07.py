@@ -615,7 +615,8 @@ def quantize_cases(seed: int) -> list[Case]:
         ("six numbers, 2 bits", 2, (6,)),
         ("an infinite number", 8, (2, 4)),
         ("a NaN in the second vector", 4, (2, 4)),
-        ("4 bits, 20 tokens, three heads", 4, (20, 3, 16)),
+        # So many that it shows who is slow: the page quantizes many more.
+        ("4 bits, 1,000 tokens, three heads", 4, (1000, 3, 16)),
     ):
         x = _between_steps(rng, shape, bits, 0.49 if "halfway" in name else 0.4)
         if name.startswith("a first"):
@@ -888,12 +889,15 @@ def dequantize_cases(seed: int) -> list[Case]:
             codes = rng.permutation(256).astype(np.uint8)
         of_each = *shape[:-1], 1
         scale = rng.uniform(0.1, 2, size=of_each)
+        zero = rng.normal(size=of_each) - 2
         if "scale of 0" in name:
             scale[:] = 0
+        if "half" in name:  # all is exact, in whatever order it is computed
+            scale, zero = np.ceil(8 * scale) / 8, np.ceil(8 * zero) / 8
         inputs = {
             "codes": codes,
             "scale": scale.astype(dtype),
-            "zero": rng.normal(size=of_each).astype(dtype) - dtype(2),
+            "zero": zero.astype(dtype),
             "bits": bits,
         }
         if "not all" in name:
@@ -1012,6 +1016,7 @@ def attend_latent_cases(seed: int) -> list[Case]:
         ("codes as long as all KV heads together", (2, 5), (4, 2, 3), (6, 6)),
         ("codes longer than all KV heads together", (1, 5), (2, 2, 2), (5, 6)),
         ("scores of the past far below 0", (3, 3), (2, 2, 4), (3, 2)),
+        ("scores far above 0", (3, 3), (2, 2, 4), (3, 2)),
         ("500 tokens, four KV heads of 128 numbers", (1, 500), (4, 4, 128), (3, 2)),
         ("single precision", (2, 5), (4, 2, 4), (3, 2)),
         ("random sizes", *_random_sizes(rng)),
@@ -1022,7 +1027,12 @@ def attend_latent_cases(seed: int) -> list[Case]:
         )
         k_basis, v_basis = (rng.normal(size=(rank, G, D)) for rank in (R, W))
         if "far below" in name:
-            _lower_all_but_the_last(q, k_codes, v_codes, k_basis)
+            _set_scores(q, k_codes, k_basis)
+            k_codes[:-1, 0] = -60
+            v_codes[1:] *= 1e200  # so large that a weight of exp(-400) shows
+        if "far above" in name:  # exp of them is more than a number can be
+            _set_scores(q, k_codes, k_basis)
+            k_codes[:, 0] += 90
         if "500" in name:  # that the scores are not so far apart
             k_basis /= D**0.5
         arrays = {
@@ -1043,30 +1053,27 @@ def _random_sizes(rng) -> tuple[tuple[int, ...], ...]:
     return (T, S), (G * group_size, G, D), (R, W)
 
 
-def _lower_all_but_the_last(q, k_codes, v_codes, k_basis):
-    """Scores near -600 but for the last key's, and values behind the first so large that
-    a weight of exp(-400) shows."""
+def _set_scores(q, k_codes, k_basis):
+    """Let scores, for D = 4, be near 10 times the first number of a key's code."""
     q /= 10
     q[..., 0] += 20
     k_codes /= 10
-    k_codes[:-1, 0] = -60
     k_basis[0] = 0
     k_basis[0, :, 0] = 1
-    v_codes[1:] *= 1e200
 
 
 def _latent_limits(inputs: dict) -> dict[str, float]:
-    """Room for some copies of the codes, of scores, and of a basis for each query head:
-    not, in a text long enough to tell, for a key of one head for each token. No tensor is
+    """Room for some copies of the codes, of scores, and of a basis for each query: not,
+    in a text long enough to tell, for a key of one head for each token. No tensor is
     larger than one of these. And all that is made one after the other is less than the
     keys, or values, of all heads."""
     (T, H, D), (S, R) = inputs["q"].shape, inputs["k_codes"].shape
     W, size = inputs["v_codes"].shape[1], inputs["q"].itemsize
-    codes, scores, bases = S * (R + W), S * T * H, (R + W) * H * D
+    codes, scores, bases = S * (R + W), S * T * H, T * (R + W) * H * D
     of_queries = T * H * (R + W + D)
     at_once = 2 * codes + 6 * scores + 2 * bases + 8 * of_queries
     in_all = 4 * codes + (12 + 2 * (R + W)) * scores + 6 * bases + 24 * of_queries
-    largest = max(S * max(R, W, T * H), H * D * max(R, W), T * H * max(R, W, D))
+    largest = max(S * max(R, W, T * H), T * H * D * max(R, W))
     return {
         "peak_bytes": size * at_once + 4096,
         "largest_tensor_bytes": size * largest + 1024,
