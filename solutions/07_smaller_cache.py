@@ -597,8 +597,9 @@ for name, (k_way, v_way) in {
 
 # %% [markdown]
 # Per channel and before rotation, keys are as good as values in 2 bits, or
-# nearly so. (To rotate back is to rotate by minus the position.) For values it
-# makes no difference which numbers share a scale. What is it about the channels
+# nearly so; after rotation that helps the book, but not the notes. (To rotate
+# back is to rotate by minus the position.) For values it makes no difference
+# which numbers share a scale. What is it about the channels
 # of keys? `record_kv` collects keys and values as they occur in a model:
 
 # %%
