@@ -617,7 +617,7 @@ plotting.plot_measured(
     },
     xlabel="channels of both heads, sorted",
     ylabel="largest number that occurs, in all layers",
-    title=f"The largest channel is {ratio['keys']:.1f} times the median: keys",
+    title=f"Keys: the largest channel is {ratio['keys']:.1f} times the median",
 ).set_xticks([1, *range(16, num_channels + 1, 16)]);
 
 # %% [markdown]
