@@ -108,7 +108,8 @@ check(bytes_per_token)
 # </details>
 
 # %% [markdown]
-# What would Llama's cache cost otherwise?
+# What would Llama's cache cost otherwise, beside one with a KV head for each
+# query head?
 
 # %%
 many, single = (replace(LLAMA3_8B, num_kv_heads=G) for G in (32, 1))
@@ -306,10 +307,11 @@ plotting.plot_measured(
 );
 
 # %% [markdown]
-# *The share of the answers to 512 questions, in 128 texts that are the same at
-# every step.* Training the book's model on for 5% of
-# its 5,000 steps takes minutes, so that was done beforehand (`python -m
-# lib.kv_heads`):
+# *The share of right answers to 512 questions, in 128 texts that are the same
+# at every step.*
+#
+# To train the book's model on for 5% of its 5,000 steps takes minutes, so that
+# was done beforehand (`python -m lib.kv_heads`):
 
 # %%
 pooling = json.loads(kv_heads.RESULTS.read_text())
@@ -599,8 +601,8 @@ for name, (k_way, v_way) in {
 # Per channel and before rotation, keys are as good as values in 2 bits, or
 # nearly so; after rotation that helps the book, but not the notes. (To rotate
 # back is to rotate by minus the position.) For values it makes no difference
-# which numbers share a scale. What is it about the channels
-# of keys? `record_kv` collects keys and values as they occur in a model:
+# which numbers share a scale. What is it about the channels of keys?
+# `record_kv` collects keys and values as they occur in a model:
 
 # %%
 keys, values = record_kv(book_lm, book[0].token_ids)  # (L, N, G, D) each
