@@ -448,6 +448,15 @@ class KVFormat:
         """k, v (N, G, D) -> what is written into k_cache and v_cache for them."""
         return k, v
 
+    def holds_numbers(
+        self, k_cache: torch.Tensor, v_cache: torch.Tensor, dtype: torch.dtype
+    ) -> bool:
+        """Whether all that was written, in k and v of this dtype, were finite numbers.
+
+        k_cache, v_cache: any part of them whose last two dimensions are whole.
+        """
+        return bool(k_cache.isfinite().all() and v_cache.isfinite().all())
+
     def attend(
         self,
         layer: int,

@@ -424,8 +424,8 @@ class PrefixKVCache(PagedKVCache):
             text.last = self.manager.names.give(block_table[i], block, text.last)
 
     def _holds_numbers(self, block_id: int) -> bool:
-        caches = self.k_cache, self.v_cache
-        return all(bool(cache[:, block_id].isfinite().all()) for cache in caches)
+        block = self.k_cache[:, block_id], self.v_cache[:, block_id]
+        return self.format.holds_numbers(*block, self.dtype)
 
 
 def as_ints(token_ids: Sequence[int]) -> tuple[int, ...]:

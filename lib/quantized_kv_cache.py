@@ -111,6 +111,12 @@ class QuantizedFormat(KVFormat):
         k_rows, v_rows = (to_rows(x, b) for x, b in zip((k, v), self.bits))
         return k_rows, v_rows  # uint8 (N, G, bytes) each
 
+    def holds_numbers(
+        self, k_cache: torch.Tensor, v_cache: torch.Tensor, dtype: torch.dtype
+    ) -> bool:
+        k, v = (from_rows(x, b, dtype) for x, b in zip((k_cache, v_cache), self.bits))
+        return bool(k.isfinite().all() and v.isfinite().all())
+
     def attend(
         self,
         layer: int,
@@ -154,8 +160,15 @@ class QuantizedFormat(KVFormat):
 
 
 def to_rows(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """x (..., D), quantized, with scale and zero point behind: uint8 (..., bytes)."""
-    codes, scale, zero = quantize(x, bits)
+    """x (..., D), quantized, with scale and zero point behind: uint8 (..., bytes).
+
+    A vector that `quantize` refuses comes back as NaN: in a cache it spoils its own
+    request, and no other.
+    """
+    low, high = x.aminmax(dim=-1, keepdim=True)  # (..., 1)
+    is_refused = ~(high - low).isfinite()  # (..., 1)
+    codes, scale, zero = quantize(x.masked_fill(is_refused, 0), bits)
+    scale = scale.masked_fill(is_refused, torch.nan)
     scale_and_zero = torch.cat([scale, zero], dim=-1)  # (..., 2)
     return torch.cat([codes, scale_and_zero.view(torch.uint8)], dim=-1)
 
