@@ -1,6 +1,6 @@
 import pytest
 
-from lib.course.stubs import answer, bound_names, free_names, stub
+from lib.course.stubs import answer, bound_names, free_names, stub, withheld
 
 MODULE = '''import torch
 
@@ -141,3 +141,20 @@ def test_names_that_a_cell_needs_and_names_that_it_binds():
 def test_the_source_is_read_from_the_file_not_from_what_took_its_place(monkeypatch):
     monkeypatch.setattr("lib.text.decode", lambda token_ids: "replaced")
     assert "errors=" in answer("lib.text", ["decode"])
+
+
+def test_a_withheld_answer_says_so_before_a_given_paragraph_needs_what_is_left_out():
+    text = (
+        "def middle(x):\n"
+        '    """Doc."""\n'
+        "    y = x + 1\n\n"
+        "    z = 2 * y\n\n"
+        "    w = z - 1\n\n"
+        "    return w\n"
+    )
+    blank = withheld(text, ["middle"], ["1", "3"], "middle is yours")
+    names = {}
+    exec(blank, names)
+    with pytest.raises(NotImplementedError, match="middle is yours"):
+        names["middle"](1)
+    assert "w = z - 1" in blank and "2 * y" not in blank and "return" not in blank

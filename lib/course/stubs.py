@@ -34,7 +34,8 @@ def stub(module: str, names: list[str], given: list[str]) -> str:
 def withheld(text: str, names: list[str], given: list[str], words: str) -> str:
     """The text of a module in which `names` are the stubs that `stub` gives.
 
-    words: what the NotImplementedError of each says.
+    words: what the NotImplementedError of each says. It is raised where the first line is
+    missing: a given paragraph below may need what is not there.
     """
     for name in names:
         first, last = _lines(text, name)
@@ -42,8 +43,9 @@ def withheld(text: str, names: list[str], given: list[str], words: str) -> str:
         source = "\n".join(lines[first:last])
         indent = source[: len(source) - len(source.lstrip())]
         blank = textwrap.indent(_blank(textwrap.dedent(source), given), indent)
-        raising = f'\\g<0>("{words}")'
-        blank = re.sub("raise NotImplementedError$", raising, blank, flags=re.MULTILINE)
+        raising = f'raise NotImplementedError("{words}")'
+        for line in (r"\.\.\.(?=  # about \d)", "raise NotImplementedError$"):
+            blank = re.sub(f"(?m)^( *){line}", rf"\g<1>{raising}", blank)
         lines[first:last] = blank.split("\n")
         text = "\n".join(lines)
     return text
