@@ -193,6 +193,14 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
     return config.learning_rate * (1 + math.cos(math.pi * done)) / 2
 
 
+def adamw(model: Transformer, config: TrainingConfig) -> torch.optim.AdamW:
+    """The optimizer: matrices are decayed towards zero, gains of RMSNorm are not."""
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    gains = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices}, {"params": gains, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=config.weight_decay)
+
+
 class Trainer:
     """A training run, one `step()` at a time."""
 
@@ -209,13 +217,7 @@ class Trainer:
         self.num_steps_done = 0
         self.losses = []  # nats per token, one per step
         self.generator = torch.Generator().manual_seed(config.seed)  # draws the batches
-        # Matrices are decayed towards zero, gains of RMSNorm are not.
-        matrices = [p for p in model.parameters() if p.dim() == 2]
-        gains = [p for p in model.parameters() if p.dim() < 2]
-        groups = [{"params": matrices}, {"params": gains, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(
-            groups, betas=(0.9, 0.95), weight_decay=config.weight_decay
-        )
+        self.optimizer = adamw(model, config)
 
     def step(self) -> float:
         """One batch: forward, backward, update. Returns the loss in nats per token."""

@@ -5,11 +5,10 @@ import torch
 from helpers import random_format, random_model
 
 from lib.kv_cache import ContiguousKVCache, kv_cache_bytes
-from lib.measure.quality import Quality, measure_quality, passages
+from lib.measure.quality import Examples, Quality, answers, measure_quality, passages
 from lib.model import attend_causal
 from lib.paged_kv_cache import PagedKVCache
 from lib.quantized_kv_cache import QuantizedFormat
-from lib.recall import Examples
 from lib.text import encode, load_book, split_book
 from lib.training import next_token_loss
 
@@ -135,6 +134,15 @@ def test_bytes_and_losses_are_those_of_the_cache():
     assert bytes_of == {"8 bits": 2 * 4 * 24, "2 bits": 2 * 4 * 18, "latent": 2 * 5 * 8}
     assert 0 < losses["8 bits"] < losses["2 bits"]
     assert losses["latent"] > 0.01
+
+
+def test_an_answer_is_predicted_by_the_logits_before_it():
+    ids = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+    is_answer = torch.tensor([[0, 1, 0, 1], [0, 0, 1, 0]]).bool()
+    logits = torch.arange(8.0).view(2, 4, 1).expand(2, 4, 9)
+    said, right = answers(logits, Examples(ids, is_answer))
+    assert said[:, 0].tolist() == [0, 2, 5] and said.shape == (3, 9)
+    assert right.tolist() == [2, 4, 7]
 
 
 def test_the_means_are_those_of_the_draws():

@@ -11,6 +11,7 @@ from torch.nn.functional import one_hot
 
 from lib import recall
 from lib.config import ModelConfig
+from lib.measure.quality import measure_quality
 from lib.model import Transformer, load_model
 from lib.recall import (
     NUM_NOTE_KEYS,
@@ -18,10 +19,7 @@ from lib.recall import (
     RECIPES,
     SMALL,
     VOCAB_SIZE,
-    Examples,
     Recipe,
-    accuracy,
-    answers,
     draw_notes,
     draw_pairs,
     draw_task,
@@ -35,6 +33,10 @@ FIRST_FILLER = 96
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def accuracy(model, examples):
+    return measure_quality(model, [examples]).accuracy
 
 
 def asked_in(row, is_answer, start, values):
@@ -178,20 +180,12 @@ def test_what_cannot_be_drawn_or_loaded_is_refused(draw, words):
         draw()
 
 
-def test_an_answer_is_predicted_by_the_logits_before_it():
-    ids = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
-    is_answer = torch.tensor([[0, 1, 0, 1], [0, 0, 1, 0]]).bool()
-    logits = torch.arange(8.0).view(2, 4, 1).expand(2, 4, 9)
-    said, right = answers(logits, Examples(ids, is_answer))
-    assert said[:, 0].tolist() == [0, 2, 5] and said.shape == (3, 9)
-    assert right.tolist() == [2, 4, 7]
-
-
 class Oracle(torch.nn.Module):
     """Remembers a text perfectly, but for each n-th of its answers."""
 
     def __init__(self, examples, wrong_every=None):
         super().__init__()
+        self.config, self.embed = SMALL, torch.nn.Embedding(1, 1)
         self.next_ids = examples.token_ids.roll(-1, 1).clone()
         where = examples.is_answer.roll(-1, 1).nonzero().tolist()
         for b, t in where[::wrong_every] if wrong_every else []:
@@ -354,6 +348,19 @@ def test_every_recipe_can_be_trained_on_its_task():
         assert recipe.training.learning_rate == recipe.learning_rate
     heads = [RECIPES[f"notes_g{n}"].model.num_kv_heads for n in (4, 2, 1)]
     assert heads == [4, 2, 1] and SMALL.num_heads == 4
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_the_shipped_weights_are_as_good_as_their_results_claim(name):
+    runs = json.loads(recall.RESULTS.read_text())[name]
+    (run,) = [run for run in runs if run["seed"] == 0]
+    model, recipe = load(name), RECIPES[name]
+    assert model.config == recipe.model == ModelConfig(**run["model"])
+    assert TrainingConfig(**run["training"]) == recipe.training
+    step, share = run["accuracy"][-1]
+    assert step == recipe.num_steps and share > 0.95
+    got = accuracy(model, draw_task(recipe.task, 128, seeded(2**32 - 1)))
+    assert got == pytest.approx(share, abs=2e-3), f"expected {share}, got {got}"
 
 
 @pytest.fixture

@@ -33,7 +33,6 @@ from lib.measure import quality
 from lib.model import Transformer, attend_causal, attend_fused
 from lib.paged_kv_cache import PagedKVCache
 from lib.quantized_kv_cache import QuantizedFormat
-from lib.recall import Examples
 from lib.training import Trainer, TrainingConfig
 
 FOLDER = Path(lib.__file__).parent
@@ -198,7 +197,7 @@ def watcher():
         ):  # the comments of a pool are those of the plain one
             cache = begun(ContiguousKVCache(CONFIG, 3, 16, format=format), 3)
             generate.generate_cached(model, prompts, 2, cache)
-        drawn = Examples(token_ids, torch.ones(3, 7, dtype=torch.bool))
+        drawn = quality.Examples(token_ids, torch.ones(3, 7, dtype=torch.bool))
         make_cache = lambda config, B, T: ContiguousKVCache(config, B, T)  # noqa: E731
         quality.measure_quality(model, [drawn])
         quality.measure_quality(model, [drawn], make_cache=make_cache)

@@ -15,12 +15,19 @@ from statistics import mean
 import torch
 from torch.nn.functional import cross_entropy
 
-from lib import generate, kv_cache, recall
+from lib import generate, kv_cache
 from lib.config import ModelConfig, check_count
 from lib.kv_cache import KVCache
 from lib.model import Attend, Transformer, attend_fused
-from lib.recall import Examples
 from lib.text import encode, load_book, random_batch, split_book
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Texts of one length, and which of their tokens a model is asked to predict."""
+
+    token_ids: torch.Tensor  # int64 (B, T)
+    is_answer: torch.Tensor  # bool (B, T); never a first token
 
 
 @dataclass(frozen=True)
@@ -82,10 +89,19 @@ def measure_quality(
             logits = generate.forward_cached(model, cache, flat_ids, query_lens)
             logits = logits.unflatten(0, (B, T))  # (B, T, V)
             num_bytes = cache.used_bytes / (B * T)
-        said, right = recall.answers(logits, examples)
+        said, right = answers(logits, examples)
         nats.append(cross_entropy(said, right).item())
         accuracies.append((said.argmax(-1) == right).float().mean().item())
     return Quality(tuple(nats), tuple(accuracies), num_bytes)
+
+
+def answers(
+    logits: torch.Tensor, examples: Examples
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a model said where it was asked, and what was right: logits (answers, V) and
+    ids (answers,). logits (B, T, V): [:, t] predicts the token after t."""
+    is_asked = examples.is_answer[:, 1:]  # (B, T - 1)
+    return logits[:, :-1][is_asked], examples.token_ids[:, 1:][is_asked]
 
 
 def passages(
