@@ -411,6 +411,26 @@ def kv_utilization(seq_lens: torch.Tensor, max_seq_len: int) -> float:
     return seq_lens.sum().item() / (len(seq_lens) * max_seq_len)
 
 
+def attend_each(
+    attend: Callable,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_lens: torch.Tensor,
+) -> torch.Tensor:
+    """Attention by `attend`, one request after the other: (N, H, D).
+
+    attend: of q (T, H, D) and what is in k_cache and v_cache (S, ...) of a request with
+    new tokens. The rest as in `attend_cached`.
+    """
+    outs, counts = [q[:0]], query_lens.tolist()
+    for b, (q_b, S) in enumerate(zip(q.split(counts), seq_lens.tolist())):
+        if len(q_b) > 0:  # else it rests
+            outs.append(attend(q_b, k_cache[b, :S], v_cache[b, :S]))
+    return torch.cat(outs)  # (N, H, D)
+
+
 class KVFormat:
     """What keys and values become in memory: they stay as they are.
 

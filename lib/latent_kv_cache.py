@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lib import kv_heads
+from lib import kv_cache, kv_heads
 from lib.config import ModelConfig, check_count
 from lib.kv_cache import KVFormat
 from lib.model import Transformer, attend_fused
@@ -161,12 +161,12 @@ class LatentFormat(KVFormat):
         query_lens: torch.Tensor,
     ) -> torch.Tensor:
         bases = self.k_bases[layer].to(q), self.v_bases[layer].to(q)
-        outs, counts = [q[:0]], query_lens.tolist()
-        for b, (q_b, S) in enumerate(zip(q.split(counts), seq_lens.tolist())):
-            if len(q_b) > 0:  # else it rests
-                codes = k_cache[b, :S, 0], v_cache[b, :S, 0]  # (S, R), (S, W)
-                outs.append(attend_latent(q_b, *codes, *bases))
-        return torch.cat(outs)  # (N, H, D)
+
+        def attend_one(q, k_codes, v_codes):  # codes (S, 1, R) and (S, 1, W)
+            return attend_latent(q, k_codes.squeeze(1), v_codes.squeeze(1), *bases)
+
+        codes = k_cache, v_cache
+        return kv_cache.attend_each(attend_one, q, *codes, seq_lens, query_lens)
 
 
 @torch.no_grad()

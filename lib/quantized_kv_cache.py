@@ -127,21 +127,19 @@ class QuantizedFormat(KVFormat):
         query_lens: torch.Tensor,
     ) -> torch.Tensor:
         """A request with one new token reads tile by tile, one with more as a whole."""
-        D = q.shape[-1]
-        outs, counts = [q[:0]], query_lens.tolist()
-        for b, (q_b, S) in enumerate(zip(q.split(counts), seq_lens.tolist())):
-            if len(q_b) == 0:  # it rests
-                continue
-            rows = k_cache[b, :S], v_cache[b, :S]  # (S, G, k_bytes), (S, G, v_bytes)
-            if len(q_b) == 1:
-                tiles = self._tiles(*rows, q.dtype, TILE)
-                out, _ = paged_attention.attend_online(q_b[0] / D**0.5, tiles)
-                outs.append(out[None])  # (1, H, D)
-            else:
-                k, v = next(self._tiles(*rows, q.dtype, S))
-                lens = seq_lens[b : b + 1], query_lens[b : b + 1]
-                outs.append(kv_cache.attend_cached(q_b, k[None], v[None], *lens))
-        return torch.cat(outs)  # (N, H, D)
+
+        def attend_one(q, k_rows, v_rows):
+            T, S, D = len(q), len(k_rows), q.shape[-1]
+            if T == 1:
+                tiles = self._tiles(k_rows, v_rows, q.dtype, TILE)
+                out, _ = paged_attention.attend_online(q[0] / D**0.5, tiles)
+                return out[None]  # (1, H, D)
+            k, v = next(self._tiles(k_rows, v_rows, q.dtype, S))
+            lens = torch.tensor([S]), torch.tensor([T])
+            return kv_cache.attend_cached(q, k[None], v[None], *lens)
+
+        rows = k_cache, v_cache
+        return kv_cache.attend_each(attend_one, q, *rows, seq_lens, query_lens)
 
     def _tiles(
         self,
@@ -165,8 +163,7 @@ def to_rows(x: torch.Tensor, bits: int) -> torch.Tensor:
     A vector that `quantize` refuses comes back as NaN: in a cache it spoils its own
     request, and no other.
     """
-    low, high = x.aminmax(dim=-1, keepdim=True)  # (..., 1)
-    is_refused = ~(high - low).isfinite()  # (..., 1)
+    is_refused = ~has_finite_range(x)  # (..., 1)
     codes, scale, zero = quantize(x.masked_fill(is_refused, 0), bits)
     scale = scale.masked_fill(is_refused, torch.nan)
     scale_and_zero = torch.cat([scale, zero], dim=-1)  # (..., 2)
@@ -190,13 +187,20 @@ def check_vectors(x: torch.Tensor, bits: int):
             f"{tuple(x.shape)}"
         )
     check_bits(bits, x.shape[-1])
-    low, high = x.aminmax(dim=-1)  # (...,)
-    is_finite = (high - low).isfinite()
-    if not is_finite.all():
+    is_refused = ~has_finite_range(x).squeeze(-1)  # (...,)
+    if is_refused.any():
+        low, high = x[is_refused][0].aminmax()
         raise ValueError(
             f"vectors to quantize: expected a finite range in each, got {x.shape[-1]} "
-            f"numbers from {low[~is_finite][0]} to {high[~is_finite][0]}"
+            f"numbers from {low} to {high}"
         )
+
+
+def has_finite_range(x: torch.Tensor) -> torch.Tensor:
+    """Of vectors (..., D), whether the difference of any two numbers is finite: bool
+    (..., 1)."""
+    low, high = x.aminmax(dim=-1, keepdim=True)  # (..., 1)
+    return (high - low).isfinite()
 
 
 def check_bits(bits: int, head_dim: int = 8):
