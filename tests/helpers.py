@@ -175,6 +175,26 @@ def random_model(
     return model.to(dtype).eval()
 
 
+def attentive_model(bad_id: int, **sizes) -> Transformer:
+    """A random model, in float64, in which what came before decides, and not the last
+    token alone: so whoever errs in attention is seen. The embedding of bad_id is NaN: a
+    text that has it has no numbers, and no text gets it greedily."""
+    model = random_model(
+        dtype=torch.float64, d_model=16, d_ff=16, max_seq_len=64, **sizes
+    )
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attention.q_proj.weight.mul_(4)
+            block.attention.v_proj.weight.mul_(10)
+            block.attention.o_proj.weight.mul_(10)
+        model.embed.weight[bad_id] = torch.nan
+        model.unembed[-1].weight[bad_id] = 0
+        # Its logit is 0, and the first one's is that of the others, so that one of these
+        # is larger: it is never drawn greedily.
+        model.unembed[-1].weight[0] = -model.unembed[-1].weight[1]
+    return model
+
+
 def paged(case, dtype=torch.float64, seed=0, device="cpu"):
     """Inputs of paged_decode: shuffled tables, tails that exist nowhere, NaN if dead.
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from helpers import Interrupt, random_model
+from helpers import Interrupt, attentive_model, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -42,32 +42,13 @@ from lib.paged_kv_cache import PagedKVCache
 from lib.prefix_cache import PrefixKVCache
 from lib.sampling import next_token_probs
 
-V, MAX_SEQ_LEN = 32, 64
+V = 32
 BAD_ID = V - 1  # its embedding is NaN: whoever has it has no numbers
 
 
 @functools.cache
 def small_model():
-    model = random_model(
-        dtype=torch.float64,
-        vocab_size=V,
-        num_heads=2,
-        num_kv_heads=1,
-        d_model=16,
-        d_ff=16,
-        max_seq_len=MAX_SEQ_LEN,
-    )
-    with torch.no_grad():
-        for block in model.blocks:  # what came before decides, not the last token alone
-            block.attention.q_proj.weight.mul_(4)
-            block.attention.v_proj.weight.mul_(10)
-            block.attention.o_proj.weight.mul_(10)
-        model.embed.weight[BAD_ID] = torch.nan
-        model.unembed[-1].weight[BAD_ID] = 0
-        # Its logit is 0, and the first one's is that of the others, so that one of these
-        # is larger: it is never drawn greedily.
-        model.unembed[-1].weight[0] = -model.unembed[-1].weight[1]
-    return model
+    return attentive_model(BAD_ID, vocab_size=V, num_heads=2, num_kv_heads=1)
 
 
 @functools.cache
@@ -229,7 +210,7 @@ def make_cache(kind, size, fused=False, num_tokens=96):
     if kind in ("paged", "prefix"):
         pool = PagedKVCache if kind == "paged" else PrefixKVCache
         return pool(config, num_tokens // size, size, **more)
-    return ContiguousKVCache(config, size, MAX_SEQ_LEN - 1, **more)
+    return ContiguousKVCache(config, size, config.max_seq_len - 1, **more)
 
 
 def traffic(seed, num_asks=12, cancels=True, longest=30):

@@ -10,6 +10,7 @@ import torch
 from helpers import (
     as_kept,
     assert_close,
+    attentive_model,
     begun,
     filled,
     random_format,
@@ -32,25 +33,7 @@ BAD_ID = V - 1  # its embedding is NaN
 
 @functools.cache
 def model():
-    """Small; what came before decides, so that a format that errs is seen."""
-    model = random_model(
-        dtype=torch.float64,
-        vocab_size=V,
-        num_heads=4,
-        num_kv_heads=2,
-        d_model=16,
-        d_ff=16,
-        max_seq_len=64,
-    )
-    with torch.no_grad():
-        for block in model.blocks:
-            block.attention.q_proj.weight.mul_(4)
-            block.attention.v_proj.weight.mul_(10)
-            block.attention.o_proj.weight.mul_(10)
-        model.embed.weight[BAD_ID] = torch.nan
-        model.unembed[-1].weight[BAD_ID] = 0
-        model.unembed[-1].weight[0] = -model.unembed[-1].weight[1]
-    return model
+    return attentive_model(BAD_ID, vocab_size=V, num_heads=4, num_kv_heads=2)
 
 
 @functools.cache
