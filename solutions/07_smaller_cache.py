@@ -37,7 +37,7 @@ from lib.figures import drawing, plotting
 from lib.kv_cache import ContiguousKVCache
 from lib.kv_heads import check_divides
 from lib.latent_kv_cache import latent_format, record_kv
-from lib.measure import meter
+from lib.measure import meter, pooling
 from lib.measure.quality import Quality, measure_quality, passages
 from lib.model import attend_fused, rotate
 from lib.paged_kv_cache import PagedKVCache
@@ -188,18 +188,29 @@ def last_16(layer, q, k, v):
     return out.transpose(-3, -2)
 
 
+def share_by_guessing(examples):
+    """Right if one always answers with the value that was told most often."""
+    is_told = ~examples.is_answer.unsqueeze(-1)  # (B, T, 1)
+    told = torch.nn.functional.one_hot(examples.token_ids, 128) * is_told
+    told[..., :32] = told[..., 96:] = 0  # neither keys nor filler
+    guesses = told.sum(dim=1).argmax(dim=-1, keepdim=True)  # (B, 1)
+    is_right = examples.token_ids == guesses
+    return is_right[examples.is_answer].float().mean().item()
+
+
 short_book = measure_quality(book_lm, book, attend=last_16)
 short_notes = measure_quality(notes_lm, notes, attend=last_16)
 print(f"book:  {book_plain.mean_nats:.2f} nats per byte, "
       f"with the last 16 tokens {short_book.mean_nats:.2f}")
 print(f"notes: {notes_plain.accuracy:.0%} right, "
-      f"with the last 16 tokens {short_notes.accuracy:.0%}")
+      f"with the last 16 tokens {short_notes.accuracy:.0%}, "
+      f"by guessing {share_by_guessing(notes[0]):.0%}")
 
 # %% [markdown]
-# The book gets a little worse. Of the notes nothing is left: always to answer
-# with the value that the text has told most often is right in about 8 of 100.
-# Whoever judges a cache by the book alone would say that forgetting costs
-# little. (Four layers of 16 tokens reach back 60 tokens, two layers 30.)
+# The book gets a little worse. Of the notes nothing is left: as much comes of
+# guessing, which always answers with the value that the text has told most
+# often. Whoever judges a cache by the book alone would say that forgetting
+# costs little. (Four layers of 16 tokens reach back 60 tokens, two layers 30.)
 #
 # ## Fewer heads
 #
@@ -311,11 +322,11 @@ plotting.plot_measured(
 # at every step.*
 #
 # To train the book's model on for 5% of its 5,000 steps takes minutes, so that
-# was done beforehand (`python -m lib.kv_heads`):
+# was done beforehand (`python -m lib.measure.pooling`):
 
 # %%
-pooling = json.loads(kv_heads.RESULTS.read_text())
-for step, *nats in pooling["step_and_nats_per_byte"]:
+book_runs = json.loads(pooling.RESULTS.read_text())["step_and_nats_per_byte"]
+for step, *nats in book_runs:
     print(f"{step:4} steps: {sum(nats) / len(nats):.3f} nats per byte")
 
 # %% [markdown]
@@ -576,6 +587,12 @@ def per_channel_before_rotation(k):
     return rotate(per_channel(rotate(k, -places, theta)), places, theta)
 
 
+def per_token_without_offset(k):
+    """Each channel's mean over all tokens is kept apart, as it is."""
+    offset = k.mean(dim=1, keepdim=True)  # (B, 1, G, D)
+    return per_token(k - offset) + offset
+
+
 def untouched(x):
     return x
 
@@ -583,6 +600,7 @@ def untouched(x):
 print("2 bits of                               book   notes")
 for name, (k_way, v_way) in {
     "keys, per token": (per_token, untouched),
+    "keys, per token, less their mean": (per_token_without_offset, untouched),
     "keys, per channel": (per_channel, untouched),
     "keys, per channel, before rotation": (
         per_channel_before_rotation, untouched
@@ -624,8 +642,9 @@ plotting.plot_measured(
 
 # %% [markdown]
 # *Some channels of keys are much larger than all others; those of values are
-# not.* Much of it is an offset, the same for all tokens, which a zero point per
-# channel takes away. But per channel has a price: scale and zero point are
+# not.* Much of it is the same for all tokens: in the table, keys per token lose
+# less when their mean has been subtracted. A zero point per channel takes
+# it away, too. But per channel has a price: scale and zero point are
 # known only when all 32 keys are there, so KIVI keeps the newest keys as they
 # are until there are so many. And keys that were quantized before rotation have
 # to be rotated at every step. Our format is per token for both, so that a token
@@ -920,9 +939,8 @@ for rank in (48, 32, 24, 16):
 # %% [markdown]
 # The two models disagree. In the notes values give way first: at rank 16 the
 # keys have lost next to nothing, and values every tenth answer. In the book
-# keys give way first, at rank 32. And that need not hold for the next model:
-# notes learned from another seed lose as much on both. So there is no rank that
-# is right for keys. Measure what your model needs. (And do not expect losses to
+# keys give way first, at rank 32. So there is no rank that is right for keys:
+# measure what your model needs. (And do not expect losses to
 # add up: keys of rank 16 are so wrong that coding the values too no longer
 # hurts.)
 #
@@ -940,13 +958,18 @@ before = torch.stack([
 for name, seen in (("after", book_seen[0]), ("before", before)):
     ranks = [latent_kv_cache.rank_for(spectrum(x), 0.99) for x in seen]
     print(f"keys {name:6} rotation: ranks for 99%, by layer: {ranks} of 64")
+    by_mean = [
+        (x.mean(0) ** 2).sum() / (x**2).sum(dim=(1, 2)).mean() for x in seen
+    ]
+    print("  held by their mean:", " ".join(f"{x:.0%}" for x in by_mean))
 
 # %% [markdown]
 # RoPE turns any direction that keys use by another angle at every position, and
-# so makes many directions of one. (From layer 1 on most of what is there before
-# rotation is one large direction, the mean of all keys, which makes these ranks
-# look smaller still.) So we should code keys *before* they are rotated, and
-# rotate what comes back. How good would that be?
+# so makes many directions of one. (From layer 1 on, most of what is there
+# before rotation lies in a single direction, that of the mean, and about half
+# of what is there after it. That makes the ranks before rotation look smaller
+# still.) So we should code keys *before* they are rotated, and rotate what
+# comes back. How good would that be?
 
 # %%
 def coded_before_rotation(rank):
@@ -1044,7 +1067,7 @@ two_and_4_bits = measure_quality(
     pooled[2], notes, make_cache=contiguous(QuantizedFormat(4))
 )
 one_head = Quality(
-    nats=tuple(pooling["step_and_nats_per_byte"][-1][1:]),
+    nats=tuple(book_runs[-1][1:]),
     accuracies=(),
     bytes_per_token=kv_heads.bytes_per_token(book_one_head.config),
 )
