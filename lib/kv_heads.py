@@ -7,28 +7,16 @@ queries, and is H / G times smaller. A model that was trained with more of them 
 into one with fewer by taking the mean of those that become one, and is then trained on,
 for a small part of the steps that it took to train it.
 
-    python -m lib.kv_heads    # the book's model with one KV head, trained on: minutes
-
-Read lib/model.py, lib/training.py and lib/kv_cache.py before.
+lib/measure/pooling.py does that to the model of the book. Read lib/model.py and
+lib/kv_cache.py before.
 """
 
-import json
-import shlex
-import sys
-import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
-from tqdm import tqdm
 
 from lib.config import ModelConfig, check_count
-from lib.measure.meter import machine_facts
-from lib.measure.quality import measure_quality, passages
-from lib.model import Transformer, load_model, load_weights
-from lib.text import DATA, encode, load_book, split_book
-from lib.training import Trainer, TrainingConfig
-
-RESULTS = DATA / "results" / "pooling.json"
+from lib.model import Transformer, load_weights
 
 
 def bytes_per_token(
@@ -103,39 +91,3 @@ def check_divides(num_kv_heads: int, num_heads_before: int):
             f"num_kv_heads: expected a divisor of {num_heads_before}, the KV heads that "
             f"there are, got {num_kv_heads}"
         )
-
-
-def main():
-    """Pool the model of data/ to one KV head, train it on for a twentieth of the steps
-    that made it, and write down what it costs to predict held-out passages meanwhile."""
-    torch.set_num_threads(1)
-    config = TrainingConfig(
-        num_steps=TrainingConfig.num_steps // 20, learning_rate=1e-3, warmup_steps=20
-    )
-    draws = [passages(8, 256, torch.Generator().manual_seed(seed)) for seed in range(3)]
-    model = with_kv_heads(load_model(), num_kv_heads=1)
-    torch.manual_seed(config.seed)
-    trainer = Trainer(model, split_book(encode(load_book()))[0], config)
-    before = measure_quality(load_model(), draws)
-    found = [[0, *measure_quality(model.eval(), draws).nats]]
-    start = time.perf_counter()
-    for step in tqdm(range(1, config.num_steps + 1), file=sys.stdout):
-        trainer.step()
-        if step in (10, 25) or step % 50 == 0:
-            found.append([step, *measure_quality(model.eval(), draws).nats])
-    result = {
-        "command": shlex.join(["python", "-m", "lib.kv_heads", *sys.argv[1:]]),
-        "machine": machine_facts(),
-        "model": asdict(model.config),
-        "training": asdict(config),
-        "seconds": round(time.perf_counter() - start),
-        "nats_per_byte_unpooled": before.nats,
-        "step_and_nats_per_byte": [[round(x, 4) for x in row] for row in found],
-    }
-    RESULTS.write_text(json.dumps(result) + "\n")
-    for step, *nats in found:
-        print(f"{step:4} steps: {' '.join(f'{x:.3f}' for x in nats)} nats per byte")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,19 +1,13 @@
-import functools
-import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers import assert_close, random_model
 
-from lib import kv_heads
 from lib.config import LLAMA3_8B, MOBY, TINY
 from lib.kv_cache import kv_cache_bytes
 from lib.kv_heads import bytes_per_token, pool_kv_heads, with_kv_heads
-from lib.measure import quality
 from lib.model import attend_causal
-from lib.text import encode, load_book, split_book
-from lib.training import TrainingConfig
 
 
 @pytest.mark.parametrize("config", [TINY, MOBY, LLAMA3_8B])
@@ -129,53 +123,3 @@ def test_a_pooled_model_learns():
     ids = torch.randint(256, (1, 5))
     model(ids, torch.arange(5), attend_causal).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
-
-
-@dataclass(frozen=True)
-class Short(TrainingConfig):
-    num_steps: int = 240  # of which a twentieth is 12
-    batch_size: int = 2
-    seq_len: int = 16
-
-
-def test_the_command_trains_the_pooled_model_and_writes_what_it_found(
-    monkeypatch, tmp_path, capfd
-):
-    num_threads = torch.get_num_threads()
-    path = tmp_path / "pooling.json"
-    small = lambda n, T, generator: quality.passages(2, 12, generator)  # noqa: E731
-    train_ids, _ = split_book(encode(load_book()))
-    model = functools.partial(random_model, dropout=0.3)
-    trained = []
-    step = kv_heads.Trainer.step
-
-    def noting(self):
-        trained.append(self.model.config.num_kv_heads)
-        assert self.config.learning_rate == 1e-3
-        assert torch.equal(self.token_ids, train_ids)
-        return step(self)
-
-    monkeypatch.setattr(kv_heads, "RESULTS", path)
-    monkeypatch.setattr(kv_heads, "TrainingConfig", Short)
-    monkeypatch.setattr(kv_heads, "load_model", model)
-    monkeypatch.setattr(kv_heads, "passages", small)
-    monkeypatch.setattr(kv_heads.Trainer, "step", noting)
-    monkeypatch.setattr("sys.argv", ["lib/kv_heads.py"])
-    try:
-        kv_heads.main()
-    finally:
-        torch.set_num_threads(num_threads)
-    assert trained == [1] * 12
-    result = json.loads(path.read_text())
-    assert [row[0] for row in result["step_and_nats_per_byte"]] == [0, 10]
-    assert len({len(row) for row in result["step_and_nats_per_byte"]}) == 1
-    assert result["model"]["num_kv_heads"] == 1
-    assert result["training"]["num_steps"] == 12
-    assert result["command"] == "python -m lib.kv_heads"
-    draws = [small(8, 256, torch.Generator().manual_seed(seed)) for seed in range(3)]
-    unpooled = quality.measure_quality(model(), draws)
-    assert result["nats_per_byte_unpooled"] == pytest.approx(unpooled.nats)
-    pooled = quality.measure_quality(with_kv_heads(model(), 1), draws)
-    assert result["step_and_nats_per_byte"][0][1:] == pytest.approx(pooled.nats, abs=1e-4)
-    captured = capfd.readouterr()
-    assert "  10 steps:" in captured.out and captured.err == ""
