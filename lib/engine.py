@@ -493,7 +493,7 @@ class Engine:
                 asking.append(request)
                 last.append(len(new_ids) - 1)
 
-        cache, device = self.cache, self.cache.k_cache.device
+        cache, device = self.cache, self.cache.device
         token_ids = torch.tensor(new_ids, device=device)  # (N,)
         query_lens = torch.tensor(query_lens, device=device)  # (B,)
         seq_lens = cache.seq_lens + query_lens  # (B,)

@@ -229,6 +229,6 @@ def check_cache(model: Transformer, cache: KVCache):
 
     weight = next(model.parameters())
     expected = facts(model.config, weight.dtype, weight.device)
-    got = facts(cache.config, cache.dtype, cache.k_cache.device)
+    got = facts(cache.config, cache.dtype, cache.device)
     if got != expected:
         raise ValueError(f"cache: expected {expected}, as the model, got {got}")

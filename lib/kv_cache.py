@@ -56,7 +56,7 @@ class KVCache(abc.ABC):
     num_blocks: int  # of so many tokens, for all requests
     capacity: int  # tokens that one request can have
     can_fork = False  # whether it has `fork`
-    k_cache: torch.Tensor
+    k_cache: torch.Tensor | None = None  # the keys of all requests, where it has a pool
     request_ids: list[Hashable | None]  # by row; None where no request has begun
     reserved_bytes: int  # that nobody else can use
     used_bytes: int  # of them, those that hold a token
@@ -67,6 +67,11 @@ class KVCache(abc.ABC):
     def seq_lens(self) -> torch.Tensor:
         """int64 (B,), the tokens that each request has in the cache: a copy."""
         return self._seq_lens.clone()
+
+    @property
+    def device(self) -> torch.device:
+        """Of keys, values and `seq_lens`."""
+        return self._seq_lens.device
 
     def __copy__(self) -> "KVCache":
         """As `copy.deepcopy`: two caches that share their tensors would write to both."""
@@ -172,7 +177,8 @@ class KVCache(abc.ABC):
                 f"{method}: expected between two steps, got inside of one (or after one "
                 f"that could not be taken back: then make a new cache)"
             )
-        if self.k_cache.is_inference() and not torch.is_inference_mode_enabled():
+        is_inference = self.k_cache is not None and self.k_cache.is_inference()
+        if is_inference and not torch.is_inference_mode_enabled():
             raise RuntimeError(
                 f"{method}: expected under torch.inference_mode(), in which this cache "
                 f"was made, got outside of it"
