@@ -48,6 +48,7 @@ def keep_recent(seq_len: int, budget: int, num_sinks: int = 4) -> torch.Tensor:
     """
     check_count("num_sinks", num_sinks, at_least=0)
     check_count("budget", budget, at_least=num_sinks + 1)
+
     if seq_len <= budget:
         return torch.arange(seq_len)
     first_recent = seq_len - (budget - num_sinks)
@@ -87,6 +88,7 @@ def snap_scores(
     """
     if check_count("width", width) % 2 == 0:
         raise ValueError(f"width: expected an odd number, got {width}")
+
     num_before = max(weights.shape[-1] - check_count("window", window), 0)
     seen = attention_received(weights[:, -window:], num_kv_heads)[:, :num_before]
     if num_before == 0:
@@ -141,6 +143,7 @@ def pyramid_budgets(
     check_count("num_layers", num_layers)
     check_count("beta", beta)
     check_count("mean_budget", mean_budget, at_least=check_count("window", window))
+
     rest = mean_budget - window
     most = rest - rest / beta  # above the mean, in the first layer
     budgets = [mean_budget] * num_layers
@@ -171,6 +174,7 @@ def spread_budgets(
         raise ValueError(
             f"needs: expected numbers that are not negative, and one above 0, got {needs}"
         )
+
     rest = (mean_budget - window) * len(needs)
     parts = [rest * (need / sum(needs)) for need in needs]
     budgets = [window + int(part) for part in parts]
@@ -196,6 +200,7 @@ def blocks_freed(is_kept: torch.Tensor, block_size: int) -> tuple[int, int]:
     (1, 3)
     """
     check_count("block_size", block_size)
+
     S = is_kept.shape[-1]
     num_blocks = -(-S // block_size)
     is_used = F.pad(is_kept.any(dim=0).any(dim=0), (0, num_blocks * block_size - S))

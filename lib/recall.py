@@ -119,6 +119,18 @@ def draw_notes(
     return _examples(told, notes.gather(1, index))
 
 
+def first_question(examples: Examples) -> Examples:
+    """Notes up to the end of the first answer: the other questions are left out.
+
+    >>> examples = draw_notes(1, num_notes=2, num_filler=3)  # 13 tokens, 2 questions of 5
+    >>> first_question(examples).token_ids.shape
+    torch.Size([1, 18])
+    """
+    first_answer = int(examples.is_answer[0].int().argmax())
+    stop = first_answer + VALUES_PER_NOTE
+    return Examples(examples.token_ids[:, :stop], examples.is_answer[:, :stop])
+
+
 def spell_notes(token_ids: torch.Tensor) -> str:
     """A text of notes, (T,), to look at: keys are letters, values numbers, filler dots.
 

@@ -53,19 +53,25 @@ def measure_quality(
     *,
     attend: Attend = attend_fused,
     make_cache: Callable[[ModelConfig, int, int], KVCache] | None = None,
+    step_lens: Sequence[int] | None = None,
 ) -> Quality:
     """How well a model predicts these texts, and what a token of them costs.
 
-    Each draw goes through `attend`, or through a cache, in one step: make_cache(config,
-    B, T) gives an empty one with room for B texts of T tokens. Bytes are those that the
-    cache says it uses; without a cache those of the keys and values as they are. Raises
-    ValueError where there is no draw, a draw asks for nothing, both attend and make_cache
-    are given, or the model has dropout and is in training mode.
+    Each draw goes through `attend`, or through a cache: make_cache(config, B, T) gives an
+    empty one with room for B texts of T tokens. They come in one step, or in steps of
+    step_lens tokens of each text, T in all: what a cache throws out after a step is
+    missing only from the next one on. Bytes are those that the cache says it uses in the
+    end; without a cache those of the keys and values as they are. Raises ValueError where
+    there is no draw, a draw asks for nothing, both attend and make_cache are given, steps
+    are given without a cache or are not the whole text, or the model has dropout and is
+    in training mode.
     """
     if isinstance(draws, Examples):
         raise ValueError("draws: expected a list of Examples, got one: [examples]")
     if make_cache is not None and attend is not attend_fused:
         raise ValueError("attend: expected without make_cache, whose cache attends")
+    if make_cache is None and step_lens is not None:
+        raise ValueError("step_lens: expected with make_cache, got them without")
     num_answers = [int(examples.is_answer[:, 1:].sum()) for examples in draws]
     if len(draws) == 0 or 0 in num_answers:
         raise ValueError(
@@ -84,15 +90,30 @@ def measure_quality(
             cache = make_cache(model.config, B, T)
             for text in range(B):
                 cache.begin(text)
-            query_lens = torch.full((B,), T)
-            flat_ids = examples.token_ids.flatten()
-            logits = generate.forward_cached(model, cache, flat_ids, query_lens)
-            logits = logits.unflatten(0, (B, T))  # (B, T, V)
+            logits = _logits_in_steps(model, cache, examples.token_ids, step_lens or [T])
             num_bytes = cache.used_bytes / (B * T)
         said, right = answers(logits, examples)
         nats.append(cross_entropy(said, right).item())
         accuracies.append((said.argmax(-1) == right).float().mean().item())
     return Quality(tuple(nats), tuple(accuracies), num_bytes)
+
+
+def _logits_in_steps(
+    model: Transformer,
+    cache: KVCache,
+    token_ids: torch.Tensor,
+    step_lens: Sequence[int],
+) -> torch.Tensor:
+    """token_ids (B, T), a row for each request of an empty cache -> (B, T, V)."""
+    B, T = token_ids.shape
+    lens = [check_count("step_lens", num_tokens) for num_tokens in step_lens]
+    if sum(lens) != T:
+        raise ValueError(f"step_lens: expected {T} tokens in all, got {sum(lens)}")
+    logits = [
+        generate.forward_cached(model, cache, new.flatten(), torch.full((B,), T_new))
+        for T_new, new in zip(lens, token_ids.split(lens, dim=1))
+    ]
+    return torch.cat([some.unflatten(0, (B, -1)) for some in logits], dim=1)  # (B, T, V)
 
 
 def answers(
