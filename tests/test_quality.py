@@ -8,6 +8,7 @@ from lib.kv_cache import ContiguousKVCache, kv_cache_bytes
 from lib.measure.quality import Examples, Quality, answers, measure_quality, passages
 from lib.model import attend_causal
 from lib.paged_kv_cache import PagedKVCache
+from lib.pruning import PrunedKVCache, Recent
 from lib.quantized_kv_cache import QuantizedFormat
 from lib.text import encode, load_book, split_book
 from lib.training import next_token_loss
@@ -187,3 +188,44 @@ def test_passages_are_held_out_and_all_but_their_first_tokens_are_asked_for():
 def test_passages_of_no_size_are_refused(sizes):
     with pytest.raises(ValueError, match="expected an integer of at least 1"):
         passages(*sizes)
+
+
+@pytest.mark.parametrize("step_lens", [[12], [5, 7], [1] * 12, [3, 1, 8]])
+def test_steps_of_a_cache_that_keeps_all_change_nothing(step_lens):
+    model, draws = random_model(dtype=torch.float64), random_draws()
+    expected = measure_quality(model, draws, attend=attend_causal)
+    got = measure_quality(
+        model, draws, make_cache=PLAIN_CACHES["contiguous"], step_lens=step_lens
+    )
+    assert got.nats == pytest.approx(expected.nats, rel=1e-10)
+    assert got.accuracies == expected.accuracies
+
+
+def test_what_a_cache_forgets_is_missing_from_the_next_step_on():
+    model, draws = random_model(dtype=torch.float64), random_draws()
+
+    def forgetful(config, B, T):
+        return PrunedKVCache(config, B, 2, Recent(0), dtype=torch.float64)
+
+    whole = measure_quality(model, draws, attend=attend_causal)
+    at_once = measure_quality(model, draws, make_cache=forgetful)
+    assert at_once.nats == pytest.approx(whole.nats, rel=1e-10)
+    in_steps = measure_quality(model, draws, make_cache=forgetful, step_lens=[9, 3])
+    for nats, expected, examples in zip(in_steps.nats, whole.nats, draws):
+        assert examples.is_answer[:, 10:].any() and abs(nats - expected) > 1e-4
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"step_lens": [12]}, "step_lens: expected with make_cache, got them without"),
+        ({"step_lens": [5, 6]}, "step_lens: expected 12 tokens in all, got 11"),
+        ({"step_lens": []}, "step_lens: expected 12 tokens in all, got 0"),
+        ({"step_lens": [12, 0]}, "step_lens: expected an integer of at least 1, got 0"),
+    ],
+)
+def test_steps_that_are_not_the_text_are_refused(settings, message):
+    if "without" not in message:
+        settings |= {"make_cache": PLAIN_CACHES["contiguous"]}
+    with pytest.raises(ValueError, match=message):
+        measure_quality(random_model(dtype=torch.float64), random_draws(), **settings)

@@ -3,7 +3,7 @@
     python -m lib.measure.layer_needs    # minutes; writes data/results/layer_needs.json
 
 The models of lib/recall.py with two and with four layers, each trained from several
-seeds: the answer is another for each.
+seeds: with four layers it is not the same layer in all of them.
 """
 
 import json
@@ -11,6 +11,8 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from statistics import mean
 
 import torch
 from tqdm import tqdm
@@ -20,6 +22,7 @@ from lib.measure.meter import machine_facts
 from lib.measure.quality import Examples, Quality, measure_quality
 from lib.model import Transformer
 from lib.pruning import Policy, PrunedKVCache, Snap
+from lib.recall import draw_task, train_recipe
 from lib.text import DATA
 
 RESULTS = DATA / "results" / "layer_needs.json"
@@ -39,13 +42,19 @@ def recall_when_cut(
     """How much of the first answers is right when a text of notes is cut to `budgets`.
 
     Each text ends with its first question and answer (`recall.first_question`). The cache
-    is cut when the key that is asked for has been read, or else just before it.
+    is cut when the key that is asked for has been read, or else just before it. An
+    answer's first value does not count: where the question is known, it is said in the
+    step that reads all of the text.
     """
     T = draws[0].token_ids.shape[1]
     prompt_len = T - recall.VALUES_PER_NOTE - (not knows_question)
+    is_later = torch.arange(T) > T - recall.VALUES_PER_NOTE  # (T,)
+    later = [
+        replace(examples, is_answer=examples.is_answer & is_later) for examples in draws
+    ]
     return measure_quality(
         model,
-        draws,
+        later,
         make_cache=lambda config, B, _: PrunedKVCache(config, B, budgets, policy),
         step_lens=[prompt_len, T - prompt_len],
     )
@@ -65,30 +74,32 @@ def cut_alone(
 def main():
     torch.set_num_threads(1)
     generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
-    draws = [recall.first_question(recall.draw_task("notes", 64, g)) for g in generators]
+    draws = [recall.first_question(draw_task("notes", 64, g)) for g in generators]
     start, found = time.perf_counter(), {}
-    runs = [(name, seed) for name in NAMES for seed in range(SEEDS)]
-    for name, seed in tqdm(runs, file=sys.stdout):
+    bar = tqdm([(name, s) for name in NAMES for s in range(SEEDS)], file=sys.stdout)
+    for name, seed in bar:
+        bar.set_description(f"{name}, seed {seed}")
         if seed == 0:
             model = recall.load(name)
         else:
-            model, _ = recall.train_recipe(recall.RECIPES[name], seed)
-        whole = [model.config.max_seq_len] * model.config.num_layers
-        result = {
-            "seed": seed,
-            "whole": recall_when_cut(model, draws, whole).accuracies,
-        }
+            model, _ = train_recipe(recall.RECIPES[name], seed)
+        whole = recall_when_cut(model, draws, model.config.max_seq_len)
+        run = {"seed": seed, "whole": whole.accuracies}
         for budget in BUDGETS:
-            found_alone = cut_alone(model, draws, budget)
-            result[f"cut to {budget}"] = [quality.accuracies for quality in found_alone]
-        found.setdefault(name, []).append(result)
-        print(name, result)
+            run[f"cut to {budget}"] = [
+                quality.accuracies for quality in cut_alone(model, draws, budget)
+            ]
+        found.setdefault(name, []).append(run)
     facts = {
         "command": shlex.join(["python", "-m", "lib.measure.layer_needs", *sys.argv[1:]]),
         "machine": machine_facts(),
         "seconds": round(time.perf_counter() - start),
     }
     RESULTS.write_text(json.dumps(facts | found) + "\n")
+    for name, runs in found.items():
+        for run in runs:
+            shares = [f"{mean(layer):.0%}" for layer in run["cut to 8"]]
+            print(f"{name}, seed {run['seed']}: {' '.join(shares)}")
 
 
 if __name__ == "__main__":

@@ -90,7 +90,9 @@ def measure_quality(
             cache = make_cache(model.config, B, T)
             for text in range(B):
                 cache.begin(text)
-            logits = _logits_in_steps(model, cache, examples.token_ids, step_lens or [T])
+            logits = _logits_in_steps(
+                model, cache, examples.token_ids, [T] if step_lens is None else step_lens
+            )
             num_bytes = cache.used_bytes / (B * T)
         said, right = answers(logits, examples)
         nats.append(cross_entropy(said, right).item())
