@@ -1,4 +1,5 @@
 import copy
+import itertools
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -8,13 +9,14 @@ from helpers import filled
 from matplotlib.colors import to_rgba
 from matplotlib.patches import Rectangle
 
-from lib import checkpointing, training
+from lib import checkpointing, generate, recall, training
 from lib.block_manager import BlockManager
 from lib.config import TINY
 from lib.engine import Step
 from lib.figures import drawing, plotting
 from lib.kv_cache import ContiguousKVCache
 from lib.measure.quality import Quality
+from lib.pruning import HeavyHitters, PrunedKVCache
 from lib.simulation import Request, Usage, predict_steps
 
 matplotlib.use("agg")
@@ -373,3 +375,174 @@ def test_one_panel_can_stand_alone():
     assert low < -0.1 and high > 2.0, f"expected all draws inside, got {low}, {high}"
     figure = drawing.draw_head_groups(6, [2], names=["two"], title="")
     assert len(figure.axes[0].patches) == 6 + 2 * 2
+
+
+def looks_of(mesh, num_tokens):
+    """Of each cell of a mesh, how it is drawn: one row of names per KV head."""
+    names = {to_rgba(look["facecolor"]): name for name, look in drawing.KEPT.items()}
+    colors = mesh.to_rgba(mesh.get_array().reshape(-1, num_tokens))
+    return [[names[tuple(cell)] for cell in row] for row in colors.tolist()]
+
+
+def test_a_cell_is_filled_where_a_live_cache_keeps_the_token():
+    model = recall.load("notes_g2").eval()
+    ids = recall.draw_notes(1, 3, 8, torch.Generator().manual_seed(0)).token_ids[0]
+    S = len(ids)
+    cache = PrunedKVCache(model.config, 1, [12, 8], HeavyHitters(window=2))
+    cache.begin("a")
+    generate.forward_cached(model, cache, ids, torch.tensor([S]))
+    positions = cache.positions("a")
+    assert all(a.tolist() != b.tolist() for a, b in positions), "heads keep the same"
+    panels = {"pruned": positions, "all": [torch.arange(S).expand(2, -1)] * 2}
+    ax = drawing.draw_kept(recall.spell_notes(ids).split(), panels, title="")
+    meshes = ax.collections
+    assert len(meshes) == 4, f"expected two panels of two layers, got {len(meshes)}"
+    for layer, (mesh, places) in enumerate(zip(meshes, positions)):
+        rows = looks_of(mesh, S)
+        for head, (row, kept) in enumerate(zip(rows, places.tolist(), strict=True)):
+            got = [place for place, look in enumerate(row) if look == "kept"]
+            assert got == kept, f"{layer=}, {head=}: expected {kept}, got {got}"
+            assert set(row) == {"kept", "thrown out"}, f"nothing is wanted, got {row}"
+    assert looks_of(meshes[2], S) == [["kept"] * S] * 2
+
+
+def test_each_row_is_named_where_it_is_drawn():
+    places = [torch.tensor([[0], [1]]), torch.tensor([[1], [0]])]
+    ax = drawing.draw_kept(["a", "b"], {"one": places, "two": places}, title="")
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    expected = ["layer 0, head 0", "head 1", "layer 1, head 0", "head 1"]
+    assert names == expected * 2, f"expected {expected} twice, got {names}"
+    middles = [
+        (top + bottom) / 2
+        for mesh in ax.collections
+        for top, bottom in itertools.pairwise(mesh.get_coordinates()[:, 0, 1].tolist())
+    ]
+    assert list(ax.get_yticks()) == pytest.approx(middles)
+    assert ax.yaxis_inverted(), "the first layer is on top"
+    headings = {text.get_text(): text.get_position()[1] for text in ax.texts}
+    assert headings["one"] < middles[0] < middles[3] < headings["two"] < middles[4]
+
+
+def test_what_is_wanted_has_other_colours_and_a_frame_in_each_panel():
+    panels = {name: [torch.tensor([[0, 2]])] * 2 for name in ("one", "two")}
+    ax = drawing.draw_kept(list("whales"), panels, title="", wanted=[1, 2, 5])
+    kept, lost = list(drawing.KEPT)[2:]
+    expected = ["kept", lost, kept, "thrown out", "thrown out", lost]
+    for mesh in ax.collections:
+        assert looks_of(mesh, 6) == [expected]
+    frames = [(p.get_x(), p.get_width()) for p in ax.patches]
+    assert frames == [(0.5, 2), (4.5, 1)] * 2, f"expected two runs twice, got {frames}"
+    for i, frame in enumerate(ax.patches):
+        first, last = ax.collections[i // 2 * 2], ax.collections[i // 2 * 2 + 1]
+        ends = first.get_coordinates()[0, 0, 1], last.get_coordinates()[-1, 0, 1]
+        got = frame.get_y(), frame.get_y() + frame.get_height()
+        assert got == pytest.approx(ends), "a frame goes over all layers of its panel"
+    colours = [text.get_color() for text in ax.texts[:6]]
+    is_wanted = [colour == drawing.WANTED for colour in colours]
+    assert is_wanted == [False, True, True, False, False, True], f"got {colours}"
+
+
+def test_the_legend_of_kept_tokens_says_no_more_than_there_is():
+    panels = {"one": [torch.tensor([[0]])]}
+    for wanted, num_looks in ((), 2), ((1,), 4):
+        ax = drawing.draw_kept(["a", "b"], panels, title="", wanted=wanted)
+        (named,) = ax.figure.legends
+        got = [text.get_text() for text in named.get_texts()]
+        assert got == list(drawing.KEPT)[:num_looks], f"{wanted=}: got {got}"
+
+
+def test_a_letter_is_written_with_the_words_behind_it_over_a_bar_below_all_of_them():
+    words = ["·", "A", "5", "17", "B", "3", "·", "4", "$", "6"]
+    ax = drawing.draw_kept(words, {"p": [torch.tensor([[0]])]}, title="")
+    written = [text.get_text() for text in ax.texts]
+    bold = {letter: rf"$\mathbf{{{letter}}}$" for letter in "AB"}
+    expected = ["·", f"{bold['A']} 5 17", f"{bold['B']} 3", "·", r"4 \$ 6", "p"]
+    assert written == expected, f"expected {expected}, got {written}"
+    bars = [line.get_xdata().tolist() for line in ax.lines[::2]]
+    ends = [(0.65, 3.35), (3.65, 5.35), (6.65, 9.35)]
+    assert bars == [pytest.approx(pair) for pair in ends], f"got {bars}"
+    ax.figure.draw_without_rendering()  # a dollar or a letter might not be readable
+
+
+def test_words_of_a_text_do_not_overlap_and_stay_in_the_figure():
+    notes = " ".join(f"{letter} 63 48 50 39" for letter in "SNMCDWQT")
+    words = (notes + " ·" * 50 + " W 48 48 48 48 " + notes).split()
+    ax = drawing.draw_kept(words, {"p": [torch.arange(2)[None]]}, title="title")
+    ax.figure.draw_without_rendering()
+    phrases = [t for t in ax.texts if len(t.get_text()) > 1]
+    boxes = [text.get_window_extent() for text in phrases]
+    assert len(boxes) == 17, f"expected 17 notes, got {len(boxes)}"
+    for i, box in enumerate(boxes):
+        for other in boxes[:i]:
+            is_apart = (
+                min(box.x1, other.x1) <= max(box.x0, other.x0)
+                or min(box.y1, other.y1) <= max(box.y0, other.y0) + 1  # bearings
+            )
+            assert is_apart, f"expected boxes that are apart, got {box} and {other}"
+    edge = ax.figure.bbox
+    for text in ax.texts:
+        box = text.get_window_extent()
+        assert edge.x0 <= box.x0 and box.x1 <= edge.x1, f"{text} is cut off"
+        assert edge.y0 <= box.y0 and box.y1 <= edge.y1, f"{text} is cut off"
+
+
+ONE_LAYER = [torch.tensor([[0, 1]])]
+
+
+@pytest.mark.parametrize(
+    "token_names, panels, wanted, words",
+    [
+        ("ab", {"p": [torch.tensor([[0, 2]])]}, (), r"p, layer 0: .*0 to 1, got \[2\]"),
+        ("ab", {"p": [torch.tensor([[-1]])]}, (), r"p, layer 0: .*0 to 1, got \[-1\]"),
+        ("ab", {"p": ONE_LAYER}, [5, 1], r"wanted: expected .*0 to 1, got \[5\]"),
+        ("ab", {"p": ONE_LAYER, "q": ONE_LAYER * 2}, (), r"layers, got .*1, 'q': 2"),
+        ("ab", {}, (), r"panels: expected one or more, .* got \{\}"),
+        ("ab", {"p": []}, (), r"panels: expected one or more, .* got \{'p': 0\}"),
+        ("", {"p": ONE_LAYER}, (), "tokens of the text: expected .* 1, got 0"),
+    ],
+)
+def test_places_that_cannot_be_drawn_are_refused(token_names, panels, wanted, words):
+    with pytest.raises(ValueError, match=words):
+        drawing.draw_kept(list(token_names), panels, title="", wanted=wanted)
+    assert not plt.get_fignums(), "expected no figure before all is known to fit"
+
+
+def test_a_band_goes_from_the_least_draw_to_the_most_around_the_mean():
+    lines = {"one": ([8, 32], [[0.1, 0.3, 0.5], [0.9, 0.6]]), "two": ([16], [[0.4]])}
+    panels = {"left": lines, "right": {"three": ([8], [[1]]), "one": ([8], [[0, 1]])}}
+    figure = plotting.plot_bands(panels, xlabel="x", ylabel="y", title="t", log_x=True)
+    left, right = figure.axes
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["left", "right"]
+    means = [line.get_xydata().tolist() for line in left.lines]
+    assert means == [
+        [[8, pytest.approx(0.3)], [32, pytest.approx(0.75)]],
+        [[16, 0.4]],
+    ]
+    corners = {tuple(xy) for xy in left.collections[0].get_paths()[0].vertices.tolist()}
+    assert corners == {(8, 0.1), (8, 0.5), (32, 0.6), (32, 0.9)}
+    looks = {}
+    for ax in figure.axes:
+        for line, band in zip(ax.lines, ax.collections, strict=True):
+            assert to_rgba(line.get_color(), plotting.BAND["alpha"]) == tuple(
+                band.get_facecolor()[0]
+            )
+        names = [*panels[ax.get_title(loc="left")]]
+        for name, line in zip(names, ax.lines, strict=True):
+            looks.setdefault(name, set()).add((line.get_marker(), line.get_color()))
+    assert all(len(look) == 1 for look in looks.values()), f"one look each, got {looks}"
+    assert len({marker for ((marker, _),) in looks.values()}) == 3, f"got {looks}"
+    (named,) = figure.legends
+    names = [text.get_text() for text in named.get_texts()]
+    assert names == ["one", "two", "three", "from the least draw to the most"]
+    for ax in (left, right):
+        assert ax.get_xscale() == "log" and ax.get_ylim()[0] == 0
+        ticks = [label.get_text() for label in right.get_xticklabels()]
+        assert ticks == ["8", "16", "32"], f"expected those measured, got {ticks}"
+
+
+@pytest.mark.parametrize("draws", [[[1]], [[1], []], [[1], [1], [1]]])
+def test_a_line_that_lacks_draws_is_refused(draws):
+    panels = {"notes": {"snap": ([8, 16], draws)}}
+    with pytest.raises(ValueError, match=r"notes, snap: .* each of 2 x values, got \["):
+        plotting.plot_bands(panels, xlabel="", ylabel="", title="")
+    assert not plt.get_fignums(), "expected no figure before all is known to fit"

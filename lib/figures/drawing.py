@@ -11,8 +11,9 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import torch
+import torch.nn.functional as F
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
@@ -32,6 +33,15 @@ VALUE = {"facecolor": "#009E73", "edgecolor": "white"}
 FREE = {"facecolor": "white", "edgecolor": "#8C8C8C"}
 SHARED = {"facecolor": "#F5E6B8", "edgecolor": "#B8860B", "hatch": "\\\\"}
 WAITING = {"color": "#8C8C8C", "linewidth": 2.4, "solid_capstyle": "butt"}
+WANTED = "#D55E00"  # of a text, what an answer needs
+# A token in a pruned cache: what is kept is dark, in print without colours too.
+KEPT = {
+    "kept": {"facecolor": NEW},
+    "thrown out": {"facecolor": "#EDEDED"},
+    "needed for the answer: kept": {"facecolor": WANTED},
+    "needed for the answer: thrown out": {"facecolor": "#FAE0CC"},
+}
+FILLER = "·"
 # Of requests, in the order of their arrival; each is named beside its colour.
 REQUESTS = ["#9FC9E3", "#F2C48D", "#A8D8B9", "#DDB9D9", "#F0E29A", "#C8C8C8"]
 
@@ -263,6 +273,148 @@ def draw_head_groups(
         ax.set_axis_off()
     figure.suptitle(title, x=0.01, ha="left", fontsize=11.5, fontweight="bold")
     return figure
+
+
+def draw_kept(
+    token_names: Sequence[str],
+    panels: Mapping[str, Sequence[torch.Tensor]],
+    *,
+    title: str,
+    wanted: Sequence[int] = (),
+) -> Axes:
+    """Which tokens of a text are kept: the text, and below it for each panel one row of
+    cells per KV head of each layer.
+
+    token_names: S words, "·" for filler; a letter and the words behind it are written
+    together. panels: name -> of each layer the places kept, int64 (G, n), as
+    `PrunedKVCache.positions` gives them. wanted: the places that an answer needs, orange
+    and in a frame. Raises ValueError for a text without tokens, a place outside of it,
+    and panels that differ in their number of layers.
+    """
+    S = check_count("tokens of the text", len(token_names))
+    _check_kept(S, panels, wanted)
+    is_wanted = torch.zeros(S, dtype=torch.bool)
+    is_wanted[list(wanted)] = True
+    width = min(9.6, 3.6 + 0.25 * S)  # inches
+    ax = plt.subplots()[1]
+    num_lines = _write_text(ax, token_names, is_wanted, 72 * (width - 1.1) / S)
+    names, bottom = {}, 0.0  # of the rows, by their y
+    for panel, layers in panels.items():
+        ax.text(-0.5, bottom + 1.3, panel, fontsize=9.5, fontweight="bold")
+        top = bottom = bottom + 1.7
+        for layer, places in enumerate(layers):
+            _draw_kept_layer(ax, places, is_wanted, bottom)
+            for head in range(len(places)):
+                words = f"head {head}" if head else f"layer {layer}, head 0"
+                names[bottom + head + 0.5] = words
+            bottom += len(places) + 0.3
+        bottom -= 0.3
+        _frame(ax, is_wanted, top, bottom)
+    ax.figure.set_size_inches(width, 0.9 + 0.135 * (bottom + num_lines))
+    ax.set_yticks(list(names), list(names.values()), fontsize=7)
+    ax.xaxis.set_major_locator(MaxNLocator(12, integer=True, steps=[1, 2, 5, 10]))
+    ax.tick_params(axis="x", labelsize=8)
+    ax.tick_params(length=0, pad=2)
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+    ax.set(xlim=(-0.7, S - 0.3), ylim=(bottom + 0.2, -num_lines - 0.2), title=title)
+    ax.set_xlabel("place in the text", loc="left", fontsize=9)
+    handles = [Patch(**look, label=label) for label, look in KEPT.items()]
+    ax.figure.legend(
+        handles=handles if any(is_wanted) else handles[:2],
+        loc="outside lower right",
+        ncols=len(handles) if width > 8 else 2,
+        fontsize=9,
+    )
+    return ax
+
+
+def _check_kept(
+    S: int, panels: Mapping[str, Sequence[torch.Tensor]], wanted: Sequence[int]
+):
+    """ValueError unless all places are in a text of S tokens, and all panels have the
+    same number of layers, at least one."""
+    num_layers = {panel: len(layers) for panel, layers in panels.items()}
+    if len(set(num_layers.values())) != 1 or 0 in num_layers.values():
+        raise ValueError(
+            "panels: expected one or more, with the same number of layers, got "
+            f"{num_layers}"
+        )
+    places_of = {"wanted": wanted}
+    for panel, layers in panels.items():
+        for layer, places in enumerate(layers):
+            places_of[f"{panel}, layer {layer}"] = places.flatten().tolist()
+    for where, places in places_of.items():
+        outside = sorted({place for place in places if not 0 <= place < S})
+        if outside:
+            raise ValueError(f"{where}: expected places from 0 to {S - 1}, got {outside}")
+
+
+def _write_text(
+    ax: Axes, token_names: Sequence[str], is_wanted: torch.Tensor, column_points: float
+) -> int:
+    """The text above y = 0: a line of dots and bars, and over the bars what they are. A
+    word that would touch the one before it is written a line higher. Returns how many
+    lines it takes."""
+    font_size, ends = 8, []  # where the lines end so far, in columns
+    for start, words in _phrases(token_names):
+        stop, middle = start + len(words), start + (len(words) - 1) / 2
+        look = {"color": WANTED if any(is_wanted[start:stop]) else "black"}
+        if words == [FILLER]:
+            ax.text(start, -0.5, FILLER, ha="center", va="center", **look, alpha=0.6)
+            continue
+        # A digit is 0.64 em wide, a space 0.32.
+        width = font_size * (0.64 * sum(map(len, words)) + 0.32 * len(words))
+        half = width / 2 / column_points
+        line = next((i for i, end in enumerate(ends) if end < middle - half), len(ends))
+        ends[line : line + 1] = [middle + half]
+        ax.plot([start - 0.35, stop - 0.65], [-0.5, -0.5], linewidth=1.5, **look)
+        ax.plot([middle, middle], [-0.5, -1 - line], linewidth=0.7, **look)
+        first, *others = (word.replace("$", r"\$") for word in words)
+        if first.isalpha():
+            first = rf"$\mathbf{{{first}}}$"
+        look |= {"ha": "center", "va": "center", "fontsize": font_size}
+        ax.text(middle, -1.5 - line, " ".join([first, *others]), **look)
+    return 1 + len(ends)
+
+
+def _phrases(token_names: Sequence[str]) -> list[tuple[int, list[str]]]:
+    """What is written together, and the place where it begins: filler alone, and other
+    words up to the next letters or filler."""
+    phrases = []
+    for place, word in enumerate(token_names):
+        is_first = place == 0 or FILLER in (word, token_names[place - 1])
+        if is_first or word.isalpha():
+            phrases.append((place, [word]))
+        else:
+            phrases[-1][1].append(word)
+    return phrases
+
+
+def _draw_kept_layer(ax: Axes, places: torch.Tensor, is_wanted: torch.Tensor, top: float):
+    """A row of cells per KV head, from y = top on: places (G, n), is_wanted (S,)."""
+    G, S = len(places), len(is_wanted)
+    is_kept = torch.zeros(G, S, dtype=torch.bool).scatter(1, places.cpu(), True)
+    looks = torch.where(is_kept, 0, 1) + torch.where(is_wanted, 2, 0)
+    ax.pcolormesh(
+        [place - 0.5 for place in range(S + 1)],
+        [top + head for head in range(G + 1)],
+        looks.tolist(),
+        cmap=ListedColormap([look["facecolor"] for look in KEPT.values()]),
+        vmin=0,
+        vmax=len(KEPT) - 1,
+        edgecolors="white",
+        linewidth=0.5,
+    )
+
+
+def _frame(ax: Axes, is_wanted: torch.Tensor, top: float, bottom: float):
+    """A frame around each run of wanted columns, from y = top to bottom."""
+    edges = F.pad(is_wanted.int(), (1, 1)).diff().nonzero()
+    for start, stop in edges.view(-1, 2).tolist():
+        look = {"fill": False, "edgecolor": "black", "linewidth": 1.2}
+        corner = start - 0.5, top
+        ax.add_patch(Rectangle(corner, stop - start, bottom - top, **look))
 
 
 def draw_gantt(

@@ -7,7 +7,7 @@ markers. Each function returns what it drew on.
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -16,6 +16,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from lib.engine import Step
@@ -32,6 +33,7 @@ SENT_BACK = {
     "markeredgewidth": 1.6,
 }
 PREDICTED = {"color": "black", "linestyle": "--"}
+BAND = {"color": "#8C8C8C", "alpha": 0.22, "linewidth": 0}
 
 
 def use_course_style():
@@ -302,11 +304,7 @@ def plot_quality(
     axis is logarithmic.
     """
     figure, (axes,) = plt.subplots(1, len(panels), figsize=(8.6, 4.4), squeeze=False)
-    names = list(dict.fromkeys(name for _, _, methods, _ in panels for name in methods))
-    cycle = plt.rcParams["axes.prop_cycle"].by_key()["color"]
-    colors = ["black", *cycle, "#7F3C8D", "#8C8C8C"]
-    looks = zip(itertools.cycle("osD^v<>PX*"), itertools.cycle(colors))
-    look_of = dict(zip(names, looks))
+    look_of = _looks(methods for _, _, methods, _ in panels)
     named = {}
     for ax, (ylabel, yscale, methods, draws_of) in zip(axes, panels):
         lowest, highest = -0.0033, 0.01
@@ -317,7 +315,6 @@ def plot_quality(
             draws = [draws_of(quality) for quality in by_bytes]
             means, least, most = ([f(x) for x in draws] for f in (mean, min, max))
             lowest, highest = min(lowest, *least), max(highest, *most)
-            marker, color = look_of[name]
             named[name] = ax.errorbar(
                 [quality.bytes_per_token for quality in by_bytes],
                 means,
@@ -325,9 +322,8 @@ def plot_quality(
                     [b - a for a, b in zip(*ends)]
                     for ends in ((least, means), (means, most))
                 ],
-                marker=marker,
-                color=color,
                 linewidth=1.2,
+                **look_of[name],
             )
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
@@ -339,6 +335,64 @@ def plot_quality(
     figure.legend(named.values(), named, loc="outside lower center", ncols=3)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11.5, fontweight="bold")
     return figure
+
+
+def plot_bands(
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[Sequence[float]]]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str,
+    log_x: bool = False,
+) -> Figure:
+    """Panels side by side, with the same axes: lines through means of draws, each in a
+    band from the least draw to the most.
+
+    panels: name -> name of a line -> (x values, the draws at each of them). A line looks
+    the same in all panels. The x axis is logarithmic with `log_x`. Raises ValueError
+    where an x value has no draws.
+    """
+    for panel, lines in panels.items():
+        for name, (x, draws) in lines.items():
+            num_draws = [len(values) for values in draws]
+            if len(x) != len(draws) or 0 in num_draws:
+                raise ValueError(
+                    f"{panel}, {name}: expected draws at each of {len(x)} x values, got "
+                    f"{num_draws}"
+                )
+    figure, (axes,) = plt.subplots(
+        1, len(panels), figsize=(8.6, 4.2), sharex=True, sharey=True, squeeze=False
+    )
+    look_of = _looks(panels.values())
+    named, ticks = {}, set()
+    for ax, (panel, lines) in zip(axes, panels.items()):
+        for name, (x, draws) in lines.items():
+            means, least, most = (
+                [f(values) for values in draws] for f in (mean, min, max)
+            )
+            (named[name],) = ax.plot(x, means, **look_of[name])
+            ax.fill_between(x, least, most, **BAND | {"color": named[name].get_color()})
+            ticks |= set(x)
+        ax.set_title(panel, fontsize=10.5, fontweight="normal")
+        ax.set(xlabel=xlabel)
+    if log_x:
+        axes[0].set_xscale("log", base=2)
+    axes[0].set_xticks(sorted(ticks), [f"{x:g}" for x in sorted(ticks)])
+    axes[0].set_ylim(bottom=0)
+    axes[0].set_ylabel(ylabel)
+    named["from the least draw to the most"] = Patch(**BAND)
+    figure.legend(named.values(), named, loc="outside lower center", ncols=4)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11.5, fontweight="bold")
+    return figure
+
+
+def _looks(panels: Iterable[Iterable[str]]) -> dict[str, dict[str, str]]:
+    """A marker and a colour for each name, the same in all panels."""
+    names = dict.fromkeys(name for lines in panels for name in lines)
+    cycle = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    colors = itertools.cycle(["black", *cycle, "#7F3C8D", "#8C8C8C"])
+    looks = zip(itertools.cycle("osD^v<>PX*"), colors)
+    return {name: {"marker": m, "color": c} for name, (m, c) in zip(names, looks)}
 
 
 def plot_roofline(
