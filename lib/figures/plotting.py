@@ -381,7 +381,8 @@ def plot_bands(
     axes[0].set_ylim(bottom=0)
     axes[0].set_ylabel(ylabel)
     named["from the least draw to the most"] = Patch(**BAND)
-    figure.legend(named.values(), named, loc="outside lower center", ncols=4)
+    ncols = 4 if len(named) <= 4 else 3  # more would not fit the width
+    figure.legend(named.values(), named, loc="outside lower center", ncols=ncols)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11.5, fontweight="bold")
     return figure
 
