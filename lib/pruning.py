@@ -154,9 +154,7 @@ def pyramid_budgets(
     return budgets
 
 
-def spread_budgets(
-    needs: Sequence[float], mean_budget: int, window: int = 8
-) -> list[int]:
+def spread_budgets(needs: list[float], mean_budget: int, window: int = 8) -> list[int]:
     """A budget for each layer: the window, and of the rest a part as large as its need.
 
     needs: of each layer one number, not negative, as it was measured: over how many

@@ -1200,7 +1200,7 @@ check.collect()
 # %%
 in_place = functools.partial(columns.paged, decode=paged_decode_online)
 cells = []
-for name in columns.COLUMNS:
+for name in ("training", "checkpointed", "recompute", "contiguous", "paged"):
     setup = in_place if name == "paged" else None
     sweep = table.sweep(name, sizes=table.SMALL_SIZES, setup=setup)
     cells += table.fit(sweep)
@@ -1304,14 +1304,13 @@ plotting.plot_measured(
 
 # %% [markdown]
 # *The last tokens are nearly enough, since this model hardly looks further
-# back. (The curve does not fall all the way: what a model was not trained on it
-# does not do smoothly.) Coded keys cost a little. One KV head, and the state,
-# ruin it.* Ruined is not the last word: a model can be trained for either, and
-# then does far better. And a model of a book, which does without a long memory,
-# is no judge of what forgetting costs. Chapter 7 takes up heads, bits and
-# numbers, and finds out what each is worth. Which tokens may go, and how much
-# of a long text can be recalled from a state that does not grow, are open
-# problems.
+# back. (The curve does not fall all the way; chapter 8 finds out why.) Coded
+# keys cost a little. One KV head, and the state, ruin it.* Ruined is not the
+# last word: a model can be trained for either, and then does far better. And a
+# model of a book, which does without a long memory, is no judge of what
+# forgetting costs. Chapter 7 takes up heads, bits and numbers, chapter 8 which
+# tokens may go. How much of a long text can be recalled from a state that does
+# not grow is an open problem.
 #
 # ## What is still wrong
 #
