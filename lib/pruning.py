@@ -256,6 +256,9 @@ class Recent:
     num_sinks: int = 4
     window = 0
 
+    def __post_init__(self):
+        check_count("num_sinks", self.num_sinks, at_least=0)
+
     @property
     def least_budget(self) -> int:
         return self.num_sinks + 1
@@ -274,6 +277,9 @@ class HeavyHitters:
 
     window: int = 8
 
+    def __post_init__(self):
+        check_count("window", self.window, at_least=0)
+
     @property
     def least_budget(self) -> int:
         return self.window
@@ -291,6 +297,11 @@ class Snap:
 
     window: int = 8
     width: int = 5
+
+    def __post_init__(self):
+        check_count("window", self.window)
+        if check_count("width", self.width) % 2 == 0:
+            raise ValueError(f"width: expected an odd number, got {self.width}")
 
     @property
     def least_budget(self) -> int:
@@ -331,7 +342,7 @@ class PrunedKVCache(KVCache):
     budgets: of each layer, or one for all. A budget above the text keeps all of it. A
     step writes what it keeps beside what was there (so it can be taken back): while it
     runs there are two of each. Bytes are those of keys, values, scores and positions.
-    Raises ValueError unless there is a budget for each layer, at least the policy's
+    Raises ValueError unless there is a budget for each layer, at least 1 and the policy's
     `least_budget`.
     """
 
@@ -346,6 +357,8 @@ class PrunedKVCache(KVCache):
         device: torch.device | str = "cpu",
     ):
         batch_size = check_count("batch_size", batch_size)
+        if isinstance(policy, type) or not callable(policy):
+            raise ValueError(f"policy: expected one, as Recent(), got {policy!r}")
         self.config, self.dtype, self.policy = config, dtype, policy
         self.budgets = check_budgets(budgets, config.num_layers, policy.least_budget)
         self.block_size, self.num_blocks = config.max_seq_len, batch_size
@@ -420,18 +433,18 @@ class PrunedKVCache(KVCache):
         return list(self._kept)
 
     def _open_step(self, query_lens: torch.Tensor) -> Attend:
-        counts = query_lens.tolist()
-        seq_lens = self._seq_lens.tolist()
+        counts, seq_lens = query_lens.tolist(), self._seq_lens.tolist()
+        before = list(self._kept)  # a layer that is run again begins there again
 
         def attend(layer, q, k, v):
             outs = [q[:0]]
             for row, new in enumerate(zip(*(x.split(counts) for x in (q, k, v)))):
                 if counts[row] == 0:  # it rests
                     continue
-                kept = self._kept[row]
                 out, layer_kept = self._attend_row(
-                    layer, kept[layer], seq_lens[row], *new
+                    layer, before[row][layer], seq_lens[row], *new
                 )
+                kept = self._kept[row]
                 self._kept[row] = (*kept[:layer], layer_kept, *kept[layer + 1 :])
                 outs.append(out)
             return torch.cat(outs)  # (N, H, D)
@@ -476,6 +489,6 @@ def check_budgets(
             f"{list(budgets)}"
         )
     return tuple(
-        check_count(f"budget of layer {layer}", budget, at_least=least)
+        check_count(f"budget of layer {layer}", budget, at_least=max(least, 1))
         for layer, budget in enumerate(budgets)
     )

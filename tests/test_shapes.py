@@ -22,6 +22,7 @@ from lib import (
     kv_heads,
     latent_kv_cache,
     paged_attention,
+    pruning,
     recall,
     sampling,
     text,
@@ -39,7 +40,7 @@ FOLDER = Path(lib.__file__).parent
 FOLDERS = FOLDER, FOLDER / "measure", FOLDER / "figures"
 SIZES = {"B": 3, "H": 6, "G": 2, "D": 10, "C": 60, "F": 22, "V": 29, "heads": None}
 CONFIG = ModelConfig(29, 4, 6, 2, d_model=60, d_ff=22, max_seq_len=40, dropout=0.1)
-SHAPE = r"\(((?:\.\.\.|[A-Z\d]|min\(|heads)[^#]*?)\)"
+SHAPE = r"\(((?:\.\.\.|[A-Z\d]|n[ ,]|min\(|heads)[^#]*?)\)"
 COMMENT = re.compile(
     rf"#\s*{SHAPE}(?:, {SHAPE})?(?:$|[,:;. ])"
 )  # a second one: of a pair
@@ -172,6 +173,10 @@ def watcher():
         ):
             begun(cache, 3)
             generate.prefill_in_chunks(model, prompts, cache, 2)
+            generate.generate_cached(model, [ids[:1] for ids in prompts], 2, cache)
+        for policy in (pruning.HeavyHitters(3), pruning.Snap(4, 3)):
+            cache = begun(pruning.PrunedKVCache(CONFIG, 3, [5, 4, 9, 8], policy), 3)
+            generate.prefill_in_chunks(model, prompts, cache, 5)
             generate.generate_cached(model, [ids[:1] for ids in prompts], 2, cache)
         serving = Engine(model, ContiguousKVCache(CONFIG, 3, 16), token_budget=5)
         for ids in prompts:

@@ -10,6 +10,8 @@ on a small model:
 - Gradients are allocated before the meter starts: they too are the same in every column.
 - Nobody knows how long a text will be. The contiguous cache reserves for twice as many
   tokens as come; the paged cache has a pool of as many blocks as it needs.
+- With a pruned cache each token goes to the next step and is not kept: the 8 bytes of its
+  id would be all that grows with N.
 """
 
 import math
@@ -23,8 +25,10 @@ from lib.config import ModelConfig
 from lib.kv_cache import ContiguousKVCache, KVCache
 from lib.model import Transformer, attend_fused
 from lib.paged_kv_cache import PagedKVCache
+from lib.pruning import HeavyHitters, PrunedKVCache
 
 FIRST_ID = torch.zeros(1, dtype=torch.int64)
+BUDGET = 8  # tokens that the pruned cache keeps in each layer: fewer than any N here
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,20 @@ def paged(
     )
 
 
+def pruned(num_tokens: int, num_layers: int) -> Callable[[], KVCache]:
+    model = random_model(num_layers).eval()
+
+    def run():
+        cache = PrunedKVCache(model.config, 1, BUDGET, HeavyHitters(window=4))
+        cache.begin(0)
+        ids, one = FIRST_ID, torch.ones(1, dtype=torch.int64)
+        for _ in range(num_tokens):
+            ids = generate.forward_cached(model, cache, ids, one).argmax(dim=-1)
+        return cache
+
+    return run
+
+
 def forward(num_tokens: int, num_layers: int) -> Callable:
     """The forward pass of a training step, the unit of a factor: no column of its own."""
     return _blocks_call(num_tokens, random_model(num_layers), checkpointing.run_blocks)
@@ -149,6 +167,8 @@ def _blocks_call(num_tokens: int, model: Transformer, run: Callable) -> Callable
 
 # Of a token in a layer of random_model: key and value of 2 heads, 16 numbers of 4 bytes.
 KV_BYTES = 2 * 2 * 16 * 4
+# And what a pruned cache keeps with them: for each head a score, and a position, int64.
+PRUNED_BYTES = KV_BYTES + 2 * (4 + 8)
 
 COLUMNS = {
     "training": Column(
@@ -200,6 +220,18 @@ COLUMNS = {
             "KV bytes reserved": Growth(1, 1, factor=KV_BYTES),
             "KV bytes used": Growth(1, 1, factor=KV_BYTES),
             "attention FLOPs": Growth(2, 1),
+            "projection FLOPs": Growth(1, 1),
+            "forward calls": Growth(1, 0),
+            "block calls": Growth(1, 1),
+        },
+    ),
+    "pruned": Column(
+        pruned,
+        {
+            "peak memory": Growth(0, 1),
+            "KV bytes reserved": Growth(0, 1, factor=BUDGET * PRUNED_BYTES),
+            "KV bytes used": Growth(0, 1, factor=BUDGET * PRUNED_BYTES),
+            "attention FLOPs": Growth(1, 1),
             "projection FLOPs": Growth(1, 1),
             "forward calls": Growth(1, 0),
             "block calls": Growth(1, 1),
