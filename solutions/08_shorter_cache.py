@@ -584,8 +584,8 @@ for name, lm in notes_lms.items():
 
 # %% [markdown]
 # Seven or nine, here. With three neighbours on either side, a note that is
-# looked at in its middle is kept whole. How many it takes depends on what one has to
-# remember; SnapKV's authors use 5 or 7.
+# looked at in its middle is kept whole. How many it takes depends on what one
+# has to remember; SnapKV's authors use 5 or 7.
 #
 # ### When the question comes later
 #
