@@ -50,7 +50,7 @@ def keep_recent_cases(seed: int) -> list[Case]:
         ("no sinks", 6, 2, 0),
         ("no sinks, and a single token that is kept", 6, 1, 0),
         ("as many tokens as may be kept", 5, 5, 2),
-        ("fewer tokens than may be kept", 4, 6, 3),
+        ("fewer tokens than may be kept", 3, 8, 2),
         ("fewer tokens than sinks", 2, 6, 3),
         ("a single token", 1, 3, 1),
         ("no tokens", 0, 3, 1),
@@ -86,10 +86,10 @@ def keep_recent_explain(inputs: dict, expected: dict, got: dict) -> str | None:
         return "Places, not a mask: the numbers of the tokens that are kept"
     if theirs.shape == right.shape and np.array_equal(np.sort(theirs), right):
         return "In the order of the text"
-    if theirs.ndim == 1 and len({*theirs.tolist()}) < len(theirs):
-        return "No token twice: a text that fits into the budget is kept as it is"
     if (theirs < 0).any():
         return "A text that fits into the budget is kept as it is: no place is below 0"
+    if theirs.ndim == 1 and len({*theirs.tolist()}) < len(theirs):
+        return "No token twice: a text that fits into the budget is kept as it is"
     return _which(theirs, right, others)
 
 
@@ -117,7 +117,8 @@ def _other_recent(seq_len: int, budget: int, num_sinks: int | None) -> list:
     found = [
         (stay, places[S - budget :]),
         (stay, places[S - recent :]),
-        (within, np.append(places[:sinks], np.arange(max(sinks, S - budget), S))),
+        # As all of a text that is a little longer it would be another's slip too.
+        (within, np.append(places[:sinks], places[S - budget :])),
         (last, places[:budget]),
         ("The last tokens are kept too", places[:sinks]),
         (newest, np.append(places[:sinks], np.arange(S - recent - 1, S - 1))),
@@ -130,9 +131,9 @@ def _other_recent(seq_len: int, budget: int, num_sinks: int | None) -> list:
     if sinks == 0:
         found = [row for row in found if row[0] != exactly]
         found.append((none, places))
-    if num_sinks is None:
+    if num_sinks is None:  # all else has failed before
         words = "Where num_sinks is not given it is 4"
-        found += [
+        return [
             (words, np.append(places[:n], np.arange(S - budget + n, S)))
             for n in (0, 1, 2, 3, 5, 6)
         ]
@@ -208,9 +209,13 @@ def attention_received_explain(inputs: dict, expected: dict, got: dict) -> str |
             "Sum over the queries, not over the tokens that they look at: all attention "
             "of a query together is 1"
         )
-    if theirs.shape in ((G, H // G, S), (H // G, G, S)):
+    of_heads = theirs.shape in ((G, H // G, S), (H // G, G, S))
+    of_queries = theirs.shape in ((G, T, S), (H, T, S))
+    if of_heads and of_queries:
+        return "One number per KV head and token: (G, S)"
+    if of_heads:
         return "The mean over the query heads of a group leaves one row per KV head"
-    if theirs.shape in ((G, T, S), (H, T, S)):
+    if of_queries:
         return "Sum over the queries: one number per token"
     if theirs.shape == (S,):
         return "Each KV head has a row of its own: the mean is over its query heads"
@@ -276,7 +281,7 @@ def snap_scores_cases(seed: int) -> list[Case]:
         ("three neighbours", (1, 1, 7), 1, 1, 3),
         ("five neighbours", (1, 1, 8), 1, 1, 5),
         ("a window of two, three neighbours", (1, 2, 8), 1, 2, 3),
-        ("three query heads on one KV head", (3, 2, 7), 1, 2, 3),
+        ("three query heads on one KV head", (3, 2, 7), 1, 2, 5),
         ("four query heads on two KV heads", (4, 2, 7), 2, 2, 3),
         ("six query heads on three KV heads, all queries", (6, 9, 9), 3, 3, 5),
         ("fewer queries than the window", (2, 2, 9), 1, 4, 3),
@@ -381,10 +386,10 @@ def snap_scores_explain(inputs: dict, expected: dict, got: dict) -> str | None:
     (H, _, S), (G, num_before) = inputs["weights"].shape, right.shape
     if theirs.shape in ((H, num_before), (H, S)) and H != G:
         return ONE_PER_KV_HEAD
-    if theirs.shape == (num_before,):
-        return "Each KV head has a row of its own"
     if theirs.size == 0 == right.size:
         return "Where no token lies before the window the shape is (G, 0)"
+    if theirs.shape == (num_before,):
+        return "Each KV head has a row of its own"
     return _which(theirs, right, others)
 
 
@@ -559,16 +564,17 @@ EVICT_SLIPS = {
     "best of the window": LARGE_WINDOW,
     "thrown out": "Keep these places, and throw out the others: not the other way round",
 }
+ELSE_THAN_WINDOWS = OWN_TOKENS, EVICT_SLIPS["later"], EVICT_SLIPS["lowest"]
 
 
 def evict_tokens_explain(inputs: dict, expected: dict, got: dict) -> str | None:
     right, theirs = expected["kept"], got["kept"]
-    others = [(words, _evicted(inputs, slip)) for slip, words in EVICT_SLIPS.items()]
+    slips = EVICT_SLIPS
     if inputs["window"] == 0:
+        slips = {slip: slips[slip] for slip in slips if slips[slip] in ELSE_THAN_WINDOWS}
         words = "With a window of 0 `[-0:]` is everything: count from the front instead"
-        others = [row for row in others if row[0] not in (PROTECTED, WITHIN)]
-        others += [(words, _evicted(inputs, slip)) for slip in ("oldest", "all twice")]
-        others.remove((EVICT_SLIPS["oldest"], _evicted(inputs, "oldest")))
+        slips |= {"oldest": words, "all twice": words}
+    others = [(words, _evicted(inputs, slip)) for slip, words in slips.items()]
     if not isinstance(theirs, np.ndarray):
         return None
     if _is_same(theirs, right):
@@ -1213,8 +1219,20 @@ EXERCISES = [
         2,
         snap_scores_cases,
         snap_scores_explain,
+        errors={
+            "optional 0 dim batch size": "Where no token lies before the window there is "
+            "nothing to pool: give (G, 0)"
+        },
     ),
-    Exercise("lib.pruning.evict_tokens", 3, evict_tokens_cases, evict_tokens_explain),
+    Exercise(
+        "lib.pruning.evict_tokens",
+        3,
+        evict_tokens_cases,
+        evict_tokens_explain,
+        errors={
+            "argsort()": "torch takes `stable` where each argument has its name: dim=-1"
+        },
+    ),
     Exercise(
         "lib.pruning.pyramid_budgets",
         2,
