@@ -1376,12 +1376,8 @@ def spread_with(needs, mean_budget, window, rest=None, shares=None, order=None):
 @wrong("spread_budgets", says="Each layer has the window first")
 def spread_without_a_window(needs, mean_budget, window=8):
     check_needs(needs, mean_budget, window)
-    return spread_with(needs, mean_budget, window, rest=mean_budget * len(needs)) and [
-        budget - window
-        for budget in spread_with(
-            needs, mean_budget, window, rest=mean_budget * len(needs)
-        )
-    ]
+    budgets = spread_with(needs, mean_budget, window, rest=mean_budget * len(needs))
+    return [budget - window for budget in budgets]
 
 
 @wrong("spread_budgets", says="Each layer has the window first")
@@ -1666,7 +1662,7 @@ def freed_of_the_first_layer(is_kept, block_size):
     return freed(is_kept[:1], block_size)
 
 
-@wrong("blocks_freed", says="a block that is begun is not free")
+@wrong("blocks_freed", says="though it is not full")
 def freed_of_what_is_gone_in_all(is_kept, block_size):
     check_count("block_size", block_size)
     moved = (is_kept.shape[-1] - is_kept.sum(-1).max()) // block_size
