@@ -161,7 +161,7 @@ def attention_received_cases(seed: int) -> list[Case]:
         ("a single token", (4, 1, 1), 2),
         ("single precision", (6, 5, 9), 2),
         ("random sizes", *_random_heads(rng)),
-        ("400 queries over 800 tokens", (8, 400, 800), 4),
+        ("120 queries over 300 tokens", (8, 120, 300), 4),
     ):
         weights = _attention(rng, H, T, S)
         if name == "single precision":
@@ -298,7 +298,7 @@ def snap_scores_cases(seed: int) -> list[Case]:
         ("a window of 0", (1, 2, 8), 1, 0, 3),
         ("single precision", (4, 6, 20), 2, 4, 5),
         ("random sizes", *_random_snap(rng)),
-        ("16 queries over 4,000 tokens", (8, 16, 4000), 4, 12, 7),
+        ("16 queries over 1,000 tokens", (8, 16, 1000), 4, 12, 7),
     ):
         weights = _attention(rng, H, T, S)
         if name == "single precision":
