@@ -545,6 +545,13 @@ def test_a_layer_that_is_run_twice_in_a_step_counts_once():
     assert contents(twice) == contents(once)
 
 
+def test_who_rests_is_not_touched():
+    cache = mid_text()
+    before = list(cache._kept)
+    take(cache, [2, 0, 0], random_heads(random.Random(0), 2))
+    assert [kept is old for kept, old in zip(cache._kept, before)] == [False, True, True]
+
+
 def test_what_is_free_takes_no_bytes_and_who_begins_there_finds_nothing():
     cache = mid_text()
     cache.free(0)
