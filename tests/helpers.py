@@ -36,7 +36,8 @@ def assert_close(got: torch.Tensor, expected: torch.Tensor):
 
 class Interrupt:
     """KeyboardInterrupt at a line that the code of some modules runs, its number `when`
-    from 0.
+    from 0. One that comes at the end of `with torch.no_grad()` leaves gradients off: they
+    are put back.
 
     where: the name and number of that line, None as long as it was not reached.
     """
@@ -46,7 +47,7 @@ class Interrupt:
         self.files = {module.__file__ for module in modules}
 
     def __enter__(self) -> "Interrupt":
-        self.before = sys.gettrace()
+        self.before, self.has_grad = sys.gettrace(), torch.is_grad_enabled()
         sys.settrace(self.enter_function)
         return self
 
@@ -63,6 +64,7 @@ class Interrupt:
 
     def __exit__(self, *_):
         sys.settrace(self.before)
+        torch.set_grad_enabled(self.has_grad)
 
 
 def begun(cache: KVCache, batch_size: int) -> KVCache:

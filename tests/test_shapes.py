@@ -30,7 +30,7 @@ from lib import (
 from lib.config import ModelConfig
 from lib.engine import Engine
 from lib.kv_cache import ContiguousKVCache
-from lib.measure import quality
+from lib.measure import layer_needs, quality
 from lib.model import Transformer, attend_causal, attend_fused
 from lib.paged_kv_cache import PagedKVCache
 from lib.quantized_kv_cache import QuantizedFormat
@@ -206,6 +206,7 @@ def watcher():
         make_cache = lambda config, B, T: ContiguousKVCache(config, B, T)  # noqa: E731
         quality.measure_quality(model, [drawn])
         quality.measure_quality(model, [drawn], make_cache=make_cache)
+        layer_needs.recall_when_cut(model, [drawn], 4, pruning.Snap(4, 3))
         kv_heads.with_kv_heads(model, 1)
         recall.draw_pairs(3, 5)
         recall.draw_notes(3, 7, 11)
