@@ -514,48 +514,19 @@ def check_format(format: KVFormat, config: ModelConfig, **fast_paths: object):
 PLAIN = KVFormat()
 
 
-class ContiguousKVCache(KVCache):
-    """Room for `max_seq_len` tokens of each of B requests, reserved at once.
+class KVCacheInRows(KVCache):
+    """A cache with B rows: who begins has one for itself, and is the only one there.
 
-    k_cache, v_cache (L, B, S, G, D), S = max_seq_len. B = batch_size rows, without
-    requests at first; a row keeps its place when others become free. A row is one block:
-    whoever begins has it whole.
-
-    fused_decode: whether all requests that bring one token in a step share one masked
-    call of torch's fused attention, `attend_decode`; else `attend_cached` is a loop over
-    them. format: what keys and values become in memory.
+    A row keeps its place when others become free. It is one block of `block_size` tokens,
+    the most that a request can have.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        batch_size: int,
-        max_seq_len: int,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        fused_decode: bool = False,
-        format: KVFormat = PLAIN,
-    ):
-        batch_size = check_count("batch_size", batch_size)
-        max_seq_len = check_count("max_seq_len", max_seq_len)
-        check_format(format, config, fused_decode=fused_decode)
-        self.config, self.dtype, self.format = config, dtype, format
+    limit: str  # why a request can have no more, for an error
+
+    def _make_rows(self, batch_size: int, max_seq_len: int, device: torch.device | str):
         self.block_size, self.num_blocks = max_seq_len, batch_size
-        self.fused_decode = fused_decode
         self.request_ids = [None] * batch_size
-        places = batch_size, max_seq_len
-        self.k_cache, self.v_cache = format.empty(config, places, dtype, device)
         self._seq_lens = torch.zeros(batch_size, dtype=torch.int64, device=device)
-
-    @property
-    def reserved_bytes(self) -> int:
-        return self.k_cache.nbytes + self.v_cache.nbytes
-
-    @property
-    def used_bytes(self) -> int:
-        bytes_per_token = self.format.bytes_per_token(self.config, self.dtype.itemsize)
-        return int(self.seq_lens.sum()) * bytes_per_token
 
     @property
     def capacity(self) -> int:
@@ -578,7 +549,6 @@ class ContiguousKVCache(KVCache):
         ValueError for tokens of a row in which no request has begun.
         """
         check_query_lens(query_lens, self.seq_lens)
-        reserved = self.k_cache.shape[2]
         # As ints of Python: a sum of int64 may overflow.
         lens = zip(self._seq_lens.tolist(), query_lens.tolist())
         needed = [seq_len + count for seq_len, count in lens]
@@ -588,10 +558,10 @@ class ContiguousKVCache(KVCache):
                     f"query_lens: expected 0 in row {row}, where no request has begun, "
                     f"got {count}"
                 )
-            if count > reserved:
+            if count > self.capacity:
                 raise CacheFullError(
-                    f"request {request_id!r}: expected at most {reserved} tokens, as "
-                    f"many as were reserved, got {count}"
+                    f"request {request_id!r}: expected at most {self.capacity} tokens, "
+                    f"{self.limit}, got {count}"
                 )
 
     def _begin_row(self, request_id: Hashable, token_ids: Sequence[int]):
@@ -601,13 +571,60 @@ class ContiguousKVCache(KVCache):
                 f"{self.request_ids} are there"
             )
         row = self.request_ids.index(None)
-        self._clear(row, 0)
+        self._empty_row(row)
         self.request_ids[row] = request_id
 
     def _free_row(self, row: int):
         self._seq_lens = self._seq_lens.clone()  # the caller may hold the old one
         self._seq_lens[row] = 0
         self.request_ids[row] = None
+
+    @abc.abstractmethod
+    def _empty_row(self, row: int):
+        """Leave nothing of whoever had it."""
+
+
+class ContiguousKVCache(KVCacheInRows):
+    """Room for `max_seq_len` tokens of each of B requests, reserved at once.
+
+    k_cache, v_cache (L, B, S, G, D), S = max_seq_len. B = batch_size rows, without
+    requests at first.
+
+    fused_decode: whether all requests that bring one token in a step share one masked
+    call of torch's fused attention, `attend_decode`; else `attend_cached` is a loop over
+    them. format: what keys and values become in memory.
+    """
+
+    limit = "as many as were reserved"
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        max_seq_len: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        fused_decode: bool = False,
+        format: KVFormat = PLAIN,
+    ):
+        batch_size = check_count("batch_size", batch_size)
+        max_seq_len = check_count("max_seq_len", max_seq_len)
+        check_format(format, config, fused_decode=fused_decode)
+        self.config, self.dtype, self.format = config, dtype, format
+        self.fused_decode = fused_decode
+        self._make_rows(batch_size, max_seq_len, device)
+        places = batch_size, max_seq_len
+        self.k_cache, self.v_cache = format.empty(config, places, dtype, device)
+
+    @property
+    def reserved_bytes(self) -> int:
+        return self.k_cache.nbytes + self.v_cache.nbytes
+
+    @property
+    def used_bytes(self) -> int:
+        bytes_per_token = self.format.bytes_per_token(self.config, self.dtype.itemsize)
+        return int(self.seq_lens.sum()) * bytes_per_token
 
     def _open_step(self, query_lens: torch.Tensor) -> Attend:
         # The places are there already, and behind the tokens that count.
@@ -635,6 +652,9 @@ class ContiguousKVCache(KVCache):
     def _take_back(self, marks: None):
         for row, seq_len in enumerate(self.seq_lens.tolist()):
             self._clear(row, seq_len)
+
+    def _empty_row(self, row: int):
+        self._clear(row, 0)
 
     def _clear(self, row: int, start: int):
         """Zeros from `start` on: what a mask hides must be a number all the same."""

@@ -22,7 +22,7 @@ always, and from `budget` tokens on exactly `budget` per KV head.
 Read lib/kv_cache.py before.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 
 from lib.config import ModelConfig, check_count
-from lib.kv_cache import CacheFullError, KVCache, check_query_lens
+from lib.kv_cache import KVCacheInRows
 from lib.model import Attend
 
 
@@ -332,7 +332,7 @@ class Kept:
         return sum(x.nbytes for x in (self.k, self.v, self.scores, self.positions))
 
 
-class PrunedKVCache(KVCache):
+class PrunedKVCache(KVCacheInRows):
     """Of each of B requests at most `budgets[layer]` tokens in a layer, whatever comes.
 
     A step attends to what was kept and to all of its own tokens, and is cut only then:
@@ -345,6 +345,8 @@ class PrunedKVCache(KVCache):
     Raises ValueError unless there is a budget for each layer, at least 1 and the policy's
     `least_budget`.
     """
+
+    limit = "the model's max_seq_len"
 
     def __init__(
         self,
@@ -361,9 +363,7 @@ class PrunedKVCache(KVCache):
             raise ValueError(f"policy: expected one, as Recent(), got {policy!r}")
         self.config, self.dtype, self.policy = config, dtype, policy
         self.budgets = check_budgets(budgets, config.num_layers, policy.least_budget)
-        self.block_size, self.num_blocks = config.max_seq_len, batch_size
-        self.request_ids = [None] * batch_size
-        self._seq_lens = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self._make_rows(batch_size, config.max_seq_len, device)
         G, D = config.num_kv_heads, config.head_dim
         none = torch.zeros(0, G, D, dtype=dtype, device=device)
         scores = torch.zeros(G, 0, dtype=dtype, device=device)
@@ -378,56 +378,17 @@ class PrunedKVCache(KVCache):
     def used_bytes(self) -> int:
         return sum(layer.nbytes for row in self._kept for layer in row)
 
-    @property
-    def capacity(self) -> int:
-        return self.config.max_seq_len
-
-    @property
-    def num_free_blocks(self) -> int:
-        return self.request_ids.count(None)
-
-    def num_blocks_of(self, request_id: Hashable) -> int:
-        self._row(request_id)
-        return 1
-
-    def blocks_needed(self, num_new_tokens: Mapping[Hashable, int]) -> int:
-        return 0
-
     def positions(self, request_id: Hashable) -> list[torch.Tensor]:
         """Of each layer, where the tokens that it kept stand in the text: int64 (G, n),
         for each KV head in ascending order."""
         return [layer.positions.clone() for layer in self._kept[self._row(request_id)]]
 
-    def check_room(self, query_lens: torch.Tensor):
-        """ValueError for tokens of a row in which no request has begun, CacheFullError
-        for more than the model's max_seq_len; whatever is shorter has room."""
-        check_query_lens(query_lens, self.seq_lens)
-        counts = zip(self.request_ids, self._seq_lens.tolist(), query_lens.tolist())
-        for row, (request_id, seq_len, num_new) in enumerate(counts):
-            if request_id is None and num_new > 0:
-                raise ValueError(
-                    f"query_lens: expected 0 in row {row}, where no request has begun, "
-                    f"got {num_new}"
-                )
-            if seq_len + num_new > self.capacity:
-                raise CacheFullError(
-                    f"request {request_id!r}: expected at most {self.capacity} tokens, "
-                    f"the model's max_seq_len, got {seq_len + num_new}"
-                )
-
-    def _begin_row(self, request_id: Hashable, token_ids: Sequence[int]):
-        if None not in self.request_ids:
-            raise CacheFullError(
-                f"request {request_id!r}: expected a free row, got none: "
-                f"{self.request_ids} are there"
-            )
-        self.request_ids[self.request_ids.index(None)] = request_id
-
     def _free_row(self, row: int):
+        self._empty_row(row)
+        super()._free_row(row)
+
+    def _empty_row(self, row: int):
         self._kept[row] = self._nothing
-        self._seq_lens = self._seq_lens.clone()  # the caller may hold the old one
-        self._seq_lens[row] = 0
-        self.request_ids[row] = None
 
     def _mark(self) -> list[tuple[Kept, ...]]:
         return list(self._kept)
