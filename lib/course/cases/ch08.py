@@ -60,7 +60,7 @@ def keep_recent_cases(seed: int) -> list[Case]:
         ("a budget of 0, and no sinks", 9, 0, 0),
         ("less than no sinks", 9, 4, -1),
         ("a short text, and a budget below the sinks", 2, 3, 4),
-        ("a text of 100,000 tokens", 100_000, 2048, 4),
+        ("a text of 3,000 tokens", 3000, 512, 4),
     ):
         cases.append(_recent_case(name, seq_len, budget, num_sinks))
     num_sinks = int(rng.integers(1, 9))
@@ -161,7 +161,7 @@ def attention_received_cases(seed: int) -> list[Case]:
         ("a single token", (4, 1, 1), 2),
         ("single precision", (6, 5, 9), 2),
         ("random sizes", *_random_heads(rng)),
-        ("120 queries over 300 tokens", (8, 120, 300), 4),
+        ("60 queries over 120 tokens", (8, 60, 120), 4),
     ):
         weights = _attention(rng, H, T, S)
         if name == "single precision":
@@ -298,7 +298,7 @@ def snap_scores_cases(seed: int) -> list[Case]:
         ("a window of 0", (1, 2, 8), 1, 0, 3),
         ("single precision", (4, 6, 20), 2, 4, 5),
         ("random sizes", *_random_snap(rng)),
-        ("16 queries over 1,000 tokens", (8, 16, 1000), 4, 12, 7),
+        ("16 queries over 400 tokens", (8, 16, 400), 4, 12, 7),
     ):
         weights = _attention(rng, H, T, S)
         if name == "single precision":
@@ -510,7 +510,7 @@ def evict_tokens_cases(seed: int) -> list[Case]:
         ("single precision", 12, 2, 4, 6, 2),
         ("scores up to 100,000", 40, 2, 3, 20, 4),
         ("random sizes", *_random_layer(rng)),
-        ("3,000 tokens of which 400 are kept", 3000, 4, 16, 400, 8),
+        ("600 tokens of which 80 are kept", 600, 4, 8, 80, 8),
     ):
         ranks = np.stack([rng.permutation(S) for _ in range(G)]).astype(np.float64)
         case = _layer(rng, name, ranks, D, budget, window)
@@ -1114,7 +1114,7 @@ def blocks_freed_cases(seed: int) -> list[Case]:
         cases.append(Case(name, {"is_kept": bits > 0, "block_size": block_size}))
     for name, L, G, S, block_size in (
         ("random tokens", 3, 2, int(rng.integers(40, 80)), int(rng.integers(3, 6))),
-        ("8 layers of 4 heads, 5,000 tokens", 8, 4, 5003, 16),
+        ("8 layers of 4 heads, 2,000 tokens", 8, 4, 2003, 16),
     ):
         is_kept = rng.random((L, G, S)) < 0.3 / (L * G) * rng.uniform(0.2, 1, (L, G, 1))
         is_kept[..., -2:] = True
