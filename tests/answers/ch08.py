@@ -431,7 +431,8 @@ def snap_token_by_token(weights, num_kv_heads, window=8, width=5):
 
 @right("snap_scores")
 def snap_by_convolution(weights, num_kv_heads, window=8, width=5):
-    check_width(window, width)
+    if check_count("width", width) % 2 == 0:
+        raise ValueError(f"width: expected an odd number, got {width}")
     _, _, S = weights.shape
     seen = weights[:, -window:].unflatten(0, (num_kv_heads, -1)).sum(2).mean(1)
     seen = seen[:, : max(S - window, 0)]
@@ -1292,7 +1293,7 @@ def pyramid_of_no_steps(mean_budget, num_layers, window=8, beta=20):
     return [window + round(first - layer * step) for layer in range(num_layers)]
 
 
-@wrong("pyramid_budgets", says="single layer")
+@wrong("pyramid_budgets", says="it gets the mean")
 def pyramid_of_one_large_layer(mean_budget, num_layers, window=8, beta=20):
     budgets = pyramid_in_fractions(mean_budget, num_layers, window, beta)
     if num_layers == 1:

@@ -295,7 +295,6 @@ def snap_scores_cases(seed: int) -> list[Case]:
         ("two neighbours", (1, 2, 8), 1, 2, 2),
         ("four neighbours", (2, 3, 8), 1, 2, 4),
         ("no neighbour", (1, 2, 8), 1, 2, 0),
-        ("a window of 0", (1, 2, 8), 1, 0, 3),
         ("single precision", (4, 6, 20), 2, 4, 5),
         ("random sizes", *_random_snap(rng)),
         ("16 queries over 400 tokens", (8, 16, 400), 4, 12, 7),
@@ -819,6 +818,8 @@ def pyramid_budgets_explain(inputs: dict, expected: dict, got: dict) -> str | No
         return "A budget counts tokens: give ints"
     if len(theirs) != len(right):
         return "One budget for each layer"
+    if len(right) == 1:
+        return "A single layer has no other to fall to: it gets the mean"
     if any(budget < 0 for budget in theirs if isinstance(budget, int)):
         return "No budget is below the window"
     return _which(theirs, right, others)
