@@ -314,6 +314,20 @@ NOT_THE_CAUSE = [
     ("factorize", "by_random_svd", "Compute in"),
     ("factorize", "few_power_iterations", "Compute in"),
     ("factorize", "first_numbers", "rows of Vh"),
+    ("keep_recent", "short_texts_without_what_is_between", "No token twice"),
+    ("attention_received", "received_in_half", "not divided"),
+    ("attention_received", "sum_over_the_group", "divides by its size"),
+    ("snap_scores", "snap_in_steps_of_width", "no token loses"),
+    ("snap_scores", "snap_by_sum_over_heads", "neighbours, not their sum"),
+    ("snap_scores", "snap_across_heads", "leave them out"),
+    ("evict_tokens", "evict_with_scores_of_one", "[-0:]"),
+    ("evict_tokens", "evict_and_rotate_again", "order of `kept`"),
+    ("evict_tokens", "evict_other_values_than_keys", "moved, not computed"),
+    ("pyramid_budgets", "pyramid_with_the_rest_to_the_last", "1 / beta"),
+    ("spread_budgets", "spread_with_ties_to_the_later", "lost most"),
+    ("spread_budgets", "spread_by_divisors", "as large as the need"),
+    ("blocks_freed", "freed_by_the_mean_head", "begun"),
+    ("blocks_freed", "freed_of_each_head", "not when one of them"),
 ]
 if HAS_TRITON:
     NOT_THE_CAUSE += [

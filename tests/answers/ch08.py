@@ -431,7 +431,8 @@ def snap_token_by_token(weights, num_kv_heads, window=8, width=5):
 
 @right("snap_scores")
 def snap_by_convolution(weights, num_kv_heads, window=8, width=5):
-    check_width(window, width)
+    if check_count("width", width) % 2 == 0:
+        raise ValueError(f"width: expected an odd number, got {width}")
     _, _, S = weights.shape
     seen = weights[:, -window:].unflatten(0, (num_kv_heads, -1)).sum(2).mean(1)
     seen = seen[:, : max(S - window, 0)]
@@ -490,6 +491,15 @@ def snap_of_the_first_queries(weights, num_kv_heads, window=8, width=5):
 def snap_of_one_query(weights, num_kv_heads, window=8, width=5):
     def see(weights):
         return weights[:, -1].unflatten(0, (num_kv_heads, -1)).mean(1)
+
+    return snap_with(weights, num_kv_heads, window, width, see=see)
+
+
+@wrong("snap_scores", says="not the last one alone")
+def snap_from_below_the_first_query(weights, num_kv_heads, window=8, width=5):
+    def see(weights):
+        last = weights[:, weights.shape[1] - window :]
+        return last.sum(1).unflatten(0, (num_kv_heads, -1)).mean(1)
 
     return snap_with(weights, num_kv_heads, window, width, see=see)
 
@@ -1016,6 +1026,16 @@ def evict_with_infinite_scores(k, v, scores, budget, window):
 
 
 @wrong("evict_tokens")
+def evict_with_a_thousand_for_the_window(k, v, scores, budget, window):
+    S = len(k)
+    bonus = torch.zeros_like(scores)
+    bonus[:, max(S - window, 0) :] = 1000.0
+    if window > budget:
+        bonus[:, : S - budget] = -1000.0
+    return moved_to(k, v, highest_of(scores + bonus, budget))
+
+
+@wrong("evict_tokens")
 def evict_with_scores_of_one(k, v, scores, budget, window):
     S = len(k)
     scores = scores.clone()
@@ -1273,7 +1293,7 @@ def pyramid_of_no_steps(mean_budget, num_layers, window=8, beta=20):
     return [window + round(first - layer * step) for layer in range(num_layers)]
 
 
-@wrong("pyramid_budgets", says="single layer")
+@wrong("pyramid_budgets", says="it gets the mean")
 def pyramid_of_one_large_layer(mean_budget, num_layers, window=8, beta=20):
     budgets = pyramid_in_fractions(mean_budget, num_layers, window, beta)
     if num_layers == 1:
@@ -1308,6 +1328,13 @@ def pyramid_of_no_window_at_all(mean_budget, num_layers, window=8, beta=20):
 @wrong("pyramid_budgets", says="not a list")
 def pyramid_as_a_tensor(mean_budget, num_layers, window=8, beta=20):
     return torch.tensor(pyramid_in_fractions(mean_budget, num_layers, window, beta))
+
+
+@wrong("pyramid_budgets")
+def pyramid_with_the_rest_to_the_last(mean_budget, num_layers, window=8, beta=20):
+    budgets = pyramid_rounded_down(mean_budget, num_layers, window, beta)
+    budgets[-1] += mean_budget * num_layers - sum(budgets)
+    return budgets
 
 
 # spread_budgets
@@ -1356,6 +1383,18 @@ def spread_one_by_one(needs, mean_budget, window=8):
     while sum(budgets) < total:
         budgets[heapq.heappop(heap)[1]] += 1
     return budgets
+
+
+@right("spread_budgets")
+def spread_in_single_precision(needs, mean_budget, window=8):
+    check_needs(needs, mean_budget, window)
+    shares = torch.tensor(needs) / torch.tensor(needs).sum()
+    rest = (mean_budget - window) * len(needs)
+    parts = rest * shares
+    counts = parts.floor()
+    order = (counts - parts).argsort(stable=True)
+    counts[order[: int(rest - counts.sum())]] += 1
+    return [window + int(count) for count in counts]
 
 
 def spread_with(needs, mean_budget, window, rest=None, shares=None, order=None):
@@ -1542,6 +1581,26 @@ def spread_as_an_array(needs, mean_budget, window=8):
     return np.array(spread_with(needs, mean_budget, window))
 
 
+@wrong("spread_budgets")
+def spread_by_the_largest_relative_loss(needs, mean_budget, window=8):
+    check_needs(needs, mean_budget, window)
+    rest = (mean_budget - window) * len(needs)
+    parts = [round(rest * need / sum(needs), 9) for need in needs]
+    loss = [part % 1 / part if part else 0.0 for part in parts]
+    order = sorted(range(len(needs)), key=lambda i: -loss[i])
+    return spread_with(needs, mean_budget, window, order=order)
+
+
+@wrong("spread_budgets")
+def spread_by_divisors(needs, mean_budget, window=8):
+    check_needs(needs, mean_budget, window)
+    counts = [0] * len(needs)
+    for _ in range((mean_budget - window) * len(needs)):
+        layer = max(range(len(needs)), key=lambda i: needs[i] / (counts[i] + 1))
+        counts[layer] += 1
+    return [window + count for count in counts]
+
+
 # blocks_freed
 
 
@@ -1684,6 +1743,13 @@ def freed_by_the_mean_head(is_kept, block_size):
 
 
 @wrong("blocks_freed", says="The head that keeps most")
+def freed_by_the_mean_of_each_layer(is_kept, block_size):
+    num_blocks = tokens_by_block(is_kept, block_size).shape[2]
+    mean = is_kept.sum(-1).double().mean(1).max().item()
+    return freed(is_kept, block_size, moved=num_blocks - math.ceil(mean / block_size))
+
+
+@wrong("blocks_freed", says="The head that keeps most")
 def freed_by_the_head_that_keeps_least(is_kept, block_size):
     num_blocks = tokens_by_block(is_kept, block_size).shape[2]
     least = is_kept.sum(-1).min().item()
@@ -1748,3 +1814,12 @@ def freed_of_blocks_of_one_at_least(is_kept, block_size):
 def freed_if_any(is_kept, block_size):
     in_place, moved = freed(is_kept, block_size)
     return (in_place if in_place > 1 else in_place == 1), moved
+
+
+@wrong("blocks_freed", says="and free")
+def freed_with_a_last_block_filled_up(is_kept, block_size):
+    check_count("block_size", block_size)
+    padded = F.pad(is_kept, (0, -is_kept.shape[-1] % block_size), value=True)
+    tokens = padded.unflatten(-1, (-1, block_size))
+    in_place = (~tokens.any(3).any(0).any(0)).sum()
+    return freed(is_kept, block_size, in_place=in_place)

@@ -60,7 +60,7 @@ def keep_recent_cases(seed: int) -> list[Case]:
         ("a budget of 0, and no sinks", 9, 0, 0),
         ("less than no sinks", 9, 4, -1),
         ("a short text, and a budget below the sinks", 2, 3, 4),
-        ("a text of 100,000 tokens", 100_000, 2048, 4),
+        ("a text of 3,000 tokens", 3000, 512, 4),
     ):
         cases.append(_recent_case(name, seq_len, budget, num_sinks))
     num_sinks = int(rng.integers(1, 9))
@@ -161,7 +161,7 @@ def attention_received_cases(seed: int) -> list[Case]:
         ("a single token", (4, 1, 1), 2),
         ("single precision", (6, 5, 9), 2),
         ("random sizes", *_random_heads(rng)),
-        ("120 queries over 300 tokens", (8, 120, 300), 4),
+        ("60 queries over 120 tokens", (8, 60, 120), 4),
     ):
         weights = _attention(rng, H, T, S)
         if name == "single precision":
@@ -284,7 +284,7 @@ def snap_scores_cases(seed: int) -> list[Case]:
         ("three query heads on one KV head", (3, 2, 7), 1, 2, 5),
         ("four query heads on two KV heads", (4, 2, 7), 2, 2, 3),
         ("six query heads on three KV heads, all queries", (6, 9, 9), 3, 3, 5),
-        ("fewer queries than the window", (2, 2, 9), 1, 4, 3),
+        ("fewer queries than the window", (2, 3, 10), 1, 4, 3),
         ("more neighbours than tokens before the window", (2, 3, 4), 2, 2, 5),
         ("one token before the window", (2, 3, 3), 1, 2, 3),
         ("a text as long as the window", (2, 4, 4), 2, 4, 3),
@@ -295,10 +295,9 @@ def snap_scores_cases(seed: int) -> list[Case]:
         ("two neighbours", (1, 2, 8), 1, 2, 2),
         ("four neighbours", (2, 3, 8), 1, 2, 4),
         ("no neighbour", (1, 2, 8), 1, 2, 0),
-        ("a window of 0", (1, 2, 8), 1, 0, 3),
         ("single precision", (4, 6, 20), 2, 4, 5),
         ("random sizes", *_random_snap(rng)),
-        ("16 queries over 1,000 tokens", (8, 16, 1000), 4, 12, 7),
+        ("16 queries over 400 tokens", (8, 16, 400), 4, 12, 7),
     ):
         weights = _attention(rng, H, T, S)
         if name == "single precision":
@@ -510,12 +509,13 @@ def evict_tokens_cases(seed: int) -> list[Case]:
         ("single precision", 12, 2, 4, 6, 2),
         ("scores up to 100,000", 40, 2, 3, 20, 4),
         ("random sizes", *_random_layer(rng)),
-        ("3,000 tokens of which 400 are kept", 3000, 4, 16, 400, 8),
+        ("600 tokens of which 80 are kept", 600, 4, 8, 80, 8),
     ):
         ranks = np.stack([rng.permutation(S) for _ in range(G)]).astype(np.float64)
         case = _layer(rng, name, ranks, D, budget, window)
         if "100,000" in name:
             case.inputs["scores"] *= 1e5 / case.inputs["scores"].max()
+            case.inputs["scores"][:, -window:] /= 1e4
         cases.append(case)
     return cases
 
@@ -818,6 +818,8 @@ def pyramid_budgets_explain(inputs: dict, expected: dict, got: dict) -> str | No
         return "A budget counts tokens: give ints"
     if len(theirs) != len(right):
         return "One budget for each layer"
+    if len(right) == 1:
+        return "A single layer has no other to fall to: it gets the mean"
     if any(budget < 0 for budget in theirs if isinstance(budget, int)):
         return "No budget is below the window"
     return _which(theirs, right, others)
@@ -918,7 +920,7 @@ def spread_budgets_cases(seed: int) -> list[Case]:
         needs = rng.uniform(0, 5, size=L) ** 2
         parts = (mean_budget - window) * L * needs / needs.sum()
         lost = np.sort(np.append(parts % 1, [0, 1]))
-        if np.diff(lost).min() > 1e-5:  # so that rounding does not decide who lost more
+        if np.diff(lost).min() > 5e-4:  # in single precision too it shows who lost more
             name = f"{L} layers, random needs"
             cases.append(_spread_case(name, needs, mean_budget, window))
     return cases
@@ -1114,7 +1116,7 @@ def blocks_freed_cases(seed: int) -> list[Case]:
         cases.append(Case(name, {"is_kept": bits > 0, "block_size": block_size}))
     for name, L, G, S, block_size in (
         ("random tokens", 3, 2, int(rng.integers(40, 80)), int(rng.integers(3, 6))),
-        ("8 layers of 4 heads, 5,000 tokens", 8, 4, 5003, 16),
+        ("8 layers of 4 heads, 2,000 tokens", 8, 4, 2003, 16),
     ):
         is_kept = rng.random((L, G, S)) < 0.3 / (L * G) * rng.uniform(0.2, 1, (L, G, 1))
         is_kept[..., -2:] = True
@@ -1195,6 +1197,8 @@ def _other_freed(is_kept: np.ndarray, block_size: int) -> dict:
         (decides, freed(math.ceil(counts.mean()))),
         (decides, freed(counts.mean())),
         (decides, freed(round(counts.mean()))),
+        (decides, freed(math.ceil(counts.mean(axis=1).max()))),
+        (decides, freed(math.ceil(counts.mean(axis=0).max()))),
         (decides, freed(counts.min())),
         (decides, freed(counts[0, 0])),
         (decides, freed(counts[-1, -1])),
