@@ -3,7 +3,7 @@
 A policy gives each token of a layer a score, per KV head, from the attention that it has
 received so far. After each step a layer keeps its `budget` of tokens with the highest
 scores: what comes with a prompt is cut once, and then one token comes in and one goes
-out. So the cache stops to grow, whatever the length of the text.
+out. So the cache stops growing, whatever the length of the text.
 
     Recent         the first few and the last      https://arxiv.org/abs/2309.17453
     HeavyHitters   what all queries looked at      https://arxiv.org/abs/2306.14048
@@ -37,11 +37,11 @@ from lib.model import Attend
 def keep_recent(seq_len: int, budget: int, num_sinks: int = 4) -> torch.Tensor:
     """Which tokens to keep: the first `num_sinks`, and the last ones.
 
-    Attention puts on a text's first tokens what it has no other place for (they are
-    called sinks): without them it is spread over others, and the model breaks down. From
-    StreamingLLM, https://arxiv.org/abs/2309.17453. Returns int64 (n,), places in
-    the order of the text: all, if there are no more than `budget`. Raises ValueError
-    unless the budget is larger than num_sinks.
+    A query that looks for nothing has weights that sum to 1 all the same. Large models
+    put them on a text's first tokens, which are called sinks: without these the model
+    breaks down. From StreamingLLM, https://arxiv.org/abs/2309.17453. Returns int64 (n,),
+    places in the order of the text: all, if there are no more than `budget`. Raises
+    ValueError unless the budget is larger than num_sinks.
 
     >>> keep_recent(seq_len=9, budget=5, num_sinks=2)
     tensor([0, 1, 6, 7, 8])
@@ -75,21 +75,22 @@ def snap_scores(
 ) -> torch.Tensor:
     """What the last `window` queries of a text look at, before these.
 
-    weights (H, T, S): of the newest T of S tokens. The attention that each
-    of the first S - window tokens receives from the last `window` queries; then each
-    score is replaced by the mean over `width` neighbours, itself in the middle (zeros
-    where there are none): what is needed seldom stands alone. From SnapKV,
-    https://arxiv.org/abs/2404.14469. Returns (G, S - window). Raises ValueError for an
-    even width.
+    weights (H, T, S): of the newest T of S tokens. The attention that each of the first
+    S - window tokens receives from the last `window` queries; then each score is replaced
+    by the mean over `width` neighbours, itself in the middle (zeros where there are
+    none): what is needed seldom stands alone. From SnapKV,
+    https://arxiv.org/abs/2404.14469. Returns (G, S - window), or (G, 0) for a text no
+    longer than the window. Raises ValueError for an even width, and a window below 1.
 
     >>> weights = torch.tensor([[[0.0, 0.6, 0.0, 0.0, 0.4]]])  # the last query of five
     >>> snap_scores(weights, num_kv_heads=1, window=1, width=3)
     tensor([[0.2000, 0.2000, 0.2000, 0.0000]])
     """
+    check_count("window", window)
     if check_count("width", width) % 2 == 0:
         raise ValueError(f"width: expected an odd number, got {width}")
 
-    num_before = max(weights.shape[-1] - check_count("window", window), 0)
+    num_before = max(weights.shape[-1] - window, 0)
     seen = attention_received(weights[:, -window:], num_kv_heads)[:, :num_before]
     if num_before == 0:
         return seen
@@ -103,7 +104,8 @@ def evict_tokens(
 
     k, v (S, G, D), in the order of the text; scores (G, S). The newest `window` tokens
     stay, and of those before them the ones with the highest scores, for each KV head its
-    own; of equal ones the earlier. Returns k, v (n, G, D), n = min(budget, S), as they
+    own; of equal ones the earlier. A budget below the window keeps the newest `budget`.
+    Returns k, v (n, G, D), n = min(budget, S), as they
     were, in the order of the text and in memory of their own, and the places where they
     were, int64 (G, n).
 
@@ -292,8 +294,9 @@ class HeavyHitters:
 
 @dataclass(frozen=True)
 class Snap:
-    """What the last `window` queries of a prompt look at, with its neighbours. Of what
-    comes later, in steps of fewer than `window` tokens, all queries count."""
+    """What the last `window` queries of a prompt look at, with its neighbours. In later
+    steps, when what was kept side by side need not be neighbours, each token by itself.
+    """
 
     window: int = 8
     width: int = 5
@@ -310,9 +313,9 @@ class Snap:
     def __call__(
         self, weights: torch.Tensor, scores: torch.Tensor, budget: int
     ) -> torch.Tensor:
-        G = len(scores)
-        if weights.shape[1] < self.window:
-            return scores + attention_received(weights, G)
+        T, (G, S) = weights.shape[1], scores.shape
+        if T < S or S <= self.window:
+            return scores + attention_received(weights[:, -self.window :], G)
         seen = snap_scores(weights, G, self.window, self.width)
         return scores + F.pad(seen, (0, self.window))
 

@@ -533,7 +533,7 @@ def test_a_band_goes_from_the_least_draw_to_the_most_around_the_mean():
     assert len({marker for ((marker, _),) in looks.values()}) == 3, f"got {looks}"
     (named,) = figure.legends
     names = [text.get_text() for text in named.get_texts()]
-    assert names == ["one", "two", "three", "from the least draw to the most"]
+    assert names == ["one", "two", "three", "lowest to highest draw"]
     for ax in (left, right):
         assert ax.get_xscale() == "log" and ax.get_ylim()[0] == 0
         ticks = [label.get_text() for label in right.get_xticklabels()]

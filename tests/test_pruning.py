@@ -245,8 +245,11 @@ def received(q, keys, head):
 def added(policy, by_query):
     """What each token's score grows by in a step."""
     T, S = len(by_query), len(by_query[0])
-    if isinstance(policy, HeavyHitters) or policy.window > T:
+    if isinstance(policy, HeavyHitters):
         return [sum(row[token] for row in by_query) for token in range(S)]
+    if T < S or S <= policy.window:  # what lies side by side need not be neighbours
+        last = by_query[-policy.window :]
+        return [sum(row[token] for row in last) for token in range(S)]
     num_before, around = S - policy.window, policy.width // 2
     seen = [sum(row[i] for row in by_query[-policy.window :]) for i in range(num_before)]
     smooth = [

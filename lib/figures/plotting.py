@@ -346,7 +346,7 @@ def plot_bands(
     log_x: bool = False,
 ) -> Figure:
     """Panels side by side, with the same axes: lines through means of draws, each in a
-    band from the least draw to the most.
+    band from the lowest draw to the highest.
 
     panels: name -> name of a line -> (x values, the draws at each of them). A line looks
     the same in all panels. The x axis is logarithmic with `log_x`. Raises ValueError
@@ -380,7 +380,7 @@ def plot_bands(
     axes[0].set_xticks(sorted(ticks), [f"{x:g}" for x in sorted(ticks)])
     axes[0].set_ylim(bottom=0)
     axes[0].set_ylabel(ylabel)
-    named["from the least draw to the most"] = Patch(**BAND)
+    named["lowest to highest draw"] = Patch(**BAND)
     ncols = 4 if len(named) <= 4 else 3  # more would not fit the width
     figure.legend(named.values(), named, loc="outside lower center", ncols=ncols)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11.5, fontweight="bold")
