@@ -314,7 +314,7 @@ class Snap:
         self, weights: torch.Tensor, scores: torch.Tensor, budget: int
     ) -> torch.Tensor:
         T, (G, S) = weights.shape[1], scores.shape
-        if S > T or S <= self.window:
+        if S > T or self.window >= S:
             return scores + attention_received(weights[:, -self.window :], G)
         seen = snap_scores(weights, G, self.window, self.width)
         return scores + F.pad(seen, (0, self.window))

@@ -247,7 +247,7 @@ def added(policy, by_query):
     T, S = len(by_query), len(by_query[0])
     if isinstance(policy, HeavyHitters):
         return [sum(row[token] for row in by_query) for token in range(S)]
-    if S > T or S <= policy.window:  # what lies side by side need not be neighbours
+    if S > T or policy.window >= S:  # what lies side by side need not be neighbours
         last = by_query[-policy.window :]
         return [sum(row[token] for row in last) for token in range(S)]
     num_before, around = S - policy.window, policy.width // 2
