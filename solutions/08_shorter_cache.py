@@ -265,7 +265,7 @@ for seen in (8, 32, 256):
     with torch.no_grad():
         probs = book_lm(ids, torch.arange(256), attend).softmax(-1)
     expected = probs[:, 128:, ord("\n")].mean()
-    print(f"newest {seen:3}: expects a break at {expected:.1%} of all places")
+    print(f"newest {seen:3}: a break with probability {expected:.1%}")
 
 # %% [markdown]
 # With the newest 8 it does not know where in a line it is, and guesses about as
@@ -605,7 +605,7 @@ for name, lm in notes_lms.items():
             for width in widths
         ]
         cells = "".join(f"{share:6.0%}" for share in shares)
-        print(f"{name:11}, {budget} {cells}")
+        print(f"{name + ',':12} {budget} {cells}")
 
 # %% [markdown]
 # Seven, here. The key that is asked for looks at one token, and the next three
@@ -626,7 +626,7 @@ for name, lm in notes_lms.items():
         for window in windows
     ]
     cells = "".join(f"{share:6.0%}" for share in shares)
-    print(f"{name:11}, 24 {cells}")
+    print(f"{name + ',':12} 24 {cells}")
 
 # %% [markdown]
 # A single query makes the best choice, since our question is a single token.
@@ -894,7 +894,7 @@ for seed in range(3):
 
 
 def has_last_break(policy):
-    """How often some head of layer 1 has the last line break, in 48 steps."""
+    """How often layer 1 has the last line break, in the last 16 of 48 steps."""
     ids = long_book[0].token_ids[0]
     cache = PrunedKVCache(book_lm.config, 1, 32, policy)
     cache.begin(0)
