@@ -403,6 +403,24 @@ def received_in_half(weights, num_kv_heads):
     return seen_by_heads(weights.half(), num_kv_heads).mean(dim=1).to(weights.dtype)
 
 
+@wrong("attention_received", says="Use .reshape(...) instead")
+def received_by_a_view(weights, num_kv_heads):  # snap_scores gives a part of a tensor
+    H, T, S = weights.shape
+    return weights.view(num_kv_heads, -1, S).sum(dim=1) / (H // num_kv_heads)
+
+
+@wrong("attention_received")
+def means_of_three_at_most(weights, num_kv_heads):
+    group_size = len(weights) // num_kv_heads
+    return seen_by_heads(weights, num_kv_heads).sum(dim=1) / min(group_size, 3)
+
+
+@wrong("attention_received", says="changed its inputs")
+def received_of_smaller_weights(weights, num_kv_heads):
+    weights /= len(weights) // num_kv_heads
+    return seen_by_heads(weights, num_kv_heads).sum(dim=1)
+
+
 # snap_scores
 
 
@@ -706,6 +724,33 @@ def snap_pooling_nothing(weights, num_kv_heads, window=8, width=5):
 @wrong("snap_scores", says="expected float32, got float64")
 def snap_in_double(weights, num_kv_heads, window=8, width=5):
     return snap_with(weights.double(), num_kv_heads, window, width)
+
+
+@right("snap_scores")
+def snap_by_sums_up_to_each(weights, num_kv_heads, window=8, width=5):
+    check_width(window, width)
+    num_before = max(weights.shape[-1] - window, 0)
+    last = weights[:, -window:, :num_before].sum(1)
+    seen = last.unflatten(0, (num_kv_heads, -1)).mean(1)
+    sums = F.pad(seen.double(), (width // 2 + 1, width // 2)).cumsum(dim=-1)
+    return ((sums[:, width:] - sums[:, :num_before]) / width).to(weights.dtype)
+
+
+@wrong("snap_scores", says="not the last one alone")
+def snap_from_the_row_before_0(weights, num_kv_heads, window=8, width=5):
+    def see(weights):
+        rows = weights[:, weights.shape[1] - window :]
+        return rows.sum(1).unflatten(0, (num_kv_heads, -1)).mean(1)
+
+    return snap_with(weights, num_kv_heads, window, width, see=see)
+
+
+@wrong("snap_scores", says="Keep the given lines")
+def snap_of_a_short_text_with_any_width(weights, num_kv_heads, window=8, width=5):
+    if weights.shape[-1] <= window:
+        check_count("window", window)
+        return torch.zeros(num_kv_heads, 0, dtype=weights.dtype)
+    return snap_with(weights, num_kv_heads, window, width)
 
 
 # evict_tokens
@@ -1080,6 +1125,79 @@ def evict_by_topk_more_than_there_is(k, v, scores, budget, window):
     return moved_to(k, v, torch.cat([chosen, newest], dim=1))
 
 
+@right("evict_tokens")
+def evict_below_the_score_of_the_last(k, v, scores, budget, window):
+    S, G, _ = k.shape
+    newest = min(window, budget, S)
+    num, num_before, rows = min(budget, S) - newest, S - newest, []
+    for row in scores[:, :num_before]:
+        least = row.topk(num).values.min() if num else torch.inf
+        better, as_good = ((row > least).nonzero(), (row == least).nonzero())
+        best = torch.cat([better, as_good[: num - len(better)]]).flatten()
+        rows.append(torch.cat([best.sort().values, torch.arange(num_before, S)]))
+    kept = torch.stack(rows)
+    return *(torch.take_along_dim(x, kept.T[..., None], 0) for x in (k, v)), kept
+
+
+def evict_with(best):
+    """An answer with another choice among the tokens before the window."""
+
+    def evict(k, v, scores, budget, window):
+        return moved_to(k, v, evict_places(scores, budget, window, best=best))
+
+    return evict
+
+
+@wrong("evict_tokens", says="Of equal scores the earlier")
+def evict_by_topk(k, v, scores, budget, window):
+    def best(before, num):
+        return before.topk(num, dim=-1).indices.sort(-1).values
+
+    return evict_with(best)(k, v, scores, budget, window)
+
+
+@wrong("evict_tokens", says="for scores that are all 0")  # 16 or fewer stay in order
+def evict_by_a_sort_that_mixes(k, v, scores, budget, window):
+    def best(before, num):
+        return before.argsort(dim=-1, descending=True)[:, :num].sort(-1).values
+
+    return evict_with(best)(k, v, scores, budget, window)
+
+
+@wrong("evict_tokens", says="for scores that differ by little")
+def evict_with_a_little_less_for_the_later(k, v, scores, budget, window):
+    def best(before, num):
+        return highest_of(before - 1e-9 * torch.arange(before.shape[1]), num)
+
+    return evict_with(best)(k, v, scores, budget, window)
+
+
+@wrong("evict_tokens", says="for scores that differ by little")
+def evict_by_rounded_scores(k, v, scores, budget, window):
+    return evict_with(lambda before, num: highest_of(before.float(), num))(
+        k, v, scores, budget, window
+    )
+
+
+@wrong("evict_tokens", says="for scores below 0")
+def evict_with_scores_below_0(k, v, scores, budget, window):
+    S, G, _ = k.shape
+    newest = min(window, budget, S)
+    scores = scores.clone()
+    scores[:, S - newest :] = -1
+    best = highest_of(scores, min(budget, S) - newest)
+    places = torch.arange(S - newest, S).expand(G, -1)
+    return moved_to(k, v, torch.cat([best, places], dim=1))
+
+
+@wrong("evict_tokens", says="That is a view")
+def evict_nothing_where_all_fit(k, v, scores, budget, window):
+    S, G, _ = k.shape
+    if budget >= S:
+        return k, v, torch.arange(S).expand(G, -1)
+    return moved_to(k, v, evict_places(scores, budget, window))
+
+
 # pyramid_budgets
 
 
@@ -1122,6 +1240,17 @@ def pyramid_by_linspace(mean_budget, num_layers, window=8, beta=20):
     if num_layers == 1:
         ramp = np.zeros(1)
     return [mean_budget + int(more) for more in ramp.round()]
+
+
+@right("pyramid_budgets")
+def pyramid_with_halves_rounded_up(mean_budget, num_layers, window=8, beta=20):
+    check_pyramid(mean_budget, num_layers, window, beta)
+    most = (mean_budget - window) * (1 - 1 / beta)
+    step = 2 * most / max(num_layers - 1, 1)
+    most = most if num_layers > 1 else 0
+    return [
+        mean_budget + math.floor(most - step * layer + 0.5) for layer in range(num_layers)
+    ]
 
 
 def pyramid_from(first, last, num_layers, mean_budget, window):
@@ -1498,6 +1627,25 @@ def spread_with_ties_to_the_later(needs, mean_budget, window=8):
     return spread_with(needs, mean_budget, window, order=order)
 
 
+@wrong("spread_budgets", says="for 32 layers")  # 16 or fewer stay in order
+def spread_by_a_sort_that_mixes(needs, mean_budget, window=8):
+    check_needs(needs, mean_budget, window)
+    needs = torch.tensor(needs, dtype=torch.float64)
+    parts = (mean_budget - window) * len(needs) * needs / needs.sum()
+    order = (parts - parts.floor()).argsort(descending=True).tolist()
+    return spread_with(needs.tolist(), mean_budget, window, order=order)
+
+
+@wrong("spread_budgets", says="lost most by rounding")
+def spread_to_who_has_most_need_per_token(needs, mean_budget, window=8):
+    check_needs(needs, mean_budget, window)
+    counts = [0] * len(needs)
+    for _ in range((mean_budget - window) * len(needs)):
+        per_token = [need / (count + 0.5) for need, count in zip(needs, counts)]
+        counts[per_token.index(max(per_token))] += 1
+    return [window + count for count in counts]
+
+
 @wrong("spread_budgets", says="gets more")
 def spread_by_the_inverse(needs, mean_budget, window=8):
     check_needs(needs, mean_budget, window)
@@ -1823,3 +1971,18 @@ def freed_with_a_last_block_filled_up(is_kept, block_size):
     tokens = padded.unflatten(-1, (-1, block_size))
     in_place = (~tokens.any(3).any(0).any(0)).sum()
     return freed(is_kept, block_size, in_place=in_place)
+
+
+@wrong("blocks_freed")
+def freed_by_a_count_in_a_byte(is_kept, block_size):
+    most = is_kept.numpy().sum(axis=-1, dtype=np.uint8).max()
+    moved = tokens_by_block(is_kept, block_size).shape[2] - math.ceil(most / block_size)
+    return freed(is_kept, block_size, moved=moved)
+
+
+@wrong("blocks_freed", says="The head that keeps most")
+def freed_by_the_first_layer_and_the_last(is_kept, block_size):
+    tokens = tokens_by_block(is_kept, block_size)
+    most = is_kept[[0, -1]].sum(-1).max().item()
+    moved = tokens.shape[2] - math.ceil(most / block_size)
+    return freed(is_kept, block_size, moved=moved)

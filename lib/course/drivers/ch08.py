@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from lib.course.drivers.ch01 import as_array, as_number, refusal
 
@@ -21,7 +22,12 @@ def keep_recent(
 
 
 def attention_received(answer: Callable, weights: np.ndarray, num_kv_heads: int) -> dict:
-    return {"received": as_array(answer(torch.from_numpy(weights), num_kv_heads))}
+    """The answer gets a part of a larger tensor, as from snap_scores: not every view of
+    it can be had."""
+    part = F.pad(torch.from_numpy(weights), (0, 0, 1, 0))[:, 1:]  # (H, T, S)
+    received = as_array(answer(part, num_kv_heads))
+    weights[:] = part.numpy()  # who changes that has changed the inputs
+    return {"received": received}
 
 
 def snap_scores(
@@ -59,14 +65,16 @@ def evict_tokens(
         "kept": as_array(kept),
         "k": as_array(k_kept),
         "v": as_array(v_kept),
-        "bytes_held": _bytes_held(k_kept, v_kept),
+        "in_memory_of_their_own": not _storages(k_kept, v_kept) & _storages(*tensors),
+        "bytes_held": sum(num_bytes for _, num_bytes in _storages(k_kept, v_kept)),
     }
 
 
-def _bytes_held(*values: Any) -> int:
+def _storages(*values: Any) -> set[tuple[int, int]]:
+    """Where the memory of tensors lies: addresses, and bytes."""
     tensors = [x for x in values if isinstance(x, torch.Tensor)]
     storages = [tensor.untyped_storage() for tensor in tensors]
-    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+    return {(storage.data_ptr(), storage.nbytes()) for storage in storages}
 
 
 def pyramid_budgets(
