@@ -369,7 +369,9 @@ class PrunedKVCache(KVCacheInRows):
         self._make_rows(batch_size, config.max_seq_len, device)
         G, D = config.num_kv_heads, config.head_dim
         none = torch.zeros(0, G, D, dtype=dtype, device=device)
-        scores = torch.zeros(G, 0, dtype=dtype, device=device)
+        # Sums over whole texts, to which 16 bits would soon add nothing more.
+        scores_dtype = torch.promote_types(dtype, torch.float32)
+        scores = torch.zeros(G, 0, dtype=scores_dtype, device=device)
         self._nothing = (Kept(none, none, scores, scores.long()),) * config.num_layers
         self._kept = [self._nothing] * batch_size
 
@@ -430,6 +432,11 @@ class PrunedKVCache(KVCacheInRows):
         k, v = torch.cat([kept.k, k]), torch.cat([kept.v, v])  # (n + T, G, D)
         out, weights = attend_with_weights(q, k, v)
         scores = self.policy(weights, F.pad(kept.scores, (0, T)), self.budgets[layer])
+        if scores.shape != (G, len(k)):
+            raise ValueError(
+                f"policy: expected scores of shape {(G, len(k))}, one per KV head and "
+                f"token, got {tuple(scores.shape)}"
+            )
         del weights  # H · T · (n + T): the largest of all
         k, v, places = evict_tokens(k, v, scores, self.budgets[layer], self.policy.window)
         new_positions = torch.arange(seq_len, seq_len + T, device=k.device).expand(G, -1)

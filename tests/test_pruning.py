@@ -3,6 +3,7 @@ nobody is disturbed by others, by errors or by interrupts."""
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import itertools
 import math
@@ -364,6 +365,15 @@ def test_snap_scores_smooth_over_what_comes_before_the_window(window, width):
         assert got[g, i].item() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("window", [1, 4, 5, 7, 8])
+def test_of_fewer_queries_than_the_window_snap_scores_sum_all(window):
+    weights = torch.rand(4, 5, 9, dtype=torch.float64)  # 5 queries over 9 tokens
+    expected = torch.zeros(2, 9 - window, dtype=torch.float64)
+    for head, query in itertools.product(range(4), range(max(5 - window, 0), 5)):
+        expected[head // 2] += weights[head, query, : 9 - window] / 2
+    assert_close(snap_scores(weights, 2, window, width=1), expected)
+
+
 @pytest.mark.parametrize("T, S", [(1, 1), (1, 9), (5, 5), (4, 9)])
 def test_attention_and_its_weights_are_those_of_causal_attention(T, S):
     q, k, v = (torch.randn(S, n, 4, dtype=torch.float64) for n in (6, 2, 2))
@@ -386,6 +396,8 @@ def test_attention_spread_counts_the_largest_weights():
         counts.append(n)
     expected = sum(counts) / len(counts)
     assert attention_spread(weights, 0.7) == pytest.approx(expected)
+    exact = torch.tensor([0.25, 0.5, 0.25])  # two hold 3/4, and it takes no third
+    assert attention_spread(exact, 0.75) == 2.0, "expected 2 tokens for exactly the share"
     for share in (0, 1, -0.1, math.nan):
         with pytest.raises(ValueError, match="share: expected between 0 and 1"):
             attention_spread(weights, share)
@@ -704,6 +716,41 @@ def test_a_request_without_numbers_spoils_nobody_else():
         for one, two in zip(got, expected):
             assert torch.equal(one[:4], two[:4])
     assert of_request(cache, 0) == of_request(other, 0)
+
+
+@pytest.mark.parametrize("name", ["heavy hitters", "snap"])
+def test_scores_go_on_growing_in_a_cache_of_16_bits(name):
+    """In bfloat16 64 + 1/8 is 64: sums must have more bits than keys."""
+    cache = PrunedKVCache(CONFIG, 1, 8, POLICIES[name], dtype=torch.bfloat16)
+    begun(cache, 1)
+    same = [torch.zeros(1, n, 4, dtype=torch.bfloat16) for n in (4, 2, 2)]
+    for _ in range(60):
+        take(cache, [1], [same] * 2)
+    before = cache._kept[0][0].scores + 1000  # as after a long text
+    kept = [dataclasses.replace(layer, scores=before) for layer in cache._kept[0]]
+    cache._kept[0] = tuple(kept)
+    for _ in range(3):
+        take(cache, [1], [same] * 2)
+    grown = cache._kept[0][0].scores[:, 0] - before[:, 0]
+    for got in grown.tolist():  # each step gives 1 / 9 to each of nine tokens
+        assert got == pytest.approx(3 / 9, rel=0.02), f"expected {3 / 9}, got {got}"
+
+
+@pytest.mark.parametrize("give", [lambda s: s[:, 1:], lambda s: s[0], lambda s: s.T])
+def test_scores_of_another_shape_are_refused_and_nothing_is_lost(give):
+    class Odd(Recent):
+        def __call__(self, weights, scores, budget):
+            scores = super().__call__(weights, scores, budget)
+            return scores if weights.shape[1] > 1 else give(scores)
+
+    cache = PrunedKVCache(CONFIG, 1, 5, Odd(2), dtype=torch.float64)
+    begun(cache, 1)
+    take(cache, [9], random_heads(random.Random(0), 9))
+    before = contents(cache)
+    with pytest.raises(ValueError, match=r"policy: expected scores of shape \(2, 6\)"):
+        take(cache, [1], random_heads(random.Random(1), 1))
+    assert contents(cache) == before
+    take(cache, [2], random_heads(random.Random(2), 2))
 
 
 # Memory.
