@@ -72,6 +72,8 @@ def measure_quality(
         raise ValueError("attend: expected without make_cache, whose cache attends")
     if make_cache is None and step_lens is not None:
         raise ValueError("step_lens: expected with make_cache, got them without")
+    if step_lens is not None:
+        step_lens = list(step_lens)  # for each draw again
     num_answers = [int(examples.is_answer[:, 1:].sum()) for examples in draws]
     if len(draws) == 0 or 0 in num_answers:
         raise ValueError(
