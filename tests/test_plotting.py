@@ -425,7 +425,8 @@ def test_each_row_is_named_where_it_is_drawn():
 
 def test_what_is_wanted_has_other_colours_and_a_frame_in_each_panel():
     panels = {name: [torch.tensor([[0, 2]])] * 2 for name in ("one", "two")}
-    ax = drawing.draw_kept(list("whales"), panels, title="", wanted=[1, 2, 5])
+    wanted = torch.tensor([1, 2, 5])
+    ax = drawing.draw_kept(list("whales"), panels, title="", wanted=wanted)
     kept, lost = list(drawing.KEPT)[2:]
     expected = ["kept", lost, kept, "thrown out", "thrown out", lost]
     for mesh in ax.collections:
@@ -498,6 +499,9 @@ ONE_LAYER = [torch.tensor([[0, 1]])]
         ("ab", {"p": ONE_LAYER, "q": ONE_LAYER * 2}, (), r"layers, got .*1, 'q': 2"),
         ("ab", {}, (), r"panels: expected one or more, .* got \{\}"),
         ("ab", {"p": []}, (), r"panels: expected one or more, .* got \{'p': 0\}"),
+        ("ab", {"p": [torch.tensor([0, 1])]}, (), r"p, layer 0: .*\(G, n\), got .*\(2,"),
+        ("ab", {"p": [torch.ones(1, 2)]}, (), r"p, layer 0: .* int64 .*, got .*float32"),
+        ("ab", {"p": [torch.ones(1, 2) > 0]}, (), r"p, layer 0: .* got torch.bool"),
         ("", {"p": ONE_LAYER}, (), "tokens of the text: expected .* 1, got 0"),
     ],
 )
@@ -538,6 +542,11 @@ def test_a_band_goes_from_the_least_draw_to_the_most_around_the_mean():
         assert ax.get_xscale() == "log" and ax.get_ylim()[0] == 0
         ticks = [label.get_text() for label in right.get_xticklabels()]
         assert ticks == ["8", "16", "32"], f"expected those measured, got {ticks}"
+
+
+def test_no_panels_are_refused_in_words():
+    with pytest.raises(ValueError, match="panels: expected one or more, got none"):
+        plotting.plot_bands({}, xlabel="", ylabel="", title="")
 
 
 @pytest.mark.parametrize("draws", [[[1]], [[1], []], [[1], [1], [1]]])

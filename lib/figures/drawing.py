@@ -292,9 +292,10 @@ def draw_kept(
     and panels that differ in their number of layers.
     """
     S = check_count("tokens of the text", len(token_names))
+    wanted = [int(place) for place in wanted]  # of a tensor too
     _check_kept(S, panels, wanted)
     is_wanted = torch.zeros(S, dtype=torch.bool)
-    is_wanted[list(wanted)] = True
+    is_wanted[wanted] = True
     width = min(9.6, 3.6 + 0.25 * S)  # inches
     ax = plt.subplots()[1]
     num_lines = _write_text(ax, token_names, is_wanted, 72 * (width - 1.1) / S)
@@ -343,6 +344,11 @@ def _check_kept(
     places_of = {"wanted": wanted}
     for panel, layers in panels.items():
         for layer, places in enumerate(layers):
+            if places.dtype != torch.int64 or places.dim() != 2:
+                raise ValueError(
+                    f"{panel}, layer {layer}: expected int64 (G, n), got "
+                    f"{places.dtype} {tuple(places.shape)}"
+                )
             places_of[f"{panel}, layer {layer}"] = places.flatten().tolist()
     for where, places in places_of.items():
         outside = sorted({place for place in places if not 0 <= place < S})

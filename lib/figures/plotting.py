@@ -350,8 +350,10 @@ def plot_bands(
 
     panels: name -> name of a line -> (x values, the draws at each of them). A line looks
     the same in all panels. The x axis is logarithmic with `log_x`. Raises ValueError
-    where an x value has no draws.
+    where there is no panel, or an x value has no draws.
     """
+    if not panels:
+        raise ValueError("panels: expected one or more, got none")
     for panel, lines in panels.items():
         for name, (x, draws) in lines.items():
             num_draws = [len(values) for values in draws]
