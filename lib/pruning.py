@@ -219,7 +219,7 @@ def attend_with_weights(
     scores = torch.einsum("tgjd,sgd->gjts", grouped, k)  # (G, H / G, T, S)
     if T > 1:  # the newest token sees them all
         is_future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
-        scores = scores.masked_fill(is_future, float("-inf"))
+        scores.masked_fill_(is_future, float("-inf"))
     weights = scores.softmax(dim=-1)
     out = torch.einsum("gjts,sgd->tgjd", weights, v)
     return out.reshape(T, H, D), weights.flatten(0, 1)
