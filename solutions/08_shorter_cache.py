@@ -392,7 +392,8 @@ for width in (1, 3):
 # its token, and that has not changed.
 #
 # Return k, v (n, G, D) and the places that were kept, (G, n). The old tensors
-# have to become free, so what you return may not be a view of them.
+# have to become free, so what you return may not be a view of them, nor they
+# themselves, even where nothing is thrown out.
 #
 # `gather` is the tool for choices that differ by column. `x.gather(0, index)`
 # has the shape of `index`, and its number in row i, column g is taken from row
