@@ -3,7 +3,6 @@ nobody is disturbed by others, by errors or by interrupts."""
 
 import contextlib
 import copy
-import dataclasses
 import functools
 import itertools
 import math
@@ -727,7 +726,7 @@ def test_scores_go_on_growing_in_a_cache_of_16_bits(name):
     for _ in range(60):
         take(cache, [1], [same] * 2)
     before = cache._kept[0][0].scores + 1000  # as after a long text
-    kept = [dataclasses.replace(layer, scores=before) for layer in cache._kept[0]]
+    kept = [layer._replace(scores=before) for layer in cache._kept[0]]
     cache._kept[0] = tuple(kept)
     for _ in range(3):
         take(cache, [1], [same] * 2)
