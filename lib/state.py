@@ -29,6 +29,7 @@ Read lib/kv_cache.py before.
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -261,20 +262,24 @@ class Linear(Memory):
     decay: float = 1.0
 
     def __post_init__(self):
-        if not 0 < self.decay <= 1:
-            raise ValueError(f"decay: expected above 0 and at most 1, got {self.decay}")
+        is_number = isinstance(self.decay, Real) and not isinstance(self.decay, bool)
+        if not is_number or not 0 < self.decay <= 1:
+            raise ValueError(
+                f"decay: expected a number above 0 and at most 1, got {self.decay!r}"
+            )
 
     def empty(self, config, dtype, device):
         return (_empty_state(config, dtype, device),)
 
     def attend(self, kept, q, k, v):
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        dtype, (q, k, v) = q.dtype, _for_state(q, k, v)
         out, state = linear_chunked(*kept, q, k, v, self._decays(k))
-        return _of_length_one(out), (state,)
+        return _of_length_one(out).to(dtype), (state,)
 
     def attend_all(self, q, k, v):
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        return _of_length_one(linear_parallel(q, k, v, self._decays(k)))
+        dtype, (q, k, v) = q.dtype, _for_state(q, k, v)
+        out = linear_parallel(q, k, v, self._decays(k))
+        return _of_length_one(out).to(dtype)
 
     def _decays(self, k: torch.Tensor) -> torch.Tensor:
         return k.new_full((k.shape[-2],), self.decay)
@@ -288,12 +293,11 @@ class Delta(Memory):
         return (_empty_state(config, dtype, device),)
 
     def attend(self, kept, q, k, v):
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        out, state = delta_chunked(*kept, q, k, v)
-        return out, (state,)
+        out, state = delta_chunked(*kept, *_for_state(q, k, v))
+        return out.to(q.dtype), (state,)
 
     def attend_all(self, q, k, v):
-        return delta_parallel(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v)
+        return delta_parallel(*_for_state(q, k, v)).to(q.dtype)
 
 
 @dataclass(frozen=True)
@@ -335,7 +339,18 @@ def _empty_state(
     config: ModelConfig, dtype: torch.dtype, device: torch.device | str
 ) -> torch.Tensor:
     G, D = config.num_kv_heads, config.head_dim
+    # A sum over a whole text, to which 16 bits would soon add nothing more.
+    dtype = torch.promote_types(dtype, torch.float32)
     return torch.zeros(G, D, D, dtype=dtype, device=device)
+
+
+def _for_state(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k and v in the dtype of a state, each vector of q and k with length 1, or 0."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v
 
 
 def _of_length_one(out: torch.Tensor) -> torch.Tensor:
@@ -343,12 +358,22 @@ def _of_length_one(out: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(out, out.shape[-1:], eps=1e-5)
 
 
-def attend_by(memories: Sequence[Memory]) -> Attend:
-    """Attention over whole texts, by a memory for each layer: what to train a model with
-    that is to write from a `StateCache`."""
+def attend_by(memories: Sequence[Memory] | Memory) -> Attend:
+    """Attention over whole texts, by a memory for each layer, or one for all: what to
+    train a model with that is to write from a `StateCache`.
+
+    ValueError for what is no memory at once, and for a layer without one when it asks.
+    """
+    if isinstance(memories, Memory):
+        return lambda layer, q, k, v: memories.attend_all(q, k, v)
+    by_layer = check_memories(memories)
 
     def attend(layer, q, k, v):
-        return memories[layer].attend_all(q, k, v)
+        if layer >= len(by_layer):
+            raise ValueError(
+                f"memories: expected one for layer {layer}, got {len(by_layer)}"
+            )
+        return by_layer[layer].attend_all(q, k, v)
 
     return attend
 
@@ -383,15 +408,21 @@ class StateCache(KVCacheByLayer):
 
 
 def check_memories(
-    memories: Sequence[Memory] | Memory, num_layers: int
+    memories: Sequence[Memory] | Memory, num_layers: int | None = None
 ) -> tuple[Memory, ...]:
-    """One memory for each layer; ValueError where there are more or fewer, or other
-    things."""
-    if isinstance(memories, Memory):
+    """One memory for each layer, of as many layers as there are where num_layers is not
+    given; ValueError where there are more or fewer, or other things."""
+    if isinstance(memories, Memory) and num_layers is not None:
         memories = [memories] * num_layers
-    memories = tuple(memories)
-    if len(memories) != num_layers or not all(isinstance(m, Memory) for m in memories):
+    is_several = isinstance(memories, Sequence)
+    if not is_several or not all(isinstance(memory, Memory) for memory in memories):
         raise ValueError(
-            f"memories: expected {num_layers}, one for each layer, got {memories}"
+            f"memories: expected one for each layer, as [Window(4), Delta()], "
+            f"got {memories!r}"
         )
-    return memories
+    if num_layers is not None and len(memories) != num_layers:
+        raise ValueError(
+            f"memories: expected {num_layers}, one for each layer, got {len(memories)}: "
+            f"{list(memories)}"
+        )
+    return tuple(memories)
