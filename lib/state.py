@@ -382,8 +382,9 @@ class StateCache(KVCacheByLayer):
     """Of each of B requests what a `Memory` per layer keeps, however long the text.
 
     memories: one for each layer, or one for all. Takes back, frees and counts as every
-    cache; there is room for any text of the model, whose positions go on. Raises
-    ValueError unless there is a memory for each layer.
+    cache; there is room for any text of the model, whose positions go on. States have 32
+    bits per number at least. A step writes what is kept beside what was there: while it
+    runs there are two of each. Raises ValueError unless there is a memory for each layer.
     """
 
     limit = "the model's max_seq_len"

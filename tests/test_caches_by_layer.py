@@ -233,8 +233,10 @@ def test_what_is_free_takes_no_bytes_and_who_begins_there_finds_nothing(kind):
     cache.free(1)
     assert cache.used_bytes == 0 and cache.num_free_blocks == 3
     assert cache.seq_lens.tolist() == [0, 0, 0]
+    nothing = of_request(fresh, 0)
+    assert contents(cache)[-1] == [nothing] * 3, "expected memory given back at once"
     cache.begin("new")
-    assert of_request(cache, "new") == of_request(fresh, 0)
+    assert of_request(cache, "new") == nothing
     heads = heads_for(random.Random(6), 5)
     got, expected = take(cache, [5, 0, 0], heads), take(fresh, [5], heads)
     for one, two in zip(got, expected):

@@ -14,6 +14,8 @@ from helpers import assert_close, attentive_model, begun, random_ids
 from lib.config import TINY, ModelConfig
 from lib.generate import forward_cached, generate_cached
 from lib.kv_cache import kv_cache_bytes
+from lib.measure import quality
+from lib.measure.meter import measure
 from lib.model import attend_causal
 from lib.state import (
     Delta,
@@ -422,6 +424,21 @@ def test_a_state_takes_the_bytes_that_were_predicted(config, memory):
         assert cache.used_bytes == of_each
 
 
+@both_rules
+def test_chunks_take_memory_for_the_text_and_not_for_its_square(rule):
+    nothing, peaks = torch.zeros(2, D, D, dtype=torch.float64), {}
+    for form in ("chunks", "at once"):
+        for T in (512, 1024):
+            text = [*drawn(T), decays(2)]
+            if form == "chunks":
+                cost = measure(lambda text=text: in_chunks(rule, nothing, *text, 32))
+            else:
+                cost = measure(lambda text=text: at_once(rule, *text))
+            peaks[form, T] = cost.peak_bytes
+    assert peaks["chunks", 1024] < 2.2 * peaks["chunks", 512]
+    assert peaks["at once", 1024] > 3.5 * peaks["at once", 512], "the control"
+
+
 # The whole model.
 
 
@@ -473,6 +490,24 @@ def test_a_cache_writes_what_recomputing_writes(name):
         assert text.tolist() == ids.tolist()
 
 
+@pytest.mark.parametrize("name", ["decay", "window, then delta"])
+def test_quality_through_a_cache_is_that_of_training(name):
+    ids = torch.stack([random_ids(random.Random(i), 12, V - 1) for i in range(3)])
+    draws = [quality.Examples(ids, torch.ones_like(ids, dtype=torch.bool))]
+    expected = quality.measure_quality(model(), draws, attend=attend_by(BY_LAYER[name]))
+    for step_lens in (None, [5, 1, 6]):
+        got = quality.measure_quality(
+            model(),
+            draws,
+            make_cache=lambda config, B, T: StateCache(
+                config, B, BY_LAYER[name], dtype=torch.float64
+            ),
+            step_lens=step_lens,
+        )
+        assert got.nats == pytest.approx(expected.nats, rel=1e-9)
+        assert got.accuracies == expected.accuracies
+
+
 def test_a_batch_of_texts_trains_as_each_alone():
     ids = torch.stack([random_ids(random.Random(i), 9, V - 1) for i in range(3)])
     for name in BY_LAYER:
@@ -491,8 +526,8 @@ def test_other_memories_are_other_models():
 # What cannot be.
 
 
-@pytest.mark.parametrize("decay", [0, 0.0, 1.5, -0.5, math.nan, True, "0.9", None])
-def test_a_decay_that_is_none_is_refused(decay):
+@pytest.mark.parametrize("decay", [0, 1.5, -0.5, math.nan, math.inf, True, "1"])
+def test_what_is_no_decay_is_refused(decay):
     with pytest.raises(ValueError, match="decay: expected a number above 0 and at most"):
         Linear(decay)
 
