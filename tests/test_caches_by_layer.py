@@ -418,9 +418,7 @@ def test_what_is_kept_holds_no_more_storage_than_it_needs(kind):
         assert sum(storages.values()) == cache.used_bytes, "expected none of them shared"
 
 
-@pytest.mark.parametrize(
-    "kind", ["recent", "heavy hitters", "snap", "decay", "window, then delta"]
-)
+@pytest.mark.parametrize("kind", ["heavy hitters", "snap", "decay", "window, then delta"])
 def test_memory_is_the_same_to_the_byte_after_40_and_200_tokens(kind):
     small = random_model(num_layers=2, d_model=16, d_ff=16, max_seq_len=256)
     one = torch.ones(1, dtype=torch.int64)
