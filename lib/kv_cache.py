@@ -584,6 +584,84 @@ class KVCacheInRows(KVCache):
         """Leave nothing of whoever had it."""
 
 
+class KVCacheByLayer(KVCacheInRows):
+    """Rows of which each layer keeps some tensors of its own, made anew at each step.
+
+    They are made beside those that were there, so a step can be taken back: while it runs
+    there are two of each. A kind of cache says what a layer keeps of no tokens, in
+    `_make_rows`, and what becomes of it, by `_attend_row`.
+    """
+
+    _nothing: tuple[tuple[torch.Tensor, ...], ...]  # by layer, of a text without tokens
+    _kept: list[tuple[tuple[torch.Tensor, ...], ...]]  # by row and layer
+
+    def _make_rows(
+        self,
+        batch_size: int,
+        max_seq_len: int,
+        device: torch.device | str,
+        nothing: Sequence[tuple[torch.Tensor, ...]] = (),
+    ):
+        super()._make_rows(batch_size, max_seq_len, device)
+        self._nothing = tuple(nothing)
+        self._kept = [self._nothing] * batch_size
+
+    @abc.abstractmethod
+    def _attend_row(
+        self,
+        layer: int,
+        kept: tuple[torch.Tensor, ...],
+        seq_len: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Attention of a request's new tokens, q (T, H, D) and k, v (T, G, D), behind
+        seq_len others: out (T, H, D), and what the layer keeps then."""
+
+    @property
+    def reserved_bytes(self) -> int:
+        return self.used_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        rows = zip(self.request_ids, self._kept)
+        live = [row for request_id, row in rows if request_id is not None]
+        return sum(x.nbytes for row in live for layer in row for x in layer)
+
+    def _free_row(self, row: int):
+        self._empty_row(row)
+        super()._free_row(row)
+
+    def _empty_row(self, row: int):
+        self._kept[row] = self._nothing
+
+    def _mark(self) -> list[tuple[tuple[torch.Tensor, ...], ...]]:
+        return list(self._kept)
+
+    def _open_step(self, query_lens: torch.Tensor) -> Attend:
+        counts, seq_lens = query_lens.tolist(), self._seq_lens.tolist()
+        before = list(self._kept)  # a layer that is run again begins there again
+
+        def attend(layer, q, k, v):
+            outs = [q[:0]]
+            for row, new in enumerate(zip(*(x.split(counts) for x in (q, k, v)))):
+                if counts[row] == 0:  # it rests
+                    continue
+                out, layer_kept = self._attend_row(
+                    layer, before[row][layer], seq_lens[row], *new
+                )
+                kept = self._kept[row]
+                self._kept[row] = (*kept[:layer], layer_kept, *kept[layer + 1 :])
+                outs.append(out)
+            return torch.cat(outs)  # (N, H, D)
+
+        return attend
+
+    def _take_back(self, marks: list[tuple[tuple[torch.Tensor, ...], ...]]):
+        self._kept = marks
+
+
 class ContiguousKVCache(KVCacheInRows):
     """Room for `max_seq_len` tokens of each of B requests, reserved at once.
 

@@ -24,14 +24,13 @@ Read lib/kv_cache.py before.
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 
 from lib.config import ModelConfig, check_count
-from lib.kv_cache import KVCacheInRows
-from lib.model import Attend
+from lib.kv_cache import KVCacheByLayer
 
 
 def keep_recent(seq_len: int, budget: int, num_sinks: int = 4) -> torch.Tensor:
@@ -320,8 +319,7 @@ class Snap:
         return scores + F.pad(seen, (0, self.window))
 
 
-@dataclass(frozen=True)
-class Kept:
+class Kept(NamedTuple):
     """The tokens of one request that one layer has, n for each KV head, in the order of
     the text."""
 
@@ -330,12 +328,8 @@ class Kept:
     scores: torch.Tensor  # (G, n)
     positions: torch.Tensor  # int64 (G, n): where they stood in the text
 
-    @property
-    def nbytes(self) -> int:
-        return sum(x.nbytes for x in (self.k, self.v, self.scores, self.positions))
 
-
-class PrunedKVCache(KVCacheInRows):
+class PrunedKVCache(KVCacheByLayer):
     """Of each of B requests at most `budgets[layer]` tokens in a layer, whatever comes.
 
     A step attends to what was kept and to all of its own tokens, and is cut only then:
@@ -366,56 +360,18 @@ class PrunedKVCache(KVCacheInRows):
             raise ValueError(f"policy: expected one, as Recent(), got {policy!r}")
         self.config, self.dtype, self.policy = config, dtype, policy
         self.budgets = check_budgets(budgets, config.num_layers, policy.least_budget)
-        self._make_rows(batch_size, config.max_seq_len, device)
         G, D = config.num_kv_heads, config.head_dim
         none = torch.zeros(0, G, D, dtype=dtype, device=device)
         # Sums over whole texts, to which 16 bits would soon add nothing more.
         scores_dtype = torch.promote_types(dtype, torch.float32)
         scores = torch.zeros(G, 0, dtype=scores_dtype, device=device)
-        self._nothing = (Kept(none, none, scores, scores.long()),) * config.num_layers
-        self._kept = [self._nothing] * batch_size
-
-    @property
-    def reserved_bytes(self) -> int:
-        return self.used_bytes
-
-    @property
-    def used_bytes(self) -> int:
-        return sum(layer.nbytes for row in self._kept for layer in row)
+        nothing = [Kept(none, none, scores, scores.long())] * config.num_layers
+        self._make_rows(batch_size, config.max_seq_len, device, nothing)
 
     def positions(self, request_id: Hashable) -> list[torch.Tensor]:
         """Of each layer, where the tokens that it kept stand in the text: int64 (G, n),
         for each KV head in ascending order."""
         return [layer.positions.clone() for layer in self._kept[self._row(request_id)]]
-
-    def _free_row(self, row: int):
-        self._empty_row(row)
-        super()._free_row(row)
-
-    def _empty_row(self, row: int):
-        self._kept[row] = self._nothing
-
-    def _mark(self) -> list[tuple[Kept, ...]]:
-        return list(self._kept)
-
-    def _open_step(self, query_lens: torch.Tensor) -> Attend:
-        counts, seq_lens = query_lens.tolist(), self._seq_lens.tolist()
-        before = list(self._kept)  # a layer that is run again begins there again
-
-        def attend(layer, q, k, v):
-            outs = [q[:0]]
-            for row, new in enumerate(zip(*(x.split(counts) for x in (q, k, v)))):
-                if counts[row] == 0:  # it rests
-                    continue
-                out, layer_kept = self._attend_row(
-                    layer, before[row][layer], seq_lens[row], *new
-                )
-                kept = self._kept[row]
-                self._kept[row] = (*kept[:layer], layer_kept, *kept[layer + 1 :])
-                outs.append(out)
-            return torch.cat(outs)  # (N, H, D)
-
-        return attend
 
     def _attend_row(
         self,
@@ -426,8 +382,6 @@ class PrunedKVCache(KVCacheInRows):
         k: torch.Tensor,
         v: torch.Tensor,
     ) -> tuple[torch.Tensor, Kept]:
-        """q (T, H, D), k, v (T, G, D): attention of a request's new tokens in a layer,
-        (T, H, D), and what is kept of all tokens then."""
         T, G = k.shape[:2]
         k, v = torch.cat([kept.k, k]), torch.cat([kept.v, v])  # (n + T, G, D)
         out, weights = attend_with_weights(q, k, v)
@@ -442,9 +396,6 @@ class PrunedKVCache(KVCacheInRows):
         new_positions = torch.arange(seq_len, seq_len + T, device=k.device).expand(G, -1)
         positions = torch.cat([kept.positions, new_positions], dim=-1)
         return out, Kept(k, v, scores.gather(1, places), positions.gather(1, places))
-
-    def _take_back(self, marks: list[tuple[Kept, ...]]):
-        self._kept = marks
 
 
 def check_budgets(

@@ -1,14 +1,15 @@
 """What several tests share: tolerances, small models, and a pool to attend over."""
 
 import math
+import random
 import sys
-from collections.abc import Collection, Hashable
+from collections.abc import Callable, Collection, Hashable
 from types import FrameType, ModuleType
 
 import torch
 
 from lib.config import ModelConfig
-from lib.kv_cache import PLAIN, KVCache, KVFormat
+from lib.kv_cache import PLAIN, KVCache, KVCacheByLayer, KVFormat
 from lib.latent_kv_cache import LatentFormat
 from lib.model import Transformer
 from lib.paged_attention import paged_decode_gather
@@ -72,6 +73,56 @@ def begun(cache: KVCache, batch_size: int) -> KVCache:
     for request_id in range(batch_size):
         cache.begin(request_id)
     return cache
+
+
+def random_ids(rng: random.Random, num_tokens: int, vocab_size: int) -> torch.Tensor:
+    """int64 (num_tokens,), below vocab_size."""
+    return torch.tensor([rng.randrange(vocab_size) for _ in range(num_tokens)]).long()
+
+
+def random_heads(
+    config: ModelConfig, rng: random.Random, num_tokens: int
+) -> list[list[torch.Tensor]]:
+    """q (N, H, D) and k, v (N, G, D) for each layer, in float64; q is so large that
+    attention chooses."""
+    generator = torch.Generator().manual_seed(rng.randrange(10**9))
+    sizes = (config.num_heads, 4), (config.num_kv_heads, 1), (config.num_kv_heads, 1)
+    return [
+        [
+            size
+            * torch.randn(
+                num_tokens, n, config.head_dim, generator=generator, dtype=torch.float64
+            )
+            for n, size in sizes
+        ]
+        for _ in range(config.num_layers)
+    ]
+
+
+def take(
+    cache: KVCache,
+    counts: list[int],
+    heads: list[list[torch.Tensor]],
+    after_layer: Callable[[int], None] = lambda layer: None,
+) -> list[torch.Tensor]:
+    """A step through all layers, over heads of each: what attention gives in each."""
+    outs = []
+    with cache.extend(torch.tensor(counts)) as attend:
+        for layer, x in enumerate(heads):
+            outs.append(attend(layer, *x))
+            after_layer(layer)
+    return outs
+
+
+def contents(cache: KVCacheByLayer) -> tuple:
+    """All that a cache knows, in plain numbers."""
+    kept = [[[x.tolist() for x in layer] for layer in row] for row in cache._kept]
+    return list(cache.request_ids), cache.seq_lens.tolist(), cache.used_bytes, kept
+
+
+def of_request(cache: KVCacheByLayer, request_id: Hashable) -> list:
+    """What each layer keeps of a request, in plain numbers."""
+    return contents(cache)[-1][cache.request_ids.index(request_id)]
 
 
 def random_format(config: ModelConfig, k_rank: int, v_rank: int) -> LatentFormat:

@@ -25,6 +25,7 @@ from lib import (
     pruning,
     recall,
     sampling,
+    state,
     text,
 )
 from lib.config import ModelConfig
@@ -178,6 +179,14 @@ def watcher():
             cache = begun(pruning.PrunedKVCache(CONFIG, 3, [5, 4, 9, 8], policy), 3)
             generate.prefill_in_chunks(model, prompts, cache, 5)
             generate.generate_cached(model, [ids[:1] for ids in prompts], 2, cache)
+        for memory in (state.Linear(0.9), state.Delta(), state.Window(4)):
+            cache = begun(state.StateCache(CONFIG, 3, memory), 3)
+            generate.prefill_in_chunks(model, prompts, cache, 5)
+            generate.generate_cached(model, [ids[:1] for ids in prompts], 2, cache)
+            model(token_ids, positions, state.attend_by(memory))
+        by_step = torch.zeros(2, 10, 10), torch.randn(6, 10), *torch.randn(2, 2, 10)
+        state.linear_step(*by_step, torch.ones(2))
+        state.delta_step(*by_step)
         serving = Engine(model, ContiguousKVCache(CONFIG, 3, 16), token_budget=5)
         for ids in prompts:
             serving.add(ids, 3)

@@ -10,8 +10,8 @@ on a small model:
 - Gradients are allocated before the meter starts: they too are the same in every column.
 - Nobody knows how long a text will be. The contiguous cache reserves for twice as many
   tokens as come; the paged cache has a pool of as many blocks as it needs.
-- With a pruned cache each token goes to the next step and is not kept: the 8 bytes of its
-  id would be all that grows with N.
+- With a pruned cache and a state each token goes to the next step and is not kept: the
+  8 bytes of its id would be all that grows with N.
 """
 
 import math
@@ -26,6 +26,7 @@ from lib.kv_cache import ContiguousKVCache, KVCache
 from lib.model import Transformer, attend_fused
 from lib.paged_kv_cache import PagedKVCache
 from lib.pruning import HeavyHitters, PrunedKVCache
+from lib.state import Linear, StateCache
 
 FIRST_ID = torch.zeros(1, dtype=torch.int64)
 BUDGET = 8  # tokens that the pruned cache keeps in each layer: fewer than any N here
@@ -121,17 +122,15 @@ def paged(
 
 
 def pruned(num_tokens: int, num_layers: int) -> Callable[[], KVCache]:
-    model = random_model(num_layers).eval()
+    policy = HeavyHitters(window=4)
+    return _streamed(
+        num_layers, num_tokens, lambda config: PrunedKVCache(config, 1, BUDGET, policy)
+    )
 
-    def run():
-        cache = PrunedKVCache(model.config, 1, BUDGET, HeavyHitters(window=4))
-        cache.begin(0)
-        ids, one = FIRST_ID, torch.ones(1, dtype=torch.int64)
-        for _ in range(num_tokens):
-            ids = generate.forward_cached(model, cache, ids, one).argmax(dim=-1)
-        return cache
 
-    return run
+def state(num_tokens: int, num_layers: int) -> Callable[[], KVCache]:
+    memory = Linear(decay=0.97)
+    return _streamed(num_layers, num_tokens, lambda config: StateCache(config, 1, memory))
 
 
 def forward(num_tokens: int, num_layers: int) -> Callable:
@@ -146,6 +145,21 @@ def _cached(num_layers: int, num_tokens: int, make_cache: Callable) -> Callable:
         cache = make_cache(model.config)
         cache.begin(0)
         generate.generate_cached(model, [FIRST_ID], num_tokens, cache, temperature=0)
+        return cache
+
+    return run
+
+
+def _streamed(num_layers: int, num_tokens: int, make_cache: Callable) -> Callable:
+    """As `_cached`, but each token is handed on and not kept."""
+    model = random_model(num_layers).eval()
+
+    def run():
+        cache = make_cache(model.config)
+        cache.begin(0)
+        ids, one = FIRST_ID, torch.ones(1, dtype=torch.int64)
+        for _ in range(num_tokens):
+            ids = generate.forward_cached(model, cache, ids, one).argmax(dim=-1)
         return cache
 
     return run
@@ -169,6 +183,8 @@ def _blocks_call(num_tokens: int, model: Transformer, run: Callable) -> Callable
 KV_BYTES = 2 * 2 * 16 * 4
 # And what a pruned cache keeps with them: for each head a score, and a position, int64.
 PRUNED_BYTES = KV_BYTES + 2 * (4 + 8)
+# The state of a layer: 2 heads of 16 times 16 numbers of 4 bytes.
+STATE_BYTES = 2 * 16 * 16 * 4
 
 COLUMNS = {
     "training": Column(
@@ -231,6 +247,18 @@ COLUMNS = {
             "peak memory": Growth(0, 1),
             "KV bytes reserved": Growth(0, 1, factor=BUDGET * PRUNED_BYTES),
             "KV bytes used": Growth(0, 1, factor=BUDGET * PRUNED_BYTES),
+            "attention FLOPs": Growth(1, 1),
+            "projection FLOPs": Growth(1, 1),
+            "forward calls": Growth(1, 0),
+            "block calls": Growth(1, 1),
+        },
+    ),
+    "state": Column(
+        state,
+        {
+            "peak memory": Growth(0, 1),
+            "KV bytes reserved": Growth(0, 1, factor=STATE_BYTES),
+            "KV bytes used": Growth(0, 1, factor=STATE_BYTES),
             "attention FLOPs": Growth(1, 1),
             "projection FLOPs": Growth(1, 1),
             "forward calls": Growth(1, 0),
