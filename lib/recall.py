@@ -16,8 +16,11 @@ the beginning: after as many steps 10% of pairs and 7% of notes were right.)
     python -m lib.recall             # all weights of data/recall
     python -m lib.recall notes_g2    # those of one
 
+Most attend by softmax to all earlier tokens. Some have never had more than a memory of
+lib/state.py per layer, and are to be asked through the same: a recipe knows which.
+
 Multi-query associative recall: https://arxiv.org/abs/2312.04927. Read lib/training.py
-before.
+and lib/state.py before.
 """
 
 import argparse
@@ -36,7 +39,8 @@ from tqdm import tqdm
 from lib.config import ModelConfig, check_count
 from lib.measure.meter import machine_facts
 from lib.measure.quality import Examples, answers, measure_quality
-from lib.model import Transformer, attend_fused, load_model, save_model
+from lib.model import Attend, Transformer, attend_fused, load_model, save_model
+from lib.state import Delta, Linear, Memory, Window, attend_by, check_memories
 from lib.text import DATA
 from lib.training import TrainingConfig, adamw, learning_rate
 
@@ -199,13 +203,15 @@ def train(
     config: TrainingConfig,
     from_share: float = 0.0,
     evaluate_every: int | None = None,
+    attend: Attend = attend_fused,
 ) -> list[tuple[int, float]]:
     """Train a model on texts of `task`, in place; the loss is that of the answers.
 
     config: its num_steps, batch_size, learning_rate and its course, weight_decay,
     max_grad_norm and seed (of the texts) count. from_share: at which part of the stages
-    of `draw_task` to begin: 0.5 for a model that has learned the task already. Returns
-    (steps done, accuracy) after every `evaluate_every` steps and at the end.
+    of `draw_task` to begin: 0.5 for a model that has learned the task already. attend:
+    the attention to train with, and to ask with. Returns (steps done, accuracy) after
+    every `evaluate_every` steps and at the end.
     """
     if evaluate_every is not None:
         check_count("evaluate_every", evaluate_every)
@@ -221,7 +227,7 @@ def train(
         share_done = from_share + (1 - from_share) * step / config.num_steps
         examples = draw_task(task, config.batch_size, generator, share_done)
         positions = torch.arange(examples.token_ids.shape[1])
-        logits = model(examples.token_ids, positions, attend_fused)
+        logits = model(examples.token_ids, positions, attend)
         cross_entropy(*answers(logits, examples)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
@@ -229,19 +235,34 @@ def train(
         num_done = step + 1
         is_due = evaluate_every is not None and num_done % evaluate_every == 0
         if is_due or num_done == config.num_steps:
-            curve.append((num_done, measure_quality(model.eval(), [fixed]).accuracy))
+            quality = measure_quality(model.eval(), [fixed], attend=attend)
+            curve.append((num_done, quality.accuracy))
     model.eval()
     return curve
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a file of data/recall was trained as."""
+    """What a file of data/recall was trained as.
+
+    memories: what each layer keeps of a text; None: all its keys and values. Raises
+    ValueError unless there is one for each layer.
+    """
 
     task: str
     model: ModelConfig
     num_steps: int
     learning_rate: float
+    memories: tuple[Memory, ...] | None = None
+
+    def __post_init__(self):
+        if self.memories is not None:
+            check_memories(self.memories, self.model.num_layers)
+
+    @property
+    def attend(self) -> Attend:
+        """The attention that the model was trained with, for whole texts."""
+        return attend_fused if self.memories is None else attend_by(self.memories)
 
     @property
     def training(self) -> TrainingConfig:
@@ -262,9 +283,21 @@ SMALL = ModelConfig(
     d_ff=128,
     max_seq_len=1024,
 )
+PAIRS = Recipe("pairs", replace(SMALL, num_heads=2, num_kv_heads=2), 2400, 1e-3)
+PAIRS_SMALL = replace(PAIRS, model=SMALL)  # 4 heads of 16 instead of 2 of 32
+# A state adds keys to values of the same token, so the first layer has to bring each key
+# to its value. A window does: softmax attention to a token and the three before it.
+NEAR = Window(4)
 RECIPES = {
     # With 2e-3, two of three seeds never learned their first two pairs.
-    "pairs": Recipe("pairs", replace(SMALL, num_heads=2, num_kv_heads=2), 2400, 1e-3),
+    "pairs": PAIRS,
+    "pairs_sum": replace(PAIRS, memories=(NEAR, Linear())),
+    "pairs_decay": replace(PAIRS, memories=(NEAR, Linear(0.97))),
+    "pairs_delta": replace(PAIRS, memories=(NEAR, Delta())),
+    # Keeps 15 tokens for those to come: as many bytes as a state, within a tenth.
+    "pairs_window": replace(PAIRS, memories=(NEAR, Window(16))),
+    "pairs_small": PAIRS_SMALL,
+    "pairs_delta_small": replace(PAIRS_SMALL, memories=(NEAR, Delta())),
     "notes_g4": Recipe("notes", SMALL, 3000, 2e-3),
     "notes_g2": Recipe("notes", replace(SMALL, num_kv_heads=2), 3000, 2e-3),
     "notes_g1": Recipe("notes", replace(SMALL, num_kv_heads=1), 3000, 2e-3),
@@ -273,7 +306,11 @@ RECIPES = {
 
 
 def load(name: str) -> Transformer:
-    """A model of data/recall, by its name in RECIPES. Raises ValueError for another."""
+    """A model of data/recall, by its name in RECIPES. Raises ValueError for another.
+
+    Ask it through what it was trained with: `RECIPES[name].attend`, or a cache of the
+    same memories, `StateCache(model.config, B, RECIPES[name].memories)`.
+    """
     _check_name(name)
     return load_model(WEIGHTS / f"{name}.pt")
 
@@ -326,12 +363,13 @@ def train_recipe(recipe: Recipe, seed: int) -> tuple[Transformer, dict]:
     model = Transformer(recipe.model)
     config = replace(recipe.training, seed=seed)
     start = time.perf_counter()
-    curve = train(model, recipe.task, config, evaluate_every=100)
+    curve = train(model, recipe.task, config, evaluate_every=100, attend=recipe.attend)
     return model, {
         "command": shlex.join(["python", "-m", "lib.recall", *sys.argv[1:]]),
         "machine": machine_facts(),
         "seed": seed,
         "model": asdict(recipe.model),
+        "memories": recipe.memories and [repr(memory) for memory in recipe.memories],
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "training": asdict(config),
         "seconds": round(time.perf_counter() - start),

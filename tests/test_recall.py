@@ -12,7 +12,7 @@ from torch.nn.functional import one_hot
 from lib import recall
 from lib.config import ModelConfig
 from lib.measure.quality import measure_quality
-from lib.model import Transformer, load_model
+from lib.model import Transformer, attend_causal, attend_fused, load_model
 from lib.recall import (
     NUM_NOTE_KEYS,
     NUM_PAIR_KEYS,
@@ -26,6 +26,7 @@ from lib.recall import (
     load,
     train,
 )
+from lib.state import Delta, Linear, StateCache, Window, attend_by
 from lib.training import TrainingConfig
 
 FIRST_FILLER = 96
@@ -35,8 +36,8 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def accuracy(model, examples):
-    return measure_quality(model, [examples]).accuracy
+def accuracy(model, examples, **how):
+    return measure_quality(model, [examples], **how).accuracy
 
 
 def asked_in(row, is_answer, start, values):
@@ -172,7 +173,18 @@ def test_texts_grow_in_three_stages():
         (lambda: draw_task("notes", 1, None, -0.1), "share_done: expected .* got -0.1"),
         (lambda: trained(from_share=2.0), "share_done: expected from 0 to 1, got 2.0"),
         (lambda: trained(evaluate_every=0), "evaluate_every: expected an integer of"),
-        (lambda: load("notes"), "model: expected one of .'pairs', 'notes_g4'.* 'notes'"),
+        (
+            lambda: load("notes"),
+            "model: expected one of .'pairs', .*'notes_g4'.* 'notes'",
+        ),
+        (
+            lambda: replace(RECIPES["pairs"], memories=(Delta(),)),
+            "memories: expected 2, one for each layer, got 1: .Delta",
+        ),
+        (
+            lambda: replace(RECIPES["pairs"], memories=("delta", "delta")),
+            "memories: expected one for each layer, as .* got .'delta'",
+        ),
     ],
 )
 def test_what_cannot_be_drawn_or_loaded_is_refused(draw, words):
@@ -323,6 +335,62 @@ def test_dropout_is_on_in_every_step_and_off_in_between(monkeypatch):
     assert modes == [True, True, False] * 2
 
 
+@pytest.mark.parametrize("settings", [{}, {"attend": attend_causal}])
+def test_every_step_and_every_evaluation_goes_through_the_attention_given(
+    monkeypatch, settings
+):
+    used, forward = [], Transformer.forward
+
+    def noting(self, token_ids, positions, attend):
+        used.append((self.training, attend))
+        return forward(self, token_ids, positions, attend)
+
+    monkeypatch.setattr(Transformer, "forward", noting)
+    trained(config=replace(SHORT, num_steps=4), evaluate_every=2, **settings)
+    attend = settings.get("attend", attend_fused)
+    assert used == [(is_step, attend) for is_step in (True, True, False)] * 2
+
+
+@pytest.mark.parametrize("memory", [Linear(0.9), Delta(), Window(3), None], ids=str)
+def test_a_recipe_is_trained_through_its_memories(memory):
+    recipe = Recipe("pairs", TINY_SIZES, 4, 1e-2, memory and (memory,))
+    model, result = recall.train_recipe(recipe, seed=3)
+    expected, curve = {}, {}
+    for name, attend in {
+        "as it says": attend_fused if memory is None else attend_by([memory]),
+        "otherwise": attend_by([Window(1)]),
+    }.items():
+        torch.manual_seed(3)
+        expected[name] = Transformer(TINY_SIZES)
+        config = replace(recipe.training, seed=3)
+        curve[name] = train(expected[name], "pairs", config, attend=attend)
+    same, other = (
+        [torch.equal(a, b) for a, b in zip(model.parameters(), others.parameters())]
+        for others in expected.values()
+    )
+    assert all(same) and not any(other)
+    assert result["accuracy"] == [[4, round(curve["as it says"][-1][1], 4)]]
+
+
+def test_what_is_compared_differs_in_its_memories_alone():
+    recipes = {name: r for name, r in RECIPES.items() if r.task == "pairs"}
+    sizes = {name: recipe.model.num_heads for name, recipe in recipes.items()}
+    assert sizes == {name: 4 if "small" in name else 2 for name in recipes}
+    for recipe in recipes.values():
+        heads = recipe.model.num_heads
+        model = replace(SMALL, num_heads=heads, num_kv_heads=heads)
+        assert replace(recipe, memories=None) == replace(RECIPES["pairs"], model=model)
+    second = {name: r.memories[1] for name, r in recipes.items() if r.memories}
+    assert all(r.memories[0] == Window(4) for r in recipes.values() if r.memories)
+    assert second == {
+        "pairs_sum": Linear(),
+        "pairs_decay": Linear(0.97),
+        "pairs_delta": Delta(),
+        "pairs_window": Window(16),
+        "pairs_delta_small": Delta(),
+    }
+
+
 def test_a_seed_is_that_of_the_weights_and_of_the_texts(monkeypatch):
     begun = []
 
@@ -339,7 +407,7 @@ def test_a_seed_is_that_of_the_weights_and_of_the_texts(monkeypatch):
 
 
 def test_every_recipe_can_be_trained_on_its_task():
-    assert Counter(recipe.task for recipe in RECIPES.values()) == {"pairs": 1, "notes": 4}
+    assert Counter(recipe.task for recipe in RECIPES.values()) == {"pairs": 7, "notes": 4}
     for recipe in RECIPES.values():
         longest = draw_task(recipe.task, 1).token_ids.shape[1]
         assert longest <= recipe.model.max_seq_len
@@ -350,16 +418,34 @@ def test_every_recipe_can_be_trained_on_its_task():
     assert heads == [4, 2, 1] and SMALL.num_heads == 4
 
 
-@pytest.mark.parametrize("name", list(RECIPES))
-def test_the_shipped_weights_are_as_good_as_their_results_claim(name):
+def shipped_run(name):
     runs = json.loads(recall.RESULTS.read_text())[name]
     (run,) = [run for run in runs if run["seed"] == 0]
-    model, recipe = load(name), RECIPES[name]
+    return run
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_the_shipped_weights_are_as_good_as_their_results_claim(name):
+    run, model, recipe = shipped_run(name), load(name), RECIPES[name]
     assert model.config == recipe.model == ModelConfig(**run["model"])
     assert TrainingConfig(**run["training"]) == recipe.training
+    memories = recipe.memories and [str(memory) for memory in recipe.memories]
+    assert run.get("memories") == memories
     step, share = run["accuracy"][-1]
-    assert step == recipe.num_steps and share > 0.95
-    got = accuracy(model, draw_task(recipe.task, 128, seeded(2**32 - 1)))
+    assert step == recipe.num_steps
+    examples = draw_task(recipe.task, 128, seeded(2**32 - 1))
+    got = accuracy(model, examples, attend=recipe.attend)
+    assert got == pytest.approx(share, abs=2e-3), f"expected {share}, got {got}"
+    if recipe.memories is None:
+        assert share > 0.95
+        return
+
+    def make_cache(config, B, T):
+        return StateCache(config, B, recipe.memories)
+
+    # Told in one step, asked in others: all that is known then is in the cache.
+    in_steps = {"make_cache": make_cache, "step_lens": [32, 1, 1, 13, 17]}
+    got = accuracy(model, examples, **in_steps)
     assert got == pytest.approx(share, abs=2e-3), f"expected {share}, got {got}"
 
 
@@ -368,7 +454,9 @@ def command(monkeypatch, tmp_path):
     """`python -m lib.recall` with small recipes; gives what it has written."""
     recipes = {
         "pairs": Recipe("pairs", TINY_SIZES, 3, 2e-3),
-        "notes": Recipe("notes", replace(TINY_SIZES, num_kv_heads=2), 2, 1e-3),
+        "notes": Recipe(
+            "notes", replace(TINY_SIZES, num_kv_heads=2), 2, 1e-3, (Linear(0.5),)
+        ),
     }
     monkeypatch.setattr(recall, "RECIPES", recipes)
     out, results = tmp_path / "new" / "weights", tmp_path / "other" / "recall.json"
@@ -402,7 +490,10 @@ def test_the_command_writes_weights_that_can_be_loaded(command, monkeypatch, cap
     model = load("notes")
     assert not model.training and model.config == recall.RECIPES["notes"].model
     assert result["num_parameters"] == sum(p.numel() for p in model.parameters())
-    share = accuracy(model, draw_task("notes", 128, seeded(2**32 - 1)))
+    assert result["memories"] == ["Linear(decay=0.5)"]
+    assert found["pairs"][0]["memories"] is None
+    asked = draw_task("notes", 128, seeded(2**32 - 1))
+    share = accuracy(model, asked, attend=recall.RECIPES["notes"].attend)
     assert result["accuracy"][-1][1] == pytest.approx(share, abs=1e-4)
     assert capfd.readouterr().err == ""
 

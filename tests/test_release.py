@@ -27,6 +27,7 @@ from lib.course.compare import difference
 from lib.course.exercises import exercises, names_of
 from lib.course.release import FILES, release, write
 from lib.course.stubs import answer, stub
+from lib.recall import RECIPES
 
 CHAPTERS = {int(text.stem[:2]): text for text in chapter_texts()}
 
@@ -346,6 +347,8 @@ def test_a_bundle_is_written_whole_and_starts(tmp_path, no_outputs):
     assert notebooks == ["notebooks/01_generation.ipynb", "notebooks/02_training.ipynb"]
     assert not [path for path in files if path.startswith(("solutions/", "tests/"))]
     assert {"LICENSE", "requirements.txt", "data/moby_dick.pt"} <= files.keys()
+    weights = {f"data/recall/{name}.pt" for name in RECIPES}
+    assert weights == {path for path in files if path.startswith("data/recall/")}
     one, two = (nbformat.reads(files[path].decode(), 4) for path in notebooks)
     assert one == student_notebook(CHAPTERS[1])
     assert [c.source for c in two.cells] == [
