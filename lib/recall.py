@@ -292,6 +292,8 @@ RECIPES = {
     # With 2e-3, two of three seeds never learned their first two pairs.
     "pairs": PAIRS,
     "pairs_sum": replace(PAIRS, memories=(NEAR, Linear())),
+    # Tried once each: 0.9, 0.97 and 0.99 find 39%, 74% and 81% of 16 pairs, 1.0 81%. With
+    # 0.97, nine of ten values told 16 to 31 tokens ago, and one of seven from 56 on.
     "pairs_decay": replace(PAIRS, memories=(NEAR, Linear(0.97))),
     "pairs_delta": replace(PAIRS, memories=(NEAR, Delta())),
     # Keeps 15 tokens for those to come: as many bytes as a state, within a tenth.

@@ -11,6 +11,7 @@ from torch.nn.functional import one_hot
 
 from lib import recall
 from lib.config import ModelConfig
+from lib.generate import forward_cached
 from lib.measure.quality import measure_quality
 from lib.model import Transformer, attend_causal, attend_fused, load_model
 from lib.recall import (
@@ -447,6 +448,32 @@ def test_the_shipped_weights_are_as_good_as_their_results_claim(name):
     in_steps = {"make_cache": make_cache, "step_lens": [32, 1, 1, 13, 17]}
     got = accuracy(model, examples, **in_steps)
     assert got == pytest.approx(share, abs=2e-3), f"expected {share}, got {got}"
+
+
+def test_a_state_finds_more_than_a_window_of_as_many_bytes():
+    """Of 16 pairs, from whatever seed; what keeps everything finds all."""
+    runs = json.loads(recall.RESULTS.read_text())
+    found = {
+        name: [run["accuracy"][-1][1] for run in runs[name]]
+        for name, recipe in RECIPES.items()
+        if recipe.task == "pairs"
+    }
+    assert all(len(shares) == 3 for shares in found.values()), found
+    assert min(*found["pairs"], *found["pairs_small"]) > 0.99
+    states = found["pairs_sum"] + found["pairs_decay"] + found["pairs_delta"]
+    assert max(found["pairs_window"]) < 0.2 < 0.6 < min(states) <= max(states) < 0.9
+
+    def used_bytes(name):
+        cache = StateCache(RECIPES[name].model, 1, RECIPES[name].memories[1])
+        cache.begin("a text")
+        model = Transformer(RECIPES[name].model)
+        ids = draw_pairs(1, 16, seeded()).token_ids
+        forward_cached(model, cache, ids[0], torch.tensor([ids.shape[1]]))
+        return cache.used_bytes // 2  # both layers keep the same
+
+    assert used_bytes("pairs_sum") == used_bytes("pairs_delta") == 8192
+    assert used_bytes("pairs_window") == 15 * 512
+    assert used_bytes("pairs_delta_small") == 4096
 
 
 @pytest.fixture
