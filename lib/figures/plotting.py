@@ -393,7 +393,7 @@ def _looks(panels: Iterable[Iterable[str]]) -> dict[str, dict[str, str]]:
     """A marker and a colour for each name, the same in all panels."""
     names = dict.fromkeys(name for lines in panels for name in lines)
     cycle = plt.rcParams["axes.prop_cycle"].by_key()["color"]
-    colors = itertools.cycle(["black", *cycle, "#7F3C8D", "#8C8C8C"])
+    colors = itertools.cycle(["black", *cycle, "#8C8C8C"])
     looks = zip(itertools.cycle("osD^v<>PX*"), colors)
     return {name: {"marker": m, "color": c} for name, (m, c) in zip(names, looks)}
 
