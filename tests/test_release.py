@@ -307,7 +307,7 @@ def mine(bundle, *options):
     return said.returncode, said.stdout.strip().split("\n")
 
 
-@pytest.mark.parametrize("chapter, points", [(3, 9), (4, 15), (7, 12), (8, 14)])
+@pytest.mark.parametrize("chapter, points", [(3, 9), (4, 15), (8, 14)])
 def test_in_the_bundle_a_learner_sees_the_own_progress(
     unpacked, tmp_path, chapter, points
 ):
