@@ -141,19 +141,17 @@ def delta_parallel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.T
     u_s: T equations with a triangular matrix. Solved, the state is the sum of u_t k_tᵀ.
     Shapes and result as of `linear_parallel`; each k of length 1.
     """
-    grouped, k, v = _heads_first(q, k, v)
-    u = _written(k, v)  # (..., G, T, D)
-    scores = (grouped @ k.transpose(-1, -2).unsqueeze(-3)).tril()
-    return _tokens_first(scores @ u.unsqueeze(-3))
+    return linear_parallel(q, k, _written(k, v), k.new_ones(k.shape[-2]))
 
 
 def _written(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """What each token writes by the delta rule into an empty state. k, v (..., T, D)."""
-    overlap = (k @ k.transpose(-1, -2)).tril(-1)  # (..., T, T)
+    """What each token writes by the delta rule into an empty state: k, v (..., T, G, D)
+    -> (..., T, G, D)."""
+    k, v = k.transpose(-3, -2), v.transpose(-3, -2)  # (..., G, T, D)
+    overlap = (k @ k.transpose(-1, -2)).tril(-1)  # (..., G, T, T)
     ones = torch.eye(k.shape[-2], dtype=k.dtype, device=k.device)
-    return torch.linalg.solve_triangular(
-        ones + overlap, v, upper=False, unitriangular=True
-    )
+    u = torch.linalg.solve_triangular(ones + overlap, v, upper=False, unitriangular=True)
+    return u.transpose(-3, -2)
 
 
 def linear_chunked(
@@ -197,17 +195,12 @@ def delta_chunked(
     `linear_chunked`. Within a chunk, a token writes what neither the state before the
     chunk nor the tokens before it in the chunk say of its key."""
     check_count("chunk_size", chunk_size)
-    outs = [q[:0]]
+    outs, ones = [q[:0]], k.new_ones(k.shape[1])
     for q_c, k_c, v_c in zip(*(x.split(chunk_size) for x in (q, k, v))):
         said = torch.einsum("gij,tgj->tgi", state, k_c)  # (n, G, D)
-        grouped, k_g, new = _heads_first(q_c, k_c, v_c - said)
-        u = _written(k_g, new)  # (G, n, D)
-        scores = (grouped @ k_g.transpose(-1, -2).unsqueeze(-3)).tril()
-        within = _tokens_first(scores @ u.unsqueeze(-3))  # (n, H, D)
-        grouped = q_c.unflatten(1, (k.shape[1], -1))  # (n, G, H / G, D)
-        across = torch.einsum("gij,tghj->tghi", state, grouped)
-        outs.append(within + across.flatten(1, 2))
-        state = state + u.transpose(-1, -2) @ k_g
+        u = _written(k_c, v_c - said)  # (n, G, D)
+        out, state = linear_chunked(state, q_c, k_c, u, ones, chunk_size)
+        outs.append(out)
     return torch.cat(outs), state
 
 
@@ -256,8 +249,8 @@ class Memory(abc.ABC):
 @dataclass(frozen=True)
 class Linear(Memory):
     """The sum of what was told, which fades by `decay` per token. Keys and queries have
-    length 1, and so has, times √D, what each head answers: a sum of many values would
-    grow with the text."""
+    length 1. What a head answers is divided by the root of the mean of its squares: the
+    sum of many values would grow with the text."""
 
     decay: float = 1.0
 
@@ -274,12 +267,12 @@ class Linear(Memory):
     def attend(self, kept, q, k, v):
         dtype, (q, k, v) = q.dtype, _for_state(q, k, v)
         out, state = linear_chunked(*kept, q, k, v, self._decays(k))
-        return _of_length_one(out).to(dtype), (state,)
+        return _normalized(out).to(dtype), (state,)
 
     def attend_all(self, q, k, v):
         dtype, (q, k, v) = q.dtype, _for_state(q, k, v)
         out = linear_parallel(q, k, v, self._decays(k))
-        return _of_length_one(out).to(dtype)
+        return _normalized(out).to(dtype)
 
     def _decays(self, k: torch.Tensor) -> torch.Tensor:
         return k.new_full((k.shape[-2],), self.decay)
@@ -353,8 +346,8 @@ def _for_state(
     return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v
 
 
-def _of_length_one(out: torch.Tensor) -> torch.Tensor:
-    """out (..., D), each divided by the root of the mean of its squares."""
+def _normalized(out: torch.Tensor) -> torch.Tensor:
+    """out (..., D), each vector divided by the root of the mean of its squares."""
     return F.rms_norm(out, out.shape[-1:], eps=1e-5)
 
 
