@@ -186,6 +186,20 @@ PRUNED_BYTES = KV_BYTES + 2 * (4 + 8)
 # The state of a layer: 2 heads of 16 times 16 numbers of 4 bytes.
 STATE_BYTES = 2 * 16 * 16 * 4
 
+
+def _fixed_size(bytes_per_layer: int) -> dict[str, Growth]:
+    """Of a cache that takes as much memory for any N."""
+    return {
+        "peak memory": Growth(0, 1),
+        "KV bytes reserved": Growth(0, 1, factor=bytes_per_layer),
+        "KV bytes used": Growth(0, 1, factor=bytes_per_layer),
+        "attention FLOPs": Growth(1, 1),
+        "projection FLOPs": Growth(1, 1),
+        "forward calls": Growth(1, 0),
+        "block calls": Growth(1, 1),
+    }
+
+
 COLUMNS = {
     "training": Column(
         training,
@@ -241,28 +255,6 @@ COLUMNS = {
             "block calls": Growth(1, 1),
         },
     ),
-    "pruned": Column(
-        pruned,
-        {
-            "peak memory": Growth(0, 1),
-            "KV bytes reserved": Growth(0, 1, factor=BUDGET * PRUNED_BYTES),
-            "KV bytes used": Growth(0, 1, factor=BUDGET * PRUNED_BYTES),
-            "attention FLOPs": Growth(1, 1),
-            "projection FLOPs": Growth(1, 1),
-            "forward calls": Growth(1, 0),
-            "block calls": Growth(1, 1),
-        },
-    ),
-    "state": Column(
-        state,
-        {
-            "peak memory": Growth(0, 1),
-            "KV bytes reserved": Growth(0, 1, factor=STATE_BYTES),
-            "KV bytes used": Growth(0, 1, factor=STATE_BYTES),
-            "attention FLOPs": Growth(1, 1),
-            "projection FLOPs": Growth(1, 1),
-            "forward calls": Growth(1, 0),
-            "block calls": Growth(1, 1),
-        },
-    ),
+    "pruned": Column(pruned, _fixed_size(BUDGET * PRUNED_BYTES)),
+    "state": Column(state, _fixed_size(STATE_BYTES)),
 }
