@@ -600,7 +600,7 @@ class KVCacheByLayer(KVCacheInRows):
         batch_size: int,
         max_seq_len: int,
         device: torch.device | str,
-        nothing: Sequence[tuple[torch.Tensor, ...]] = (),
+        nothing: Sequence[tuple[torch.Tensor, ...]],
     ):
         super()._make_rows(batch_size, max_seq_len, device)
         self._nothing = tuple(nothing)

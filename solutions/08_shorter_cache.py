@@ -209,9 +209,7 @@ def attend_seen(is_seen):
         group_size = q.shape[-2] // k.shape[-2]
         k, v = (x.repeat_interleave(group_size, dim=-2) for x in (k, v))
         q, k, v = (x.transpose(-3, -2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=is_seen
-        )
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=is_seen)
         return out.transpose(-3, -2)
 
     return attend
@@ -1062,6 +1060,9 @@ print(f"moved, in Llama 3 8B: {moved / 2**20:.0f} MiB, read and written, once")
 # - **A text that goes on.** Heavy hitters keep the few tokens that the model
 #   comes back to. (Since positions go on too, the text ends at the model's
 #   longest all the same. StreamingLLM counts positions in the cache instead.)
+# - **Not several questions about one text**, and not a prompt that many
+#   requests share (chapter 6): what the first question does not look at is gone
+#   for the second.
 #
 # And do not judge by the book alone. With 32 tokens heavy hitters cost it 0.02
 # nats per byte; of the notes they lose two answers in five, or half.
