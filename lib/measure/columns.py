@@ -23,13 +23,14 @@ import torch
 from lib import checkpointing, generate
 from lib.config import ModelConfig
 from lib.kv_cache import ContiguousKVCache, KVCache
-from lib.model import Transformer, attend_fused
+from lib.model import Attend, Transformer, attend_fused
 from lib.paged_kv_cache import PagedKVCache
 from lib.pruning import HeavyHitters, PrunedKVCache
-from lib.state import Linear, StateCache
+from lib.state import Linear, StateCache, linear_chunked
 
 FIRST_ID = torch.zeros(1, dtype=torch.int64)
 BUDGET = 8  # tokens that the pruned cache keeps in each layer: fewer than any N here
+CHUNK_SIZE = 8  # tokens: fewer than any N too
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,18 @@ def checkpointed(num_tokens: int, num_layers: int) -> Callable[[], None]:
         )
 
     return _training_step(num_tokens, num_layers, run)
+
+
+def chunked(num_tokens: int, num_layers: int) -> Callable[[], None]:
+    """Training of a model that has a state instead of softmax attention."""
+
+    def attend(layer, q, k, v):
+        (q, k, v), (G, D) = (x.squeeze(0) for x in (q, k, v)), k.shape[-2:]
+        decay = k.new_full((G,), 0.97)
+        out, _ = linear_chunked(k.new_zeros(G, D, D), q, k, v, decay, CHUNK_SIZE)
+        return out.unsqueeze(0)
+
+    return _training_step(num_tokens, num_layers, checkpointing.run_blocks, attend)
 
 
 def recompute(num_tokens: int, num_layers: int) -> Callable[[], None]:
@@ -165,18 +178,22 @@ def _streamed(num_layers: int, num_tokens: int, make_cache: Callable) -> Callabl
     return run
 
 
-def _training_step(num_tokens: int, num_layers: int, run: Callable) -> Callable:
+def _training_step(
+    num_tokens: int, num_layers: int, run: Callable, attend: Attend = attend_fused
+) -> Callable:
     model = random_model(num_layers)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    call = _blocks_call(num_tokens, model, run)
+    call = _blocks_call(num_tokens, model, run, attend)
     return lambda: call().sum().backward()
 
 
-def _blocks_call(num_tokens: int, model: Transformer, run: Callable) -> Callable:
+def _blocks_call(
+    num_tokens: int, model: Transformer, run: Callable, attend: Attend = attend_fused
+) -> Callable:
     token_ids = torch.zeros(1, num_tokens, dtype=torch.int64)
     positions = torch.arange(num_tokens)
-    return lambda: run(model.blocks, model.embed(token_ids), positions, attend_fused)
+    return lambda: run(model.blocks, model.embed(token_ids), positions, attend)
 
 
 # Of a token in a layer of random_model: key and value of 2 heads, 16 numbers of 4 bytes.
@@ -219,6 +236,16 @@ COLUMNS = {
             "projection FLOPs": Growth(1, 1, factor=2),
             "forward calls": Growth(0, 0),
             "block calls": Growth(0, 1, factor=2),
+        },
+    ),
+    "chunked": Column(
+        chunked,
+        {
+            "peak memory": Growth(1, 1),
+            "attention FLOPs": Growth(1, 1),
+            "projection FLOPs": Growth(1, 1),
+            "forward calls": Growth(0, 0),
+            "block calls": Growth(0, 1),
         },
     ),
     "recompute": Column(

@@ -8,6 +8,7 @@ that it finds most likely. Both are given for each draw of texts, so that one se
 much they depend on the draw.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import mean
@@ -28,6 +29,9 @@ class Examples:
 
     token_ids: torch.Tensor  # int64 (B, T)
     is_answer: torch.Tensor  # bool (B, T); never a first token
+
+    def to(self, device: torch.device | str) -> "Examples":
+        return Examples(self.token_ids.to(device), self.is_answer.to(device))
 
 
 @dataclass(frozen=True)
@@ -84,9 +88,10 @@ def measure_quality(
     num_bytes = kv_cache.kv_cache_bytes(model.config, 1, model.embed.weight.itemsize)
     for examples in draws:
         if make_cache is None:
-            positions = torch.arange(examples.token_ids.shape[1])
+            token_ids = examples.token_ids
+            positions = torch.arange(token_ids.shape[1], device=token_ids.device)
             with torch.no_grad():
-                logits = model(examples.token_ids, positions, attend)  # (B, T, V)
+                logits = model(token_ids, positions, attend)  # (B, T, V)
         else:
             B, T = examples.token_ids.shape
             cache = make_cache(model.config, B, T)
@@ -129,15 +134,24 @@ def answers(
     return logits[:, :-1][is_asked], examples.token_ids[:, 1:][is_asked]
 
 
+@functools.cache
+def _book_parts() -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids to train on, and those held out."""
+    return split_book(encode(load_book()))
+
+
 def passages(
-    batch_size: int, seq_len: int, generator: torch.Generator | None = None
+    batch_size: int,
+    seq_len: int,
+    generator: torch.Generator | None = None,
+    held_out: bool = True,
 ) -> Examples:
-    """Passages of the book that no model was trained on, at random places: (B, seq_len);
-    each token but the first is asked for."""
+    """Passages at random places of the book, of the part that no model was trained on, or
+    of the other: (B, seq_len); each token but the first is asked for."""
     check_count("batch_size", batch_size)
     check_count("seq_len", seq_len)
-    _, held_out_ids = split_book(encode(load_book()))
-    token_ids = random_batch(held_out_ids, batch_size, seq_len, generator)
+    part = _book_parts()[1 if held_out else 0]
+    token_ids = random_batch(part, batch_size, seq_len, generator)
     is_answer = torch.ones_like(token_ids, dtype=torch.bool)
     is_answer[:, 0] = False
     return Examples(token_ids, is_answer)
