@@ -294,19 +294,23 @@ def plot_quality(
     panels: Sequence[tuple[str, str, Mapping[str, Sequence], Callable]],
     *,
     title: str,
+    text_lens: Sequence[int] | None = None,
 ) -> Figure:
     """Panels side by side: what each way to keep keys and values costs and is worth.
+
 
     panels: each a name and a scale for its y axis ("linear", or "symlog", which shows
     small losses beside large ones); by method, each `Quality` of lib/measure/quality.py;
     and what of one is drawn, a number for each draw of texts. The mean is marked, and a
     line goes from the least to the most. A method looks the same in all panels. The x
-    axis is logarithmic.
+    axis is logarithmic: bytes per token or, with text_lens, of a text of so many tokens,
+    a length for each panel.
     """
     figure, (axes,) = plt.subplots(1, len(panels), figsize=(8.6, 4.4), squeeze=False)
+    text_lens = text_lens or [None] * len(panels)
     look_of = _looks(methods for _, _, methods, _ in panels)
     named = {}
-    for ax, (ylabel, yscale, methods, draws_of) in zip(axes, panels):
+    for ax, (ylabel, yscale, methods, draws_of), T in zip(axes, panels, text_lens):
         lowest, highest = -0.0033, 0.01
         for name, qualities in methods.items():
             if not qualities:
@@ -316,7 +320,7 @@ def plot_quality(
             means, least, most = ([f(x) for x in draws] for f in (mean, min, max))
             lowest, highest = min(lowest, *least), max(highest, *most)
             named[name] = ax.errorbar(
-                [quality.bytes_per_token for quality in by_bytes],
+                [quality.bytes_per_token * (T or 1) for quality in by_bytes],
                 means,
                 [
                     [b - a for a, b in zip(*ends)]
@@ -331,7 +335,8 @@ def plot_quality(
             ax.set_yscale("symlog", linthresh=0.01)
             ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
             ax.set_ylim(1.5 * lowest, 1.5 * highest)
-        ax.set(xlabel="bytes per token", ylabel=ylabel)
+        xlabel = "bytes per token" if T is None else f"bytes of a text of {T} tokens"
+        ax.set(xlabel=xlabel, ylabel=ylabel)
     figure.legend(named.values(), named, loc="outside lower center", ncols=3)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11.5, fontweight="bold")
     return figure

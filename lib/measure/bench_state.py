@@ -23,10 +23,12 @@ import torch.nn.functional as F
 from lib import state
 from lib.measure.bench_attention import DTYPES, SIZES, cold_seconds
 from lib.measure.meter import machine_facts
+from lib.text import DATA
 
+RESULTS = DATA / "results" / "bench_state_gpu.json"  # of an H200
 BATCH_SIZE = 8
 CONTEXTS = {"cpu": [64, 512, 4096], "cuda": [512, 4096, 16384, 65536]}
-PROMPTS = {"cpu": [256, 1024, 4096], "cuda": [1024, 4096, 16384, 65536]}
+PROMPTS = {"cpu": [256, 1024], "cuda": [1024, 4096, 16384, 65536]}
 CHUNK_SIZES = {"cpu": [64], "cuda": [64, 256, 1024]}
 
 
