@@ -854,8 +854,8 @@ for name, attend in [
 # %% [markdown]
 # ## The first column of the table
 #
-# The first four chapters fill one table, column by column, and chapter 8 adds
-# another: how do memory and work grow with the number of tokens, N, and of
+# The first four chapters fill one table, column by column, and chapters 8 and 9
+# add to it: how do memory and work grow with the number of tokens, N, and of
 # layers, L? For generating by
 # recompute, with fused attention, theory says: memory N (a layer's results are
 # free again when the next one runs), attention N³·L, projections N²·L, and N

@@ -1309,8 +1309,8 @@ plotting.plot_measured(
 # last word: a model can be trained for either, and then does far better. And a
 # model of a book, which does without a long memory, is no judge of what
 # forgetting costs. Chapter 7 takes up heads, bits and numbers, chapter 8 which
-# tokens may go. How much of a long text can be recalled from a state that does
-# not grow is an open problem.
+# tokens may go, and chapter 9 how much can be recalled from a state that does
+# not grow.
 #
 # ## What is still wrong
 #

@@ -299,6 +299,8 @@ for t in (50, 100, 150):
 # The softmax destroys that: its blocks have the full rank, so no state of fixed
 # size can stand for the past exactly.
 #
+# ## In chunks
+#
 # The product costs T² work, and the loop is slow on any machine that likes
 # large matrices. The blocks show a third way, between the two.
 #
@@ -639,7 +641,7 @@ for place, found in ("here", here), ("H200", on_gpu["microseconds"]):
 # is all that it reads. The cache is faster up to 512 tokens, and 20 times
 # slower at the end. For a prompt it is less simple. On the GPU, softmax
 # attention is one kernel, which never writes a score to memory, while our
-# chunks are a loop in Python, with dozens of launches for each chunk. So up to
+# chunks are a loop in Python, with two dozen launches for each chunk. So up to
 # 16,384 tokens the form that does less work is several times slower, and larger
 # chunks, which do more work, are faster. Only at 65,536, with chunks of 1,024,
 # is it about as fast as softmax. What these models are trained with are kernels
