@@ -199,6 +199,25 @@ def step_of_kv_heads(state, q, k, v, decay):
     return out.unflatten(0, (len(k), -1)).mean(1), new
 
 
+@wrong("linear_step", says="neighbours share")
+def step_with_heads_unflattened_the_other_way(state, q, k, v, decay):
+    _, new = stepped(state, q, k, v, decay)
+    grouped = q.unflatten(0, (-1, len(k)))
+    return torch.einsum("gij,hgj->ghi", new, grouped).flatten(0, 1), new
+
+
+@wrong("linear_step")
+def step_noisy(state, q, k, v, decay):
+    out, new = stepped(state, q, k, v, decay)
+    return 1.01 * out, new + 0.01
+
+
+@wrong("linear_step")
+def step_with_noise_in_the_answer(state, q, k, v, decay):
+    out, new = stepped(state, q, k, v, decay)
+    return out + 0.01, new
+
+
 # delta_step
 
 
@@ -342,6 +361,12 @@ def delta_asking_the_first_head(state, q, k, v):
 def delta_reading_columns(state, q, k, v):
     new = state + difference(state, k, v)[:, :, None] * k[:, None, :]
     return read(new.mT, q), new
+
+
+@wrong("delta_step")
+def delta_noisy(state, q, k, v):
+    out, new = delta_by_einsum(state, q, k, v)
+    return 1.01 * out, new + 0.01
 
 
 # decay_mask
@@ -502,6 +527,17 @@ def mask_in_double_precision(decay, T):
     return mask_by_tril(decay.double(), T)
 
 
+@wrong("decay_mask")
+def mask_noisy(decay, T):
+    return mask_by_tril(decay, T) + 0.01
+
+
+@wrong("decay_mask")
+def mask_of_the_logarithm_in_half(decay, T):
+    logs = (ages(T).clamp(min=0) * decay[:, None, None].log()).half().to(decay.dtype)
+    return logs.exp().tril()
+
+
 # linear_parallel
 
 
@@ -657,6 +693,27 @@ def parallel_with_a_mask_of_one_dimension_too_few(q, k, v, decay):
     scores = torch.einsum("...tghd,...sgd->...ghts", q.unflatten(-2, (G, -1)), k)
     scores = scores * library.decay_mask(decay, q.shape[-3])
     return torch.einsum("...ghts,...sgd->...tghd", scores, v).flatten(-3, -2)
+
+
+@wrong("linear_parallel", says="neighbours share")
+def parallel_unflattened_the_other_way(q, k, v, decay):
+    grouped = q.unflatten(-2, (-1, k.shape[-2]))  # (..., T, H / G, G, D)
+    scores = torch.einsum("...thgd,...sgd->...ghts", grouped, k)
+    scores = scores * library.decay_mask(decay, q.shape[-3])[:, None]
+    return torch.einsum("...ghts,...sgd->...tghd", scores, v).flatten(-3, -2)
+
+
+@wrong("linear_parallel", says="in the order of q")
+def parallel_flattened_the_other_way(q, k, v, decay):
+    grouped = q.unflatten(-2, (k.shape[-2], -1))
+    scores = torch.einsum("...tghd,...sgd->...ghts", grouped, k)
+    scores = scores * library.decay_mask(decay, q.shape[-3])[:, None]
+    return torch.einsum("...ghts,...sgd->...thgd", scores, v).flatten(-3, -2)
+
+
+@wrong("linear_parallel")
+def parallel_noisy(q, k, v, decay):
+    return 1.01 * parallel_by_einsum(q, k, v, decay) + 0.01
 
 
 @wrong("linear_parallel", says="weigh v")
@@ -1062,7 +1119,7 @@ def chunked_all_at_once(state, q, k, v, decay, chunk_size=64):
     return chunked(state, q, k, v, decay, max(len(q), 1))
 
 
-@wrong("linear_chunked", says="is not read again")
+@wrong("linear_chunked", says="that is in the state")
 def chunked_reading_the_whole_past(state, q, k, v, decay, chunk_size=64):
     check_count("chunk_size", chunk_size)
     outs = [q[:0]]
@@ -1152,6 +1209,18 @@ def chunked_reading_columns(state, q, k, v, decay, chunk_size=64):
         outs.append(library.linear_parallel(q_c, k_c, v_c, decay) + across)
         state = chunked(state, q_c, k_c, v_c, decay, chunk_size)[1]
     return torch.cat(outs), state
+
+
+@wrong("linear_chunked")
+def chunked_noisy(state, q, k, v, decay, chunk_size=64):
+    out, new = chunked(state, q, k, v, decay, chunk_size)
+    return 1.01 * out, new + 0.01
+
+
+@wrong("linear_chunked")
+def chunked_with_noise_in_the_answer(state, q, k, v, decay, chunk_size=64):
+    out, new = chunked(state, q, k, v, decay, chunk_size)
+    return out + 0.01, new
 
 
 # state_bytes

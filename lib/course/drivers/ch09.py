@@ -167,8 +167,9 @@ class _Made(TorchDispatchMode):
         self.num_operations += 1
         self.num_bytes += sum(sizes)
         self.largest = max([self.largest, *sizes])
-        if isinstance(out, torch.Tensor) and self.D is not None:
-            self.num_squares += out.numel() == self.D**2
+        shape = tuple(getattr(out, "shape", ()))
+        is_square = shape[-2:] == (self.D, self.D)
+        self.num_squares += is_square and out.numel() == self.D**2
         return out
 
 
