@@ -756,6 +756,18 @@ def parallel_in_steps(q, k, v, decay):
     return torch.cat(outs)
 
 
+@right("linear_parallel")
+def parallel_row_by_row(q, k, v, decay):
+    """By a mask that is made row by row too."""
+    mask, outs = mask_row_by_row(decay, q.shape[-3]), [q[..., :0, :, :]]
+    heads = torch.arange(q.shape[-2]) // (q.shape[-2] // k.shape[-2])
+    for t in range(q.shape[-3]):
+        scores = (q[..., t : t + 1, :, :] * k[..., heads, :]).sum(dim=-1)
+        scores = scores * mask[heads, t].T
+        outs.append((scores[..., None] * v[..., heads, :]).sum(-3, keepdim=True))
+    return torch.cat(outs, dim=-3)
+
+
 @wrong("linear_parallel")
 def parallel_of_one_text_alone(q, k, v, decay):
     size = q.shape[1] // k.shape[1]
@@ -931,6 +943,40 @@ def chunked(state, q, k, v, decay, chunk_size, **parts):
     return torch.cat(outs), state
 
 
+@right("linear_chunked")
+def chunked_by_a_mask_row_by_row(state, q, k, v, decay, chunk_size=64):
+    check_count("chunk_size", chunk_size)
+    outs, size = [q[:0]], q.shape[1] // k.shape[1]
+    for q_c, k_c, v_c in pieces(chunk_size, q, k, v):
+        mask = mask_row_by_row(decay, len(q_c) + 1)  # row t, column 0: of the state
+        k_r, v_r = (x.repeat_interleave(size, dim=1) for x in (k_c, v_c))
+        scores = torch.einsum("thd,shd->hts", q_c, k_r)
+        scores = scores * mask[:, 1:, 1:].repeat_interleave(size, dim=0)
+        across = read_all(state, q_c)
+        across = across * mask[:, 1:, 0].T.repeat_interleave(size, dim=1)[..., None]
+        outs.append(torch.einsum("hts,shd->thd", scores, v_r) + across)
+        left = mask[:, -1]
+        told = torch.einsum("gt,tgi,tgj->gij", left[:, 1:], v_c, k_c)
+        state = left[:, 0, None, None] * state + told
+    return torch.cat(outs), state
+
+
+@right("linear_chunked")
+def chunked_with_rows_of_scores(state, q, k, v, decay, chunk_size=64):
+    check_count("chunk_size", chunk_size)
+    outs, size = [q[:0]], q.shape[1] // k.shape[1]
+    heads = torch.arange(q.shape[1]) // size
+    for q_c, k_c, v_c in pieces(chunk_size, q, k, v):
+        out, new = chunked(state, q_c, k_c, v_c, decay, chunk_size, a=0)
+        mask = library.decay_mask(decay, len(q_c))[heads]
+        for t in range(len(q_c)):
+            scores = (q_c[t] * k_c[: t + 1, heads]).sum(-1) * mask[:, t, : t + 1].T
+            row = (scores[..., None] * v_c[: t + 1, heads]).sum(0)
+            outs.append((out[t] + row)[None])
+        state = new
+    return torch.cat(outs), state
+
+
 @wrong("linear_chunked", says="add what it says to each query")
 def chunked_without_the_past(state, q, k, v, decay, chunk_size=64):
     return chunked(state, q, k, v, decay, chunk_size, b=0)
@@ -1094,22 +1140,6 @@ def chunked_with_steps_within(state, q, k, v, decay, chunk_size=64):
             each = torch.stack(states)
             grouped = q_c.unflatten(1, (k.shape[1], -1))
             outs.append(torch.einsum("tgij,tghj->tghi", each, grouped).flatten(1, 2))
-    return torch.cat(outs), state
-
-
-@wrong("linear_chunked", says="within a chunk all tokens at once")
-def chunked_with_rows_of_scores(state, q, k, v, decay, chunk_size=64):
-    check_count("chunk_size", chunk_size)
-    outs, size = [q[:0]], q.shape[1] // k.shape[1]
-    heads = torch.arange(q.shape[1]) // size
-    for q_c, k_c, v_c in pieces(chunk_size, q, k, v):
-        out, new = chunked(state, q_c, k_c, v_c, decay, chunk_size, a=0)
-        mask = library.decay_mask(decay, len(q_c))[heads]
-        for t in range(len(q_c)):
-            scores = (q_c[t] * k_c[: t + 1, heads]).sum(-1) * mask[:, t, : t + 1].T
-            row = (scores[..., None] * v_c[: t + 1, heads]).sum(0)
-            outs.append((out[t] + row)[None])
-        state = new
     return torch.cat(outs), state
 
 

@@ -1,5 +1,6 @@
 """Chapter 9: run an answer, give plain data."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -66,10 +67,10 @@ def linear_parallel(
     """grad_out: where it is not None, gradients are asked for, of the sum of its products
     with out."""
     text = _Text({"q": q, "k": k, "v": v}, is_trained=grad_out is not None)
-    with _Made() as made:
+    with _Made(q.shape[-1]) as made:
         out = answer(*text.given, torch.from_numpy(decay))
     text.give_back()
-    found = {"out": as_array(out), "operations": made.num_operations}
+    found = {"out": as_array(out), "state_sized_tensors": made.num_squares}
     if grad_out is not None:
         found["gradients"] = text.gradients([(out, grad_out)])
     return found
@@ -104,7 +105,6 @@ def linear_chunked(
         "state_is_as_before": np.array_equal(arrays["state"], state),
         "largest_tensor_bytes": made.largest,
         "state_sized_tensors": made.num_squares,
-        "operations": made.num_operations,
         "bytes_made": made.num_bytes,
     }
     if grad_out is not None and "out" in found:
@@ -151,25 +151,24 @@ class _Text:
 
 
 class _Made(TorchDispatchMode):
-    """Counts operations, the bytes that they make, those that make a matrix of D times D
+    """Counts the bytes that operations make, and those that make a matrix of D times D
     numbers, and finds the largest tensor."""
 
-    def __init__(self, D: int | None = None):
+    def __init__(self, D: int):
         super().__init__()
         self.D = D
-        self.num_operations = self.num_bytes = self.num_squares = self.largest = 0
+        self.num_bytes = self.num_squares = self.largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         known = {id_ for id_, _ in _storages((args, kwargs))}
         sizes = [n for id_, n in {*_storages(out)} if id_ not in known]
-        self.num_operations += 1
         self.num_bytes += sum(sizes)
         self.largest = max([self.largest, *sizes])
         shape = tuple(getattr(out, "shape", ()))
         is_square = shape[-2:] == (self.D, self.D)
-        self.num_squares += is_square and out.numel() == self.D**2
+        self.num_squares += is_square and math.prod(shape) == self.D**2
         return out
 
 
