@@ -1065,7 +1065,18 @@ def chunked_each_from_the_first_state(state, q, k, v, decay, chunk_size=64):
     return torch.cat(outs), new
 
 
-@wrong("linear_chunked", says="it is not empty")
+@wrong("linear_chunked", says="is not left out")
+def chunked_dropping_the_old_state(state, q, k, v, decay, chunk_size=64):
+    check_count("chunk_size", chunk_size)
+    outs = [q[:0]]
+    for x in pieces(chunk_size, q, k, v):
+        out, _ = chunked(state, *x, decay, chunk_size)
+        _, state = chunked(0 * state, *x, decay, chunk_size)
+        outs.append(out)
+    return torch.cat(outs), state
+
+
+@wrong("linear_chunked", says="is not left out")
 def chunked_from_an_empty_state(state, q, k, v, decay, chunk_size=64):
     return chunked(torch.zeros_like(state), q, k, v, decay, chunk_size)
 

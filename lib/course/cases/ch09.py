@@ -667,7 +667,7 @@ ACROSS = "What came before the chunk is in the state: add what it says to each q
 WITHIN = "The tokens of a chunk see each other too: add linear_parallel of the chunk"
 WITHIN_FADES = "Within a chunk what was told fades too, by each head's own decay"
 CARRY = "The state goes on from chunk to chunk: the next one reads what this one leaves"
-START = "The text goes on from the state that came in: it is not empty"
+START = "What is in the state that came in goes on: it fades, and is not left out"
 READ_OLD = (
     "A chunk reads the state before it: in the new one its own tokens would count twice"
 )
