@@ -48,8 +48,8 @@ def linear_step(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One token: the state decays, takes the token in, and answers its query.
 
-    state (G, D, D); q (H, D); k, v (G, D); decay (G,), of each KV head. Returns out (H,
-    D) and the new state.
+    state (G, D, D); q (H, D); k, v (G, D); decay (G,), of each KV head, above 0 and at
+    most 1. Returns out (H, D) and the new state, in memory of its own.
 
     >>> state, one = torch.zeros(1, 2, 2), torch.ones(1)
     >>> k, v = torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 4.0]])
@@ -57,7 +57,8 @@ def linear_step(
     tensor([[3., 4.]])
     """
     state = decay[:, None, None] * state + v.unsqueeze(-1) * k.unsqueeze(-2)
-    return _read(state, q), state
+    grouped = q.unflatten(0, (len(state), -1))  # (G, H / G, D)
+    return torch.einsum("gij,ghj->ghi", state, grouped).flatten(0, 1), state
 
 
 def delta_step(
@@ -75,14 +76,7 @@ def delta_step(
     tensor([[5., 6.]])
     """
     said = torch.einsum("gij,gj->gi", state, k)  # (G, D)
-    state = state + (v - said).unsqueeze(-1) * k.unsqueeze(-2)
-    return _read(state, q), state
-
-
-def _read(state: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """state (G, D, D) and q (H, D) -> (H, D)."""
-    grouped = q.unflatten(0, (len(state), -1))  # (G, H / G, D)
-    return torch.einsum("gij,ghj->ghi", state, grouped).flatten(0, 1)
+    return linear_step(state, q, k, v - said, k.new_ones(len(state)))
 
 
 def decay_mask(decay: torch.Tensor, T: int) -> torch.Tensor:
@@ -128,10 +122,12 @@ def linear_parallel(
     >>> linear_parallel(q, k, v.expand(-1, -1, 2), torch.ones(1))[:, 0, 0]
     tensor([3., 8.])
     """
-    grouped, k, v = _heads_first(q, k, v)
-    mask = decay_mask(decay, q.shape[-3]).unsqueeze(-3)  # (G, 1, T, T)
-    scores = grouped @ k.transpose(-1, -2).unsqueeze(-3)  # (..., G, H / G, T, T)
-    return _tokens_first(scores * mask @ v.unsqueeze(-3))
+    group_size = q.shape[-2] // k.shape[-2]
+    mask = decay_mask(decay, q.shape[-3]).repeat_interleave(group_size, dim=0)
+    k, v = (x.repeat_interleave(group_size, dim=-2) for x in (k, v))
+    q, k, v = (x.transpose(-3, -2) for x in (q, k, v))  # (..., H, T, D)
+    scores = q @ k.transpose(-1, -2) * mask  # (..., H, T, T)
+    return (scores @ v).transpose(-3, -2)
 
 
 def delta_parallel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -165,11 +161,12 @@ def linear_chunked(
     """`linear_step` over T tokens, chunk by chunk: parallel within a chunk, and between
     chunks the state. Work grows with T, not T².
 
-    state (G, D, D); q (T, H, D); k, v (T, G, D); decay (G,). Returns out (T, H, D) and
-    the state after them.
+    state (G, D, D); q (T, H, D); k, v (T, G, D); decay (G,). T may be 0. Returns out (T,
+    H, D) and the state after them. Raises ValueError for a chunk_size below 1.
     """
     check_count("chunk_size", chunk_size)
     outs = [q[:0]]
+
     for q_c, k_c, v_c in zip(*(x.split(chunk_size) for x in (q, k, v))):
         n = len(q_c)
         age = torch.arange(1, n + 1, device=q.device)
@@ -202,20 +199,6 @@ def delta_chunked(
         out, state = linear_chunked(state, q_c, k_c, u, ones, chunk_size)
         outs.append(out)
     return torch.cat(outs), state
-
-
-def _heads_first(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q (..., T, H, D), k, v (..., T, G, D) -> (..., G, H / G, T, D), (..., G, T, D)."""
-    G = k.shape[-2]
-    grouped = q.unflatten(-2, (G, -1)).movedim(-4, -2)
-    return grouped, k.transpose(-3, -2), v.transpose(-3, -2)
-
-
-def _tokens_first(out: torch.Tensor) -> torch.Tensor:
-    """(..., G, H / G, T, D) -> (..., T, H, D)."""
-    return out.movedim(-2, -4).flatten(-3, -2)
 
 
 class Memory(abc.ABC):
@@ -318,14 +301,14 @@ class Window(Memory):
 
     def _attend(self, q, k, v):
         T, S = q.shape[-3], k.shape[-3]
-        grouped, k, v = _heads_first(q, k, v)
         t = torch.arange(S - T, S, device=q.device).unsqueeze(-1)  # (T, 1)
         s = torch.arange(S, device=q.device)  # (S,)
         is_seen = (s <= t) & (s > t - self.size)  # (T, S)
-        k, v = k.unsqueeze(-3), v.unsqueeze(-3)  # (..., G, 1, S, D)
-        scores = (grouped / q.shape[-1] ** 0.5) @ k.transpose(-1, -2)
-        weights = scores.masked_fill(~is_seen, float("-inf")).softmax(dim=-1)
-        return _tokens_first(weights @ v)
+        group_size = q.shape[-2] // k.shape[-2]
+        k, v = (x.repeat_interleave(group_size, dim=-2) for x in (k, v))
+        q, k, v = (x.transpose(-3, -2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=is_seen)
+        return out.transpose(-3, -2)
 
 
 def _empty_state(
