@@ -202,7 +202,7 @@ def test_nothing_is_timed_on_no_device_or_no_times():
             bench_state.bench_state(*args)
 
 
-def test_a_gpu_is_taken_where_there_is_one(monkeypatch, capfd):
+def test_a_gpu_is_taken_where_there_is_one_and_one_thread(monkeypatch, capfd):
     devices = []
 
     def noting(device):
@@ -211,8 +211,10 @@ def test_a_gpu_is_taken_where_there_is_one(monkeypatch, capfd):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(bench_state, "bench_state", noting)
+    torch.set_num_threads(2)
     run(monkeypatch)
     assert devices == ["cuda"] and "1,234.5" in capfd.readouterr().out
+    assert torch.get_num_threads() == 1
 
 
 def test_what_was_measured_on_a_gpu_is_what_would_be_measured_now(monkeypatch):
