@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lib import paged_attention
+from lib import paged_attention, text
 from lib.course import ROOT
 from lib.measure import bench, bench_attention, bench_serving
+from lib.model import load_model
+from lib.state import Delta, attend_by
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +58,10 @@ FAST += [
 
 
 def test_each_way_to_decode_is_timed_and_written_down(tmp_path, monkeypatch, capfd):
-    path = tmp_path / "bench.json"
+    path, threads = tmp_path / "bench.json", []
+    # Not two in earnest: beside other work they wait for each other, for seconds.
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
     assert run(monkeypatch, *FAST, "--threads", "2", "--json", str(path)) == 0
     out, err = capfd.readouterr()
     assert err == "" and "2 thread(s)" in out
@@ -66,9 +71,10 @@ def test_each_way_to_decode_is_timed_and_written_down(tmp_path, monkeypatch, cap
     date = datetime.datetime.fromisoformat(result["date"])
     assert date.utcoffset() == datetime.timedelta(0)
     names = [row["name"] for row in result["results"]]
-    assert names == ["recompute", "contiguous", "paged"]
+    assert names == ["recompute", "contiguous", "paged", "state"]
     speed = {row["name"]: row["tokens_per_s"] for row in result["results"]}
-    assert f"paged writes {speed['paged'] / speed['contiguous']:.2f} of" in out
+    paged, state = (speed[name] / speed["contiguous"] for name in ("paged", "state"))
+    assert f"paged writes {paged:.2f} of contiguous, state {state:.2f}\n" in out
     for row in result["results"]:
         assert row["tokens_per_s"] == pytest.approx(2 / row["median_seconds"])
         assert (row["batch_size"], row["context"], row["steps"]) == (2, 30, 2)
@@ -269,6 +275,21 @@ def test_the_steps_of_both_caches_give_the_same_logits():
     for _ in range(3):
         logits = [steps[name]() for name in ("contiguous", "paged")]
         torch.testing.assert_close(*logits)
+
+
+def test_a_state_takes_the_prompts_in_and_each_step_another_token():
+    B, context = 2, 20
+    step = bench.decode_steps(B, context, num_steps=3, block_size=8)["state"]
+    model, ids = load_model(), text.encode(text.load_book())[: B * context]
+    prompts = ids.view(B, context)
+    for num_steps in range(1, 4):
+        # Each step is over the first token of its request once more.
+        more = prompts[:, :1].expand(-1, num_steps)
+        whole = torch.cat([prompts, more], dim=1)
+        positions = torch.arange(whole.shape[1])
+        with torch.no_grad():
+            expected = model(whole, positions, attend_by(Delta()))[:, -1]
+        torch.testing.assert_close(step(), expected, atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize(

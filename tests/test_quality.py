@@ -5,6 +5,7 @@ import torch
 from helpers import random_format, random_model
 
 from lib.kv_cache import ContiguousKVCache, kv_cache_bytes
+from lib.measure import quality
 from lib.measure.quality import Examples, Quality, answers, measure_quality, passages
 from lib.model import attend_causal
 from lib.paged_kv_cache import PagedKVCache
@@ -182,6 +183,51 @@ def test_passages_are_held_out_and_all_but_their_first_tokens_are_asked_for():
     assert not examples.is_answer[:, 0].any() and examples.is_answer[:, 1:].all()
     other = passages(5, 40, torch.Generator().manual_seed(4))
     assert not torch.equal(examples.token_ids, other.token_ids)
+
+
+def test_passages_to_train_on_are_of_the_other_part():
+    train_ids, held_out_ids = (
+        bytes(ids.tolist()) for ids in split_book(encode(load_book()))
+    )
+    seeded = torch.Generator().manual_seed
+    examples = passages(5, 40, seeded(3), held_out=False)
+    again = passages(5, 40, seeded(3), held_out=False)
+    assert torch.equal(examples.token_ids, again.token_ids)
+    for row in examples.token_ids.tolist():
+        assert bytes(row) in train_ids and bytes(row) not in held_out_ids
+    assert not examples.is_answer[:, 0].any() and examples.is_answer[:, 1:].all()
+    default, held_out = passages(5, 40, seeded(3)), passages(5, 40, seeded(3), True)
+    assert torch.equal(default.token_ids, held_out.token_ids)
+
+
+def test_the_book_is_read_once_and_nobody_can_write_in_it(monkeypatch):
+    read, load = [], quality.load_book
+    monkeypatch.setattr(quality, "load_book", lambda: read.append(1) or load())
+    quality._book_parts.cache_clear()
+    seeded = torch.Generator().manual_seed
+    one = passages(3, 40, seeded(3))
+    expected = one.token_ids.clone()
+    one.token_ids.zero_()
+    assert torch.equal(passages(3, 40, seeded(3)).token_ids, expected)
+    passages(3, 40, held_out=False)
+    assert read == [1]
+
+
+def test_examples_are_moved_whole():
+    examples = passages(2, 5)
+    moved, same = examples.to("meta"), examples.to(torch.device("cpu"))
+    assert moved.token_ids.is_meta and moved.is_answer.is_meta
+    assert moved.token_ids.shape == (2, 5) and moved.is_answer.dtype == torch.bool
+    assert torch.equal(same.token_ids, examples.token_ids)
+    assert torch.equal(same.is_answer, examples.is_answer)
+
+
+def test_texts_are_read_where_they_are():
+    """Where nothing else is said, tensors are made on another device here."""
+    model, draws = random_model(), random_draws()
+    expected = measure_quality(model, draws)
+    with torch.device("meta"):
+        assert measure_quality(model, draws) == expected
 
 
 @pytest.mark.parametrize("sizes", [(0, 40), (2, 0), (-1, 40), (2, -3), (2.0, 40)])

@@ -5,10 +5,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from lib.measure import columns, table
 from lib.measure.columns import COLUMNS, Growth
-from lib.measure.meter import Cost
+from lib.measure.meter import Cost, measure
 from lib.measure.table import (
     SIZES,
     SMALL_SIZES,
@@ -132,6 +133,48 @@ def test_the_paged_column_has_exactly_the_blocks_it_needs():
     cache = columns.paged(num_tokens=33, num_layers=1)()
     assert cache.manager.free_block_ids == [] and cache.manager.num_blocks == 3
     assert cache.seq_lens.tolist() == [33]
+
+
+@pytest.mark.parametrize("num_tokens, num_layers", [(8, 1), (16, 3), (40, 2)])
+def test_the_work_of_chunks_is_that_counted_by_hand(num_tokens, num_layers):
+    H, G, D, n, num_chunks = 4, 2, 16, 8, num_tokens // 8
+    scores = values = 2 * H * n * n * D
+    asked = 2 * H * n * D * D  # of the state
+    told = 2 * G * n * D * D
+    # A product's backward pass is two products. But nobody asks for the gradient of the
+    # first state, which is zero, or of what the last chunk tells: no chunk reads that.
+    flops = 3 * num_chunks * (scores + values + asked + told) - asked - 2 * told
+    cost = measure(columns.chunked(num_tokens, num_layers))
+    assert cost.flops["attention"] == num_layers * flops
+    assert cost.calls["Block"] == num_layers and cost.calls["Embedding"] == 1
+    plain = measure(columns.training(num_tokens, num_layers))
+    assert cost.flops["projection"] == plain.flops["projection"]
+
+
+def test_the_chunked_column_attends_as_its_state_does(monkeypatch):
+    kept = []
+    monkeypatch.setattr(columns, "_training_step", lambda *args: kept.extend(args))
+    columns.chunked(20, 3)
+    *sizes, run, attend = kept
+    assert sizes == [20, 3] and run is columns.checkpointing.run_blocks
+    q, k, v = (torch.randn(1, 20, n, 16, dtype=torch.float64) for n in (4, 2, 2))
+    out, state = attend(1, q, k, v), torch.zeros(2, 16, 16, dtype=torch.float64)
+    assert out.shape == (1, 20, 4, 16)
+    for t in range(20):
+        state = 0.97 * state + v[0, t].unsqueeze(-1) * k[0, t].unsqueeze(-2)
+        expected = torch.cat([q[0, t, 2 * g : 2 * g + 2] @ state[g].T for g in range(2)])
+        torch.testing.assert_close(out[0, t], expected)
+
+
+def test_training_in_chunks_gives_every_weight_a_gradient(monkeypatch):
+    models, make = [], columns.random_model
+    monkeypatch.setattr(
+        columns, "random_model", lambda L: models.append(make(L)) or models[-1]
+    )
+    columns.chunked(24, 2)()
+    (model,) = models
+    for name, parameter in model.blocks.named_parameters():
+        assert parameter.grad.isfinite().all() and parameter.grad.any(), name
 
 
 def test_growth_reads_as_one_would_write_it():

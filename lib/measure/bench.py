@@ -4,11 +4,12 @@
     python -m lib.measure.bench --json data/results/bench.json
     python -m lib.measure.bench --short          # on a machine that is paid by the minute
 
-All caches hold the same passages of the book. Their decode steps take turns, so that
-whatever else the machine does meets all of them alike; figures are medians. The model
-runs on the processor. A second table is of attention alone, on a GPU where there is one,
-with what a GPU should reach and what the host takes per call: bench_attention.py. A third
-is of requests that are served together, beside transformers: bench_serving.py.
+All caches hold the same passages of the book; a state has taken them in. Their decode
+steps take turns, so that whatever else the machine does meets all of them alike; figures
+are medians. The model runs on the processor. A second table is of attention alone, on a
+GPU where there is one, with what a GPU should reach and what the host takes per call:
+bench_attention.py. A third is of requests that are served together, beside transformers:
+bench_serving.py.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from lib.measure import bench_attention, bench_serving
 from lib.measure.meter import machine_facts
 from lib.model import Transformer, attend_fused, load_model
 from lib.paged_kv_cache import PagedKVCache
+from lib.state import Delta, StateCache
 
 BATCHES = [1, 8, 64]  # requests of attention alone
 SERVING_VOCAB = [1024]
@@ -61,7 +63,8 @@ def decode_steps(
     """By name, a function that runs one more step, at most num_steps, for its logits.
 
     Each step is over one new token of each of `batch_size` requests that had `context`
-    tokens before the first. Recompute always runs over `context` tokens.
+    tokens before the first. Recompute always runs over `context` tokens. The model was
+    not trained with a state: its text would be nonsense, its time is not.
     """
     model, room = load_model(), context + num_steps
     if room > model.config.max_seq_len:  # RoPE goes on; what it says then is not asked
@@ -76,6 +79,7 @@ def decode_steps(
             model.config, batch_size, room, fused_decode=True
         ),
         "paged": PagedKVCache(model.config, num_blocks, block_size, fused_decode=True),
+        "state": StateCache(model.config, batch_size, Delta()),
     }
     prompt_lens, ones = (torch.full((batch_size,), n) for n in (context, 1))
     for cache in caches.values():
@@ -147,7 +151,8 @@ def bench_decoding(args: argparse.Namespace, facts: dict) -> list[dict]:
             f"{result['tokens_per_s']:9.1f} tokens/s"
         )
     speed = {result["name"]: result["tokens_per_s"] for result in results}
-    print(f"paged writes {speed['paged'] / speed['contiguous']:.2f} of contiguous")
+    paged, state = (speed[name] / speed["contiguous"] for name in ("paged", "state"))
+    print(f"paged writes {paged:.2f} of contiguous, state {state:.2f}")
     return results
 
 

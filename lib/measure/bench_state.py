@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from lib import state
+from lib.config import check_count
 from lib.measure.bench_attention import DTYPES, SIZES, cold_seconds
 from lib.measure.meter import machine_facts
 from lib.text import DATA
@@ -33,8 +34,9 @@ CHUNK_SIZES = {"cpu": [64], "cuda": [64, 256, 1024]}
 
 
 def step_ways(context: int, device: str) -> dict[str, Callable[[], torch.Tensor]]:
-    """By name, a function that attends once for BATCH_SIZE new tokens: outputs (B, H,
-    D), with softmax over caches of `context` tokens each, and from states of 32 bits."""
+    """By name, a function that attends once for BATCH_SIZE new tokens: outputs (B, H, 1,
+    D) with softmax over caches of `context` tokens each, (B * H, D) from states of 32
+    bits."""
     B, H, G, D, like = _sizes(device)
     q = torch.randn(B, H, 1, D, **like)
     k_cache, v_cache = (torch.randn(B, G, context, D, **like) for _ in range(2))
@@ -65,28 +67,37 @@ def prompt_ways(num_tokens: int, device: str) -> dict[str, Callable[[], torch.Te
             *dense, is_causal=True, enable_gqa=True
         )
     }
-    for size in CHUNK_SIZES[torch.device(device).type]:
+    for size in CHUNK_SIZES[device]:
         ways[f"chunks of {size}"] = lambda size=size: state.linear_chunked(
             S, q, k, v, decay, size
         )[0]
     return ways
 
 
+def check_device(device: str):
+    """Raise ValueError for a device without sizes, or that is not there."""
+    if device not in SIZES:
+        raise ValueError(f"device: expected {' or '.join(SIZES)}, got {device}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: expected cpu, torch finds no GPU here, got cuda")
+
+
 def _sizes(device: str) -> tuple[int, int, int, int, dict]:
     """B, H, G, D, and how the tensors of a cache are made."""
-    kind = torch.device(device).type
-    heads = SIZES[kind]["num_heads"], SIZES[kind]["num_kv_heads"]
-    like = {"dtype": DTYPES[kind], "device": device}
-    return BATCH_SIZE, *heads, SIZES[kind]["head_dim"], like
+    heads = SIZES[device]["num_heads"], SIZES[device]["num_kv_heads"]
+    like = {"dtype": DTYPES[device], "device": device}
+    return BATCH_SIZE, *heads, SIZES[device]["head_dim"], like
 
 
 def bench_state(device: str, repeats: int = 9) -> dict[str, list[dict]]:
     """Rows of steps, by context, and of prompts, by length: microseconds by name,
-    medians."""
-    kind, found = torch.device(device).type, {}
+    medians. Raises ValueError for a device that is not there."""
+    check_device(device)
+    check_count("repeats", repeats)
+    found = {}
     for name, sizes, ways_of in (
-        ("step", CONTEXTS[kind], step_ways),
-        ("prompt", PROMPTS[kind], prompt_ways),
+        ("step", CONTEXTS[device], step_ways),
+        ("prompt", PROMPTS[device], prompt_ways),
     ):
         found[name] = []
         for num_tokens in sizes:
@@ -108,10 +119,18 @@ def main():
         description="Microseconds of attention with a state and with a cache.",
     )
     parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu"
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu or cuda (cuda where there is a GPU)",
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write them there")
     args = parser.parse_args()
+    if args.json and not args.json.parent.is_dir():  # before the minutes, not after
+        parser.error(f"json: expected a folder that is there, got {args.json.parent}")
+    try:
+        check_device(args.device)
+    except ValueError as error:
+        parser.error(str(error))
     torch.set_num_threads(1)
     found = bench_state(args.device)
     for name, rows in found.items():
