@@ -743,7 +743,7 @@ for memory in ("all tokens", "sum", "decay 0.97", "delta rule"):
 # Why do all these models have a window in their first layer? A state joins the
 # value of a token with the key of *the same* token. In our texts the key is one
 # token and the value the next. So some layer has to bring each key to its
-# value, which means: look at the token before. For a window that is easy. For
+# value, which means: look at the token before. For a window that is nothing. For
 # a state it is hard:
 
 # %%
@@ -989,8 +989,8 @@ plotting.plot_quality(
     ],
     text_lens=[64, 256],
     title=(
-        f"All tokens in 2 bits recall {smallest.accuracy:.0%}, window and state "
-        f"{worth['pairs']['window and delta'][0].accuracy:.0%}"
+        f"All tokens in 2 bits recall {smallest.accuracy:.0%}, window and "
+        f"state {worth['pairs']['window and delta'][0].accuracy:.0%}"
     ),
 );
 
@@ -1066,7 +1066,7 @@ except ValueError as error:
     print(error)
 
 # %% [markdown]
-# Ideas, from easy to hard. A decay *and* the delta rule. A write strength β,
+# Ideas, the shortest first. A decay *and* the delta rule. A write strength β,
 # computed from the key. Keys with more numbers than heads have, for instance
 # the positive and the negative part of each, side by side: then a state has 32
 # by 64 numbers, and has to make do with 16 bits. A window of 8 tokens and a

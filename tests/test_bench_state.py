@@ -218,7 +218,7 @@ def test_a_gpu_is_taken_where_there_is_one_and_one_thread(monkeypatch, capfd):
 
 
 def test_what_was_measured_on_a_gpu_is_what_would_be_measured_now(monkeypatch):
-    result = json.loads((ROOT / "data/results/bench_state_gpu.json").read_text())
+    result = json.loads((ROOT / "data/results/state_gpu.json").read_text())
     assert result["device"] == "cuda" and result["machine"]["gpu"] == "NVIDIA H200"
     for name in ("CONTEXTS", "PROMPTS", "CHUNK_SIZES"):
         there = getattr(bench_state, name)

@@ -111,7 +111,9 @@ def test_minutes_and_points_of_chapters_are_those_of_the_texts():
         sum(column) for column in zip(*rows)
     ]
     short = sum(row[0] for row in rows) - rows[1][0]
-    assert f"chapters 1, 3, 4, 5, 6, 7, 8 and 9 are a course of {short} minutes" in TEACHING
+    assert (
+        f"chapters 1, 3, 4, 5, 6, 7, 8 and 9 are a course of {short} minutes" in TEACHING
+    )
 
 
 def test_sessions_have_every_exercise_once_and_end_at_headings():

@@ -1,7 +1,7 @@
 """How long a state takes beside a cache: the attention of one layer alone.
 
     python -m lib.measure.bench_state                 # prints microseconds
-    python -m lib.measure.bench_state --json data/results/bench_state_gpu.json
+    python -m lib.measure.bench_state --json data/results/state_gpu.json
 
 Two questions. A step: one new token of each of 8 requests, over a cache of its context or
 from a state, which does not depend on the context. A prompt: one text, by softmax
@@ -26,7 +26,7 @@ from lib.measure.bench_attention import DTYPES, SIZES, cold_seconds
 from lib.measure.meter import machine_facts
 from lib.text import DATA
 
-RESULTS = DATA / "results" / "bench_state_gpu.json"  # of an H200
+RESULTS = DATA / "results" / "state_gpu.json"  # of an H200
 BATCH_SIZE = 8
 CONTEXTS = {"cpu": [64, 512, 4096], "cuda": [512, 4096, 16384, 65536]}
 PROMPTS = {"cpu": [256, 1024], "cuda": [1024, 4096, 16384, 65536]}
