@@ -743,8 +743,8 @@ for memory in ("all tokens", "sum", "decay 0.97", "delta rule"):
 # Why do all these models have a window in their first layer? A state joins the
 # value of a token with the key of *the same* token. In our texts the key is one
 # token and the value the next. So some layer has to bring each key to its
-# value, which means: look at the token before. For a window that is nothing. For
-# a state it is hard:
+# value, which means: look at the token before. For a window that is nothing.
+# For a state it is hard:
 
 # %%
 print("16 pairs, three seeds")

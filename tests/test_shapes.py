@@ -218,6 +218,7 @@ def watcher():
         layer_needs.recall_when_cut(model, [drawn], 4, pruning.Snap(4, 3))
         kv_heads.with_kv_heads(model, 1)
         recall.draw_pairs(3, 5)
+        recall.draw_updates(3, 5, 4)
         recall.draw_notes(3, 7, 11)
         cache = PagedKVCache(CONFIG, 9, 4, **in_place)
         begun(cache, 3)
