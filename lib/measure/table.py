@@ -36,8 +36,8 @@ SIZES = {
     "N": [(64, 4), (128, 4), (256, 4)],
     "L": [(16, 4), (16, 16), (16, 64)],
 }
-SMALL_SIZES = {  # in a third of the time, or less
-    "N": [(16, 4), (32, 4), (64, 4)],
+SMALL_SIZES = {  # in a fifth of the time, or less
+    "N": [(16, 1), (32, 1), (64, 1)],
     "L": [(16, 1), (16, 4), (16, 16)],
 }
 
