@@ -575,7 +575,10 @@ check(state_bytes)
 # chapter 3: it is extended by any number of tokens, in chunks, and takes back,
 # begins and frees requests like every cache. Each layer has a **memory**:
 # `Linear(decay)`, `Delta()`, or `Window(size)`, softmax attention to the newest
-# tokens. Here are a cache and a state of the same model, token by token:
+# tokens. (`Linear` and `Delta` first bring keys and queries to length 1, and
+# `Linear` divides an answer by the root of the mean of its squares, for a sum
+# would grow with the text.) Here are a cache and a state of the same model,
+# token by token:
 
 # %%
 tiny = ModelConfig(

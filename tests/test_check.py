@@ -258,6 +258,19 @@ def test_answers_are_collected_from_notebooks_of_which_nothing_else_runs(
     assert generate.attention_flops is library_answer("attention_flops")
 
 
+def test_kernels_are_left_out_where_nobody_wants_them(check, tmp_path, capsys):
+    notebook(
+        tmp_path / "05_paged_attention.ipynb",
+        "def gather_kernel():\n    return 7",
+        "def attend_online(q, k, v):\n    return 7",
+    )
+    check.collect(tmp_path, kernels=False)
+    lines = capsys.readouterr().out.strip().split("\n")
+    assert lines[0].startswith("attend_online: ")
+    assert lines[1:] == ["05_paged_attention: 0 of 1 answers are yours"]
+    assert "gather_kernel" not in check.results
+
+
 def test_a_folder_without_notebooks_is_named(check, tmp_path, capsys):
     check.collect(tmp_path)
     assert f"expected notebooks in {tmp_path}, found none" in capsys.readouterr().out
