@@ -248,12 +248,12 @@ class Linear(Memory):
         return (_empty_state(config, dtype, device),)
 
     def attend(self, kept, q, k, v):
-        dtype, (q, k, v) = q.dtype, _for_state(q, k, v)
+        dtype, (q, k, v) = q.dtype, for_state(q, k, v)
         out, state = linear_chunked(*kept, q, k, v, self._decays(k))
         return _normalized(out).to(dtype), (state,)
 
     def attend_all(self, q, k, v):
-        dtype, (q, k, v) = q.dtype, _for_state(q, k, v)
+        dtype, (q, k, v) = q.dtype, for_state(q, k, v)
         out = linear_parallel(q, k, v, self._decays(k))
         return _normalized(out).to(dtype)
 
@@ -269,11 +269,11 @@ class Delta(Memory):
         return (_empty_state(config, dtype, device),)
 
     def attend(self, kept, q, k, v):
-        out, state = delta_chunked(*kept, *_for_state(q, k, v))
+        out, state = delta_chunked(*kept, *for_state(q, k, v))
         return out.to(q.dtype), (state,)
 
     def attend_all(self, q, k, v):
-        return delta_parallel(*_for_state(q, k, v)).to(q.dtype)
+        return delta_parallel(*for_state(q, k, v)).to(q.dtype)
 
 
 @dataclass(frozen=True)
@@ -320,7 +320,7 @@ def _empty_state(
     return torch.zeros(G, D, D, dtype=dtype, device=device)
 
 
-def _for_state(
+def for_state(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q, k and v in the dtype of a state, each vector of q and k with length 1, or 0."""

@@ -1,3 +1,4 @@
+import ast
 import contextlib
 import ctypes
 import functools
@@ -48,6 +49,15 @@ def test_a_right_answer_takes_the_librarys_place(check, capsys):
     result = check(decode)
     assert result.passed and capsys.readouterr().out == "decode: passed\n"
     assert text.decode is decode
+
+
+def test_no_module_holds_on_to_an_exercise_whose_place_another_takes():
+    """By `from lib.x import name` it would go on with what was there at first."""
+    for path in sorted((ROOT / "lib").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lib"):
+                held = {alias.name for alias in node.names} & set(exercises())
+                assert not held, f"{path}, line {node.lineno}: {held}"
 
 
 def test_a_wrong_answer_changes_nothing_and_is_told_why_in_one_line(check, capsys):

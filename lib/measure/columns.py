@@ -20,13 +20,14 @@ from dataclasses import dataclass
 
 import torch
 
+import lib.state
 from lib import checkpointing, generate
 from lib.config import ModelConfig
 from lib.kv_cache import ContiguousKVCache, KVCache
 from lib.model import Attend, Transformer, attend_fused
 from lib.paged_kv_cache import PagedKVCache
 from lib.pruning import HeavyHitters, PrunedKVCache
-from lib.state import Linear, StateCache, linear_chunked
+from lib.state import Linear, StateCache
 
 FIRST_ID = torch.zeros(1, dtype=torch.int64)
 BUDGET = 8  # tokens that the pruned cache keeps in each layer: fewer than any N here
@@ -95,7 +96,8 @@ def chunked(num_tokens: int, num_layers: int) -> Callable[[], None]:
     def attend(layer, q, k, v):
         (q, k, v), (G, D) = (x.squeeze(0) for x in (q, k, v)), k.shape[-2:]
         decay = k.new_full((G,), 0.97)
-        out, _ = linear_chunked(k.new_zeros(G, D, D), q, k, v, decay, CHUNK_SIZE)
+        nothing = k.new_zeros(G, D, D)
+        out, _ = lib.state.linear_chunked(nothing, q, k, v, decay, CHUNK_SIZE)
         return out.unsqueeze(0)
 
     return _training_step(num_tokens, num_layers, checkpointing.run_blocks, attend)
