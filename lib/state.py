@@ -315,7 +315,7 @@ def _empty_state(
     config: ModelConfig, dtype: torch.dtype, device: torch.device | str
 ) -> torch.Tensor:
     G, D = config.num_kv_heads, config.head_dim
-    # A sum over a whole text, to which 16 bits would soon add nothing more.
+    # A sum over a whole text: where it is large, 16 bits lose small terms.
     dtype = torch.promote_types(dtype, torch.float32)
     return torch.zeros(G, D, D, dtype=dtype, device=device)
 

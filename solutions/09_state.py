@@ -26,6 +26,7 @@
 
 # %%
 import json
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,7 @@ from lib.measure import bench_state, meter, table
 from lib.measure.quality import Examples, measure_quality, passages
 from lib.model import Transformer, attend_fused
 from lib.pruning import HeavyHitters, PrunedKVCache, Recent, Snap
-from lib.quantized_kv_cache import QuantizedFormat
+from lib.quantized_kv_cache import QuantizedFormat, dequantize, quantize
 from lib.course import capstone
 from lib.course.check import check
 from lib.state import Delta, Linear, StateCache, Window
@@ -293,12 +294,12 @@ for t in (50, 100, 150):
           f"{ranks[1]} with it")
 
 # %% [markdown]
-# D = 16, wherever you cut. A matrix whose blocks below the diagonal all have a
-# low rank is called **semiseparable**. Its rank is at most the number of
+# At most D = 16, wherever you cut. A matrix whose blocks below the diagonal all
+# have a low rank is called **semiseparable**. Its rank is at most the number of
 # columns of the state, for a row of the state has D numbers, and they are all
 # that later queries can read of what came before. The softmax destroys that:
-# its blocks have the full rank, so no state of fixed size can stand for the
-# past exactly.
+# its blocks have the full rank, so no sum of v kᵀ of fixed size can stand for
+# the past exactly.
 #
 # ## In chunks
 #
@@ -390,11 +391,12 @@ for form, measured in costs.items():
 # which is not counted, and is about as much work again.)
 #
 # Step by step is little work, but it comes in T small pieces that wait for each
-# other, which is why nobody trains so. At once is one large product that grows
-# with T², in work and in memory. In chunks, it is more work than in steps, four
-# times as much as counted here; but it grows with T, and comes in products
-# large enough for a processor, or for a GPU's tensor cores. So a model learns
-# and reads its prompt in chunks, and writes step by step.
+# other, which is slow unless one kernel runs the whole loop, as RWKV's do. At
+# once is one large product that grows with T², in work and in memory. In
+# chunks, it is more work than in steps, four times as much as counted here; but
+# it grows with T, and comes in products large enough for a processor, or for a
+# GPU's tensor cores. So a model learns and reads its prompt in chunks, and
+# writes step by step.
 #
 # ## Writing what is not there yet
 #
@@ -541,17 +543,21 @@ for panel in errors:
 # Left: with the sum, each other pair adds 1 / 32 to the error, and with 32
 # pairs the answers are as bad as none. The delta rule takes the first pairs
 # nearly without error too, but what is written later disturbs what was written
-# before. Softmax attention is better than all of them: the right key wins, and
-# the others get little. (It is not perfect, since random keys may be similar.)
-# With 64 pairs the fading sum is ahead of the delta rule. It has forgotten most
-# of them and says little, where the others say much that is wrong.
+# before. Softmax attention, with keys this long, is better than all of them:
+# the right key wins, and the others get little. (It is not perfect, since
+# random keys may be similar.) With 64 pairs the fading sum is ahead of the
+# delta rule. It has forgotten most of them and says little, where the others
+# say much that is wrong.
 #
-# Right: the
-# delta rule replaces, and its error is little larger than on the left. The sum
-# answers with both values, which is worse than nothing. With a decay of 0.97
-# most of the old value is still there when the new one comes, and part of the
-# new one is gone when it is asked for. And softmax attention says the mean of
-# two values: without positions, two equal keys are equal.
+# (A matrix of 32 by 32 could hold 32 pairs exactly, if all were known at once:
+# 32 equations for the 32 numbers of each row. Passing over them once does not
+# solve these.)
+#
+# Right: the delta rule replaces, and its error is somewhat larger than on the
+# left. The sum answers with both values, which is worse than nothing. With a
+# decay of 0.97 most of the old value is still there when the new one comes, and
+# part of the new one is gone when it is asked for. And softmax attention says
+# the mean of two values: without positions, two equal keys are equal.
 #
 # ### Exercise 9.6 · `state_bytes` ★ (10 minutes)
 #
@@ -610,9 +616,9 @@ for num_tokens in range(1, 25):
 print(f"equal at D / 2 = {tiny.head_dim // 2}")
 
 # %% [markdown]
-# (A state is a sum over a whole text, and in 16 bits a sum soon grows too large
-# for one more term to count. So it has 32 bits, also beside a cache of 16, and
-# then they are equal after D tokens.)
+# (A state is a sum over a whole text, and where a sum is large, 16 bits lose
+# small terms. So ours has 32, also beside a cache of 16, and then they are
+# equal after D tokens.)
 #
 # Memory and time, in the table. How do they grow? `chunked` is training of a
 # model that has a state instead of softmax attention, in chunks of 8 tokens;
@@ -650,16 +656,16 @@ for place, found in ("here", here), ("H200", on_gpu["microseconds"]):
 
 # %% [markdown]
 # From a state, a step takes as long after 65,536 tokens as after 512: the state
-# is all that it reads. On the GPU, the cache is faster with 512 tokens, and 20
-# times slower at the end. For a prompt it is less clear. On our processor,
-# chunks are ahead with 1,024 tokens already. On the GPU, softmax attention is
-# one kernel, which never writes a score to memory, while our chunks are a loop
-# in Python, with two dozen launches for each chunk. Up to 16,384 tokens it
-# takes 4 to 350 times as long, although it does less work, and larger chunks,
-# which do more work, are faster. Only at 65,536, with chunks of 1,024, is it
-# about as fast as softmax. What these models are trained with are kernels that
-# need few launches for all chunks (the library *flash-linear-attention* has
-# them).
+# is all that it reads. On the GPU, the cache is faster with 512 tokens, and
+# some 20 times slower at the end. For a prompt it is less clear. On our
+# processor, chunks are ahead with 1,024 tokens already. On the GPU, softmax
+# attention is one kernel, which never writes a score to memory, while our
+# chunks are a loop in Python, in 32 bits, with two dozen launches for each
+# chunk, and write their scores to memory. Up to 16,384 tokens they take 4 to
+# 360 times as long, and larger chunks, which do more work, are faster. Only at
+# 65,536, with chunks of 1,024, is it about as fast as softmax. What these
+# models are trained with are kernels that need few launches for all chunks (the
+# library *flash-linear-attention* has them).
 #
 # ## Models that have learned to live with it
 #
@@ -725,11 +731,10 @@ for memory, name in names.items():
 # before, and the state has something of each. With 32 pairs, more than any was
 # trained with, all states lose more than half, the sum least.
 #
-# The delta rule is
-# not better here than the sum: which of them is ahead depends on the seed. No
-# key is told twice in these texts, and a model learns to make keys that disturb
-# each other little. So let us tell keys again. These models were trained on
-# pairs of which some get another value before they are asked for:
+# The delta rule is not better here than the sum: which of them is ahead depends
+# on the seed. No key is told twice in these texts, so there is nothing to
+# replace. Let us tell keys again. These models were trained on pairs of which
+# some get another value before they are asked for:
 
 # %%
 print("8 pairs, of which so many get another value")
@@ -744,10 +749,10 @@ for memory in ("all tokens", "sum", "decay 0.97", "delta rule"):
     print(f"{memory:12}{cells}     {shares}")
 
 # %% [markdown]
-# Now the delta rule wins against the sum and the decay of the same seed, each
-# time. The sum does better than a coin that chooses between the old value and
-# the new one: queries and keys are rotated by position (chapter 1), so the
-# product of a query with a key can be larger where the key is near.
+# Now the delta rule is the best state, at each seed. The sum does better than a
+# coin that chooses between the old value and the new one: queries and keys are
+# rotated by position (chapter 1), so the product of a query with a key can be
+# larger where the key is near.
 #
 # ### What a window beside a state is worth
 #
@@ -796,6 +801,10 @@ for memory in ("sum", "decay", "delta"):
     print(f"{memory + ', twice':26}{book_row('book_' + memory)}")
     name = "newest 16, then " + memory
     print(f"{name:26}{book_row('book_window_' + memory)}")
+newest = measure_quality(
+    recall.load("book"), book[1024], attend=state.attend_by(Window(256))
+)
+print(f"{'all tokens, asked for 256':26}{'':10}{newest.mean_nats:10.3f}")
 
 # %%
 print("share of held-out bytes found, three seeds")
@@ -809,16 +818,18 @@ for name in ("book", "book_window", "book_delta", "book_window_delta"):
 # - **The weaker the state, the more a window helps it.** With the plain sum it
 #   gains a quarter of a nat per byte, with the delta rule little. What has to
 #   be known exactly in language is mostly near; a window has it, and the state
-#   need not keep it.
+#   need not keep it. But a second window in the state's place is better than
+#   the sum and the decay: only the delta rule adds something to a window that
+#   another window does not.
 # - **The hybrid of window and delta rule is better than attention to all
 #   tokens**, with each of three seeds. That says something about models of this
 #   size, after so little training, in passages of 256 bytes, and nothing of
 #   large ones: there, attention recalls what states cannot.
 # - **What forgets goes on.** These models were trained on 256 bytes. At 1,024,
-#   attention to all tokens and the sum break down: they meet distances, and
-#   numbers of tokens, that they have never seen. Windows and decays see at any
-#   length what they have always seen, and the delta rule, which replaces, loses
-#   less than a tenth of a nat. Of all of them the plain window is best there.
+#   attention to all tokens and the sum break down. For attention it is the
+#   distances that it has never seen: asked for the newest 256 alone, it is well
+#   again (the last line). Windows and decays go on as before, and the delta
+#   rule loses a tenth of a nat. So the window alone is best there.
 #
 # Large models mix too. Based (Arora and others, 2024) has a state with richer
 # keys beside windows of 64 tokens; Griffin (De and others, 2024) a window in
@@ -881,22 +892,23 @@ print(text.decode(written)[-240:])
 # after four of its vectors.)
 #
 # - φ makes all numbers of a key positive (x + 1, or eˣ where x is below 0), and
-#   the answer is divided by the sum of the weights. The later ones have neither
-#   φ nor this sum; most normalize the answer, as our `Linear` does.
+#   the answer is divided by the sum of the weights. Most of the later ones have
+#   neither φ nor this sum, and many normalize the answer, as our `Linear` does.
 # - RWKV-4 (2023) has no matrix: in each of its numbers it keeps a weighted mean
 #   of values. RWKV-6 (2024) has decays like GLA, and RWKV-7 (2025) a delta
 #   rule with a decay for each column.
 # - In Mamba each channel of the model is a head of its own, with a state of one
 #   row and 16 columns, and all of them share k and q.
 #
-# What Mamba-2 adds to your `linear_step`, then, is a decay that depends on the
-# token. That is how it forgets on purpose: at the end of a sentence α can be
-# near 0, and then the state is empty for the next. In the mask, γ^(t - s)
-# becomes the product of the α of all tokens from s + 1 to t; it remains
-# semiseparable, and all three forms go on to work. It has two things more: a
-# convolution, a weighted sum over the last four tokens, which brings neighbours
-# together like our first layer's window; and a gate, numbers computed from the
-# token that multiply the answer.
+# What Mamba-2 adds to your `linear_step`, then, is a decay and a strength of
+# writing that depend on the token, both computed from one number. That is how
+# it forgets on purpose: at the end of a sentence α can be near 0, and then the
+# state is empty for the next. In the mask, γ^(t - s) becomes the product of the
+# α of all tokens from s + 1 to t; it remains semiseparable, and all three forms
+# go on to work. It has more than this, above all a convolution, a weighted sum
+# over the last four tokens, which brings neighbours together like our first
+# layer's window; and a gate, numbers computed from the token that multiply the
+# answer.
 #
 # `attend(layer, q, k, v)`, the place at which
 # this course has changed attention since chapter 1, can carry every line of the
@@ -956,6 +968,26 @@ def in_state(name):
     return lambda config, B, T: StateCache(config, B, memories)
 
 
+@dataclass(frozen=True)
+class DeltaInBits(Delta):
+    """The delta rule's state, after each step in so many bits per number."""
+
+    bits: int
+
+    def empty(self, config, dtype, device):
+        return quantize(*super().empty(config, dtype, device), self.bits)
+
+    def attend(self, kept, q, k, v):
+        S = dequantize(*kept, self.bits)
+        out, (S,) = super().attend((S,), q, k, v)
+        return out, quantize(S, self.bits)
+
+
+def in_bits(name, bits):
+    memories = (recall.RECIPES[name].memories[0], DeltaInBits(bits))
+    return lambda config, B, T: StateCache(config, B, memories)
+
+
 def remembered(task, name, make_cache):
     return measure_quality(
         recall.load(name), tasks[task], make_cache=make_cache,
@@ -988,6 +1020,10 @@ def by_method(task, budgets, trained):
         found[method] = [
             remembered(task, name, in_state(name)) for name in names
         ]
+    name = trained["window and delta"][0]
+    found["delta in 8 and 4 bits"] = [
+        remembered(task, name, in_bits(name, bits)) for bits in (8, 4)
+    ]
     return found
 
 
@@ -1026,21 +1062,23 @@ for task, T in (("pairs", 64), ("book", 256)):
             (q.accuracy if task == "pairs" else q.mean_nats, q.bytes_per_token)
             for q in those
         )
-        print(f"  {method:17}" + ", ".join(
+        print(f"  {method:22}" + ", ".join(
             f"{value:.2f} ({T * size:,.0f})" for value, size in numbers
         ))
 
 # %% [markdown]
 # Read it from the left, the small memories first.
 #
-# - **Pairs.** With 64 tokens, all of them in 2 bits take less than window and
-#   state, and recall more: to have everything roughly beats having a mixture.
+# - **Pairs.** With 64 tokens, all of them in 2 bits recall more than window and
+#   state in 32, in a little less. But a state can be kept in fewer bits too. In
+#   4 it recalls as much as in 32, in less than half of the bytes of 2 bits.
 #   Pruned to 24 of its 64 tokens, a cache loses a third of the answers or more:
 #   all keys are asked for, and nobody knew which would come first. The window,
 #   which has the newest pairs only, finds hardly any.
 # - **The book.** The other way round: there a window of 16 is as good as
 #   everything, and so are pruned caches, while 2 bits and codes of 16 numbers
-#   are the worst.
+#   are the worst. Window and delta rule have the lowest loss, in 4 bits too,
+#   and nothing takes less.
 # - So there is no best memory. What has to be recalled is the question; and a
 #   method that was judged by the loss of a language model alone has not been
 #   judged at all.
@@ -1049,7 +1087,8 @@ for task, T in (("pairs", 64), ("book", 256)):
 # each token, those of chapter 7 too. Window, pruned cache and state do not.
 # With a text sixteen times as long, 2 bits take sixteen times as much, and the
 # state still what it took. Whether it then still knows what it was told is
-# another question, and you have seen the answer: of 32 pairs, less than half.
+# another question. Trained with up to 16 pairs, ours recall less than half of
+# 32, which says as much of their training as of the state.
 #
 # ## What is open
 #
@@ -1065,7 +1104,7 @@ for task, T in (("pairs", 64), ("book", 256)):
 #   there must have been kept. Which ones should be?
 # - **Speculative decoding** lets a small model guess several tokens, checks
 #   them at once and takes the wrong ones back. A cache is then cut by some
-#   tokens; of a state one needs a copy from before.
+#   tokens; of a state one needs a copy from before, or has to undo each step.
 #
 # ## Your turn: build a memory
 #
@@ -1129,7 +1168,7 @@ except ValueError as error:
 # - Arora and others, *Zoology* (2023) and *Based* (2024): which differences
 #   between models are differences in recall;
 # - Yang and others on DeltaNet and Gated DeltaNet (2024), whose figures you can
-#   now redraw.
+#   redraw at your size.
 
 # %% [markdown]
 # ## What is still wrong
@@ -1152,10 +1191,11 @@ except ValueError as error:
 #    for writing, one is easy to see, and one is for training and prompts.
 # 3. With a decay it is a state-space model, h ← a h + b x, y = c h, whose mask
 #    is a semiseparable matrix.
-# 4. A state of D columns begins to mix up what it was told long before it has
-#    been told D things; the delta rule repairs what was told twice.
-# 5. A small window beside a state is worth much: it does exactly what a state
-#    does poorly, and that is mostly near.
+# 4. Told with random keys, a state of D columns mixes things up long before
+#    there are D of them, though a matrix could hold D; the delta rule repairs
+#    what was told twice.
+# 5. A window does exactly what a state does poorly, for a few tokens; the best
+#    of our small models have both.
 #
 # ## Do you recall?
 #
@@ -1184,7 +1224,8 @@ except ValueError as error:
 # 5. S k before, plus (v - S k) times kᵀk = 4: that is 4 v - 3 S k. It should
 #    be v, so the rule needs keys of length 1.
 # 6. The state after the 1,000 tokens, which is computed once and copied for
-#    each of them; but of any part of the beginning, nothing.
+#    each of them; of a shorter beginning, nothing, unless a copy of the state
+#    there was kept.
 #
 # </details>
 #
