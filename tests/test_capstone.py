@@ -563,6 +563,14 @@ def test_what_is_no_memory_is_refused_in_words(name):
         tried(memory)
 
 
+def test_an_answer_that_is_not_written_yet_says_so_itself():
+    def withheld(*_):
+        raise NotImplementedError("linear_parallel is yours to write: chapter 9")
+
+    with pytest.raises(NotImplementedError, match="^linear_parallel is yours to write"):
+        tried(of(attend_all=withheld)())
+
+
 @pytest.mark.parametrize("num_steps", [-1, 1.5, True, "all"])
 def test_what_is_no_number_of_steps_is_refused_before_anything_is_tried(num_steps):
     with pytest.raises(ValueError, match="num_steps: expected an integer of at least 0"):

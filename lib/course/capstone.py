@@ -159,6 +159,8 @@ def _call(memory: Memory, method: str, *args: Any) -> Any:
     try:
         return getattr(copy.deepcopy(memory), method)(*args)
     except Exception as error:
+        if "is yours to write" in str(error):  # of a release, where it is not there yet
+            raise
         shapes = [tuple(x.shape) for x in args[-3:] if isinstance(x, torch.Tensor)]
         given = f" with q {shapes[0]}" if shapes else ""
         raise ValueError(
