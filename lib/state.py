@@ -243,6 +243,8 @@ class Linear(Memory):
             raise ValueError(
                 f"decay: expected a number above 0 and at most 1, got {self.decay!r}"
             )
+        # As torch takes it: not a fraction, nor a number of numpy.
+        object.__setattr__(self, "decay", float(self.decay))
 
     def empty(self, config, dtype, device):
         return (_empty_state(config, dtype, device),)
@@ -283,7 +285,7 @@ class Window(Memory):
     size: int
 
     def __post_init__(self):
-        check_count("size", self.size)
+        object.__setattr__(self, "size", check_count("size", self.size))
 
     def empty(self, config, dtype, device):
         shape = 0, config.num_kv_heads, config.head_dim
@@ -297,6 +299,8 @@ class Window(Memory):
         return out, (k[first:].clone(), v[first:].clone())  # no view of all of them
 
     def attend_all(self, q, k, v):
+        T, S = q.shape[-3], k.shape[-3]
+        assert S == T, f"expected {T} keys, one per query, got {S}"
         return self._attend(q, k, v)
 
     def _attend(self, q, k, v):

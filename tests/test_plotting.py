@@ -3,6 +3,7 @@ import itertools
 
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 from helpers import filled
@@ -375,6 +376,55 @@ def test_one_panel_can_stand_alone():
     assert low < -0.1 and high > 2.0, f"expected all draws inside, got {low}, {high}"
     figure = drawing.draw_head_groups(6, [2], names=["two"], title="")
     assert len(figure.axes[0].patches) == 6 + 2 * 2
+
+
+def of_one_and_two_bytes():
+    """Two panels of the same two qualities, and what is drawn."""
+    qualities = [Quality((0.5, 1.5), (), 2), Quality((3.0,), (), 1)]
+    panels = [
+        (name, "linear", {"bits": qualities}, lambda quality: quality.nats)
+        for name in ("pairs", "book")
+    ]
+    return panels, [[[1, 3], [2, 1]]] * 2
+
+
+@pytest.mark.parametrize("text_lens", [None, (64, 2_560), np.array([7, 5])])
+def test_what_is_kept_is_of_a_token_or_of_a_text_as_long_as_the_panel_says(text_lens):
+    panels, points = of_one_and_two_bytes()
+    figure = plotting.plot_quality(panels, title="", text_lens=text_lens)
+    lengths = [1, 1] if text_lens is None else [int(T) for T in text_lens]
+    for ax, by_token, T in zip(figure.axes, points, lengths):
+        drawn = ax.containers[0].lines[0].get_xydata().tolist()
+        assert drawn == [[x * T, y] for x, y in by_token]
+    names = [ax.get_xlabel() for ax in figure.axes]
+    assert (
+        names
+        == {
+            None: ["bytes per token"] * 2,
+            64: ["bytes of a text of 64 tokens", "bytes of a text of 2,560 tokens"],
+            7: ["bytes of a text of 7 tokens", "bytes of a text of 5 tokens"],
+        }[None if text_lens is None else lengths[0]]
+    )
+    assert [ax.get_ylabel() for ax in figure.axes] == ["pairs", "book"]
+    assert [ax.get_xscale() for ax in figure.axes] == ["log", "log"]
+
+
+@pytest.mark.parametrize(
+    "text_lens, words",
+    [
+        ([], "text_lens: expected 2, one for each panel, got 0"),
+        ([64], "text_lens: expected 2, one for each panel, got 1"),
+        ([64, 64, 64], "text_lens: expected 2, one for each panel, got 3"),
+        ([64, 0], "text_lens: expected an integer of at least 1, got 0"),
+        ([64, None], "text_lens: expected an integer of at least 1, got None"),
+        ([64.0, 64], "text_lens: expected an integer of at least 1, got 64.0"),
+    ],
+)
+def test_texts_without_a_length_for_each_panel_are_refused(text_lens, words):
+    panels, _ = of_one_and_two_bytes()
+    with pytest.raises(ValueError, match=words):
+        plotting.plot_quality(panels, title="", text_lens=text_lens)
+    assert not plt.get_fignums(), "expected no figure left behind"
 
 
 def looks_of(mesh, num_tokens):

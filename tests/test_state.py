@@ -5,7 +5,9 @@ import functools
 import itertools
 import math
 import random
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -530,6 +532,27 @@ def test_other_memories_are_other_models():
 def test_what_is_no_decay_is_refused(decay):
     with pytest.raises(ValueError, match="decay: expected a number above 0 and at most"):
         Linear(decay)
+
+
+@pytest.mark.parametrize("decay", [1, np.float64(0.9), np.int64(1), Fraction(1, 2)])
+def test_a_decay_of_any_kind_of_number_is_a_float(decay):
+    memory, text = Linear(decay), drawn(5)
+    assert type(memory.decay) is float and memory == Linear(float(decay))
+    expected = Linear(float(decay)).attend_all(*text)
+    assert torch.equal(memory.attend_all(*text), expected)
+
+
+def test_the_size_of_a_window_is_an_int():
+    memory = Window(np.int64(4))
+    assert type(memory.size) is int and repr(memory) == "Window(size=4)"
+
+
+@pytest.mark.parametrize("num_keys", [3, 7])
+def test_a_whole_text_has_a_key_for_each_query(num_keys):
+    (q, _, _), (_, k, v) = drawn(5), drawn(num_keys)
+    words = f"expected 5 keys, one per query, got {num_keys}"
+    with pytest.raises(AssertionError, match=words):
+        Window(4).attend_all(q, k, v)
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.0, None, True, "4"])

@@ -19,6 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from lib.config import check_count
 from lib.engine import Step
 from lib.simulation import Usage
 
@@ -298,19 +299,24 @@ def plot_quality(
 ) -> Figure:
     """Panels side by side: what each way to keep keys and values costs and is worth.
 
-
     panels: each a name and a scale for its y axis ("linear", or "symlog", which shows
     small losses beside large ones); by method, each `Quality` of lib/measure/quality.py;
     and what of one is drawn, a number for each draw of texts. The mean is marked, and a
     line goes from the least to the most. A method looks the same in all panels. The x
     axis is logarithmic: bytes per token or, with text_lens, of a text of so many tokens,
-    a length for each panel.
+    a length for each panel. Raises ValueError for more, fewer or other lengths.
     """
+    lens = [None] * len(panels)
+    if text_lens is not None:
+        lens = [check_count("text_lens", T) for T in text_lens]
+    if len(lens) != len(panels):
+        raise ValueError(
+            f"text_lens: expected {len(panels)}, one for each panel, got {len(lens)}"
+        )
     figure, (axes,) = plt.subplots(1, len(panels), figsize=(8.6, 4.4), squeeze=False)
-    text_lens = text_lens or [None] * len(panels)
     look_of = _looks(methods for _, _, methods, _ in panels)
     named = {}
-    for ax, (ylabel, yscale, methods, draws_of), T in zip(axes, panels, text_lens):
+    for ax, (ylabel, yscale, methods, draws_of), T in zip(axes, panels, lens):
         lowest, highest = -0.0033, 0.01
         for name, qualities in methods.items():
             if not qualities:
@@ -335,7 +341,7 @@ def plot_quality(
             ax.set_yscale("symlog", linthresh=0.01)
             ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
             ax.set_ylim(1.5 * lowest, 1.5 * highest)
-        xlabel = "bytes per token" if T is None else f"bytes of a text of {T} tokens"
+        xlabel = "bytes per token" if T is None else f"bytes of a text of {T:,} tokens"
         ax.set(xlabel=xlabel, ylabel=ylabel)
     figure.legend(named.values(), named, loc="outside lower center", ncols=3)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11.5, fontweight="bold")

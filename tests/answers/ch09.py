@@ -166,6 +166,36 @@ def step_as_a_mean(state, q, k, v, decay):
     return stepped(state, q, k, (1 - decay[:, None]) * v, decay)
 
 
+@wrong("linear_step", says="γ of the old state is left")
+def step_with_what_is_lost(state, q, k, v, decay):
+    return stepped(state, q, k, v, 1 - decay)
+
+
+@wrong("linear_step")
+def step_by_the_delta_rule(state, q, k, v, decay):
+    return library.delta_step(state, q, k, v)
+
+
+@wrong("linear_step", says="has not faded yet")
+def step_that_decays_at_its_end(state, q, k, v, decay):
+    new = state + v[:, :, None] * k[:, None, :]
+    return read(new, q), decay[:, None, None] * new
+
+
+@wrong("linear_step")
+def step_summing_over_heads(state, q, k, v, decay):
+    _, new = stepped(state, q, k, v, decay)
+    return torch.einsum("gij,hj->hi", new, q), new
+
+
+@right("linear_step")
+def step_answering_without_the_new_state(state, q, k, v, decay):
+    size = len(q) // len(k)
+    keys, values, left = (x.repeat_interleave(size, 0) for x in (k, v, decay))
+    out = read(state, q) * left[:, None] + (q * keys).sum(-1, keepdim=True) * values
+    return out, stepped(state, q, k, v, decay)[1]
+
+
 @wrong("linear_step", says="float64")
 def step_in_single_precision(state, q, k, v, decay):
     return stepped(*(x.float() for x in (state, q, k, v, decay)))
@@ -255,6 +285,32 @@ def delta_by_two_writes(state, q, k, v):
     erased = state - said[..., None] * k[:, None]
     new = torch.baddbmm(erased, v[..., None], k[:, None])
     return read(new, q), new
+
+
+@right("delta_step")
+def delta_by_a_step_of_gradient_descent(state, q, k, v):
+    net = state.detach().clone().requires_grad_()
+    loss = difference(net, k, v).square().sum() / 2
+    new = state - torch.autograd.grad(loss, net)[0]
+    return read(new, q), new
+
+
+@wrong("delta_step")
+def delta_at_half_the_rate(state, q, k, v):
+    new = state + difference(state, k, v)[:, :, None] * k[:, None, :] / 2
+    return read(new, q), new
+
+
+@wrong("delta_step")
+def delta_number_by_number(state, q, k, v):
+    new = state + (v[:, :, None] - state) * k[:, None, :]
+    return read(new, q), new
+
+
+@wrong("delta_step")
+def delta_that_writes_twice(state, q, k, v):
+    _, new = delta_by_einsum(state, q, k, v)
+    return stepped(new, q, k, v, torch.ones_like(k[:, 0]))
 
 
 @wrong("delta_step", says="not written again")
@@ -426,6 +482,29 @@ def mask_from_a_vector_of_powers(decay, T):
     powers = torch.cat([decay[:, None] ** torch.arange(T), torch.zeros(len(decay), 1)], 1)
     age = torch.arange(T)[:, None] - torch.arange(T)
     return powers.to(decay.dtype)[:, age.masked_fill(age < 0, T)]
+
+
+@right("decay_mask")
+def mask_by_running_products(decay, T):
+    factors = torch.where(ages(T) > 0, decay[:, None, None], 1)
+    return factors.cumprod(dim=1).tril()
+
+
+@wrong("decay_mask")
+def mask_whose_rows_sum_to_one(decay, T):
+    mask = mask_by_tril(decay, T)
+    return mask / mask.sum(-1, keepdim=True)
+
+
+@wrong("decay_mask")
+def mask_that_fades_by_the_same_amount(decay, T):
+    lost = (1 - decay)[:, None, None] * ages(T)
+    return (1 - lost).clamp(min=0).tril()
+
+
+@wrong("decay_mask")
+def mask_that_ends_after_eight_tokens(decay, T):
+    return mask_by_tril(decay, T).triu(-8)
 
 
 def ages(T):
@@ -709,6 +788,53 @@ def parallel_flattened_the_other_way(q, k, v, decay):
     scores = torch.einsum("...tghd,...sgd->...ghts", grouped, k)
     scores = scores * library.decay_mask(decay, q.shape[-3])[:, None]
     return torch.einsum("...ghts,...sgd->...thgd", scores, v).flatten(-3, -2)
+
+
+@wrong("linear_parallel", says="those below 0 count too")
+def parallel_of_scores_above_zero(q, k, v, decay):
+    mask = mask_by_tril(decay, q.shape[-3])
+    return parallel(q, k, v, mask, weigh=lambda s, m: s.relu() * m)
+
+
+@wrong("linear_parallel", says="by transpose")
+def parallel_reshaped_at_the_end(q, k, v, decay):
+    return parallel_by_einsum(q, k, v, decay).transpose(-3, -2).reshape(q.shape)
+
+
+def reshaped(q, k, v, decay):
+    """(..., H, T, D)"""
+    *lead, T, H, D = q.shape
+    size = H // k.shape[-2]
+    k, v = (x.repeat_interleave(size, dim=-2) for x in (k, v))
+    q, k, v = (x.reshape(*lead, H, T, D) for x in (q, k, v))
+    return (q @ k.mT * mask_by_tril(decay, T).repeat_interleave(size, 0)) @ v
+
+
+@wrong("linear_parallel", says="by transpose")
+def parallel_reshaped(q, k, v, decay):
+    return reshaped(q, k, v, decay).reshape(q.shape)
+
+
+@wrong("linear_parallel", says="by transpose")
+def parallel_reshaped_at_the_beginning(q, k, v, decay):
+    return reshaped(q, k, v, decay).transpose(-3, -2)
+
+
+@wrong("linear_parallel")
+def parallel_with_a_product_of_matrices(q, k, v, decay):
+    mask = mask_by_tril(decay, q.shape[-3])
+    return parallel(q, k, v, mask, weigh=lambda s, m: s @ m)
+
+
+@wrong("linear_parallel")
+def parallel_of_the_first_text(q, k, v, decay):
+    out = parallel_by_einsum(q, k, v, decay)
+    return out[:1].expand_as(out) if q.dim() > 3 else out
+
+
+@wrong("linear_parallel", says="gradients are not")
+def parallel_with_detached_values(q, k, v, decay):
+    return parallel_by_einsum(q, k, v.detach(), decay)
 
 
 @wrong("linear_parallel")
@@ -1079,6 +1205,80 @@ def chunked_dropping_the_old_state(state, q, k, v, decay, chunk_size=64):
 @wrong("linear_chunked", says="is not left out")
 def chunked_from_an_empty_state(state, q, k, v, decay, chunk_size=64):
     return chunked(torch.zeros_like(state), q, k, v, decay, chunk_size)
+
+
+@right("linear_chunked")
+def chunked_the_first_and_then_the_others(state, q, k, v, decay, chunk_size=64):
+    check_count("chunk_size", chunk_size)
+    parts = pieces(chunk_size, q, k, v)
+    outs = [q[:0]]
+    for x in parts:
+        mask = library.decay_mask(decay, len(x[0]) + 1)  # the state as a token before
+        before, after, left = mask[:, 1:, 0], mask[:, -1, 1:], mask[:, -1, 0]
+        across = read_all(state, x[0]).unflatten(1, (len(decay), -1))
+        across = across * before.T[..., None, None]
+        outs.append(library.linear_parallel(*x, decay) + across.flatten(1, 2))
+        told = torch.einsum("gt,tgi,tgj->gij", after, x[2], x[1])
+        state = left[:, None, None] * state + told
+    return torch.cat(outs), state
+
+
+@wrong("linear_chunked", says="gradients are not")
+def chunked_detached_between_chunks(state, q, k, v, decay, chunk_size=64):
+    check_count("chunk_size", chunk_size)
+    outs = [q[:0]]
+    for x in pieces(chunk_size, q, k, v):
+        out, state = chunked(state, *x, decay, chunk_size)
+        outs.append(out)
+        state = state.detach()
+    return torch.cat(outs), state
+
+
+@wrong("linear_chunked", says="more than chunk_size tokens")
+def chunked_into_as_many_as_a_chunk_has(state, q, k, v, decay, chunk_size=64):
+    check_count("chunk_size", chunk_size)
+    outs = [q[:0]]
+    for x in zip(*(x.chunk(chunk_size) for x in (q, k, v))):
+        out, state = chunked(state, *x, decay, max(len(x[0]), 1))
+        outs.append(out)
+    return torch.cat(outs), state
+
+
+@wrong("linear_chunked")
+def chunked_fading_from_the_start_of_the_text(state, q, k, v, decay, chunk_size=64):
+    check_count("chunk_size", chunk_size)
+    outs, seen = [q[:0]], 0
+    for x in pieces(chunk_size, q, k, v):
+        n = len(x[0])
+        outs.append(
+            chunked(state, *x, decay, chunk_size, before=lambda t, n, s=seen: t + s)[0]
+        )
+        state = chunked(state, *x, decay, chunk_size)[1]
+        seen += n
+    return torch.cat(outs), state
+
+
+@wrong("linear_chunked")
+def chunked_that_overlap(state, q, k, v, decay, chunk_size=64):
+    check_count("chunk_size", chunk_size)
+    outs = [q[:0]]
+    for i in range(0, len(q), chunk_size):
+        x = [one[i : i + chunk_size] for one in (q, k, v)]
+        outs.append(chunked(state, *x, decay, chunk_size)[0])
+        x = [one[i : i + chunk_size + 1] for one in (q, k, v)]
+        state = chunked(state, *x, decay, chunk_size + 1)[1]
+    return torch.cat(outs), state
+
+
+@wrong("linear_chunked", says="raised ValueError")
+def chunked_without_an_empty_beginning(state, q, k, v, decay, chunk_size=64):
+    check_count("chunk_size", chunk_size)
+    outs = []
+    for i in range(0, len(q), chunk_size):
+        x = [one[i : i + chunk_size] for one in (q, k, v)]
+        out, state = chunked(state, *x, decay, chunk_size)
+        outs.append(out)
+    return torch.cat(outs), state
 
 
 @wrong("linear_chunked", says="nothing in place")

@@ -161,7 +161,7 @@ def linear_step_cases(seed: int) -> list[Case]:
     for name, (H, G, D) in _sizes(rng):
         decays = [("", _decays(rng, G))]
         if name in ("one number", "one head of three numbers", "two heads"):
-            decays.insert(0, (", and no decay", np.ones(G)))
+            decays.append((", and no decay", np.ones(G)))
         for words, decay in decays:
             inputs = _token(rng, name, H, G, D)
             inputs["decay"] = decay.astype(inputs["q"].dtype)
@@ -176,6 +176,7 @@ ALL_OF_IT = "decay[g] is for all numbers of state[g]: decay[:, None, None]"
 ADDS = "The token is added to the old state, it does not take its place"
 WRITES = "The new state takes the token in too: add v_t k_tᵀ"
 AS_IT_IS = "What is new is added as it is, not times 1 - γ"
+IS_LEFT = "γ of the old state is left, not 1 - γ of it"
 KEY_WRITES = "What is written is v_t at k_t: q_t only asks"
 PRODUCTS = "v_t k_tᵀ has a product of each number of v with each of k: D times D of them"
 
@@ -197,6 +198,7 @@ def _linear_slips(state, q, k, v, decay) -> tuple[list, list]:
         (ADDS, new),
         (WRITES, fade * state),
         (WRITES, state),
+        (IS_LEFT, (1 - fade) * state + new),
         (AS_IT_IS, fade * state + (1 - fade) * new),
         (PRODUCTS, fade * state + (v * k)[:, :, None]),
         (PRODUCTS, fade * state + (v * k)[:, None, :]),
@@ -439,6 +441,9 @@ def linear_parallel_cases(seed: int) -> list[Case]:
         ("256 tokens", (256,), (1, 1, 4)),
     ):
         inputs = _in_precision(name, _text(rng, name, shape, (H, G, D)))
+        if D == 1:  # who makes 0 of a score below 0 sees the first token
+            for key in "qk":
+                inputs[key][0] = abs(inputs[key][0])
         grad_out = rng.normal(size=(*shape, H, D)) if "trained" in name else None
         most = {"state_sized_tensors": 20 if name == "256 tokens" else math.inf}
         cases.append(Case(name, {**inputs, "grad_out": grad_out}, most))
@@ -461,10 +466,15 @@ def _text(rng, name: str, shape: tuple[int, ...], sizes: tuple[int, int, int]) -
 
 SEE_LATER = "A token must not see later ones: its answer is of tokens s <= t alone"
 NO_SOFTMAX = "Scores are weights as they are: no softmax, and not divided by their sum"
+BELOW_0 = "Scores are weights as they are: those below 0 count too"
 NO_ROOT = "Scores are q · k as they are: no root of D"
 FADED = "What token s wrote has faded t - s times when token t asks: γ^(t - s)"
 SEES_ITSELF = "A token sees itself too, and what it wrote has not faded yet: γ^0"
 OTHER_DECAYS = "Each query head takes the mask of its KV head: decay[h // (H / G)]"
+RESHAPED = (
+    "Tokens and heads change places by transpose: reshape leaves numbers in the order in "
+    "which they lie in memory, and mixes them up"
+)
 MIXED = "Put tokens before heads again: out has the shape of q"
 TURNED = "Scores are of q with k, and weigh v"
 ONCE = "The mask is for scores, once: it is not for values too"
@@ -536,6 +546,7 @@ def _parallel_slips(inputs: dict) -> list:
         (NO_SOFTMAX, {"mask": right, "weigh": "shares"}),
         (NO_SOFTMAX, {"mask": right / np.maximum(right.sum(-1, keepdims=True), 1e-9)}),
         (NO_SOFTMAX, {"mask": right / (t[:, None] + 1)}),
+        (BELOW_0, {"mask": right, "weigh": "relu"}),
         (NO_ROOT, {"mask": right, "scale": D**-0.5}),
         (NO_ROOT, {"mask": right, "scale": 1 / D}),
         (PAIRING, {"mask": right, "keys": turns, "values": turns, "decays": turns}),
@@ -557,7 +568,24 @@ def _parallel_slips(inputs: dict) -> list:
     for words, changes, size in ((HEAD_ORDER, {}, H // G), (PAIRING, in_turns, G)):
         out = _parallel(**{**inputs, "mask": right, **changes})
         outs.append((words, out[..., _by_turns(H, size), :]))
+    outs += [(RESHAPED, out) for out in _reshaped({**inputs, "mask": right})]
     return [(words, out.astype(decay.dtype)) for words, out in outs]
+
+
+@reference
+def _reshaped(inputs: dict) -> list[np.ndarray]:
+    """Where heads are brought before tokens by reshape: at the end, at the beginning, and
+    at both."""
+    (*lead, T, H, D), G = inputs["q"].shape, inputs["k"].shape[-2]
+    own = _neighbours(H, G)
+    of_heads = {"q": inputs["q"], **{key: inputs[key][..., own, :] for key in "kv"}}
+    mixed = {
+        key: x.reshape(*lead, H, T, D).swapaxes(-3, -2) for key, x in of_heads.items()
+    }
+    out = _parallel(**inputs)
+    out_of_mixed = _parallel(**{**inputs, **mixed, "decays": own})
+    at_end = [x.swapaxes(-3, -2).reshape(*lead, T, H, D) for x in (out, out_of_mixed)]
+    return [*at_end, out_of_mixed]
 
 
 @reference
@@ -575,7 +603,9 @@ def _parallel(
         weights = np.exp(weights)
     elif weigh == "softmax of what is seen":
         weights = np.exp(scores) * (mask > 0)
-    if weigh is not None:
+    elif weigh == "relu":
+        weights = np.maximum(weights, 0)
+    if weigh not in (None, "relu"):
         sums = weights.sum(axis=-1, keepdims=True)
         weights = weights / np.where(sums == 0, 1, sums)
     if weigh == "softmax of what is seen":
