@@ -1124,15 +1124,12 @@ for task, T in (("pairs", 64), ("book", 256)):
 # of such texts, the numbers to beat:
 
 # %%
-for name in ("pairs_sum", "pairs_delta", "pairs_window"):
-    recipe = recall.RECIPES[name]
-    memory = recipe.memories[1]
+for name in ("sum", "delta rule", "newest 16"):
+    memory = recall.RECIPES[names[name]].memories[1]
     print(f"{memory}: {capstone.try_memory(memory, num_steps=0)}")
-    shares = ", ".join(
-        f"{capstone.recalled(recall.load(name), recipe, P).accuracy:.0%} of {P}"
-        for P in capstone.NUM_PAIRS
-    )
-    print(f"  recalls {shares} pairs")
+    shares = zip(recalled[name][2:], nums_pairs[2:])
+    found = ", ".join(f"{q.accuracy:.0%} of {P}" for q, P in shares)
+    print(f"  its model recalls {found} pairs")
 
 # %%
 try:
