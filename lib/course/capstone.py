@@ -53,17 +53,16 @@ def try_memory(memory: Memory, num_steps: int | None = None, seed: int = 0) -> s
     words = f"{num_bytes:,} bytes per layer; step by step as at once"
     if num_steps == 0:
         return words
-    memories = recall.NEAR, memory
-    recipe = replace(recall.PAIRS, memories=memories, num_steps=num_steps)
+    recipe = replace(recall.PAIRS, memories=(recall.NEAR, memory), num_steps=num_steps)
     model, _ = recall.train_recipe(recipe, seed)
-    shares = [recalled(model, memories, num_pairs).accuracy for num_pairs in NUM_PAIRS]
+    shares = [recalled(model, recipe, num_pairs).accuracy for num_pairs in NUM_PAIRS]
     found = ", ".join(f"{share:.0%} of {P}" for P, share in zip(NUM_PAIRS, shares))
     return f"{words}; recalls {found} pairs"
 
 
-def recalled(model: Transformer, memories: tuple[Memory, ...], num_pairs: int) -> Quality:
-    """Of three draws of 32 texts that no training has seen, asked token by token through
-    a cache: only what is kept can be recalled."""
+def recalled(model: Transformer, recipe: recall.Recipe, num_pairs: int) -> Quality:
+    """Of three draws of 32 texts that no training has seen. A cache of the recipe's
+    memories is told in one step and asked in the next: what is recalled was kept."""
     draws = [
         recall.draw_pairs(32, num_pairs, torch.Generator().manual_seed(2**31 + draw))
         for draw in range(3)
@@ -71,8 +70,8 @@ def recalled(model: Transformer, memories: tuple[Memory, ...], num_pairs: int) -
     return measure_quality(
         model,
         draws,
-        make_cache=lambda config, B, T: StateCache(config, B, memories),
-        step_lens=[2 * num_pairs] + [1] * (2 * num_pairs),
+        make_cache=lambda config, B, T: StateCache(config, B, recipe.memories),
+        step_lens=[2 * num_pairs] * 2,
     )
 
 
