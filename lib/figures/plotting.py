@@ -335,7 +335,7 @@ def plot_quality(
                 linewidth=1.2,
                 **look_of[name],
             )
-        ax.set_xscale("log", base=2)
+        ax.set_xscale("log", base=2 if T is None else 4)  # of whole texts: wider labels
         ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
         if yscale == "symlog":
             ax.set_yscale("symlog", linthresh=0.01)
@@ -404,7 +404,7 @@ def _looks(panels: Iterable[Iterable[str]]) -> dict[str, dict[str, str]]:
     """A marker and a colour for each name, the same in all panels."""
     names = dict.fromkeys(name for lines in panels for name in lines)
     cycle = plt.rcParams["axes.prop_cycle"].by_key()["color"]
-    colors = itertools.cycle(["black", *cycle, "#8C8C8C"])
+    colors = itertools.cycle(["black", *cycle])
     looks = zip(itertools.cycle("osD^v<>PX*"), colors)
     return {name: {"marker": m, "color": c} for name, (m, c) in zip(names, looks)}
 
