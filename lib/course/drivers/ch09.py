@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib.config import ModelConfig
 from lib.course.drivers.ch01 import as_array, as_number, refusal
-from lib.course.drivers.ch07 import _storages
+from lib.course.drivers.ch07 import _Made
 
 # One token
 
@@ -67,7 +66,7 @@ def linear_parallel(
     """grad_out: where it is not None, gradients are asked for, of the sum of its products
     with out."""
     text = _Text({"q": q, "k": k, "v": v}, is_trained=grad_out is not None)
-    with _Made(q.shape[-1]) as made:
+    with _MadeSquares(q.shape[-1]) as made:
         out = answer(*text.given, torch.from_numpy(decay))
     text.give_back()
     found = {"out": as_array(out), "state_sized_tensors": made.num_squares}
@@ -94,7 +93,7 @@ def linear_chunked(
     text = _Text(arrays, is_trained=grad_out is not None)
     options = {} if chunk_size is None else {"chunk_size": chunk_size}
     try:
-        with _Made(state.shape[-1]) as made:
+        with _MadeSquares(state.shape[-1]) as made:
             value = answer(*text.given, torch.from_numpy(decay), **options)
     except ValueError as error:
         return refusal(error, "linear_chunked", answer)
@@ -150,22 +149,15 @@ class _Text:
         }
 
 
-class _Made(TorchDispatchMode):
-    """Counts the bytes that operations make, and those that make a matrix of D times D
-    numbers, and finds the largest tensor."""
+class _MadeSquares(_Made):
+    """Counts the matrices of D times D numbers too that operations make."""
 
     def __init__(self, D: int):
         super().__init__()
-        self.D = D
-        self.num_bytes = self.num_squares = self.largest = 0
+        self.D, self.num_squares = D, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        known = {id_ for id_, _ in _storages((args, kwargs))}
-        sizes = [n for id_, n in {*_storages(out)} if id_ not in known]
-        self.num_bytes += sum(sizes)
-        self.largest = max([self.largest, *sizes])
+        out = super().__torch_dispatch__(func, types, args, kwargs)
         shape = tuple(getattr(out, "shape", ()))
         is_square = shape[-2:] == (self.D, self.D)
         self.num_squares += is_square and math.prod(shape) == self.D**2
