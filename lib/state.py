@@ -124,7 +124,7 @@ def linear_parallel(
     """
     group_size = q.shape[-2] // k.shape[-2]
     mask = decay_mask(decay, q.shape[-3]).repeat_interleave(group_size, dim=0)
-    q, k, v = (x.transpose(-3, -2) for x in (q, k, v))  # (..., heads, T, D)
+    q, k, v = (x.transpose(-3, -2) for x in (q, k, v))
     k, v = (x.repeat_interleave(group_size, dim=-3) for x in (k, v))  # (..., H, T, D)
     scores = q @ k.transpose(-1, -2) * mask  # (..., H, T, T)
     return (scores @ v).transpose(-3, -2)

@@ -771,8 +771,8 @@ for name in ("pairs_delta", "pairs_delta_twice"):
 # %% [markdown]
 # Without the window the model has not learned to recall. Is that only so with
 # texts that we made up? Here are models of the same size that have read the
-# book. Two have one kind of memory in both layers. The others are **hybrids**:
-# the newest 16 tokens in the first layer, a state in the second.
+# book. Five have one kind of memory in both layers. The other three are
+# **hybrids**: the newest 16 tokens in the first layer, a state in the second.
 
 # %%
 def second_half(examples):
