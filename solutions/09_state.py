@@ -626,11 +626,11 @@ print(f"equal at D / 2 = {tiny.head_dim // 2}")
 
 # %%
 sizes = table.SMALL_SIZES
-cells = {
+by_column = {
     name: table.fit(table.sweep(name, sizes=sizes))
     for name in ("chunked", "state")
 }
-Markdown(table.render([*cells["chunked"], *cells["state"]], sizes))
+Markdown(table.render(sum(by_column.values(), []), sizes))
 
 # %% [markdown]
 # In chapter 2 the attention of training was N² L, and in chapter 3 that of
@@ -932,12 +932,12 @@ check.collect(kernels=False)
 
 # %%
 for name in table.COLUMNS:
-    if name not in cells:  # two columns are measured already
-        cells[name] = table.fit(table.sweep(name, sizes=sizes))
+    if name not in by_column:  # two are measured already
+        by_column[name] = table.fit(table.sweep(name, sizes=sizes))
 trained = ["training", "checkpointed", "chunked"]
 written = [name for name in table.COLUMNS if name not in trained]
 Markdown("\n\n".join(
-    table.render([cell for name in names for cell in cells[name]], sizes)
+    table.render(sum((by_column[name] for name in names), []), sizes)
     for names in (trained, written)
 ))
 
