@@ -867,7 +867,8 @@ print(f"{cache.used_bytes:,} bytes; a cache would have {whole:,}\n")
 print(text.decode(written)[-240:])
 
 # %% [markdown]
-# It was trained on passages of 256 bytes, and after 500 its text still looks like the book.
+# It was trained on passages of 256 bytes, and after 500 its text still looks
+# like the book.
 #
 # ## Where the known models stand
 #
