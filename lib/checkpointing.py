@@ -24,7 +24,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from lib.model import Attend, Block, rotate
+from lib.model import Attend, Block
 
 
 class Checkpoint(torch.autograd.Function):
@@ -314,15 +314,20 @@ def run_blocks_selective(
     positions: torch.Tensor,
     attend: Attend,
 ) -> torch.Tensor:
-    """`run_blocks`, keeping no norm's output, no silu(gate) and no silu(gate) · up."""
+    """`run_blocks`, keeping no norm's output, no silu(gate) and no silu(gate) · up.
+
+    Raises ValueError for projections with biases.
+    """
     for block in blocks:
         attention, mlp = block.attention, block.mlp
+        if attention.q_proj.bias is not None:
+            raise ValueError("blocks: expected projections without biases, got some")
         projections = attention.q_proj, attention.k_proj, attention.v_proj
         heads = checkpoint_selective(
             block.attention_norm, [x], [projection.weight for projection in projections]
         )
         q, k, v = (y.unflatten(-1, (-1, attention.head_dim)) for y in heads)
-        q, k = (rotate(y, positions, attention.rope_theta) for y in (q, k))
+        q, k = attention.place(q, k, positions)
         out = attend(attention.layer, q, k, v)  # (..., T, H, D)
         x = x + block.dropout(attention.o_proj(out.flatten(-2)))
 

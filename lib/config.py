@@ -22,8 +22,33 @@ def check_count(name: str, value: int, at_least: int = 1) -> int:
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """How Llama 3.1 reads texts longer than those it was trained on: see
+    `lib.model.rotate`. Raises ValueError unless all are numbers that make sense."""
+
+    factor: float  # slow pairs turn so many times slower
+    low_freq_factor: float  # turns in a text of the training, up to which a pair is slow
+    high_freq_factor: float  # and from which it is fast, and stays as it is
+    original_max_seq_len: int  # tokens of a text of the training
+
+    def __post_init__(self):
+        check_count("original_max_seq_len", self.original_max_seq_len)
+        numbers = self.factor, self.low_freq_factor, self.high_freq_factor
+        if not all(type(x) in (int, float) and 0 < x < math.inf for x in numbers):
+            raise ValueError(f"rope_scaling: expected numbers above 0, got {self}")
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"rope_scaling: expected low_freq_factor below high_freq_factor, "
+                f"got {self}"
+            )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of a Llama-style decoder. Raises ValueError where they do not fit."""
+    """Sizes of a Llama-style decoder. Raises ValueError where they do not fit.
+
+    The fields behind `dropout` are for models that others trained: lib/weights.py.
+    """
 
     vocab_size: int  # V
     num_layers: int  # L
@@ -35,6 +60,11 @@ class ModelConfig:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     dropout: float = 0.0  # probability; acts in training only
+    d_head: int | None = None  # D, where it is not C / H
+    qkv_bias: bool = False  # queries, keys and values have biases (Qwen2)
+    qk_norm: bool = False  # queries and keys are normed, head by head (Qwen3)
+    tied_embeddings: bool = False  # `embed` and `unembed` share one matrix
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self):
         for name in (
@@ -45,13 +75,14 @@ class ModelConfig:
             "d_model",
             "d_ff",
             "max_seq_len",
+            *([] if self.d_head is None else ["d_head"]),
         ):
             value = getattr(self, name)
             if type(value) is not int or value < 1:  # True is an int too
                 raise ValueError(
                     f"{name}: expected an integer of at least 1, got {value!r}"
                 )
-        if self.d_model % self.num_heads:
+        if self.d_head is None and self.d_model % self.num_heads:
             raise ValueError(
                 f"d_model: expected a multiple of num_heads = {self.num_heads}, "
                 f"got {self.d_model}"
@@ -74,10 +105,20 @@ class ModelConfig:
             value = getattr(self, name)
             if type(value) not in (int, float) or not is_fine(value):
                 raise ValueError(f"{name}: expected {expected}, got {value!r}")
+        for name in ("qkv_bias", "qk_norm", "tied_embeddings"):
+            value = getattr(self, name)
+            if type(value) is not bool:
+                raise ValueError(f"{name}: expected True or False, got {value!r}")
+        if isinstance(self.rope_scaling, dict):  # from a file, by dataclasses.asdict
+            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+        if not isinstance(self.rope_scaling, RopeScaling | None):
+            raise ValueError(
+                f"rope_scaling: expected RopeScaling or None, got {self.rope_scaling!r}"
+            )
 
     @property
     def head_dim(self) -> int:  # D
-        return self.d_model // self.num_heads
+        return self.d_head or self.d_model // self.num_heads
 
 
 # Small enough to work by hand and to test in milliseconds.

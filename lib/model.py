@@ -14,6 +14,7 @@ SwiGLU: https://arxiv.org/abs/2002.05202. Grouped-query attention:
 https://arxiv.org/abs/2305.13245. Together, as in Llama 3: https://arxiv.org/abs/2407.21783.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lib.config import ModelConfig
+from lib.config import ModelConfig, RopeScaling
 from lib.text import DATA
 
 WEIGHTS = DATA / "moby_dick.pt"
@@ -47,6 +48,8 @@ class Transformer(nn.Module):
             nn.RMSNorm(config.d_model, eps=config.norm_eps),
             nn.Linear(config.d_model, config.vocab_size, bias=False),
         )
+        if config.tied_embeddings:
+            self.unembed[1].weight = self.embed.weight
         self._init_weights()
 
     def forward(
@@ -100,22 +103,17 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.layer, self.head_dim, self.rope_theta = (
-            layer,
-            config.head_dim,
-            config.rope_theta,
-        )
-        self.q_proj = nn.Linear(
-            config.d_model, config.num_heads * config.head_dim, bias=False
-        )
-        self.k_proj = nn.Linear(
-            config.d_model, config.num_kv_heads * config.head_dim, bias=False
-        )
-        self.v_proj = nn.Linear(
-            config.d_model, config.num_kv_heads * config.head_dim, bias=False
-        )
-        self.o_proj = nn.Linear(
-            config.num_heads * config.head_dim, config.d_model, bias=False
+        self.layer, self.head_dim = layer, config.head_dim
+        self.rope_theta, self.rope_scaling = config.rope_theta, config.rope_scaling
+        q_size = config.num_heads * config.head_dim
+        kv_size = config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.d_model, q_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.d_model, kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.d_model, kv_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_size, config.d_model, bias=False)
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
+            for _ in "qk"
         )
 
     def forward(
@@ -124,15 +122,21 @@ class Attention(nn.Module):
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (..., T, H, D)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (..., T, G, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (..., T, G, D)
-        q, k = (
-            rotate(q, positions, self.rope_theta),
-            rotate(k, positions, self.rope_theta),
-        )
+        q, k = self.place(q, k, positions)
         out = attend(self.layer, q, k, v)  # (..., T, H, D)
         assert out.shape == q.shape, (
             f"attend: expected out {tuple(q.shape)}, got {tuple(out.shape)}"
         )
         return self.o_proj(out.flatten(-2))  # (..., T, C)
+
+    def place(
+        self, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys, rotated to their positions; first normed, in such a model."""
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        rope = positions, self.rope_theta, self.rope_scaling
+        return rotate(q, *rope), rotate(k, *rope)
 
 
 class SwiGLU(nn.Module):
@@ -148,7 +152,12 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def rotate(x: torch.Tensor, positions: torch.Tensor, theta: float) -> torch.Tensor:
+def rotate(
+    x: torch.Tensor,
+    positions: torch.Tensor,
+    theta: float,
+    scaling: RopeScaling | None = None,
+) -> torch.Tensor:
     """RoPE: turn each pair (i, i + D/2) of x by an angle that grows with the position.
 
     x (..., T, heads, D), positions (..., T). Pair i turns by position * theta^(-2i/D)
@@ -156,17 +165,34 @@ def rotate(x: torch.Tensor, positions: torch.Tensor, theta: float) -> torch.Tens
     layout of Llama's weights; Meta's own code pairs neighbours. A key's rotation depends
     on its own position alone, so it can be cached as it is. How far a query and a key are
     turned against each other depends on their distance alone.
+
+    scaling: makes slow pairs slower (`scale_frequencies`).
     """
     D = x.shape[-1]
     # Angles want more digits than half precision has.
     dtype = torch.promote_types(x.dtype, torch.float32)
     exponents = torch.arange(0, D, 2, dtype=dtype, device=x.device) / D  # (D/2,)
     frequencies = 1.0 / theta**exponents  # (D/2,)
+    if scaling is not None:
+        frequencies = scale_frequencies(frequencies, scaling)
     angles = positions[..., None, None] * frequencies  # (..., T, 1, D/2)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     first, second = x.chunk(2, dim=-1)  # (..., T, heads, D/2)
     turned = first * cos - second * sin, second * cos + first * sin
     return torch.cat(turned, dim=-1)  # (..., T, heads, D)
+
+
+def scale_frequencies(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
+    """RoPE for texts longer than those of the training, as Llama 3.1 does it.
+
+    frequencies: radians per position, (D/2,). A pair that turns less than low_freq_factor
+    times in a text of the training turns `factor` times slower, one that turns more than
+    high_freq_factor times as before, one between in between.
+    """
+    turns = frequencies * scaling.original_max_seq_len / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
 def attend_causal(

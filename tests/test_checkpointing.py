@@ -317,9 +317,9 @@ def test_a_result_wants_a_gradient_only_where_something_does():
     assert checkpoint(linear, x.requires_grad_()).requires_grad
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_selective_recomputation_gives_the_gradients_for_no_product_more(dropout):
-    model = random_model(num_layers=3, dropout=dropout, dtype=torch.float64).train()
+@pytest.mark.parametrize("settings", [{}, {"dropout": 0.3}, {"qk_norm": True}])
+def test_selective_recomputation_gives_the_gradients_for_no_product_more(settings):
+    model = random_model(num_layers=3, dtype=torch.float64, **settings).train()
     x = torch.randn(2, 16, 32, dtype=torch.float64, requires_grad=True)
     expected = gradients(model, run_blocks, x=x)
     expected = [value.clone() for value in expected]
@@ -328,6 +328,12 @@ def test_selective_recomputation_gives_the_gradients_for_no_product_more(dropout
         # sums of squares are large: rounding is held against the size of a tensor
         assert (a - b).abs().max() <= 1e-13 * max(1, b.abs().max())
     assert torch.equal(got[-1], expected[-1])
+
+
+def test_selective_recomputation_refuses_biases():
+    model, x = random_model(qkv_bias=True), torch.randn(1, 16, 32)
+    with pytest.raises(ValueError, match="expected projections without biases"):
+        run_blocks_selective(model.blocks, x, POSITIONS, attend_fused)
 
 
 def test_selective_recomputation_saves_what_it_says_and_costs_no_flops():

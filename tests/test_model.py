@@ -20,6 +20,21 @@ from lib.model import (
 
 BOTH = pytest.mark.parametrize("attend", [attend_causal, attend_fused])
 
+SLOWER = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_seq_len": 64,
+}
+# All that models of others have and ours does not.
+OF_OTHERS = {
+    "d_head": 12,
+    "qkv_bias": True,
+    "qk_norm": True,
+    "tied_embeddings": True,
+    "rope_scaling": SLOWER,
+}
+
 
 def naive_attention(q, k, v):
     """One query at a time, one head at a time: q (T, H, D), k and v (T, G, D)."""
@@ -220,6 +235,12 @@ def test_an_attend_that_returns_another_shape_is_named():
         ({"norm_eps": float("nan")}, "norm_eps: .*, got nan"),
         ({"rope_theta": 0}, "rope_theta: expected a number above 0, got 0"),
         ({"rope_theta": "big"}, "rope_theta: .*, got 'big'"),
+        ({"d_head": 0}, "d_head: expected an integer of at least 1, got 0"),
+        ({"d_head": 7}, "head_dim: expected an even number .*, got 7"),
+        ({"qk_norm": 1}, "qk_norm: expected True or False, got 1"),
+        ({"rope_scaling": 8.0}, "rope_scaling: expected RopeScaling or None, got 8.0"),
+        ({"rope_scaling": {**SLOWER, "factor": 0}}, "expected numbers above 0"),
+        ({"rope_scaling": {**SLOWER, "low_freq_factor": 4}}, "expected low_.* below"),
     ],
 )
 def test_sizes_that_do_not_fit_together_are_refused(change, message):
@@ -227,14 +248,24 @@ def test_sizes_that_do_not_fit_together_are_refused(change, message):
         dataclasses.replace(TINY, **change)
 
 
-def test_a_saved_model_comes_back_whole(tmp_path):
-    model = random_model(dropout=0.25)
+@pytest.mark.parametrize("settings", [{"dropout": 0.25}, OF_OTHERS])
+def test_a_saved_model_comes_back_whole(settings, tmp_path):
+    model = random_model(**settings)
     save_model(model, tmp_path / "weights.pt")
     loaded = load_model(tmp_path / "weights.pt")
     assert loaded.config == model.config and not loaded.training
     for got, expected in zip(loaded.parameters(), model.parameters()):
         assert torch.equal(got, expected)
     assert [path.name for path in tmp_path.iterdir()] == ["weights.pt"]
+
+
+def test_a_width_of_heads_may_be_any_and_tied_embeddings_are_stored_once():
+    config = random_model(**OF_OTHERS).config
+    assert config.head_dim == 12 and config.num_heads * 12 != config.d_model
+    tied, untied = (random_model(tied_embeddings=tied) for tied in (True, False))
+    counts = [sum(p.numel() for p in model.parameters()) for model in (tied, untied)]
+    assert counts[1] - counts[0] == untied.embed.weight.numel()
+    assert tied.embed.weight is tied.unembed[1].weight
 
 
 def test_missing_weights_say_where_they_were_looked_for(tmp_path):
