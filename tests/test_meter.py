@@ -335,3 +335,7 @@ def test_what_autograd_held_is_freed_with_the_graph():
     x = torch.zeros(1000, requires_grad=True)
     cost = measure(lambda: (x.exp().exp(), None)[1])
     assert cost.timeline[-1] == 0 and cost.saved_bytes == 8000
+
+
+def test_shapes_without_memory_cost_none():
+    assert measure(lambda: torch.ones(5, device="meta") + 1).peak_bytes == 0

@@ -273,7 +273,7 @@ class _Meter(TorchDispatchMode):
 
     def _meet(self, storage: torch.UntypedStorage, made_by: str | None = None):
         address = storage._cdata  # of the storage object: stays when the data moves
-        num_bytes = storage.nbytes()
+        num_bytes = 0 if storage.device.type == "meta" else storage.nbytes()
         if address not in self.storages:
             self.storages[address] = weakref.ref(storage, lambda _: self._forget(address))
             self.sizes[address] = (0 if made_by else num_bytes), 0
