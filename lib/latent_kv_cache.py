@@ -183,7 +183,7 @@ def record_kv(
         seen[layer] = k.flatten(0, 1), v.flatten(0, 1)
         return attend_fused(layer, q, k, v)
 
-    model(token_ids, torch.arange(token_ids.shape[1]), attend)
+    model(token_ids, torch.arange(token_ids.shape[1], device=token_ids.device), attend)
     keys, values = zip(*(seen[layer] for layer in range(model.config.num_layers)))
     return torch.stack(keys), torch.stack(values)
 

@@ -18,6 +18,7 @@ Read lib/interpreter.py and lib/paged_attention.py before.
 
 import functools
 import math
+from typing import Any
 
 import torch
 
@@ -455,6 +456,15 @@ def paged_prefill(
             **launch_options(constants["ROWS"]),
         )
     return out, logsumexp
+
+
+def fastest_settings(device: torch.device | str) -> dict[str, Any]:
+    """Settings of a `PagedKVCache` with keys and values as they are: the kernels, where
+    they are compiled for this device, or else one call of torch's attention for all that
+    decode."""
+    if torch.device(device).type == "cuda" and HAS_TRITON and not IS_INTERPRETED:
+        return {"decode": paged_decode, "prefill": paged_prefill}
+    return {"fused_decode": True}
 
 
 @functools.cache

@@ -400,6 +400,28 @@ def plot_bands(
     return figure
 
 
+def plot_layers(
+    rows: Mapping[str, Sequence[float]], *, xlabel: str, ylabel: str, title: str
+) -> Figure:
+    """Bars, one for each layer from 0 on, in rows with the same axes: name -> a number
+    for each layer. Raises ValueError unless all rows have as many."""
+    nums = [len(values) for values in rows.values()]
+    if len(set(nums)) != 1 or 0 in nums:
+        raise ValueError(f"rows: expected as many layers in each, got {nums}")
+    figure, axes = plt.subplots(
+        len(rows), 1, figsize=(8.6, 1.2 + 1.7 * len(rows)), sharex=True, sharey=True
+    )
+    axes = [axes] if len(rows) == 1 else axes
+    for ax, (name, values) in zip(axes, rows.items()):
+        ax.bar(range(len(values)), values, color=NEW)
+        ax.set_title(name, fontsize=10.5, fontweight="normal")
+    axes[-1].set(xlabel=xlabel)
+    axes[-1].xaxis.get_major_locator().set_params(integer=True)
+    figure.supylabel(ylabel, fontsize=10)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11.5, fontweight="bold")
+    return figure
+
+
 def _looks(panels: Iterable[Iterable[str]]) -> dict[str, dict[str, str]]:
     """A marker and a colour for each name, the same in all panels."""
     names = dict.fromkeys(name for lines in panels for name in lines)

@@ -3,10 +3,13 @@
     python -m lib.measure.bench                  # prints tokens per second
     python -m lib.measure.bench --json data/results/bench.json
     python -m lib.measure.bench --short          # on a machine that is paid by the minute
+    python -m lib.measure.bench --model FOLDER   # how fast a real model writes
 
 All caches hold the same passages of the book; a state has taken them in. Their decode
 steps take turns, so that whatever else the machine does meets all of them alike; figures
-are medians. The model runs on the processor. A second table is of attention alone, on a
+are medians. The model runs on the processor. With --model it is one that others trained
+(lib/weights.py), on --device, and that table is all, since the others are about shapes
+and not about weights. A second table is of attention alone, on a
 GPU where there is one, with what a GPU should reach and what the host takes per call:
 bench_attention.py. A third is of requests that are served together, beside transformers:
 bench_serving.py.
@@ -27,14 +30,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lib import generate, interpreter, text
+from lib import generate, interpreter, kv_heads, text, weights
 from lib.kv_cache import ContiguousKVCache
 from lib.measure import bench_attention, bench_serving
 from lib.measure.meter import machine_facts
 from lib.model import Transformer, attend_fused, load_model
+from lib.paged_attention_triton import fastest_settings
 from lib.paged_kv_cache import PagedKVCache
 from lib.state import Delta, StateCache
+from lib.tokenizer import load_tokenizer
 
+CHUNK = 256  # tokens of each prompt that are read at a time
 BATCHES = [1, 8, 64]  # requests of attention alone
 SERVING_VOCAB = [1024]
 # What --short makes shorter: of decoding, tokens of a request and steps; of attention
@@ -57,39 +63,71 @@ SHORT = {
 GPU_SECONDS_PER_CASE, GPU_SECONDS_TO_START = 2, 20
 
 
+def book_model(room: int) -> tuple[Transformer, torch.Tensor]:
+    """The course's own model, for texts of `room` tokens, and the book in its tokens."""
+    model = load_model()
+    if room > model.config.max_seq_len:  # RoPE goes on; what it says then is not asked
+        longer = Transformer(replace(model.config, max_seq_len=room))
+        longer.load_state_dict(model.state_dict())
+        model = longer.eval()
+    return model, text.encode(text.load_book())
+
+
+def real_model(args: argparse.Namespace) -> tuple[Transformer, torch.Tensor]:
+    """The model that --model names, and the book in its tokens. Raises as lib/weights.py
+    and lib/tokenizer.py do, and ValueError for a text longer than the model takes."""
+    found = weights.open_checkpoint(args.model)
+    tokenizer = load_tokenizer(found.path, found.config)
+    dtype = getattr(torch, args.dtype)
+    model, room = found.load(dtype=dtype, device=args.device), args.context + args.steps
+    if room >= model.config.max_seq_len:
+        raise ValueError(
+            f"context: expected at most {model.config.max_seq_len} tokens, context and "
+            f"steps together, got {args.context} + {args.steps}"
+        )
+    return model, tokenizer.encode(text.load_book()).to(args.device)
+
+
 def decode_steps(
-    batch_size: int, context: int, num_steps: int, block_size: int
+    batch_size: int,
+    context: int,
+    num_steps: int,
+    block_size: int,
+    real: tuple[Transformer, torch.Tensor] | None = None,
 ) -> dict[str, Callable[[], torch.Tensor]]:
     """By name, a function that runs one more step, at most num_steps, for its logits.
 
     Each step is over one new token of each of `batch_size` requests that had `context`
     tokens before the first. Recompute always runs over `context` tokens. The model was
-    not trained with a state: its text would be nonsense, its time is not.
+    not trained with a state: its text would be nonsense, its time is not. real: another
+    model, and the book in its tokens; then without a state.
     """
-    model, room = load_model(), context + num_steps
-    if room > model.config.max_seq_len:  # RoPE goes on; what it says then is not asked
-        longer = Transformer(replace(model.config, max_seq_len=room))
-        longer.load_state_dict(model.state_dict())
-        model = longer.eval()
-    book_ids = text.encode(text.load_book())
+    room = context + num_steps
+    model, book_ids = real or book_model(room)
+    dtype, device = model.embed.weight.dtype, model.embed.weight.device
+    there = {"dtype": dtype, "device": device}
     prompts = book_ids[: batch_size * context].view(batch_size, context)
     num_blocks = batch_size * -(-room // block_size)
     caches = {
         "contiguous": ContiguousKVCache(
-            model.config, batch_size, room, fused_decode=True
+            model.config, batch_size, room, fused_decode=True, **there
         ),
-        "paged": PagedKVCache(model.config, num_blocks, block_size, fused_decode=True),
-        "state": StateCache(model.config, batch_size, Delta()),
+        "paged": PagedKVCache(
+            model.config, num_blocks, block_size, **there, **fastest_settings(device)
+        ),
     }
-    prompt_lens, ones = (torch.full((batch_size,), n) for n in (context, 1))
+    if real is None:
+        caches["state"] = StateCache(model.config, batch_size, Delta())
+    ones = torch.ones(batch_size, dtype=torch.int64, device=device)
     for cache in caches.values():
         for request_id in range(batch_size):
             cache.begin(request_id)
-        generate.forward_cached(model, cache, prompts.flatten(), prompt_lens)
+        generate.prefill_in_chunks(model, list(prompts), cache, CHUNK)
+    positions = torch.arange(context, device=device)
 
+    @torch.no_grad()
     def recompute():
-        with torch.no_grad():
-            return model(prompts, torch.arange(context), attend_fused)
+        return model(prompts, positions, attend_fused)[:, -1]
 
     steps = {"recompute": recompute}
     for name, cache in caches.items():
@@ -105,9 +143,10 @@ def bench(
     num_steps: int,
     block_size: int = 16,
     progress: tqdm | None = None,
+    real: tuple[Transformer, torch.Tensor] | None = None,
 ) -> list[dict]:
     """Seconds of each step by name, medians, and the tokens per second they make."""
-    steps = decode_steps(batch_size, context, num_steps + 1, block_size)
+    steps = decode_steps(batch_size, context, num_steps + 1, block_size, real)
     seconds = {name: [] for name in steps}
     for i in range(num_steps + 1):
         for name, step in steps.items():
@@ -115,6 +154,8 @@ def bench(
                 continue
             start = time.perf_counter()
             step()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             if i > 0:  # the first warms up
                 seconds[name].append(time.perf_counter() - start)
         if progress is not None:
@@ -134,16 +175,27 @@ def bench(
 
 def bench_decoding(args: argparse.Namespace, facts: dict) -> list[dict]:
     """Run `bench` and print what it says."""
+    real = real_model(args) if args.model else None
     with tqdm(
         total=args.steps + 1, file=sys.stdout, leave=False, disable=None
     ) as progress:
         results = bench(
-            args.batch_size, args.context, args.steps, args.block_size, progress
+            args.batch_size, args.context, args.steps, args.block_size, progress, real
+        )
+    where = f"{facts['processor']}, {facts['torch_threads']} thread(s)"
+    if real is not None:
+        config, itemsize = real[0].config, real[0].embed.weight.itemsize
+        num_bytes = sum(p.nbytes for p in real[0].parameters())
+        where = facts["gpu"] if args.device == "cuda" else where
+        per_token = kv_heads.bytes_per_token(config, itemsize)
+        all_bytes = per_token * args.context * args.batch_size
+        print(
+            f"{args.model.name}: weights {num_bytes / 1e6:,.0f} MB in {args.dtype}, keys "
+            f"and values {per_token:,} bytes per token, {all_bytes / 1e6:,.0f} MB here"
         )
     print(
         f"decoding, batch {args.batch_size}, context {args.context}; "
-        f"{facts['processor']}, {facts['torch_threads']} thread(s), "
-        f"torch {facts['torch']}; medians"
+        f"{where}, torch {facts['torch']}; medians"
     )
     for result in results:
         print(
@@ -151,8 +203,10 @@ def bench_decoding(args: argparse.Namespace, facts: dict) -> list[dict]:
             f"{result['tokens_per_s']:9.1f} tokens/s"
         )
     speed = {result["name"]: result["tokens_per_s"] for result in results}
-    paged, state = (speed[name] / speed["contiguous"] for name in ("paged", "state"))
-    print(f"paged writes {paged:.2f} of contiguous, state {state:.2f}")
+    said = f"paged writes {speed['paged'] / speed['contiguous']:.2f} of contiguous"
+    if "state" in speed:
+        said += f", state {speed['state'] / speed['contiguous']:.2f}"
+    print(said)
     return results
 
 
@@ -272,6 +326,17 @@ def parse_args() -> argparse.Namespace:
         f"on a GPU an estimated {gpu_minutes(FULL)} minutes more, with compilation.",
     )
     parser.add_argument(
+        "--model",
+        type=Path,
+        help="a folder or GGUF file: how fast this model writes, and nothing else",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the weights of --model (%(default)s)",
+    )
+    parser.add_argument(
         "--short",
         action="store_true",
         help="fewer contexts and repeats: about 45 seconds on a processor, on a GPU an "
@@ -322,7 +387,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--device",
         default="cuda" if bench_attention.can_compile_kernels() else "cpu",
-        help="that attention alone runs on: cpu or cuda",
+        help="that attention alone, or --model, runs on: cpu or cuda",
     )
     parser.add_argument(
         "--json", type=Path, metavar="PATH", help="write all figures there"
@@ -371,9 +436,16 @@ def main() -> int:
             )
         except bench_attention.WrongResultError as error:
             sys.exit(f"nothing was timed: {error}")
-    results = bench_decoding(args, facts)
-    attention = bench_attention_alone(args, facts)
-    serving = bench_serving_a_trace(args, facts)
+    try:
+        results = bench_decoding(args, facts)
+    except (ValueError, OSError, ModuleNotFoundError, MemoryError) as error:
+        if args.model is None:
+            raise
+        sys.exit(f"nothing was timed: {error}")
+    attention, serving = {"errors": []}, []
+    if args.model is None:
+        attention = bench_attention_alone(args, facts)
+        serving = bench_serving_a_trace(args, facts)
     if args.json:
         command = shlex.join(["python", "-m", "lib.measure.bench", *sys.argv[1:]])
         result = {

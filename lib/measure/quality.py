@@ -118,8 +118,9 @@ def _logits_in_steps(
     lens = [check_count("step_lens", num_tokens) for num_tokens in step_lens]
     if sum(lens) != T:
         raise ValueError(f"step_lens: expected {T} tokens in all, got {sum(lens)}")
+    ones = torch.ones(B, dtype=torch.int64, device=token_ids.device)
     logits = [
-        generate.forward_cached(model, cache, new.flatten(), torch.full((B,), T_new))
+        generate.forward_cached(model, cache, new.flatten(), T_new * ones)
         for T_new, new in zip(lens, token_ids.split(lens, dim=1))
     ]
     return torch.cat([some.unflatten(0, (B, -1)) for some in logits], dim=1)  # (B, T, V)
