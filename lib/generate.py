@@ -320,7 +320,7 @@ def _write(args: argparse.Namespace) -> int:
     prompt_ids = _encode_prompt(args, tokenizer)
     limit, prompt_len = model.config.max_seq_len, len(prompt_ids)
     most = f"a text may have {limit}"
-    if window is not None and limit <= window:
+    if limit == window:
         most += ", its window, which --cache window runs past"
     if not 1 <= prompt_len < limit:
         raise ValueError(

@@ -45,18 +45,22 @@ class TextStream:
     """Text of tokens that come one after the other."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str]):
-        self.decode, self.shown, self.held = decode, [], []
+        self.decode = decode
+        # The tokens that were shown last, since the first of a text may be a case of its
+        # own; those that may go on; and how many of their characters were shown.
+        self.last, self.held, self.num_shown = [], [], 0
 
     def step(self, token_id: int) -> str:
-        """What is complete with this token and was not before; nothing in the middle of a
-        character."""
+        """What is complete with this token and was not before: not half a character."""
         self.held.append(token_id)
-        # With those that were shown last: the first of a text may be a case of its own.
-        before, now = self.decode(self.shown), self.decode(self.shown + self.held)
-        if now.endswith("\N{REPLACEMENT CHARACTER}"):
-            return ""
-        self.shown, self.held = self.held, []
-        return now[len(before) :]
+        now = self.decode(self.last + self.held)
+        complete = now.rstrip("\N{REPLACEMENT CHARACTER}")
+        new = complete[self.num_shown :]
+        self.num_shown += len(new)
+        if complete == now:
+            self.last, self.held = self.held, []
+            self.num_shown = len(self.decode(self.last))
+        return new
 
 
 @dataclass(frozen=True)
