@@ -84,9 +84,10 @@ def windowed(tmp_path_factory, model):
 def numbers(closing):
     """Of a closing line, by the words around them."""
     found = re.fullmatch(
-        r"prompt tokens: (?P<prompt>\d+), (?P<first>[\d.e-]+ s until the first|no) token"
-        r"; new tokens: (?P<new>\d+)(, (?P<rate>[\d.e+]+) per second after it)?; KV bytes: "
-        r"(?P<used>[\d,]+) used, (?P<reserved>[\d,]+) reserved"
+        r"prompt tokens: (?P<prompt>\d+), "
+        r"(?P<first>[\d.e-]+ s until the first|no) token; "
+        r"new tokens: (?P<new>\d+)(, (?P<rate>[\d.e+]+) per second after it)?; "
+        r"KV bytes: (?P<used>[\d,]+) used, (?P<reserved>[\d,]+) reserved"
         r"(, (?P<each>[\d,]+) per token)?",
         closing,
     )
