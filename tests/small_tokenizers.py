@@ -40,6 +40,15 @@ def vocabulary() -> tuple[list[str], list[list[str]]]:
     return [*sorted(model["vocab"], key=model["vocab"].get), THINK], model["merges"]
 
 
+def learned_too(*merges: tuple[str, str]) -> dict[str, list[str]]:
+    """Of a GGUF file, tokens and merges, as if these merges had been learned in place of
+    the last ones."""
+    tokens, others = [*vocabulary()[0]], vocabulary()[1]
+    tokens[-1 - len(merges) : -1] = ["".join(merge) for merge in merges]
+    others = [m for m in others if {*m, "".join(m)} <= set(tokens)]
+    return {"tokens": tokens, "merges": [" ".join(merge) for merge in [*others, *merges]]}
+
+
 def num_tokens() -> int:
     return len(vocabulary()[0])
 

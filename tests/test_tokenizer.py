@@ -112,35 +112,29 @@ def test_a_gguf_file_and_a_folder_of_one_tokenizer_are_the_same(tmp_path, model)
 @pytest.mark.parametrize(
     "pre, expected",
     [
-        ("smollm", ["ĠĠ", "1", "2", "Ġ", "3"]),
-        ("gpt-2", ["Ġ", "Ġ", "1", "2", "Ġ", "3"]),
-        ("qwen2", ["Ġ", "Ġ", "1", "2", "Ġ", "3"]),
+        ("smollm", ["ĠĠ", "1", "2", "3", "4", "Ġ", "5"]),
+        ("llama-bpe", ["Ġ", "Ġ", "123", "4", "Ġ", "5"]),
+        ("qwen2", ["Ġ", "Ġ", "1", "2", "3", "4", "Ġ", "5"]),
+        ("gpt-2", ["Ġ", "Ġ1", "23", "4", "Ġ", "5"]),
     ],
 )
-def test_digits_are_words_of_their_own_where_the_model_learned_them_so(
-    tmp_path, model, pre, expected
-):
-    tokens, merges = small.vocabulary()
-    tokens = ["ĠĠ" if token == tokens[-2] else token for token in tokens]
-    merges = [m for m in merges if "".join(m) in tokens and set(m) <= set(tokens)]
-    merges = [" ".join(merge) for merge in [*merges, ("Ġ", "Ġ")]]
-    path = tmp_path / "a.gguf"
-    small.write_gguf(path, model, pre=pre, tokens=tokens, merges=merges)
-    ours = load_tokenizer(path, model.config)
-    assert [tokens[i] for i in ours.encode("  12 3").tolist()] == expected
+def test_digits_make_words_as_the_models_learned_them(tmp_path, model, pre, expected):
+    merges = ("Ġ", "Ġ"), ("2", "3"), ("Ġ", "1"), ("1", "23")
+    facts = {**small.learned_too(*merges), "add_bos_token": False}
+    path = small.write_gguf(tmp_path / "a.gguf", model, pre=pre, **facts)
+    token_ids = load_tokenizer(path, model.config).encode("  1234 5").tolist()
+    assert [facts["tokens"][i] for i in token_ids] == expected
 
 
 @pytest.mark.parametrize("pre, is_whole", [("llama-bpe", True), ("qwen2", False)])
 def test_in_llama_3_a_word_that_is_a_token_stays_whole(tmp_path, model, pre, is_whole):
-    tokens = [*small.vocabulary()[0]]
-    tokens[-2] = "Ġzqx"  # no merge leads there
-    used = set(tokens)
-    merges = [" ".join(m) for m in small.vocabulary()[1] if {*m, "".join(m)} <= used]
-    path = tmp_path / "a.gguf"
-    facts = {"tokens": tokens, "merges": merges, "add_bos_token": False}
-    small.write_gguf(path, model, pre=pre, **facts)
+    facts = small.learned_too(("Ġz", "qx"))  # nothing leads to qx
+    facts["merges"].pop()
+    path = small.write_gguf(
+        tmp_path / "a.gguf", model, pre=pre, add_bos_token=False, **facts
+    )
     token_ids = load_tokenizer(path, model.config).encode(" zqx").tolist()
-    assert (token_ids == [len(tokens) - 2]) == is_whole
+    assert ([facts["tokens"][i] for i in token_ids] == ["Ġzqx"]) == is_whole
 
 
 @pytest.mark.parametrize(
