@@ -15,12 +15,12 @@ Needs `pip install -e '.[models]'`, but for `ByteTokenizer`. Read lib/text.py an
 lib/weights.py before.
 """
 
-import datetime
 import functools
 import importlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -231,38 +231,37 @@ def _build(reader: Any, facts: dict[str, Any], path: Path) -> Any:
             reader.fields[f"tokenizer.ggml.{name}"].contents()
             for name in ("tokens", "merges", "token_type")
         )
-        tokenizer = of.Tokenizer(
-            of.models.BPE(
-                {token: i for i, token in enumerate(tokens)},
-                [tuple(merge.split(" ")) for merge in merges],
-                ignore_merges=pre == "llama-bpe",  # a word that is a token stays whole
+        ids = {token: i for i, token in enumerate(tokens)}
+        merges = [tuple(merge.split(" ")) for merge in merges]
+        is_llama = pre == "llama-bpe"  # a word that is a token stays whole there
+        tokenizer = of.Tokenizer(of.models.BPE(ids, merges, ignore_merges=is_llama))
+        for token, kind in zip(tokens, kinds):
+            if kind in (CONTROL, USER_DEFINED):
+                is_special = kind == CONTROL
+                added = of.AddedToken(token, normalized=False, special=is_special)
+                tokenizer.add_tokens([added])
+        if facts.get("add_bos_token", is_llama):
+            i = facts["bos_token_id"]
+            bos = {"id": "bos", "ids": [i], "tokens": [tokens[i]]}
+            tokenizer.post_processor = of.processors.TemplateProcessing(
+                single=["bos", "$A"], special_tokens=[bos]
             )
-        )
-        tokenizer.add_tokens(
-            [
-                of.AddedToken(token, normalized=False, special=kind == CONTROL)
-                for token, kind in zip(tokens, kinds)
-                if kind in (CONTROL, USER_DEFINED)
-            ]
-        )
+    if pre == "qwen2":
+        tokenizer.normalizer = of.normalizers.NFC()
+    tokenizer.pre_tokenizer = _cut_words(of, pre)
+    tokenizer.decoder = of.decoders.ByteLevel()
+    return tokenizer
+
+
+def _cut_words(of: ModuleType, pre: str) -> Any:
+    """How text becomes words, within which bytes are merged."""
     cut = of.pre_tokenizers
     if pre in DIGITS:
         words = of.Regex(WORDS.replace("DIGITS", DIGITS[pre]))
-        cuts = [cut.Split(words, "isolated"), cut.ByteLevel(False, use_regex=False)]
-    else:
-        cuts = [cut.Digits(True)] if pre == "smollm" else []
-        cuts.append(cut.ByteLevel(add_prefix_space=False))
-    tokenizer.pre_tokenizer = cut.Sequence(cuts)
-    tokenizer.decoder = of.decoders.ByteLevel()
-    if pre == "qwen2":
-        tokenizer.normalizer = of.normalizers.NFC()
-    if facts.get("add_bos_token", pre == "llama-bpe"):
-        i = facts["bos_token_id"]
-        bos = {"id": "bos", "ids": [i], "tokens": [tokens[i]]}
-        tokenizer.post_processor = of.processors.TemplateProcessing(
-            single=["bos", "$A"], special_tokens=[bos]
-        )
-    return tokenizer
+        bytes_of = cut.ByteLevel(add_prefix_space=False, use_regex=False)
+        return cut.Sequence([cut.Split(words, "isolated"), bytes_of])
+    gpt_2 = cut.ByteLevel(add_prefix_space=False)
+    return cut.Sequence([cut.Digits(True), gpt_2]) if pre == "smollm" else gpt_2
 
 
 def _environment(path: Path) -> Any:
@@ -272,13 +271,11 @@ def _environment(path: Path) -> Any:
     def raise_exception(message: str):
         raise ValueError(message)
 
-    def strftime_now(format: str) -> str:
-        return datetime.datetime.now().strftime(format)
-
     environment = jinja2.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
-    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     return environment
 

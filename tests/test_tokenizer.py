@@ -387,7 +387,14 @@ def test_a_gguf_file_of_another_kind_is_refused(tmp_path, model, facts, got):
 
 
 @pytest.mark.parametrize(
-    "facts", [{"merges": ["qq zz"]}, {"merges": None}, {"token_type": None}]
+    "facts",
+    [
+        {"merges": ["qq zz"]},
+        {"merges": None},
+        {"token_type": None},
+        {"add_bos_token": True, "bos_token_id": None},
+        {"add_bos_token": True, "bos_token_id": 5000},
+    ],
 )
 def test_a_gguf_file_without_a_whole_vocabulary_is_refused(tmp_path, model, facts):
     path = small.write_gguf(tmp_path / "a.gguf", model, **facts)
