@@ -1,9 +1,11 @@
 # Each command sets up what it needs: the first takes a few minutes, the next ones seconds.
 #
-#   make lab         open the course at chapter 1; flags for Jupyter: make lab ARGS="--port 9000"
+#   make lab         open the course at chapter 1; flags for Jupyter: make lab ARGS="--port 9000";
+#                    with a real model for chapter 10: make lab MODEL=folder
 #   make test        run all tests
 #   make table       measure the table on this machine
-#   make bench       tokens per second of decoding and serving, bandwidth of attention, on this machine
+#   make bench       tokens per second of decoding and serving, bandwidth of attention, on this machine;
+#                    how fast a real model writes: make bench MODEL=folder
 #   make grade       grade submissions: make grade SUBMISSIONS=folder ARGS="--chapters 3"
 #   make gradescope  the zip for an assignment on Gradescope: make gradescope CHAPTERS=3
 #   make notebooks   rebuild notebooks/ and solutions/*.ipynb from solutions/*.py
@@ -13,11 +15,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
+# A real model, a folder or a GGUF file; notebooks run elsewhere, so from the root.
+MODEL := $(abspath $(MODEL))
+export MODEL
 
 .PHONY: lab test table bench mine grade gradescope release notebooks
 .DEFAULT_GOAL := lab
 
-lab: .venv/course
+lab: .venv/course $(if $(MODEL),.venv/models)
 	@$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/01_generation.ipynb \
 	  $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
@@ -28,8 +33,8 @@ test: .venv/dev
 table: .venv/course
 	@$(BIN)/python -m lib.measure.table $(ARGS)
 
-bench: .venv/course
-	@$(BIN)/python -m lib.measure.bench $(ARGS)
+bench: .venv/course $(if $(MODEL),.venv/models)
+	@$(BIN)/python -m lib.measure.bench $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
 grade: .venv/course
 	$(if $(SUBMISSIONS),,$(error expected a folder or zip of notebooks: make grade SUBMISSIONS=folder))
@@ -50,6 +55,11 @@ release: .venv/dev
 
 .venv/course: requirements.txt pyproject.toml
 	@$(call install,-r requirements.txt)
+	@touch $@
+
+# The same environment, and what reads real models.
+.venv/models: .venv/course
+	@$(call install,-e '.[models]')
 	@touch $@
 
 # The same environment, and what tests and builds need.

@@ -18,6 +18,7 @@ Needs `pip install -e '.[models]'`. Read lib/config.py and lib/model.py before.
 """
 
 import contextlib
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -410,6 +411,12 @@ GGUF_OUTER = {"token_embd": "embed", "output_norm": "unembed.0", "output": "unem
 
 def open_gguf(path: Path) -> Any:
     """The reader of package gguf; raises as `open_checkpoint` does."""
+    about = path.stat()
+    return _gguf_reader(path, about.st_mtime_ns, about.st_size)
+
+
+@functools.lru_cache(maxsize=1)  # it takes seconds, and the tokenizer wants it too
+def _gguf_reader(path: Path, changed_at: int, num_bytes: int) -> Any:
     try:
         import gguf
     except ModuleNotFoundError as error:

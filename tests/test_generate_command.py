@@ -1,6 +1,5 @@
 """`python -m lib.generate`: what it writes, what it says, and what it refuses."""
 
-import importlib
 import io
 import json
 import os
@@ -14,6 +13,7 @@ import small_tokenizers as small
 import torch
 from helpers import random_model
 
+import lib.command
 from lib import engine, generate, kv_cache, tokenizer, weights
 from lib.kv_cache import kv_cache_bytes
 from lib.measure.bench_serving import llama
@@ -39,7 +39,7 @@ def command(monkeypatch, capsys):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["generate", *map(str, arguments)])
         try:
-            code = generate.main()
+            code = lib.command.main()
         except SystemExit as stopped:
             code = stopped.code
         said = capsys.readouterr()
@@ -265,7 +265,7 @@ def test_text_comes_as_it_is_written_and_never_half_a_character(monkeypatch, fol
     monkeypatch.setattr(sys, "stdout", out)
     arguments = ["--model", str(folder), "--temperature", "1", "--max-new-tokens"]
     monkeypatch.setattr(sys, "argv", ["generate", "x", *arguments, str(len(new_ids))])
-    assert generate.main() == 0
+    assert lib.command.main() == 0
     assert out.flushed[:2] == ["é", "😀"]
     assert "".join(out.flushed) == "é😀 whales<|assistant|>$"
 
@@ -368,8 +368,7 @@ def test_logits_that_are_no_numbers_are_one_sentence(command, monkeypatch, cache
         model.unembed[1].weight.data[5, 5] = torch.nan
         return model
 
-    model_module = importlib.import_module("lib.model")
-    monkeypatch.setattr(model_module, "load_model", spoiled)
+    monkeypatch.setattr(lib.command, "load_model", spoiled)
     code, _, _, errors = command("x", "--cache", cache)
     assert code == 2 and "expected numbers" in errors and errors.count("\n") == 1
 

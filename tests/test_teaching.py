@@ -83,7 +83,8 @@ def test_every_exercise_is_listed_with_its_stars_minutes_and_points():
 def test_each_exercise_stands_under_its_chapter():
     for number, section in enumerate(TEACHING.split("\n### Chapter ")[1:], start=1):
         assert section.startswith(f"{number}\n")
-        assert set(re.findall(r"^\| (\d)\.\d ", section, re.M)) == {str(number)}
+        of_chapter = {str(key[0]) for key in HEADINGS if key[0] == number}
+        assert set(re.findall(r"^\| (\d)\.\d ", section, re.M)) == of_chapter
 
 
 def test_an_exercise_gives_as_many_points_as_it_has_stars():
@@ -99,7 +100,7 @@ def test_minutes_and_points_of_chapters_are_those_of_the_texts():
         row = [chapter_minutes(text), sum(minutes), len(minutes), chapter_points(number)]
         rows.append(row)
     listed = re.findall(
-        r"^\| \[\d\. .*\]\(.*\) \| .* \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$",
+        r"^\| \[\d+\. .*\]\(.*\) \| .* \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$",
         TEACHING,
         re.M,
     )
@@ -112,7 +113,8 @@ def test_minutes_and_points_of_chapters_are_those_of_the_texts():
     ]
     short = sum(row[0] for row in rows) - rows[1][0]
     assert (
-        f"chapters 1, 3, 4, 5, 6, 7, 8 and 9 are a course of {short} minutes" in TEACHING
+        f"chapters 1, 3, 4, 5, 6, 7, 8, 9 and 10 are a course of {short} minutes"
+        in TEACHING
     )
 
 
@@ -134,6 +136,8 @@ def test_sessions_have_every_exercise_once_and_end_at_headings():
     assert covered == list(HEADINGS)
     for chapter, text in enumerate(CHAPTERS, start=1):
         num_sessions = sum(int(row[1]) == chapter for row in sessions)
+        if chapter not in {key[0] for key in HEADINGS}:
+            num_sessions = 1  # of its own
         assert chapter_minutes(text) <= 90 * num_sessions
 
 
@@ -145,7 +149,8 @@ def test_the_points_out_of_reach_without_triton_are_those_of_the_kernels():
 
 def test_each_chapter_tells_of_three_to_six_wrong_answers_of_its_own():
     counts = Counter(number for number, *_ in TOLD)
-    assert all(3 <= counts[number] <= 6 for number in range(1, len(CHAPTERS) + 1)), counts
+    with_exercises = {key[0] for key in HEADINGS}
+    assert all(3 <= counts[number] <= 6 for number in with_exercises), counts
     assert len(TOLD) == len(re.findall(r"Wrong\s+for\s(?!\*)", TEACHING))
     for number, exercise, *_ in TOLD:
         assert exercise in [
