@@ -27,14 +27,16 @@ from lib import (
     sampling,
     state,
     text,
+    weights,
 )
 from lib.config import ModelConfig
 from lib.engine import Engine
 from lib.kv_cache import ContiguousKVCache
-from lib.measure import layer_needs, quality
+from lib.measure import layer_needs, quality, real_model
 from lib.model import Transformer, attend_causal, attend_fused
 from lib.paged_kv_cache import PagedKVCache
 from lib.quantized_kv_cache import QuantizedFormat
+from lib.tokenizer import ByteTokenizer
 from lib.training import Trainer, TrainingConfig
 
 FOLDER = Path(lib.__file__).parent
@@ -226,6 +228,14 @@ def watcher():
         sampling.next_token_probs(torch.randn(3, 29), temperature=0)
         ids = torch.randint(29, (99,))
         text.random_batch(ids, 3, 7)
+        weights.pairs_to_halves(torch.randn(20, 60), head_dim=10)
+        subject = real_model.Subject(model, ByteTokenizer(), ids, seq_len=14)
+        with pytest.MonkeyPatch.context() as patch:
+            some = quality.Examples(
+                ids[:42].view(3, 14), torch.arange(42).view(3, 14) > 0
+            )
+            patch.setattr(real_model, "_texts", lambda *_, **settings: [some])
+            real_model.measure_rank(subject)
         text.decode(text.encode("whale"))
         Trainer(model, ids, TrainingConfig(batch_size=3, seq_len=7)).step()
     finally:

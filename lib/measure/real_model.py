@@ -477,7 +477,7 @@ def _texts(subject: Subject, task: str, seed: int = 0) -> list[Examples]:
             ids = text.random_batch(subject.book_ids.cpu(), 2, seq_len, generator)
         else:
             ids = text.random_batch(subject.book_ids.cpu(), 2 * half, 1, generator)
-            ids = ids.view(2, half).repeat(1, 2)  # (2, seq_len)
+            ids = ids.view(2, half).repeat(1, 2)
         is_answer = torch.zeros_like(ids, dtype=torch.bool)
         # Which token comes first the second time nobody can know.
         is_answer[:, half + (task == "again") :] = True
