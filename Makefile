@@ -1,11 +1,9 @@
 # Each command sets up what it needs: the first takes a few minutes, the next ones seconds.
 #
-#   make lab         open the course at chapter 1; flags for Jupyter: make lab ARGS="--port 9000";
-#                    with a real model for chapter 10: make lab MODEL=folder
+#   make lab         open the course at chapter 1; flags for Jupyter: make lab ARGS="--port 9000"; a real model: make lab MODEL=folder
 #   make test        run all tests
 #   make table       measure the table on this machine
-#   make bench       tokens per second of decoding and serving, bandwidth of attention, on this machine;
-#                    how fast a real model writes: make bench MODEL=folder
+#   make bench       tokens per second of decoding and serving, bandwidth of attention; of a real model: make bench MODEL=folder
 #   make grade       grade submissions: make grade SUBMISSIONS=folder ARGS="--chapters 3"
 #   make gradescope  the zip for an assignment on Gradescope: make gradescope CHAPTERS=3
 #   make notebooks   rebuild notebooks/ and solutions/*.ipynb from solutions/*.py

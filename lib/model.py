@@ -105,12 +105,12 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         self.rope_theta, self.rope_scaling = config.rope_theta, config.rope_scaling
-        q_size = config.num_heads * config.head_dim
-        kv_size = config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.d_model, q_size, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.d_model, kv_size, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.d_model, kv_size, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(q_size, config.d_model, bias=False)
+        q_width = config.num_heads * config.head_dim
+        kv_width = config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.d_model, q_width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.d_model, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.d_model, kv_width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_width, config.d_model, bias=False)
         self.q_norm, self.k_norm = (
             nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
             for _ in "qk"

@@ -29,7 +29,10 @@ from lib.course.release import FILES, release, write
 from lib.course.stubs import answer, stub
 from lib.recall import RECIPES
 
-CHAPTERS = {int(text.stem[:2]): text for text in chapter_texts()}
+# Those with exercises: the others have no answers to keep.
+CHAPTERS = {
+    int(text.stem[:2]): text for text in chapter_texts() if marked_exercises(text)
+}
 
 
 @pytest.fixture
@@ -356,14 +359,25 @@ def test_a_bundle_is_written_whole_and_starts(tmp_path, no_outputs):
     ]
     makefile = files["Makefile"].decode()
     targets = re.findall(r"(?m)^([\w./]+):(?!=)", makefile)
-    assert targets == [".PHONY", "lab", "mine", ".venv/course"]
+    assert targets == [".PHONY", "lab", "mine", ".venv/course", ".venv/models"]
     assert set(re.findall(r"make (\w+)", makefile.split("\n\n")[0])) == {"lab", "mine"}
     links = re.findall(r"\]\(([^)]*)\)", files["README.md"].decode())
     assert links and set(links) <= files.keys()
 
 
+def test_chapters_without_exercises_come_with_the_one_before_them(no_outputs):
+    for chapter, is_there in ((8, False), (9, True)):
+        files = release(chapter)
+        assert ("notebooks/10_real_model.ipynb" in files) == is_there
+        readme = files["README.md"].decode()
+        assert ("10_real_model.ipynb" in readme) == is_there
+        assert "answers of chapter 9" in readme or chapter < 9
+
+
 def test_what_is_no_chapter_is_refused():
-    with pytest.raises(BuildError, match="THROUGH: expected a chapter, 1 to 9, got 10"):
+    with pytest.raises(
+        BuildError, match="expected a chapter with exercises, 1 to 9, got 10"
+    ):
         release(10)
 
 

@@ -98,10 +98,16 @@ def release(chapter: int, root: Path = ROOT) -> dict[str, bytes]:
     on this machine.
     """
     texts = {int(text.stem[:2]): text for text in chapter_texts(root)}
-    if chapter not in texts:
-        first, last = min(texts), max(texts)
-        raise BuildError(f"THROUGH: expected a chapter, {first} to {last}, got {chapter}")
-    stubs = {n: marked_exercises(text) for n, text in texts.items() if n >= chapter}
+    marked = {n: marked_exercises(text) for n, text in texts.items()}
+    numbers = [n for n, marks in marked.items() if marks]
+    if chapter not in numbers:
+        raise BuildError(
+            f"THROUGH: expected a chapter with exercises, {numbers[0]} to {numbers[-1]}, "
+            f"got {chapter}"
+        )
+    stubs = {n: marked[n] for n in numbers if n >= chapter}
+    # Chapters without exercises come with the one before them.
+    last = max(n for n in texts if not any(chapter < m <= n for m in numbers))
     files = {}
     for path in sorted(path for pattern in FILES for path in root.glob(pattern)):
         name = path.relative_to(root).as_posix()
@@ -119,15 +125,15 @@ def release(chapter: int, root: Path = ROOT) -> dict[str, bytes]:
         text = files[name].decode()
         files[name] = withheld(text, list(references(cases)), [], words).encode()
     for number, text in texts.items():
-        if number <= chapter:
+        if number <= last:
             notebook = student_notebook(text)
-            if number == chapter:
+            if number >= chapter:
                 _go_on_after_errors(notebook)
             written = nbformat.writes(notebook) + "\n"
             files[f"notebooks/{text.stem}.ipynb"] = written.encode()
     files[PATH.relative_to(ROOT).as_posix()] = wire.encode(_expected(chapter, stubs))
     readme = (root / "README.md").read_text(encoding="utf-8")
-    files["README.md"] = _readme(readme, chapter, stubs).encode()
+    files["README.md"] = _readme(readme, chapter, last, stubs).encode()
     makefile = (root / "Makefile").read_text(encoding="utf-8")
     files["Makefile"] = _makefile(makefile).encode()
     policy = (root / "AGENTS.md").read_text(encoding="utf-8")
@@ -227,7 +233,7 @@ def _odd_number(value):
     return value + 3 if type(value) in (int, float) else value
 
 
-def _readme(text: str, chapter: int, stubs: dict[int, list[Marked]]) -> str:
+def _readme(text: str, chapter: int, last: int, stubs: dict[int, list[Marked]]) -> str:
     """The bundle's README: how to start, and the chapters, are those of the course's."""
     start = text.split("## Start\n\n")[1].split("\n\n| command |")[0]
     start = start.replace("\ngit and make", "\nand make")
@@ -236,7 +242,7 @@ def _readme(text: str, chapter: int, stubs: dict[int, list[Marked]]) -> str:
     return README.format(
         chapter=chapter,
         start=start,
-        chapters="\n".join(rows[: 2 + chapter]),
+        chapters="\n".join(rows[: 2 + last]),
         later=" and of all later ones" if len(stubs) > 1 else "",
         names=names,
     )
