@@ -32,6 +32,7 @@ from lib.engine import PARTS, Engine, Step
 from lib.kv_cache import ContiguousKVCache
 from lib.model import Transformer
 from lib.paged_kv_cache import PagedKVCache
+from lib.weights import our_name
 
 SIZES = {"num_layers": 4, "num_heads": 8, "num_kv_heads": 2, "d_model": 256, "d_ff": 688}
 TRACE = {"num_requests": 16, "prompt_lens": (10, 128), "answer_lens": (16, 128)}
@@ -199,10 +200,13 @@ class Transformers:
 
 
 def llama(model: Transformer, attention: str) -> nn.Module:
-    """transformers' LlamaForCausalLM with the weights of this model."""
+    """transformers' LlamaForCausalLM with the weights of this model. Raises ValueError
+    for one with biases, norms of queries and keys, or scaled frequencies."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = model.config
+    if config.qkv_bias or config.qk_norm or config.rope_scaling is not None:
+        raise ValueError(f"model: expected one as Llama 3 is, got {config}")
     made = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=config.vocab_size,
@@ -211,6 +215,7 @@ def llama(model: Transformer, attention: str) -> nn.Module:
             num_hidden_layers=config.num_layers,
             num_attention_heads=config.num_heads,
             num_key_value_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
             max_position_embeddings=config.max_seq_len,
             rms_norm_eps=config.norm_eps,
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
@@ -222,7 +227,7 @@ def llama(model: Transformer, attention: str) -> nn.Module:
         )
     ).to(next(model.parameters()))
     weights = model.state_dict()
-    made.load_state_dict({name: weights[_our_name(name)] for name in made.state_dict()})
+    made.load_state_dict({name: weights[our_name(name)] for name in made.state_dict()})
     return made.eval()
 
 
@@ -331,21 +336,6 @@ def table_lines(result: dict) -> list[str]:
     parts = ", ".join(f"{p} {100 * share:.1f} %" for p, share in result["shares"].items())
     lines.append(f"the engine's {result['num_steps']} steps: {parts}")
     return lines
-
-
-def _our_name(name: str) -> str:
-    """Of a weight of LlamaForCausalLM, the name in lib/model.py."""
-    if name == "model.norm.weight":
-        return "unembed.0.weight"
-    return (
-        name.replace("model.", "", 1)
-        .replace("embed_tokens", "embed")
-        .replace("layers", "blocks")
-        .replace("self_attn", "attention")
-        .replace("post_attention_layernorm", "mlp_norm")
-        .replace("input_layernorm", "attention_norm")
-        .replace("lm_head", "unembed.1")
-    )
 
 
 def _take_turns(
