@@ -20,7 +20,6 @@ Needs `pip install -e '.[models]'`. Read lib/config.py and lib/model.py before.
 import contextlib
 import functools
 import json
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,9 +114,8 @@ class Checkpoint:
                 total=total,
                 unit="B",
                 unit_scale=True,
-                file=sys.stdout,
                 leave=False,
-                disable=None,
+                disable=None,  # where nobody watches
             ) as progress,
         ):
             for name, tensor in self.tensors():

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import small_tokenizers as small
@@ -164,20 +165,35 @@ def test_budgets_are_of_one_size_and_begin_with_all_tokens(subject, monkeypatch)
         asked.append([budgets] * 3 if isinstance(budgets, int) else list(budgets))
         return Quality((1.0,), (0.5,), 1.0)
 
+    subject = replace(subject, seq_len=128)
     layers = real_model.measure_layers(subject)
     monkeypatch.setattr(real_model, "_pruned", noting)
     rows = real_model.measure_budgets(subject, layers)
     assert len(rows) == len(asked) == 2 * (1 + 8 * len(real_model.SHARES))
     for row, budgets in zip(rows, asked):
         if row["name"] == "all tokens":
-            assert row["budget"] == 32 and min(budgets) >= 64
+            assert row["budget"] == 64 and min(budgets) >= 128
         else:
             assert sum(budgets) == 3 * row["budget"], row
-        if row["name"].endswith("floor"):
-            assert min(budgets) >= layers["alone"]
-    shapes = {row["name"]: b for row, b in zip(rows, asked) if row["budget"] == 24}
+        if row["name"].startswith("snap, by what is lost"):
+            assert min(budgets) >= int(row["name"].split()[-1]) and max(budgets) <= 64
+    shapes = {row["name"]: b for row, b in zip(rows, asked) if row["budget"] == 48}
     assert shapes["snap, pyramid"] == shapes["snap, pyramid upside down"][::-1]
     assert shapes["snap, pyramid"][0] > shapes["snap, pyramid"][-1]
+
+
+def test_budgets_by_loss_are_whole_and_within_their_limits():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        L, least = (int(torch.randint(1, 9, (), generator=generator)) for _ in "Ll")
+        most = least + int(torch.randint(0, 50, (), generator=generator))
+        mean = int(torch.randint(least, most + 1, (), generator=generator))
+        lost = (torch.rand(L, generator=generator) - 0.5).clamp(min=0) ** 3
+        budgets = real_model.budgets_by_loss(lost.tolist(), mean, least, most)
+        assert sum(budgets) == mean * L and least <= min(budgets) <= max(budgets) <= most
+        for i in range(L):
+            for j in range(L):
+                assert lost[i] <= lost[j] or budgets[i] >= budgets[j] - 1
 
 
 def test_a_shared_beginning_is_computed_once(subject):

@@ -19,7 +19,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -185,10 +185,10 @@ def _bytes_seen(subject: Subject, num_tokens: int) -> dict:
 
 
 def measure_speed(subject: Subject) -> list[dict]:
-    """Seconds and FLOPs of one more token behind each of CONTEXTS, recomputed and with
-    caches; medians of steps that take turns."""
+    """Seconds, FLOPs and operations of torch of one more token behind each of CONTEXTS,
+    recomputed and with caches; medians of steps that take turns."""
     rows = []
-    for context in CONTEXTS:
+    for context in _progress(CONTEXTS, "contexts"):
         prompt_ids = subject.prompt(context)
         positions = torch.arange(context, device=subject.device)
         caches = {
@@ -208,10 +208,18 @@ def measure_speed(subject: Subject) -> list[dict]:
             steps[name] = lambda cache=cache, new_ids=prompt_ids[-1:]: (
                 generate.forward_cached(subject.model, cache, new_ids, subject.lens(1))
             )
-        flops = {name: sum(measure(step).flops.values()) for name, step in steps.items()}
-        for name, seconds in medians_in_turns(steps).items():
-            row = {"name": name, "context": context, "seconds": seconds}
-            rows.append({**row, "flops": flops[name]})
+        seconds = medians_in_turns(steps)
+        for name, step in steps.items():
+            cost = measure(step)
+            rows.append(
+                {
+                    "name": name,
+                    "context": context,
+                    "seconds": seconds[name],
+                    "flops": sum(cost.flops.values()),
+                    "operations": len(cost.timeline) - 1,  # of torch
+                }
+            )
     return rows
 
 
@@ -263,7 +271,7 @@ def measure_heads(subject: Subject) -> list[dict]:
 def measure_bits(subject: Subject) -> list[dict]:
     """Quality with keys and values as they are, and in fewer bits: see BITS."""
     rows = [{"name": "as they are", **_in_cache(subject, PLAIN)}]
-    for bits in BITS:
+    for bits in _progress(BITS, "bits"):
         name = f"keys in {bits[0]} bits, values in {bits[1]}"
         rows.append({"name": name, **_in_cache(subject, QuantizedFormat(*bits))})
     return rows
@@ -275,7 +283,7 @@ def measure_rank(subject: Subject) -> list[dict]:
     elsewhere = _texts(subject, "book", seed=9)[0].token_ids
     keys, values = record_kv(subject.model, elsewhere)
     width, rows = keys[0, 0].numel(), []
-    for rank in (round(share * width) for share in RANK_SHARES):
+    for rank in _progress([round(share * width) for share in RANK_SHARES], "ranks"):
         for ranks in dict.fromkeys([(rank, rank), (rank, width), (width, rank)]):
             figures = _in_cache(subject, latent_format(keys, values, *ranks))
             rows.append({"ranks": ranks, "is_rotated": True, "width": width, **figures})
@@ -283,7 +291,7 @@ def measure_rank(subject: Subject) -> list[dict]:
     rope = config.rope_theta, config.rope_scaling
     places = torch.arange(elsewhere.shape[1], device=subject.device)
     unrotated = rotate(keys, -places.repeat(len(elsewhere)), *rope)
-    for rank in (round(share * width) for share in RANK_SHARES[1:]):
+    for rank in _progress([round(x * width) for x in RANK_SHARES[1:]], "before rotation"):
         bases = latent_format(unrotated, values, rank, width).k_bases.flatten(2)
 
         def attend(layer, q, k, v, bases=bases):
@@ -347,14 +355,12 @@ def measure_budgets(subject: Subject, layers: dict) -> list[dict]:
     for task in TASKS:
         draws = _texts(subject, task, seed=5)
         lost = [max(nats - layers[task]["whole"], 0) for nats in layers[task]["cut"]]
-        read, whole = layers["read"], subject.config.max_seq_len
+        read, alone = layers["read"], layers["alone"]
+        whole = subject.config.max_seq_len
         ways = {"all tokens": (read, whole, Snap())}
         for budget in (round(share * read) for share in SHARES):
             pyramid = pruning.pyramid_budgets(budget, L)
-            by_loss = [
-                pruning.spread_budgets(lost, budget, least)
-                for least in (8, layers["alone"])
-            ]
+            by_loss = [budgets_by_loss(lost, budget, least, read) for least in (8, alone)]
             ways |= {
                 f"{name} {budget}": (budget, budgets, policy)
                 for name, budgets, policy in (
@@ -364,16 +370,46 @@ def measure_budgets(subject: Subject, layers: dict) -> list[dict]:
                     ("snap", budget, Snap()),
                     ("snap, pyramid", pyramid, Snap()),
                     ("snap, pyramid upside down", pyramid[::-1], Snap()),
-                    ("snap, by what is lost", by_loss[0], Snap()),
-                    ("snap, by what is lost, and a floor", by_loss[1], Snap()),
+                    ("snap, by what is lost, least 8", by_loss[0], Snap()),
+                    (f"snap, by what is lost, least {alone}", by_loss[1], Snap()),
                 )
             }
         for name, (budget, budgets, policy) in _progress(ways.items(), f"cut, {task}"):
             quality = _pruned(subject, draws, budgets, policy)
             name = name.removesuffix(f" {budget}")
-            row = {"task": task, "name": name, "budget": budget}
+            row = {"task": task, "name": name, "budget": budget, "budgets": budgets}
             rows.append({**row, **asdict(quality)})
     return rows
+
+
+def budgets_by_loss(lost: Sequence[float], mean: int, least: int, most: int) -> list[int]:
+    """Budgets for layers, `mean` on average: `least` for each, and of the rest a part as
+    large as what was lost, but never more than `most`. What nobody can use is shared.
+
+    As `pruning.spread_budgets`, which knows no limit: of a text of 64 tokens it gives a
+    layer 700, if that one lost nearly all. Raises ValueError for a mean out of reach.
+
+    >>> budgets_by_loss([9.0, 1.0, 0.0, 0.0], mean=20, least=8, most=40)
+    [40, 24, 8, 8]
+    """
+    if not least <= mean <= most:
+        raise ValueError(f"mean: expected {least} to {most}, got {mean}")
+    budgets = [float(least)] * len(lost)
+    rest = mean * len(lost) - sum(budgets)
+    while rest > 0.5:
+        is_open = [budget < most for budget in budgets]
+        parts = [need * may for need, may in zip(lost, is_open)]
+        if sum(parts) == 0:
+            parts = [float(may) for may in is_open]
+        total = sum(parts)
+        for i, part in enumerate(parts):
+            budgets[i] = min(budgets[i] + rest * part / total, most)
+        rest = mean * len(lost) - sum(budgets)
+    whole = [int(budget) for budget in budgets]
+    by_fraction = sorted(range(len(lost)), key=lambda i: whole[i] - budgets[i])
+    for i in by_fraction[: mean * len(lost) - sum(whole)]:
+        whole[i] += 1
+    return whole
 
 
 def measure_prefix(subject: Subject) -> list[dict]:
@@ -460,12 +496,20 @@ class Recorded:
 
 
 def open_model(path: str | Path | None, **settings: Any) -> Live | Recorded:
-    """The model at `path`, or, where that is None or empty, what was recorded of one."""
-    return Live(path, **settings) if path else Recorded()
+    """The model at `path`, seen from here or from the folder of the course; or, where
+    that is None or empty, what was recorded of one."""
+    if not path:
+        return Recorded()
+    path, from_root = Path(path).expanduser(), DATA.parent / path
+    if from_root.exists() and not path.exists():
+        path = from_root
+    print(f"loading {path.name} ...", flush=True)
+    return Live(path, **settings)
 
 
-def _progress(items: Sequence, name: str) -> tqdm:
-    return tqdm(items, name, file=sys.stdout, leave=False, disable=None)
+def _progress(items: Collection, name: str) -> tqdm:
+    """In a notebook too, where minutes pass."""
+    return tqdm(items, name, file=sys.stdout, leave=False)
 
 
 def _texts(subject: Subject, task: str, seed: int = 0) -> list[Examples]:
