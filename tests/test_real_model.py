@@ -156,6 +156,11 @@ def test_one_layer_at_a_time_is_cut(subject):
             budgets = [8 if i == layer else whole for i in range(3)]
             expected = real_model._pruned(subject, draws, budgets, Snap()).mean_nats
             assert nats == expected != found[task]["whole"]
+        none, *_, all_kept = found[task]["together"]
+        assert (none["count"], all_kept["count"]) == (0, 3)
+        all_cut = real_model._pruned(subject, draws, 8, Snap()).mean_nats
+        assert Quality(none["nats"], none["accuracies"], 0).mean_nats == all_cut
+        assert sum(all_kept["nats"]) / 2 == found[task]["whole"]
 
 
 def test_budgets_are_of_one_size_and_begin_with_all_tokens(subject, monkeypatch):

@@ -333,7 +333,8 @@ def attention_to_first(model: Transformer, token_ids: torch.Tensor) -> list[floa
 
 def measure_layers(subject: Subject) -> dict:
     """Nats per token when one layer keeps a quarter of the first half and all others all
-    of it, by layer."""
+    of it, by layer; and what is left when the layers that lose most keep all, and all
+    others that quarter, by how many they are."""
     L, whole = subject.config.num_layers, subject.config.max_seq_len
     alone = subject.seq_len // 8
     found = {"alone": alone, "read": subject.seq_len // 2}
@@ -344,7 +345,14 @@ def measure_layers(subject: Subject) -> dict:
         for layer in _progress(range(L), f"layers, {task}"):
             budgets = [alone if i == layer else whole for i in range(L)]
             cut.append(_pruned(subject, draws, budgets, Snap()).mean_nats)
-        found[task] = {"whole": nothing_cut, "cut": cut}
+        by_loss = sorted(range(L), key=lambda layer: -cut[layer])
+        together = []
+        for count in dict.fromkeys(min(count, L) for count in (0, 1, 2, 4, 8, 16)):
+            kept = by_loss[:count]
+            budgets = [whole if i in kept else alone for i in range(L)]
+            quality = _pruned(subject, draws, budgets, Snap())
+            together.append({"count": count, **asdict(quality)})
+        found[task] = {"whole": nothing_cut, "cut": cut, "together": together}
     return found
 
 
