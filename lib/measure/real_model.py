@@ -607,7 +607,7 @@ def main():
         real.measure(part)
         seconds = round(time.perf_counter() - start, 1)
         result["seconds"][part] = seconds
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        args.json.write_text(json.dumps(result) + "\n")
         print(f"{part:8} {seconds:7.1f} s", flush=True)
 
 
