@@ -29,7 +29,7 @@ import psutil  # comes with Jupyter
 import torch
 from tqdm import tqdm
 
-from lib.config import ModelConfig, RopeScaling
+from lib.config import ModelConfig, RopeScaling, check_count
 from lib.model import Transformer, scale_frequencies
 
 FAMILIES = {  # by model_type of config.json: the class it must be written for
@@ -85,9 +85,9 @@ class Checkpoint:
         hand over an attend, or a cache, with this window (`Window` of lib/state.py).
 
         Raises MemoryError before anything is read where there is too little; ValueError
-        that names the tensor that is missing, misshapen or no plain number, or the file
-        that cannot be read; UnsupportedError for a tensor that the model has no place
-        for.
+        that names the tensor that is missing, there twice, misshapen, or not of plain and
+        finite numbers, or the file that cannot be read; UnsupportedError for a tensor
+        that the model has no place for.
         """
         config = self.config
         if self.window and not past_window:
@@ -107,6 +107,7 @@ class Checkpoint:
     ) -> dict[str, torch.Tensor]:
         expected, weights = model.state_dict(), {}
         total = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+        limit = torch.finfo(dtype).max
         with (
             readable(self.path),
             tqdm(
@@ -129,6 +130,14 @@ class Checkpoint:
                     raise ValueError(
                         f"{self.path}: {name}: expected {shape} of floats, "
                         f"got {tuple(tensor.shape)} of {tensor.dtype}"
+                    )
+                if name in weights:
+                    raise ValueError(f"{self.path}: expected one {name}, got two")
+                low, high = (x.item() for x in tensor.aminmax())
+                if not -limit <= low <= high <= limit:
+                    raise ValueError(
+                        f"{self.path}: {name}: expected finite numbers in {dtype}, got "
+                        f"{low} to {high}"
                     )
                 weights[name] = tensor.to(device, dtype)
                 progress.update(weights[name].nbytes)
@@ -223,7 +232,8 @@ def readable(path: Path) -> Iterator[None]:
 
 def _open_folder(path: Path) -> Checkpoint:
     facts = read_json(path / "config.json")
-    config, window = config_of_folder(facts, path / "config.json")
+    with readable(path / "config.json"):
+        config, window = config_of_folder(facts, path / "config.json")
     files = _weight_files(path)
 
     def tensors():
@@ -245,15 +255,16 @@ def _open_folder(path: Path) -> Checkpoint:
 
 def _weight_files(path: Path) -> list[Path]:
     """The files of weights in a folder, in order; FileNotFoundError where one is not
-    there."""
+    there. Beside one file with all of them an index counts for nothing, as for
+    transformers."""
     index = path / "model.safetensors.index.json"
-    if index.exists():
+    files = [path / "model.safetensors"]
+    if index.exists() and not files[0].exists():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index}: expected a 'weight_map', got none")
-        files = [path / name for name in sorted(set(weight_map.values()))]
-    else:
-        files = [path / "model.safetensors"]
+        with readable(index):
+            files = [path / name for name in sorted(set(weight_map.values()))]
     missing = [file.name for file in files if not file.exists()]
     if missing:
         got = sorted(file.name for file in path.iterdir() if file.name != "config.json")
@@ -267,7 +278,7 @@ def read_json(path: Path) -> dict:
     """What is in a file; ValueError where that is no JSON, or no object."""
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON, got {error}") from error
     if not isinstance(facts, dict):
         raise ValueError(f"{path}: expected an object, got {type(facts).__name__}")
@@ -313,6 +324,8 @@ def config_of_folder(facts: dict, path: Path) -> tuple[ModelConfig, int | None]:
 
     if (act := take("hidden_act", "silu")) != "silu":
         raise UnsupportedError(f"{path}: hidden_act: expected 'silu', got {act!r}")
+    if (is_causal := take("is_causal", True)) is not True:
+        raise UnsupportedError(f"{path}: is_causal: expected True, got {is_causal!r}")
     num_heads = take("num_attention_heads")
     theta, scaling = _rope(facts, path)
     window = _window(facts, family, path)
@@ -344,14 +357,16 @@ def config_of_folder(facts: dict, path: Path) -> tuple[ModelConfig, int | None]:
                 f"got {value!r}"
             )
     try:
+        if window is not None:
+            check_count("sliding_window", window)
         return ModelConfig(**settings), window
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _rope(facts: dict, path: Path) -> tuple[float, RopeScaling | None]:
-    """Theta and scaling. Until version 4 of transformers theta stood beside
-    rope_scaling, since version 5 it stands with it, in rope_parameters."""
+def _rope(facts: dict, path: Path) -> tuple[float, dict[str, float] | None]:
+    """Theta, and the fields of scaling. Until version 4 of transformers theta stood
+    beside rope_scaling, since version 5 it stands with it, in rope_parameters."""
     before, since = (
         facts.pop(name, None) or {} for name in ("rope_scaling", "rope_parameters")
     )
@@ -359,12 +374,13 @@ def _rope(facts: dict, path: Path) -> tuple[float, RopeScaling | None]:
         raise UnsupportedError(
             f"{path}: expected rope_scaling or rope_parameters, got both"
         )
-    given = {"rope_theta": facts.pop("rope_theta", None) or 10000.0, **before, **since}
+    given = {"rope_theta": facts.pop("rope_theta", None), **before, **since}
     theta = given.pop("rope_theta")
+    theta = 10000.0 if theta is None else theta
     legacy, kind = given.pop("type", "default"), given.pop("rope_type", None)
     kind = kind or legacy
     if kind == "default" and not given:
-        return float(theta), None
+        return theta, None
     names = "factor", "low_freq_factor", "high_freq_factor"
     long_name = "original_max_position_embeddings"
     if kind != "llama3" or set(given) != {*names, long_name}:
@@ -372,7 +388,7 @@ def _rope(facts: dict, path: Path) -> tuple[float, RopeScaling | None]:
             f"{path}: rope_scaling: expected 'default', or 'llama3' with {names} and "
             f"{long_name}, got {kind!r} with {given}"
         )
-    return float(theta), RopeScaling(*(given[name] for name in (*names, long_name)))
+    return theta, {"original_max_seq_len": given.pop(long_name), **given}
 
 
 def _window(facts: dict, family: str, path: Path) -> int | None:
@@ -443,7 +459,8 @@ def _open_gguf(path: Path) -> Checkpoint:
     reader = open_gguf(path)
     facts = gguf_facts(reader)
     stored = {tensor.name: tensor for tensor in reader.tensors}
-    config, window = config_of_gguf(facts, stored, path)
+    with readable(path):
+        config, window = config_of_gguf(facts, stored, path)
     is_llama = facts["general.architecture"] == "llama"
 
     def tensors():
@@ -453,14 +470,15 @@ def _open_gguf(path: Path) -> Checkpoint:
             if name == "rope_freqs.weight":  # in the config
                 continue
             try:
-                with readable(path):
-                    numbers = dequantize(tensor.data, tensor.tensor_type)
+                numbers = dequantize(tensor.data, tensor.tensor_type)
             except (NotImplementedError, ValueError) as error:
                 raise UnsupportedError(
                     f"{path}: {name}: expected numbers of a kind that package gguf "
                     f"takes apart, got {tensor.tensor_type.name}: {error}"
                 ) from error
-            weight = torch.from_numpy(numbers.copy())
+            if not numbers.flags.writeable:  # they are still in the file
+                numbers = numbers.copy()
+            weight = torch.from_numpy(numbers)
             if is_llama and name.endswith(("attn_q.weight", "attn_k.weight")):
                 weight = pairs_to_halves(weight, config.head_dim)
             yield gguf_name(name), weight
@@ -524,6 +542,10 @@ def config_of_gguf(
         )
     if (kind := take("rope.scaling.type", "none")) != "none":
         raise UnsupportedError(f"{path}: rope.scaling: expected none, got {kind!r}")
+    if (is_causal := take("attention.causal", True)) is not True:
+        raise UnsupportedError(
+            f"{path}: attention.causal: expected True, got {is_causal!r}"
+        )
     if "token_embd.weight" not in stored:
         raise ValueError(f"{path}: expected a tensor token_embd.weight, got none")
     d_model, num_heads = take("embedding_length"), take("attention.head_count")
@@ -560,6 +582,8 @@ def config_of_gguf(
                 f"compute it, got {value!r}"
             )
     try:
+        if window is not None:
+            check_count("sliding_window", window)
         return ModelConfig(**settings), window
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -293,6 +294,7 @@ def change_config(folder, **changes):
         ("Llama 3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
         ("Llama 3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("Llama 3", {"rope_interleaved": True}, "rope_interleaved"),
+        ("Llama 3", {"is_causal": False}, "is_causal: expected True, got False"),
         ("Llama 3", {"sliding_window": 16}, "sliding_window = 16"),
         ("Llama 3", {"quantization_config": {"bits": 4}}, "quantization_config"),
         (
@@ -389,6 +391,9 @@ def test_tied_weights_are_stored_once_and_must_be_equal(checkpoint, tmp_path):
                 weights.load_checkpoint(folder)
 
 
+OTHER = "model.norm.weight"  # of another shard than that which is spoiled
+
+
 def a_shard(folder):
     return sorted(folder.glob("*.safetensors"))[1]
 
@@ -435,6 +440,41 @@ def rewrite(path, change):
             "config.json: num_kv_heads: expected a divisor of num_heads = 5, got 2",
         ),
         (
+            lambda f: change_config(f, rope_scaling="linear", rope_parameters=KeyError),
+            ValueError,
+            "config.json: expected a whole file, got .*'str' object is not a mapping",
+        ),
+        (
+            lambda f: change_config(f, rope_theta="1e4", rope_parameters=KeyError),
+            ValueError,
+            "config.json: rope_theta: expected a number above 0, got '1e4'",
+        ),
+        (
+            lambda f: change_config(f, rope_theta=0, rope_parameters=KeyError),
+            ValueError,
+            "config.json: rope_theta: expected a number above 0, got 0",
+        ),
+        (
+            lambda f: change_config(f, rope_parameters={**LLAMA3, "factor": 0}),
+            ValueError,
+            "config.json: rope_scaling: expected numbers above 0",
+        ),
+        (
+            lambda f: change_config(
+                f,
+                model_type="mistral",
+                architectures=["MistralForCausalLM"],
+                sliding_window=0,
+            ),
+            ValueError,
+            "config.json: sliding_window: expected an integer of at least 1, got 0",
+        ),
+        (
+            lambda f: (f / "config.json").write_text("[" * 100_000),
+            ValueError,
+            "config.json: expected JSON, got",
+        ),
+        (
             lambda f: a_shard(f).unlink(),
             FileNotFoundError,
             r"expected model-00002-of-\d+.safetensors, got \[",
@@ -458,6 +498,28 @@ def rewrite(path, change):
             lambda f: (f / "model.safetensors.index.json").write_text("{}"),
             ValueError,
             "index.json: expected a 'weight_map', got none",
+        ),
+        (
+            lambda f: (f / "model.safetensors.index.json").write_text(
+                '{"weight_map": {"a": 3, "b": "c"}}'
+            ),
+            ValueError,
+            "index.json: expected a whole file, got one that cannot be read: TypeError",
+        ),
+        (
+            lambda f: rewrite(a_shard(f), lambda w, n: {**w, OTHER: torch.zeros(32)}),
+            ValueError,
+            "expected one unembed.0.weight, got two",
+        ),
+        (
+            lambda f: rewrite(a_shard(f), lambda w, n: {**w, n: w[n] * math.nan}),
+            ValueError,
+            "blocks.*: expected finite numbers in torch.float32, got nan to nan",
+        ),
+        (
+            lambda f: rewrite(a_shard(f), lambda w, n: {**w, n: w[n].double() * 1e300}),
+            ValueError,
+            "blocks.*: expected finite numbers in torch.float32, got -.*e",
         ),
         (
             lambda f: rewrite(a_shard(f), lambda w, n: {**w, n: w[n][:-1].clone()}),
@@ -488,6 +550,43 @@ def test_a_spoiled_folder_is_refused_in_a_sentence(spoil, error, says, folder):
     with pytest.raises(error, match=says) as caught:
         weights.load_checkpoint(folder)
     assert type(caught.value) is error
+
+
+def test_a_number_too_large_for_the_dtype_is_refused(folder):
+    rewrite(a_shard(folder), lambda w, n: {**w, n: w[n] * 1e6})
+    assert weights.load_checkpoint(folder, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="expected finite numbers in torch.float16"):
+        weights.load_checkpoint(folder, dtype=torch.float16)
+
+
+def test_one_file_goes_before_an_index_as_in_transformers(checkpoint, folder):
+    token_ids = some_ids(1, 50)
+    for shard in folder.glob("*.safetensors"):
+        rewrite(shard, lambda w, n: {k: -x for k, x in w.items()})
+    whole = folder.with_name("whole")
+    checkpoint("Llama 3")[0].save_pretrained(whole)
+    shutil.copy(whole / "model.safetensors", folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        expected = theirs(token_ids).logits
+    got = logits(weights.load_checkpoint(folder), token_ids)
+    assert (got - expected).abs().max() < 1e-5
+
+
+def test_a_model_comes_in_eval_mode_and_without_its_old_frequencies(checkpoint, folder):
+    extra = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    rewrite(a_shard(folder), lambda w, n: {**w, extra: torch.ones(4)})
+    model, token_ids = weights.load_checkpoint(folder), some_ids(1, 50)
+    assert not any(module.training for module in model.modules())
+    with torch.no_grad():
+        expected = checkpoint("Llama 3")[0](token_ids).logits
+    assert (logits(model, token_ids) - expected).abs().max() < 1e-5
+
+
+def test_a_window_longer_than_the_model_does_not_make_it_longer(checkpoint, tmp_path):
+    shutil.copytree(checkpoint("Mistral 0.1")[1], tmp_path / "model")
+    change_config(tmp_path / "model", sliding_window=4096)
+    assert weights.load_checkpoint(tmp_path / "model").config.max_seq_len == 512
 
 
 def test_too_little_memory_is_said_before_anything_is_read(folder, monkeypatch):
@@ -522,6 +621,7 @@ def test_a_package_that_is_missing_is_named(package, checkpoint, folder, monkeyp
         ),
         ("llama", lambda w: w.add_uint16("split.count", 3), "in one file, got one in 3"),
         ("qwen3", lambda w: w.add_sliding_window(8), "sliding_window: expected none"),
+        ("llama", lambda w: w.add_causal_attention(False), "causal: expected True"),
         (
             "llama",
             lambda w: w.add_tensor("rope_freqs.weight", torch.ones(4).numpy() * 3),
