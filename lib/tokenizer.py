@@ -141,8 +141,9 @@ def load_tokenizer(path: str | Path, config: ModelConfig) -> Tokenizer:
     path = Path(path).expanduser()
     ggufs = [path] if path.is_file() else sorted(path.glob("*.gguf"))
     is_folder = len(ggufs) != 1 or (path / "config.json").exists()
-    made = _of_folder(path) if is_folder else _of_gguf(ggufs[0])
-    largest = max([*made.tokenizer.get_vocab().values(), *made.stop_ids], default=0)
+    with weights.readable(path):
+        made = _of_folder(path) if is_folder else _of_gguf(ggufs[0])
+        largest = max([*made.tokenizer.get_vocab().values(), *made.stop_ids], default=0)
     if largest >= config.vocab_size:
         raise ValueError(
             f"{path}: expected tokens below vocab_size = {config.vocab_size} of the "

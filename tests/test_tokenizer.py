@@ -356,6 +356,26 @@ def test_a_broken_tokenizer_is_refused_with_its_name(tmp_path, config, broken):
     assert str(error.value).startswith(f"{path}: expected a whole file, got")
 
 
+@pytest.mark.parametrize(
+    "name, facts",
+    [
+        ("tokenizer_config.json", {"eos_token": 5}),
+        ("tokenizer_config.json", {"eos_token": {"id": 5}}),
+        ("tokenizer_config.json", {"chat_template": [5]}),
+        ("generation_config.json", {"eos_token_id": "x"}),
+        ("generation_config.json", {"eos_token_id": [[1]]}),
+        ("generation_config.json", {"eos_token_id": {"a": 1}}),
+    ],
+)
+def test_facts_of_another_kind_are_refused_in_a_sentence(tmp_path, config, name, facts):
+    small.write_folder(tmp_path)
+    for template in tmp_path.glob("chat_template*"):
+        template.unlink()
+    (tmp_path / name).write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match="expected a whole file, got .*Error"):
+        tokenizer.load_tokenizer(tmp_path, config)
+
+
 def test_a_tokenizer_of_a_larger_model_is_refused(tmp_path, model):
     small.write_folder(tmp_path)
     path = small.write_gguf(tmp_path / "a.gguf", model, eos_token_id=5000)

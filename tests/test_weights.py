@@ -1,6 +1,7 @@
 """Real weights: random checkpoints of every family, beside transformers."""
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -314,6 +315,16 @@ def change_config(folder, **changes):
         ),
         (
             "Llama 3.1",
+            {"rope_parameters": {**LLAMA3, "partial_rotary_factor": 0.5}},
+            "rope_scaling: expected .*partial_rotary_factor",
+        ),
+        (
+            "Llama 3",
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "rope_scaling: expected .*partial_rotary_factor",
+        ),
+        (
+            "Llama 3.1",
             {"rope_parameters": {k: v for k, v in LLAMA3.items() if k != "factor"}},
             "rope_scaling: expected .*, got 'llama3' with",
         ),
@@ -345,6 +356,49 @@ def test_a_config_of_version_4_of_transformers_says_the_same(checkpoint, tmp_pat
     change_config(folder, **before)
     assert weights.open_checkpoint(folder).config == expected
     assert expected.rope_theta == 500000.0 and expected.rope_scaling.factor == 8.0
+
+
+@pytest.mark.parametrize("nothing", [KeyError, None])
+@pytest.mark.parametrize(
+    "family, name, expected",
+    [
+        ("Llama 2", "num_key_value_heads", {"num_kv_heads": 4}),
+        ("Llama 3", "tie_word_embeddings", {"tied_embeddings": False}),
+        ("Llama 3", "rope_parameters", {"rope_theta": 10000.0}),
+        ("Llama 3", "head_dim", {"d_head": None}),
+        ("Llama 3", "hidden_act", {}),
+        ("Llama 3", "architectures", {}),
+    ],
+)
+def test_what_a_config_does_not_say_is_what_transformers_takes(
+    checkpoint, family, name, expected, nothing, tmp_path
+):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint(family)[1], folder)
+    whole = weights.open_checkpoint(folder).config
+    change_config(folder, **{name: nothing})
+    assert weights.open_checkpoint(folder).config == dataclasses.replace(
+        whole, **expected
+    )
+
+
+@pytest.mark.parametrize(
+    "family, name", [("Mistral 0.3", "num_key_value_heads"), ("Qwen3", "head_dim")]
+)
+def test_what_the_families_take_differently_has_to_be_said(
+    checkpoint, family, name, tmp_path
+):
+    shutil.copytree(checkpoint(family)[1], tmp_path / "model")
+    change_config(tmp_path / "model", **{name: KeyError})
+    with pytest.raises(ValueError, match=f"config.json: expected '{name}', got none"):
+        weights.open_checkpoint(tmp_path / "model")
+
+
+def test_settings_of_qwen_that_change_nothing_are_no_obstacle(checkpoint, tmp_path):
+    shutil.copytree(checkpoint("Qwen2.5")[1], tmp_path / "model")
+    unused = {"sliding_window": 8, "use_sliding_window": False, "max_window_layers": 1}
+    change_config(tmp_path / "model", **unused, attention_bias=True)
+    assert weights.open_checkpoint(tmp_path / "model").window is None
 
 
 def test_a_model_with_a_window_ends_with_it_unless_asked_otherwise(checkpoint):
@@ -501,6 +555,13 @@ def rewrite(path, change):
         ),
         (
             lambda f: (f / "model.safetensors.index.json").write_text(
+                '{"weight_map": {}}'
+            ),
+            ValueError,
+            "index.json: expected a 'weight_map', got none",
+        ),
+        (
+            lambda f: (f / "model.safetensors.index.json").write_text(
                 '{"weight_map": {"a": 3, "b": "c"}}'
             ),
             ValueError,
@@ -597,6 +658,35 @@ def test_too_little_memory_is_said_before_anything_is_read(folder, monkeypatch):
         weights.load_checkpoint(folder)
 
 
+def test_memory_is_enough_for_the_weights_and_the_largest_once_more(folder, monkeypatch):
+    sizes = [p.nbytes for p in weights.load_checkpoint(folder).parameters()]
+    for free, is_enough in ((sum(sizes) + max(sizes), True), (sum(sizes), False)):
+        there = weights.psutil.virtual_memory()._replace(available=free)
+        monkeypatch.setattr(weights.psutil, "virtual_memory", lambda there=there: there)
+        if is_enough:
+            weights.load_checkpoint(folder)
+        else:
+            with pytest.raises(MemoryError, match="GB free on cpu"):
+                weights.load_checkpoint(folder)
+
+
+def test_on_a_gpu_it_is_the_gpus_memory_that_counts(checkpoint, monkeypatch):
+    monkeypatch.setattr(weights.torch.cuda, "mem_get_info", lambda _: (10, 10**12))
+    model, path = weights.load_checkpoint(checkpoint("Llama 3")[1]), Path("model")
+    with pytest.raises(MemoryError, match="model: expected 0.0 GB free on cuda"):
+        weights.check_memory(path, model, torch.float32, torch.device("cuda"))
+
+
+def test_a_file_without_memory_for_it_is_not_called_broken():
+    with pytest.raises(MemoryError, match="^no room$"), weights.readable(Path("x")):
+        raise MemoryError("no room")
+
+
+def test_facts_are_read_as_utf_8(tmp_path):
+    (tmp_path / "a.json").write_bytes('{"name": "ümläut"}'.encode())
+    assert weights.read_json(tmp_path / "a.json") == {"name": "ümläut"}
+
+
 @pytest.mark.parametrize("package", ["safetensors", "gguf"])
 def test_a_package_that_is_missing_is_named(package, checkpoint, folder, monkeypatch):
     path = folder
@@ -635,6 +725,58 @@ def test_a_gguf_file_of_another_kind_is_refused(arch, spoil, says, checkpoint, t
     write_gguf(path, checkpoint(family)[0], arch, spoil=spoil)
     with pytest.raises(weights.UnsupportedError, match=says):
         weights.open_checkpoint(path)
+
+
+def test_frequencies_of_one_layer_are_refused(checkpoint, tmp_path):
+    def spoil(writer):
+        writer.add_tensor("blk.0.rope_freqs.weight", torch.ones(4).numpy())
+
+    write_gguf(tmp_path / "model.gguf", checkpoint("Llama 3")[0], "llama", spoil=spoil)
+    with pytest.raises(weights.UnsupportedError, match="got blk.0.rope_freqs.weight"):
+        weights.load_checkpoint(tmp_path)
+
+
+def test_numbers_of_a_kind_that_gguf_does_not_take_apart_are_refused(
+    checkpoint, tmp_path
+):
+    def spoil(writer):
+        writer.add_tensor("blk.0.attn_q.bias", torch.ones(32).double().numpy())
+
+    write_gguf(tmp_path / "model.gguf", checkpoint("Llama 3")[0], "llama", spoil=spoil)
+    says = "blk.0.attn_q.bias: .* takes apart, got F64: Dequantization"
+    with pytest.raises(weights.UnsupportedError, match=says):
+        weights.load_checkpoint(tmp_path)
+
+
+def test_a_model_does_not_change_with_its_gguf_file(checkpoint, tmp_path):
+    path = tmp_path / "model.gguf"
+    write_gguf(path, checkpoint("Llama 3")[0], "llama")
+    model, token_ids = weights.load_checkpoint(path), some_ids(1, 20)
+    before = logits(model, token_ids)
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert torch.equal(logits(model, token_ids), before)
+
+
+@pytest.mark.parametrize("changes", [("head_count", 0), ("embedding_length", "4")])
+def test_sizes_of_a_gguf_file_that_are_none_are_refused(changes, checkpoint, tmp_path):
+    name, value = changes
+
+    class Writer(gguf.GGUFWriter):
+        def add_embedding_length(self, length):
+            if name == "embedding_length":
+                self.add_string("llama.embedding_length", value)
+            else:
+                super().add_embedding_length(length)
+
+        def add_head_count(self, count):
+            super().add_head_count(value if name == "head_count" else count)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFWriter", Writer)
+        write_gguf(tmp_path / "model.gguf", checkpoint("Llama 3")[0], "llama")
+    with pytest.raises(ValueError, match="model.gguf: expected a whole file, got"):
+        weights.open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.99])
