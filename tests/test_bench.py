@@ -4,12 +4,15 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import small_tokenizers as small
 import torch
+from helpers import random_model
 
 from lib import paged_attention, text
 from lib.course import ROOT
+from lib.kv_cache import kv_cache_bytes
 from lib.measure import bench, bench_attention, bench_serving
-from lib.model import load_model
+from lib.model import attend_fused, load_model
 from lib.state import Delta, attend_by
 
 
@@ -353,3 +356,70 @@ def test_the_pages_say_of_a_gpu_what_was_measured_on_it():
     ):
         assert words in chapter, words
     assert abs(of_torch((8, 512)) - 75) < 3, "three quarters at 512 tokens"
+
+
+REAL = ["--batch-size", "2", "--context", "30", "--steps", "2", "--block-size", "8"]
+REAL += ["--device", "cpu"]
+
+
+@pytest.fixture
+def real(tmp_path):
+    """The path of a small real model, and the model."""
+    pytest.importorskip("transformers")
+    model = random_model(vocab_size=small.num_tokens())
+    bench_serving.llama(model, "eager").save_pretrained(tmp_path / "real")
+    small.write_folder(tmp_path / "real")
+    return tmp_path / "real", model
+
+
+@pytest.mark.parametrize("dtype, itemsize", [("float32", 4), ("bfloat16", 2)])
+def test_a_real_model_is_timed_and_nothing_else(
+    real, tmp_path, monkeypatch, capsys, dtype, itemsize
+):
+    path, model = real
+    json_path = tmp_path / "real.json"
+    arguments = ["--model", str(path), "--dtype", dtype, "--json", str(json_path)]
+    assert run(monkeypatch, *arguments, *REAL) == 0
+    found = json.loads(json_path.read_text())
+    rows = found["results"]
+    assert [row["name"] for row in rows] == ["recompute", "contiguous", "paged"]
+    assert {(row["batch_size"], row["context"]) for row in rows} == {(2, 30)}
+    assert found["serving"] == [] and found["attention"] == {"errors": []}
+    each = kv_cache_bytes(model.config, 1, itemsize)
+    said = capsys.readouterr().out
+    assert said.startswith("real: weights 0 MB in " + dtype)
+    assert f"keys and values {each:,} bytes per token" in said
+    assert f"{found['machine']['torch_threads']} thread(s)" in said
+    assert "state" not in said
+
+
+def test_of_a_real_model_the_steps_are_over_its_own_tokens(real, monkeypatch):
+    path, model = real
+    settings = {"model": path, "dtype": "float32", "device": "cpu"}
+    args = SimpleNamespace(**settings, context=30, steps=2)
+    made, book_ids = bench.real_model(args)
+    assert book_ids[:1000].tolist() == small.made().encode(text.load_book()).ids[:1000]
+    steps = bench.decode_steps(2, 30, 2, 8, (made, book_ids))
+    prompts = book_ids[:60].view(2, 30)
+    with torch.no_grad():
+        again = torch.cat([prompts, prompts[:, :1]], dim=1)
+        expected = model(again, torch.arange(31), attend_fused)[:, -1]
+    for name in ("contiguous", "paged"):
+        torch.testing.assert_close(steps[name](), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "spoil, more, says",
+    [
+        (lambda path: (path / "config.json").unlink(), [], "expected config.json, or"),
+        (lambda path: (path / "tokenizer.json").unlink(), [], "expected tokenizer.json"),
+        (lambda path: None, ["--steps", "99"], r"at most 128 tokens, .* got 30 \+ 99"),
+    ],
+)
+def test_of_a_real_model_that_does_not_do_nothing_is_timed(
+    real, monkeypatch, spoil, more, says
+):
+    path, _ = real
+    spoil(path)
+    with pytest.raises(SystemExit, match=f"^nothing was timed: .*{says}"):
+        run(monkeypatch, "--model", str(path), *REAL, *more)
