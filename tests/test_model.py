@@ -238,14 +238,24 @@ def test_an_attend_that_returns_another_shape_is_named():
         ({"d_head": 0}, "d_head: expected an integer of at least 1, got 0"),
         ({"d_head": 7}, "head_dim: expected an even number .*, got 7"),
         ({"qk_norm": 1}, "qk_norm: expected True or False, got 1"),
+        ({"tied_embeddings": 1}, "tied_embeddings: expected True or False, got 1"),
         ({"rope_scaling": 8.0}, "rope_scaling: expected RopeScaling or None, got 8.0"),
         ({"rope_scaling": {**SLOWER, "factor": 0}}, "expected numbers above 0"),
         ({"rope_scaling": {**SLOWER, "low_freq_factor": 4}}, "expected low_.* below"),
+        (
+            {"rope_scaling": {**SLOWER, "original_max_seq_len": 2.5}},
+            "original_max_seq_len: expected an integer of at least 1, got 2.5",
+        ),
     ],
 )
 def test_sizes_that_do_not_fit_together_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(TINY, **change)
+
+
+def test_heads_of_a_width_of_their_own_need_not_divide_the_width_of_the_model():
+    config = dataclasses.replace(TINY, num_heads=6, d_head=8)
+    assert config.d_model % config.num_heads and config.head_dim == 8
 
 
 @pytest.mark.parametrize("settings", [{"dropout": 0.25}, OF_OTHERS])
