@@ -11,6 +11,7 @@ Read lib/engine.py, lib/weights.py and lib/tokenizer.py before.
 
 import argparse
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,9 @@ from lib.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 def main() -> int:
     try:
         return _write(_parse_args())
+    except BrokenPipeError:  # whoever reads has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, ModuleNotFoundError, MemoryError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -76,6 +80,10 @@ def _parse_args() -> argparse.Namespace:
     for name in ("max_new_tokens", "block_size", "threads"):
         if getattr(args, name) is not None:
             check_count(name, getattr(args, name))
+    if args.threads is not None and args.threads > (os.cpu_count() or 1):
+        raise ValueError(
+            f"threads: expected at most {os.cpu_count()}, as there are cores"
+        )
     check_count("seed", args.seed, at_least=0)
     sampling.check_sampling(args.temperature, args.top_k, args.top_p)
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -73,12 +73,14 @@ def with_kv_heads(model: Transformer, num_kv_heads: int) -> Transformer:
     """A model of its own with fewer KV heads, pooled from those of `model`; all other
     weights are copies. Raises ValueError as `pool_kv_heads` does."""
     check_divides(num_kv_heads, model.config.num_kv_heads)
-    weights = {
-        name: pool_kv_heads(weight, model.config.head_dim, num_kv_heads)
-        if name.endswith(("k_proj.weight", "v_proj.weight"))
-        else weight
-        for name, weight in model.state_dict().items()
-    }
+    weights = dict(model.state_dict())
+    for name, weight in weights.items():
+        if name.endswith(
+            ("k_proj.weight", "v_proj.weight", "k_proj.bias", "v_proj.bias")
+        ):
+            columns = weight.view(len(weight), -1)  # a bias is a matrix of one column
+            pooled = pool_kv_heads(columns, model.config.head_dim, num_kv_heads)
+            weights[name] = pooled.view(-1, *weight.shape[1:])
     pooled = Transformer(replace(model.config, num_kv_heads=num_kv_heads))
     load_weights(pooled.to(model.embed.weight), weights)
     return pooled.train(model.training)

@@ -305,7 +305,8 @@ def load_model(path: Path = WEIGHTS) -> Transformer:
 def load_weights(model: Transformer, weights: dict[str, torch.Tensor]):
     """Copy `weights` into `model`.
 
-    Raises ValueError naming the first that is missing, unknown or misshapen.
+    Raises ValueError naming the first that is missing, unknown or misshapen, or two that
+    should be one.
     """
     expected = model.state_dict()
     for name in [*expected, *weights]:
@@ -316,4 +317,11 @@ def load_weights(model: Transformer, weights: dict[str, torch.Tensor]):
             raise ValueError(
                 f"weights of another model: {name}: expected {shapes[0]}, got {shapes[1]}"
             )
+    if model.config.tied_embeddings and not torch.equal(
+        weights["embed.weight"], weights["unembed.1.weight"]
+    ):
+        raise ValueError(
+            "weights of another model: embed.weight and unembed.1.weight: expected one "
+            "matrix, got two"
+        )
     model.load_state_dict(weights)

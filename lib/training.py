@@ -87,7 +87,8 @@ def next_token_loss(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tens
 
 
 def training_bytes(config: ModelConfig, batch_size: int, seq_len: int) -> dict[str, int]:
-    """What training holds, in bytes of float32, by kind.
+    """What training holds, in bytes of float32, by kind, of a model as ours: without
+    biases, norms of queries and keys, or tied embeddings.
 
     weights, gradients: 4 per parameter. optimizer: AdamW's two running means, of the
     gradient and of its square. (Its step counters, 4 bytes per tensor, are left out.)

@@ -38,20 +38,36 @@ FAMILIES = {  # by model_type of config.json: the class it must be written for
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-# Parts of names of settings that change what a model computes, where they are neither
-# null nor false nor zero. Those of the families above that we have fields for are taken
-# out of the config before.
-CHANGES = (
-    *("softcap", "expert", "moe", "multiplier", "logit_scale", "alibi", "window"),
-    *("rotary", "interleaved", "quantization", "mlp_bias", "attention_bias", "no_rope"),
-    *("qk_norm", "use_qk", "mup", "parallel_attn", "layernorm", "chunk", "mrope"),
-)
+# Settings of a config.json that change nothing of what a model computes, beside those
+# whose name begins with "_". Any other that has no field in ModelConfig is refused, where
+# it is neither null nor false nor zero.
+HARMLESS = {
+    *("architectures", "model_type", "transformers_version", "dtype", "torch_dtype"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id"),
+    *("use_cache", "initializer_range", "attention_dropout", "hidden_dropout"),
+    *("pretraining_tp", "auto_map", "is_llama_config", "transformers.js_config"),
+    *("id2label", "label2id", "problem_type", "return_dict", "tokenizer_class"),
+    *("task_specific_params", "unsloth_version", "unsloth_fixed", "use_bfloat16"),
+    # Of drawing tokens, as old configs have them.
+    *("max_length", "min_length", "max_new_tokens", "do_sample", "early_stopping"),
+    *("num_beams", "num_beam_groups", "num_return_sequences", "diversity_penalty"),
+    *("temperature", "top_k", "top_p", "typical_p", "length_penalty"),
+    *("repetition_penalty", "no_repeat_ngram_size"),
+}
 FLOATS = torch.float64, torch.float32, torch.float16, torch.bfloat16
 # What GGUF files of Llama 3.1 and later were made with: they hold only what comes of it.
 LLAMA3_SCALING = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_seq_len": 8192,
+}
+# Of Mistral 0.1: llama.cpp does not write its window down, but this is its shape.
+MISTRAL_01 = {
+    "d_model": 4096,
+    "d_ff": 14336,
+    "num_kv_heads": 8,
+    "max_seq_len": 32768,
+    "rope_theta": 10000.0,
 }
 INSTALL = "pip install -e '.[models]', in the folder of the course, installs it"
 
@@ -201,10 +217,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 def check_memory(
     path: Path, model: Transformer, dtype: torch.dtype, device: torch.device
 ):
-    """MemoryError unless the weights of `model`, and the largest of them once more, fit
-    into what is free."""
-    sizes = [p.numel() * dtype.itemsize for p in model.parameters()]
-    needed = sum(sizes) + max(sizes)
+    """MemoryError unless the weights of `model`, and the largest of them once more, as it
+    was stored or in 32 bits, fit into what is free."""
+    sizes = [p.numel() for p in model.parameters()]
+    needed = sum(sizes) * dtype.itemsize + max(sizes) * max(dtype.itemsize, 4)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
     else:
@@ -351,10 +367,11 @@ def config_of_folder(facts: dict, path: Path) -> tuple[ModelConfig, int | None]:
         "rope_scaling": scaling,
     }
     for name, value in facts.items():
-        if value and any(part in name for part in CHANGES):
+        if value and name not in HARMLESS and not name.startswith("_"):
             raise UnsupportedError(
                 f"{path}: {name}: expected none, for lib/model.py does not compute it, "
-                f"got {value!r}"
+                f"got {value!r}. If it changes nothing of what the model computes, "
+                f"delete it there"
             )
     try:
         if window is not None:
@@ -573,6 +590,8 @@ def config_of_gguf(
         "tied_embeddings": "output.weight" not in stored,
         "rope_scaling": _gguf_scaling(stored, theta, d_head, path),
     }
+    if window is None and MISTRAL_01.items() <= settings.items():
+        window = 4096
     take("vocab_size", None)
     # Whatever else is said of the architecture would change what it computes.
     for name, value in facts.items():

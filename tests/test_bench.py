@@ -387,7 +387,7 @@ def test_a_real_model_is_timed_and_nothing_else(
     assert found["serving"] == [] and found["attention"] == {"errors": []}
     each = kv_cache_bytes(model.config, 1, itemsize)
     said = capsys.readouterr().out
-    assert said.startswith("real: weights 0 MB in " + dtype)
+    assert said.startswith("loading real ...\n") and f"0 MB in {dtype}" in said
     assert f"keys and values {each:,} bytes per token" in said
     assert f"{found['machine']['torch_threads']} thread(s)" in said
     assert "state" not in said
@@ -396,7 +396,7 @@ def test_a_real_model_is_timed_and_nothing_else(
 def test_of_a_real_model_the_steps_are_over_its_own_tokens(real, monkeypatch):
     path, model = real
     settings = {"model": path, "dtype": "float32", "device": "cpu"}
-    args = SimpleNamespace(**settings, context=30, steps=2)
+    args = SimpleNamespace(**settings, batch_size=2, context=30, steps=2)
     made, book_ids = bench.real_model(args)
     assert book_ids[:1000].tolist() == small.made().encode(text.load_book()).ids[:1000]
     steps = bench.decode_steps(2, 30, 2, 8, (made, book_ids))
@@ -423,3 +423,18 @@ def test_of_a_real_model_that_does_not_do_nothing_is_timed(
     spoil(path)
     with pytest.raises(SystemExit, match=f"^nothing was timed: .*{says}"):
         run(monkeypatch, "--model", str(path), *REAL, *more)
+
+
+@pytest.mark.parametrize(
+    "option, value, says",
+    [
+        ("--context", "126", "expected at most 128 tokens, .* got 126 . 2"),
+        ("--batch-size", "1000000", "batch_size: expected at most .* got 1000000"),
+        ("--block-size", "99999999999999", "nothing was timed: "),
+    ],
+)
+def test_what_a_real_model_cannot_do_is_said(real, option, value, says, monkeypatch):
+    settings = ["--device", "cpu", "--context", "30", "--steps", "2", option, value]
+    monkeypatch.setattr("sys.argv", ["bench", "--model", str(real[0]), *settings])
+    with pytest.raises(SystemExit, match=says):
+        bench.main()

@@ -123,3 +123,15 @@ def test_a_pooled_model_learns():
     ids = torch.randint(256, (1, 5))
     model(ids, torch.arange(5), attend_causal).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_biases_are_pooled_as_the_rows_that_they_belong_to():
+    model = random_model(qkv_bias=True)
+    for block in model.blocks:
+        for projection in (block.attention.k_proj, block.attention.v_proj):
+            torch.nn.init.normal_(projection.bias)
+    pooled = with_kv_heads(model, 1)
+    for before, after in zip(model.blocks, pooled.blocks):
+        bias = before.attention.k_proj.bias.view(2, -1).mean(dim=0)
+        assert torch.equal(after.attention.k_proj.bias, bias)
+        assert torch.equal(after.attention.q_proj.bias, before.attention.q_proj.bias)

@@ -353,3 +353,12 @@ def test_fused_attention_takes_tensors_that_are_not_in_one_piece():
     q, k, v = (torch.randn(4, 2, 6, 8).permute(2, 1, 0, 3) for _ in range(3))
     expected = attend_fused(0, q.contiguous(), k.contiguous(), v.contiguous())
     assert_close(attend_fused(0, q, k, v), expected)
+
+
+def test_two_matrices_for_tied_embeddings_are_refused():
+    model = random_model(tied_embeddings=True)
+    weights = {name: w.clone() for name, w in model.state_dict().items()}
+    load_weights(model, weights)
+    weights["unembed.1.weight"] += 1
+    with pytest.raises(ValueError, match="expected one matrix, got two"):
+        load_weights(model, weights)

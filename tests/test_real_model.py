@@ -1,6 +1,7 @@
 """What chapter 10 measures, on a small random model."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from lib.measure.bench_serving import llama
 from lib.measure.quality import Quality, measure_quality
 from lib.model import attend_causal
 from lib.pruning import Snap
+from lib.tokenizer import ByteTokenizer
 
 pytest.importorskip("transformers")
 
@@ -258,7 +260,38 @@ def test_the_command_writes_down_each_part(folder, tmp_path, monkeypatch, capsys
     assert json.loads(path.read_text())["seconds"].keys() == recorded.found.keys()
 
 
-def test_figures_of_a_part_are_plain_values(subject):
+@pytest.mark.parametrize(
+    "settings", [{}, {"qkv_bias": True}, {"qk_norm": True, "tied_embeddings": True}]
+)
+def test_figures_of_a_part_are_plain_values(subject, settings):
+    if settings:
+        model = random_model(max_seq_len=1024, d_head=12, **settings)
+        # bytes have no template for chats
+        subject = replace(subject, model=model, tokenizer=ByteTokenizer())
     for part, measure in real_model.MEASUREMENTS.items():
         if part not in ("budgets", "layers"):  # they take longest
             json.dumps(measure(subject))
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["/nope"], "expected a folder .*, found nothing"),
+        (["--parts", "foo"], "invalid choice: 'foo'"),
+        (["--dtype", "foo"], "invalid choice: 'foo'"),
+        (["--json", "/nope/x.json"], "json: expected a folder that is there"),
+        (["--seq-len", "9"], "seq_len: expected an integer of at least 64"),
+        (["--seq-len", "5000"], "expected a model of texts of 5000 tokens"),
+        (["--threads", "0"], "threads: expected an integer of at least 1"),
+    ],
+)
+def test_odd_input_ends_in_a_sentence(folder, arguments, says, monkeypatch, capsys):
+    if arguments[0].startswith("--"):
+        arguments = [str(folder), *arguments]
+    monkeypatch.setattr(sys, "argv", ["real_model", *arguments])
+    num_threads = torch.get_num_threads()
+    with pytest.raises(SystemExit, match="2"):
+        real_model.main()
+    torch.set_num_threads(num_threads)
+    said = capsys.readouterr().err
+    assert re.search(says, said) and "Traceback" not in said

@@ -292,6 +292,8 @@ def change_config(folder, **changes):
         ("Llama 3", {"attention_bias": True}, "attention_bias"),
         ("Llama 3", {"mlp_bias": True}, "mlp_bias"),
         ("Llama 3", {"num_local_experts": 8}, "num_local_experts"),
+        ("Llama 3", {"scale_emb": 12}, "scale_emb: expected none, .* got 12. If it"),
+        ("Llama 3", {"position_embedding_type": "learned"}, "position_embedding_type"),
         ("Llama 3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
         ("Llama 3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("Llama 3", {"rope_interleaved": True}, "rope_interleaved"),
@@ -872,3 +874,38 @@ def test_smollm2_writes_what_it_writes_in_transformers(tmp_path):
         exact = theirs.double()(book_ids).logits
         error = (theirs.float()(book_ids).logits - exact).abs().max()
     assert (logits(model, book_ids) - exact).abs().max() <= max(2 * error, 1e-4)
+
+
+def test_settings_that_change_nothing_are_passed_over(folder):
+    change_config(
+        folder,
+        _name_or_path="x",
+        torch_dtype="bfloat16",
+        pretraining_tp=1,
+        temperature=1.0,
+        bos_token_id=1,
+        use_cache=True,
+        attention_dropout=0.1,
+        some_switch=False,
+    )
+    weights.open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("d_ff, window", [(14336, 4096), (11008, None)])
+def test_the_shape_of_mistral_0_1_has_its_window(d_ff, window, tmp_path):
+    from types import SimpleNamespace
+
+    facts = {
+        "general.architecture": "llama",
+        "llama.block_count": 32,
+        "llama.context_length": 32768,
+        "llama.embedding_length": 4096,
+        "llama.feed_forward_length": d_ff,
+        "llama.attention.head_count": 32,
+        "llama.attention.head_count_kv": 8,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "llama.rope.freq_base": 10000.0,
+    }
+    stored = {"token_embd.weight": SimpleNamespace(shape=(4096, 32000))}
+    config, got = weights.config_of_gguf(facts, stored, tmp_path)
+    assert got == window and config.num_kv_heads == 8

@@ -79,13 +79,19 @@ def real_model(args: argparse.Namespace) -> tuple[Transformer, torch.Tensor]:
     found = weights.open_checkpoint(args.model)
     tokenizer = load_tokenizer(found.path, found.config)
     dtype = getattr(torch, args.dtype)
-    model, room = found.load(dtype=dtype, device=args.device), args.context + args.steps
-    if room >= model.config.max_seq_len:
+    model = found.load(dtype=dtype, device=args.device)
+    if args.context + args.steps + 1 > model.config.max_seq_len:
         raise ValueError(
             f"context: expected at most {model.config.max_seq_len} tokens, context and "
-            f"steps together, got {args.context} + {args.steps}"
+            f"steps together, and one more to warm up, got {args.context} + {args.steps}"
         )
-    return model, tokenizer.encode(text.load_book()).to(args.device)
+    book_ids = tokenizer.encode(text.load_book())
+    if args.batch_size * args.context > len(book_ids):
+        raise ValueError(
+            f"batch_size: expected at most {len(book_ids) // args.context}, since the "
+            f"book has {len(book_ids):,} tokens, got {args.batch_size}"
+        )
+    return model, book_ids.to(args.device)
 
 
 def decode_steps(
@@ -444,7 +450,7 @@ def main() -> int:
             sys.exit(f"nothing was timed: {error}")
     try:
         results = bench_decoding(args, facts)
-    except (ValueError, OSError, ModuleNotFoundError, MemoryError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, MemoryError, RuntimeError) as error:
         if args.model is None:
             raise
         sys.exit(f"nothing was timed: {error}")

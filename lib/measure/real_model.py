@@ -423,7 +423,7 @@ def budgets_by_loss(lost: Sequence[float], mean: int, least: int, most: int) -> 
 def measure_prefix(subject: Subject) -> list[dict]:
     """Seconds to the first token of questions behind one system prompt, and how many of
     their tokens were computed: alone in a paged cache, and with a prefix cache."""
-    prompts = [subject.tokenizer.chat(messages) for messages in _conversations()]
+    prompts = _prompts(subject.tokenizer)
     room = sum(len(prompt) // 16 + 2 for prompt in prompts)
     rows = []
     for name, kind in (("paged", PagedKVCache), ("prefix", PrefixKVCache)):
@@ -463,8 +463,15 @@ class Live:
     """Measures a model, part by part, when it is asked."""
 
     def __init__(self, path: str | Path, seq_len: int = SEQ_LEN, **settings: Any):
-        """settings: of `weights.Checkpoint.load`."""
+        """settings: of `weights.Checkpoint.load`. Raises as it does, and ValueError for
+        a model whose texts are too short for what is measured."""
         checkpoint = weights.open_checkpoint(path)
+        needed = max(max(CONTEXTS) + 16, seq_len)
+        if checkpoint.config.max_seq_len < needed:
+            raise ValueError(
+                f"{path}: expected a model of texts of {needed} tokens, got "
+                f"{checkpoint.config.max_seq_len}"
+            )
         model = checkpoint.load(**settings)
         tokenizer = load_tokenizer(path, checkpoint.config)
         book_ids = tokenizer.encode(text.load_book()[:400_000])
@@ -570,9 +577,16 @@ def _pruned(
     )
 
 
-def _conversations() -> list[list[dict]]:
-    system = {"role": "system", "content": SYSTEM}
-    return [[system, {"role": "user", "content": question}] for question in QUESTIONS]
+def _prompts(tokenizer: Tokenizer) -> list[torch.Tensor]:
+    """QUESTIONS behind SYSTEM, in the model's own template where it has one."""
+    prompts, system = [], {"role": "system", "content": SYSTEM}
+    for question in QUESTIONS:
+        try:
+            prompt = tokenizer.chat([system, {"role": "user", "content": question}])
+        except ValueError:  # it was not trained to chat, or knows no system prompt
+            prompt = tokenizer.encode(f"{SYSTEM}\n\n{question}\n")
+        prompts.append(prompt)
+    return prompts
 
 
 def main():
@@ -581,15 +595,27 @@ def main():
     )
     parser.add_argument("model", type=Path, help="a folder, or a GGUF file")
     parser.add_argument("--json", type=Path, default=RESULTS, help=f"({RESULTS})")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    dtypes = "float32", "bfloat16", "float16"
+    parser.add_argument("--dtype", choices=dtypes, default=dtypes[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seq-len", type=int, default=SEQ_LEN)
-    parser.add_argument("--parts", nargs="+", default=list(MEASUREMENTS))
+    parser.add_argument(
+        "--parts", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS)
+    )
     args = parser.parse_args()
-    torch.set_num_threads(check_count("threads", args.threads))
+    if not args.json.parent.is_dir():
+        parser.error(f"json: expected a folder that is there, got {args.json.parent}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("device: expected a GPU that torch can use, got none")
     settings = {"device": args.device, "dtype": getattr(torch, args.dtype)}
-    real = Live(args.model, args.seq_len, **settings)
+    try:
+        torch.set_num_threads(check_count("threads", args.threads))
+        # Halves and eighths of it are taken, and 4 of these must be 8 tokens at least.
+        check_count("seq_len", args.seq_len, at_least=64)
+        real = Live(args.model, args.seq_len, **settings)
+    except (ValueError, OSError, ModuleNotFoundError, MemoryError) as error:
+        parser.error(str(error))
     result = {
         "name": real.name,
         "about": real.about,
