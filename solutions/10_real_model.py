@@ -112,8 +112,8 @@ print(real.about)
 # | embedding is unembedding too | SmolLM2, Llama 3.2 | `tied_embeddings` |
 # | RoPE for longer texts | Llama 3.1, 3.2 | `rope_scaling` |
 #
-# (The last one: of the pairs that RoPE turns, those that turn slowly turn 8
-# times slower, so that a long text looks to them as a short one did in
+# (The last one: of the pairs that RoPE turns, those that turn slowly turn 8 or
+# 32 times slower, so that a long text looks to them as a short one did in
 # training.) A sixth detail is not in the model at all. In Mistral 0.1 each
 # query sees the newest 4,096 tokens only. That is an `attend`, and you have it
 # from chapter 9: `Window(4096)`. The seam has not changed.
@@ -154,7 +154,7 @@ published = {
         128256, 16, 32, 8, 2048, 8192, 131072, tied_embeddings=True
     ),
     "Llama 2 7B": ModelConfig(32000, 32, 32, 32, 4096, 11008, 4096),
-    "Mistral 7B": ModelConfig(32000, 32, 32, 8, 4096, 14336, 32768),
+    "Mistral 7B 0.2": ModelConfig(32000, 32, 32, 8, 4096, 14336, 32768),
     "Qwen2.5 7B": ModelConfig(
         152064, 28, 28, 4, 3584, 18944, 32768, qkv_bias=True
     ),
@@ -228,9 +228,9 @@ for row in found["seen"]:
     )
 
 # %% [markdown]
-# The cache is as large as predicted. (The 12 bytes more are the request's
-# length and its number.) But to read a prompt at once takes four times as much
-# as the cache that it fills! It is not attention. In our models the vocabulary
+# The cache is as large as predicted. (The 12 bytes more are the text's length,
+# and a zero for a moment.) But to read a prompt at once takes four times as
+# much as the cache that it fills! It is not attention. In our models the vocabulary
 # had 256 bytes; here it has 49,152 tokens, and `forward_cached` gives logits
 # after *every* token: 196,608 bytes for each. Nobody asks for them but after
 # the last one. Reading in chunks (chapter 3) bounds them, and the engine of
@@ -483,8 +483,8 @@ show_cut(pruned, ["all tokens", *policies])
 
 # %% [markdown]
 # Look at the book. With the newest 48 of 64 tokens it is worse than with the
-# newest 12 and the first 4! Chapter 8 quoted it from StreamingLLM, and could
-# not show it. What do the first tokens know? Nothing. How much of its attention
+# newest 12 and the first 4! Chapter 8 could only quote that from StreamingLLM.
+# What do the first tokens know? Nothing. How much of its attention
 # does a query give to the first token of a text, here and in our own model of
 # the book?
 
@@ -501,9 +501,10 @@ for name, shares in (
 # %% [markdown]
 # *By layer, from the first to the last.* From the thirteenth layer on, about
 # half of all attention goes to a token that says nothing. It is an **attention
-# sink**: weights must sum to 1, and a head that finds nothing to attend to puts
-# them there. Take the sink away, and the softmax gives what it held to tokens
-# that mean something. Our model of 1.7 million parameters has none.
+# sink**. Weights must sum to 1, and a head that finds nothing to attend to puts
+# them there; so Xiao and others explain it. Take the sink away, and the softmax
+# gives what it held to tokens that mean something. Our model of 1.7 million
+# parameters has none.
 #
 # For the book half of the tokens are enough, by any policy with a sink. And
 # what has to be said again? As large a share of it is right as is kept, by all
@@ -598,7 +599,7 @@ print("the layers that lose most:", ", ".join(
 # of one task serve another has to be measured too.
 #
 # **Holds:** a layer's need has to be measured, and no rule of shape knows it.
-# **Ours alone:** that the newest tokens can do without a sink.
+# **New:** sinks.
 #
 # ## A shared system prompt
 #
