@@ -230,11 +230,11 @@ for row in found["seen"]:
 # %% [markdown]
 # The cache is as large as predicted. (The 12 bytes more are the text's length,
 # and a zero for a moment.) But to read a prompt at once takes four times as
-# much as the cache that it fills! It is not attention. In our models the vocabulary
-# had 256 bytes; here it has 49,152 tokens, and `forward_cached` gives logits
-# after *every* token: 196,608 bytes for each. Nobody asks for them but after
-# the last one. Reading in chunks (chapter 3) bounds them, and the engine of
-# chapter 6 unembeds only the rows that are asked for.
+# much as the cache that it fills! It is not attention. In our models the
+# vocabulary had 256 bytes; here it has 49,152 tokens, and `forward_cached`
+# gives logits after *every* token: 196,608 bytes for each. Nobody asks for them
+# but after the last one. Reading in chunks (chapter 3) bounds them, and the
+# engine of chapter 6 unembeds only the rows that are asked for.
 #
 # **Holds:** bytes of keys and values. **New:** logits. In our model they took
 # half as much per token as keys and values, and could be forgotten.
