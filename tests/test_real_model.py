@@ -295,3 +295,12 @@ def test_odd_input_ends_in_a_sentence(folder, arguments, says, monkeypatch, caps
     torch.set_num_threads(num_threads)
     said = capsys.readouterr().err
     assert re.search(says, said) and "Traceback" not in said
+
+
+def test_a_path_may_begin_in_the_folder_of_the_course(folder, monkeypatch, capsys):
+    monkeypatch.setattr(real_model, "DATA", folder.parent / "data")
+    real = real_model.open_model(folder.name)
+    assert real.name == folder.name
+    assert capsys.readouterr().out.startswith(f"loading {folder.name} ...\n")
+    with pytest.raises(FileNotFoundError, match="nowhere: expected a folder"):
+        real_model.open_model("nowhere")
