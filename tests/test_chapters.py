@@ -26,7 +26,7 @@ columns.COLUMNS.update(recompute=cheap, contiguous=cheap)
 def test_a_chapter_runs_untouched_and_on_the_readers_code(text):
     is_called, printed = tracing.run(text)
     names = [mark.exercise for mark in marked_exercises(text)]
-    assert len(names) >= 5
+    assert len(names) >= 5 or text.stem == "10_real_model"  # which has none
     assert is_called == dict.fromkeys(names, True)
     for name in names:
         for line in (f"{name}: {NOT_WRITTEN}", f"{name}: passed"):

@@ -438,6 +438,8 @@ def run_apart(*arguments, **settings):
         stderr=subprocess.PIPE,
         env=environment,
         text=True,
+        # Whoever was started in the background ignores interrupts, and so would this.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         **settings,
     )
 
