@@ -22,7 +22,7 @@ import torch
 
 from lib import generate, sampling, state, weights
 from lib.config import ModelConfig, check_count
-from lib.engine import Engine
+from lib.engine import Engine, generator_at
 from lib.kv_cache import ContiguousKVCache, KVCache
 from lib.model import Transformer, attend_fused, load_model
 from lib.paged_attention_triton import fastest_settings
@@ -180,12 +180,10 @@ def _recompute(
     attend = attend_fused if window is None else state.attend_by(state.Window(window))
     token_ids = token_ids.to(args.device)
     for _ in range(args.max_new_tokens):
-        generator = torch.Generator(args.device)
-        generator.manual_seed((args.seed * 1_000_003 + len(token_ids)) % 2**63)
         token_ids = generate.generate_recompute(
             *(model, token_ids, 1),
             **_sampling(args),
-            generator=generator,
+            generator=generator_at(args.seed, len(token_ids), args.device),
             attend=attend,
         )
         yield (new_id := int(token_ids[-1]))

@@ -600,12 +600,20 @@ def _answer_ids(request_id: Hashable, n: int) -> list[Hashable]:
     return [request_id] if n == 1 else [(request_id, i) for i in range(n)]
 
 
+def generator_at(
+    seed: int, num_tokens: int, device: torch.device | str
+) -> torch.Generator:
+    """What the token behind so many others of a text is drawn with: it depends on the
+    seed and the place alone."""
+    generator = torch.Generator(device)
+    generator.manual_seed((seed * 1_000_003 + num_tokens) % 2**63)
+    return generator
+
+
 def _sample(request: Request, logits: torch.Tensor) -> int:
-    """Its next token, by a generator that depends on its seed and its place alone: from
-    equal logits the same, whoever else is there and however often it is drawn."""
-    generator = torch.Generator(logits.device)
-    place = request.seed * 1_000_003 + len(request.token_ids)
-    generator.manual_seed(place % 2**63)
+    """Its next token: from equal logits the same, whoever else is there and however often
+    it is drawn."""
+    generator = generator_at(request.seed, len(request.token_ids), logits.device)
     probs = sampling.next_token_probs(
         logits, request.temperature, request.top_k, request.top_p
     )
