@@ -24,7 +24,8 @@ def check_count(name: str, value: int, at_least: int = 1) -> int:
 @dataclass(frozen=True)
 class RopeScaling:
     """How Llama 3.1 reads texts longer than those it was trained on: see
-    `lib.model.rotate`. Raises ValueError unless all are numbers that make sense."""
+    `lib.model.scale_frequencies`. Raises ValueError unless all are numbers that make
+    sense."""
 
     factor: float  # slow pairs turn so many times slower
     low_freq_factor: float  # turns in a text of the training, up to which a pair is slow

@@ -11,8 +11,8 @@ for.
 
 What the Transformer does not compute, it must not seem to compute. So a setting that it
 has no field for raises `UnsupportedError` with the setting's name, and so does a tensor
-that it has no place for. Tensors are read one after the other: beside the model there is
-never more in memory than one of them.
+that it has no place for. Tensors are read one after the other, so that the model is
+never in memory twice.
 
 Needs `pip install -e '.[models]'`. Read lib/config.py and lib/model.py before.
 """
@@ -366,8 +366,21 @@ def config_of_folder(facts: dict, path: Path) -> tuple[ModelConfig, int | None]:
         "tied_embeddings": take("tie_word_embeddings", False),
         "rope_scaling": scaling,
     }
-    for name, value in facts.items():
-        if value and name not in HARMLESS and not name.startswith("_"):
+    others = {
+        name: value
+        for name, value in facts.items()
+        if name not in HARMLESS and not name.startswith("_")
+    }
+    return _made(settings, window, others, path)
+
+
+def _made(
+    settings: dict[str, Any], window: int | None, others: dict[str, Any], path: Path
+) -> tuple[ModelConfig, int | None]:
+    """The config, and the window. others: what else was said of the model, by name, and
+    may be said only of what it does not have."""
+    for name, value in others.items():
+        if value:
             raise UnsupportedError(
                 f"{path}: {name}: expected none, for lib/model.py does not compute it, "
                 f"got {value!r}. If it changes nothing of what the model computes, "
@@ -593,19 +606,12 @@ def config_of_gguf(
     if window is None and MISTRAL_01.items() <= settings.items():
         window = 4096
     take("vocab_size", None)
-    # Whatever else is said of the architecture would change what it computes.
-    for name, value in facts.items():
-        if value and not name.startswith(("split.", "rope.scaling.orig")):
-            raise UnsupportedError(
-                f"{path}: {family}.{name}: expected none, for lib/model.py does not "
-                f"compute it, got {value!r}"
-            )
-    try:
-        if window is not None:
-            check_count("sliding_window", window)
-        return ModelConfig(**settings), window
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    others = {
+        f"{family}.{name}": value
+        for name, value in facts.items()
+        if not name.startswith(("split.", "rope.scaling.orig"))
+    }
+    return _made(settings, window, others, path)
 
 
 def _gguf_scaling(
