@@ -11,6 +11,7 @@ import torch
 from helpers import assert_close, random_model
 
 from lib import text
+from lib.config import ModelConfig
 from lib.kv_cache import kv_cache_bytes
 from lib.measure import real_model
 from lib.measure.bench_serving import llama
@@ -18,6 +19,7 @@ from lib.measure.quality import Quality, measure_quality
 from lib.model import attend_causal
 from lib.pruning import Snap
 from lib.tokenizer import ByteTokenizer
+from lib.weights import open_checkpoint
 
 pytest.importorskip("transformers")
 
@@ -80,8 +82,17 @@ def test_work_of_a_step_grows_with_recompute_alone(subject):
     assert all(row["seconds"] > 0 for row in rows)
 
 
-def test_a_batch_is_of_texts_of_their_own(subject):
+def test_each_step_of_a_batch_is_over_one_token_of_each_text(subject, monkeypatch):
+    asked, forward = set(), real_model.generate.forward_cached
+
+    def noting(model, cache, token_ids, query_lens):
+        if query_lens.max() == 1:
+            asked.add((len(token_ids), len(cache.request_ids)))
+        return forward(model, cache, token_ids, query_lens)
+
+    monkeypatch.setattr(real_model.generate, "forward_cached", noting)
     rows = real_model.measure_batch(subject, context=32)
+    assert asked == {(1, 1), (3, 3)}
     per_token = kv_cache_bytes(subject.config, 1)
     assert [row["kv_bytes"] for row in rows] == [32 * per_token, 3 * 32 * per_token]
 
@@ -256,8 +267,9 @@ def test_the_command_writes_down_each_part(folder, tmp_path, monkeypatch, capsys
     assert "prefix" in capsys.readouterr().out
     recorded = real_model.Recorded(path)
     assert list(recorded.found) == ["text", "prefix"]
-    assert recorded.config.num_layers == 2
-    assert json.loads(path.read_text())["seconds"].keys() == recorded.found.keys()
+    written = json.loads(path.read_text())
+    assert ModelConfig(**written["config"]) == open_checkpoint(folder).config
+    assert written["seconds"].keys() == recorded.found.keys()
 
 
 @pytest.mark.parametrize(

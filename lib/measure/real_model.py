@@ -103,21 +103,23 @@ class Subject:
     def dtype(self) -> torch.dtype:
         return self.model.embed.weight.dtype
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of a cache for its keys and values."""
+        return {"dtype": self.dtype, "device": self.device}
+
     def cache(self, batch_size: int, room: int, format: KVFormat = PLAIN) -> KVCache:
         """A contiguous one, with all of its requests begun."""
         fast = {"fused_decode": format is PLAIN, "format": format}
-        cache = ContiguousKVCache(
-            *(self.config, batch_size, room), dtype=self.dtype, device=self.device, **fast
-        )
+        cache = ContiguousKVCache(self.config, batch_size, room, **self.settings, **fast)
         for request_id in range(batch_size):
             cache.begin(request_id)
         return cache
 
     def paged(self, num_blocks: int, kind: type = PagedKVCache) -> PagedKVCache:
         """A pool of blocks of 16 tokens, read in place where kernels are compiled."""
-        settings = {"dtype": self.dtype, "device": self.device}
         fastest = paged_attention_triton.fastest_settings(self.device)
-        return kind(self.config, num_blocks, 16, **settings, **fastest)
+        return kind(self.config, num_blocks, 16, **self.settings, **fastest)
 
     def prompt(self, num_tokens: int, start: int = 20_000) -> torch.Tensor:
         """The next tokens of the book: (num_tokens,)."""
@@ -323,8 +325,8 @@ def attention_to_first(model: Transformer, token_ids: torch.Tensor) -> list[floa
     shares = []
 
     def attend(layer, q, k, v):
-        out, weights = pruning.attend_with_weights(q, k, v)  # weights (H, T, S)
-        shares.append(weights[:, len(q) // 2 :, 0].mean().item())
+        out, shown = pruning.attend_with_weights(q, k, v)  # shown (H, T, S)
+        shares.append(shown[:, len(q) // 2 :, 0].mean().item())
         return out
 
     model(token_ids, torch.arange(len(token_ids), device=token_ids.device), attend)
@@ -500,7 +502,6 @@ class Recorded:
     def __init__(self, path: Path = RESULTS):
         recorded = json.loads(path.read_text(encoding="utf-8"))
         self.name, self.found = recorded["name"], recorded["found"]
-        self.config = ModelConfig(**recorded["config"])
         self.about = (
             f"{recorded['about'].replace('measured here', 'measured')}, "
             f"{recorded['date'][:10]}; not on this machine"
@@ -548,8 +549,7 @@ def _in_cache(subject: Subject, format: KVFormat) -> dict:
     """By task, the `Quality` of a contiguous cache with this format."""
 
     def make_cache(config, B, T):
-        settings = {"dtype": subject.dtype, "device": subject.device, "format": format}
-        return ContiguousKVCache(config, B, T, **settings)
+        return ContiguousKVCache(config, B, T, **subject.settings, format=format)
 
     return {
         task: asdict(
@@ -571,7 +571,7 @@ def _pruned(
         subject.model,
         draws,
         make_cache=lambda config, B, _: PrunedKVCache(
-            *(config, B, budgets, policy), dtype=subject.dtype, device=subject.device
+            config, B, budgets, policy, **subject.settings
         ),
         step_lens=[subject.seq_len // 2] * 2,
     )
