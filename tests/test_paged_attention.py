@@ -952,3 +952,19 @@ def test_generation_in_place_from_the_prompt_on_is_generation_by_recompute(monke
     for token_ids, prompt_ids in zip(texts, prompts):
         expected = generate.generate_recompute(model, prompt_ids, 5, temperature=0)
         assert torch.equal(token_ids, expected)
+
+
+def test_the_kernels_are_taken_where_they_are_compiled(monkeypatch):
+    from lib import paged_attention_triton as kernels
+
+    in_torch = {"fused_decode": True}
+    in_place = {"decode": kernels.paged_decode, "prefill": kernels.paged_prefill}
+    for has_triton, is_interpreted, device, expected in (
+        (True, False, "cpu", in_torch),
+        (True, False, "cuda:1", in_place),
+        (True, True, "cuda", in_torch),
+        (False, False, "cuda", in_torch),
+    ):
+        monkeypatch.setattr(kernels, "HAS_TRITON", has_triton)
+        monkeypatch.setattr(kernels, "IS_INTERPRETED", is_interpreted)
+        assert kernels.fastest_settings(device) == expected

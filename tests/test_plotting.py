@@ -605,3 +605,21 @@ def test_a_line_that_lacks_draws_is_refused(draws):
     with pytest.raises(ValueError, match=r"notes, snap: .* each of 2 x values, got \["):
         plotting.plot_bands(panels, xlabel="", ylabel="", title="")
     assert not plt.get_fignums(), "expected no figure before all is known to fit"
+
+
+def test_each_layer_has_a_bar_in_each_row():
+    rows = {"book": [0.0, 0.1, -0.1], "again": [2.0, 0.0, 0.5]}
+    figure = plotting.plot_layers(rows, xlabel="layer", ylabel="nats", title="A title")
+    assert len(figure.axes) == 2
+    for ax, (name, values) in zip(figure.axes, rows.items()):
+        assert ax.get_title(loc="left") == name
+        assert [bar.get_height() for bar in ax.patches] == values
+        assert [bar.get_x() + bar.get_width() / 2 for bar in ax.patches] == [0, 1, 2]
+    assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
+    assert len(plotting.plot_layers({"one": [1.0]}, **LABELS).axes) == 1
+    for odd in ({}, {"a": []}, {"a": [1.0], "b": [1.0, 2.0]}):
+        with pytest.raises(ValueError, match="expected as many layers in each"):
+            plotting.plot_layers(odd, **LABELS)
+
+
+LABELS = {"xlabel": "x", "ylabel": "y", "title": "t"}
