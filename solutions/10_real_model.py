@@ -67,13 +67,13 @@ torch.set_num_threads(1)  # steadier timings
 #   GGUF file of Llama 2, TinyLlama or Mistral put the folder's
 #   `tokenizer.json` beside it.
 #
-# In 32 bits a model takes four bytes per parameter, this page twice as much,
-# and torch half a gigabyte. Write the path below, or start the course with
-# `make lab MODEL=path`. Without a model, this page shows what was measured with
-# SmolLM2-135M-Instruct, and says on which machine. With one, everything is
-# measured here, with the answers that you have written in the other notebooks:
-# `check.collect` puts them into the library. With a model of this size that
-# takes about a quarter of an hour in all.
+# In 32 bits a model takes four bytes per parameter, and this page more than
+# twice as much: with SmolLM2, 2 GB, torch included. Write the path below, or
+# start the course with `make lab MODEL=path`. Without a model, this page shows
+# what was measured with SmolLM2-135M-Instruct, and says on which machine. With
+# one, everything is measured here, with the answers that you have written in
+# the other notebooks: `check.collect` puts them into the library. With a model
+# of this size that takes about a quarter of an hour in all.
 
 # %%
 MODEL = os.environ.get("MODEL")  # or a path, in quotes
@@ -298,9 +298,10 @@ for name in ("recompute", "contiguous", "paged"):
 # step is two to three thousand small operations of torch, and the GPU waits for
 # Python to send the next one. With a thousand tokens each of them has something
 # to do, with one it has not; either way Python is what takes the time. The
-# contiguous cache is slowest. In each layer `append_kv` looks at lengths that
-# lie on the GPU, and Python has to wait for the answer. The paged cache finds
-# its slots once per step, and the kernel needs no more.
+# contiguous cache is slowest, and not because of more operations. One reason
+# can be read in its code: in each layer `append_kv` looks at lengths that lie
+# on the GPU, and Python has to wait for the answer. The paged cache finds its
+# slots once per step.
 #
 # What a cache saves is work, and here work costs nothing yet. With a larger
 # model, a longer text or more texts at once it does; then the caches win here
@@ -557,7 +558,7 @@ for row in together:
 # each layer 8 tokens (or 16, those with which it was measured), and the rest to
 # those that lost most, up to the whole text, each task by what was lost in that
 # task. (`spread_budgets` of chapter 8 has no such limit, and would give layer
-# 18 seven hundred tokens of 64.)
+# 18 more tokens than the text has.)
 
 # %%
 def shapes(rows):
