@@ -1,14 +1,20 @@
 # Each command sets up what it needs: the first takes a few minutes, the next ones seconds.
+# Flags go in ARGS: make lab ARGS="--port 9000".
 #
-#   make lab         open the course at chapter 1; flags for Jupyter: make lab ARGS="--port 9000"; a real model: make lab MODEL=folder
-#   make test        run all tests
-#   make table       measure the table on this machine
-#   make bench       tokens per second of decoding and serving, bandwidth of attention; of a real model: make bench MODEL=folder
-#   make grade       grade submissions: make grade SUBMISSIONS=folder ARGS="--chapters 3"
-#   make gradescope  the zip for an assignment on Gradescope: make gradescope CHAPTERS=3
-#   make notebooks   rebuild notebooks/ and solutions/*.ipynb from solutions/*.py
-#   make mine        try what is written in notebooks/, each answer in a process of its own
-#   make release     a zip without the answers of a chapter and of later ones: make release THROUGH=3
+#   make lab                       open the course at chapter 1
+#   make lab MODEL=folder          the same, with a real model for chapter 10
+#   make mine                      try what is written in notebooks/, each answer by itself
+#   make table                     measure the table on this machine
+#   make bench                     measure tokens per second, and the bandwidth of attention
+#   make bench MODEL=folder        measure how fast a real model writes
+#   make grade SUBMISSIONS=folder  grade a class
+#   make gradescope CHAPTERS=3     make the zip of an assignment on Gradescope
+#   make release THROUGH=3         make a zip without the answers of chapter 3 and later ones
+#   make slides                    make slides of figures and closing sentences, a page for each chapter
+#   make site                      make the site: chapters, teacher's page, reference
+#   make test                      run every test
+#   make notebooks                 rebuild the notebooks from the chapter texts
+#   make help                      say this
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -16,7 +22,7 @@ ARGS ?=
 # A real model, a folder or a GGUF file: make lab MODEL=folder tells chapter 10.
 export MODEL
 
-.PHONY: lab test table bench mine grade gradescope release notebooks
+.PHONY: lab test table bench mine grade gradescope release notebooks site slides help
 .DEFAULT_GOAL := lab
 
 lab: .venv/course $(if $(MODEL),.venv/models)
@@ -41,6 +47,12 @@ gradescope: .venv/course
 	$(if $(CHAPTERS),,$(error expected chapters: make gradescope CHAPTERS=3))
 	@$(BIN)/python -m lib.course.grading.gradescope $(CHAPTERS) $(ARGS)
 
+site: .venv/site
+	@$(BIN)/python -m lib.course.site $(ARGS)
+
+slides: .venv/site
+	@$(BIN)/python -m lib.course.slides $(ARGS)
+
 notebooks: .venv/dev
 	@$(BIN)/python -m lib.course.build $(ARGS)
 
@@ -50,6 +62,9 @@ mine: .venv/course
 release: .venv/dev
 	@$(BIN)/python -m lib.course.release "$(THROUGH)" $(ARGS)
 
+help:
+	@sed -n 's|^#   ||p' Makefile
+
 .venv/course: requirements.txt pyproject.toml
 	@$(call install,-r requirements.txt)
 	@touch $@
@@ -57,6 +72,11 @@ release: .venv/dev
 # The same environment, and what reads real models.
 .venv/models: .venv/course
 	@$(call install,-e '.[models]')
+	@touch $@
+
+# The same environment, and what makes the site and the slides.
+.venv/site: .venv/course
+	@$(call install,-e '.[site]')
 	@touch $@
 
 # The same environment, and what tests and builds need.

@@ -359,8 +359,9 @@ def test_a_bundle_is_written_whole_and_starts(tmp_path, no_outputs):
     ]
     makefile = files["Makefile"].decode()
     targets = re.findall(r"(?m)^([\w./]+):(?!=)", makefile)
-    assert targets == [".PHONY", "lab", "mine", ".venv/course", ".venv/models"]
-    assert set(re.findall(r"make (\w+)", makefile.split("\n\n")[0])) == {"lab", "mine"}
+    assert targets == [".PHONY", "lab", "mine", "help", ".venv/course", ".venv/models"]
+    named = set(re.findall(r"make (\w+)", makefile.split("\n\n")[0]))
+    assert named == {"lab", "mine", "help"}
     links = re.findall(r"\]\(([^)]*)\)", files["README.md"].decode())
     assert links and set(links) <= files.keys()
 

@@ -48,8 +48,10 @@ FILES = (
     *("data/README.md", "data/moby_dick.pt", "data/moby_dick.txt"),
     *("data/recall/*.pt", "data/results/*.*"),
 )
-NOT_FOR_STUDENTS = ("lib/course/build.py", "lib/course/release.py")
-TARGETS = ("lab", "mine")  # of the Makefile, that work without the answers
+NOT_FOR_STUDENTS = [
+    f"lib/course/{name}" for name in ("build.py", "release.py", "slides.py", "site/*")
+]
+TARGETS = ("lab", "mine", "help")  # of the Makefile, that work without the answers
 
 README = """# Where the Memory Goes, through chapter {chapter}
 
@@ -109,10 +111,10 @@ def release(chapter: int, root: Path = ROOT) -> dict[str, bytes]:
     # Chapters without exercises come with the one before them.
     last = max(n for n in texts if not any(chapter < m <= n for m in numbers))
     files = {}
+    dropped = {path for pattern in NOT_FOR_STUDENTS for path in root.glob(pattern)}
     for path in sorted(path for pattern in FILES for path in root.glob(pattern)):
-        name = path.relative_to(root).as_posix()
-        if name not in NOT_FOR_STUDENTS:
-            files[name] = path.read_bytes()
+        if path not in dropped:
+            files[path.relative_to(root).as_posix()] = path.read_bytes()
     for number, marks in stubs.items():
         for mark in marks:
             name = mark.module.replace(".", "/") + ".py"
@@ -257,7 +259,7 @@ def _makefile(text: str) -> str:
 
 def _kept_rules(text: str) -> Iterator[str]:
     phony = re.search(r"(?m)^\.PHONY: (.*)", text)[1].split()
-    dropped = [*phony, ".venv/dev"]
+    dropped = [*phony, ".venv/dev", ".venv/site"]
     for paragraph in text.split("\n\n"):
         target = re.sub(r"(?m)^#.*\n", "", paragraph).split(":")[0]
         if target in TARGETS or target not in dropped:

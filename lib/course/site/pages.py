@@ -1,0 +1,139 @@
+"""What Sphinx reads: chapters, pages and reference, from what the course already has."""
+
+import ast
+import posixpath
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+
+from lib.course import ROOT
+from lib.course.build import chapter_texts, notebook_paths
+
+# The pages in Markdown, in the order of the menu, and what they are called there.
+PAGES = {"README.md": "index.md", "TEACHING.md": "TEACHING.md", "AGENTS.md": "AGENTS.md"}
+DATA = "data/README.md"
+# Packages of the reference. What is below lib/course is for those who change the course.
+PACKAGES = {"lib": "What the course teaches", "lib.measure": "The instruments"}
+PACKAGES |= {"lib.figures": "The pictures", "lib.course": "How it is taught"}
+
+TOCTREE = """
+```{{toctree}}
+:hidden:
+:caption: {caption}
+{options}
+{entries}
+```
+"""
+
+
+def write_sources(folder: Path):
+    """Everything that Sphinx needs, into a folder that is new or empty."""
+    chapters = chapter_texts()
+    (folder / "chapters").mkdir(parents=True)
+    for text in chapters:
+        page = chapter_page(*(nbformat.read(p, 4) for p in notebook_paths(text)))
+        nbformat.write(page, folder / "chapters" / f"{text.stem}.ipynb")
+    shutil.copytree(ROOT / "data/results", folder / "data/results")
+    for source, name in {**PAGES, DATA: DATA}.items():
+        text = (ROOT / source).read_text(encoding="utf-8")
+        write(folder / name, with_links_of_the_site(text, Path(source).parent))
+    modules = {package: list(modules_of(package)) for package in PACKAGES}
+    for package, names in modules.items():
+        title = PACKAGES[package]
+        write(folder / f"reference/{package}.md", package_page(package, title, names))
+        for name in names:
+            write(folder / f"reference/{name}.md", module_page(name))
+    menu = [
+        ("Chapters", ":titlesonly:", [f"chapters/{text.stem}" for text in chapters]),
+        ("For teachers", ":maxdepth: 2", ["TEACHING", "AGENTS"]),
+        ("The library", ":titlesonly:", [f"reference/{name}" for name in PACKAGES]),
+        ("Sources", ":titlesonly:", [DATA.removesuffix(".md")]),
+    ]
+    with (folder / "index.md").open("a", encoding="utf-8") as file:
+        for caption, options, entries in menu:
+            file.write(toctree(caption, options, entries))
+
+
+def toctree(caption: str, options: str, entries: list[str]) -> str:
+    return TOCTREE.format(caption=caption, options=options, entries="\n".join(entries))
+
+
+def write(path: Path, text: str):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def chapter_page(
+    student: nbformat.NotebookNode, solved: nbformat.NotebookNode
+) -> nbformat.NotebookNode:
+    """A chapter as it is read: outputs of the solved notebook, and at each exercise the
+    stub that students get, with the answer folded below it."""
+    page = nbformat.from_dict({**solved, "cells": []})
+    for stub, cell in zip(student.cells, solved.cells):
+        cell.metadata = options = nbformat.from_dict({"mystnb": {}, "tags": []})
+        if alt := stub.metadata.get("alt"):
+            options.mystnb.image = {"alt": alt}
+        if stub.source != cell.source:
+            stub.metadata = {}
+            page.cells.append(stub)
+            options.tags.append("hide-input")
+            options.mystnb.update(
+                code_prompt_show="Show the answer", code_prompt_hide="Hide the answer"
+            )
+            cell.id += "-answer"
+        page.cells.append(cell)
+    return page
+
+
+def with_links_of_the_site(text: str, folder: Path) -> str:
+    """A page in Markdown whose links lead to pages of the site.
+
+    A link to either notebook of a chapter leads to the chapter; one to a folder, which
+    has no page, becomes its text alone.
+    """
+
+    def link(match: re.Match) -> str:
+        label, target = match.groups()
+        if re.match(r"\w+:|#", target):
+            return match[0]
+        path = posixpath.normpath((folder / target).as_posix())
+        if chapter := re.fullmatch(r"(?:notebooks|solutions)/(\w+\.ipynb)", path):
+            return f"[{label}](/chapters/{chapter[1]})"
+        if (ROOT / path).is_dir():
+            return label
+        return f"[{label}](/{PAGES.get(path, path)})"
+
+    return re.sub(r"(?<!`)\[([^\[\]]*)\]\(([^()\s]+)\)", link, text)
+
+
+def modules_of(package: str) -> Iterator[str]:
+    """Names of a package's own modules, in order of the alphabet."""
+    for path in sorted((ROOT / package.replace(".", "/")).glob("*.py")):
+        if path.stem != "__init__":
+            yield f"{package}.{path.stem}"
+
+
+def package_page(package: str, title: str, modules: list[str]) -> str:
+    """The docstring of a package, and its modules, each with its first sentence."""
+    rows = [f"| [`{name}`]({name}.md) | {summary(name)} |" for name in modules]
+    return "\n".join(
+        [
+            f"# {title}: `{package}`",
+            *("", "```{eval-rst}", f".. automodule:: {package}", "```", ""),
+            *("| module | |", "|---|---|", *rows, ""),
+            toctree(package, ":titlesonly:", modules),
+        ]
+    )
+
+
+def module_page(name: str) -> str:
+    return f"# `{name}`\n\n```{{eval-rst}}\n.. automodule:: {name}\n   :members:\n```\n"
+
+
+def summary(module: str) -> str:
+    """The first sentence of a module's docstring."""
+    source = (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+    return ast.get_docstring(ast.parse(source)).split("\n\n")[0].replace("\n", " ")
