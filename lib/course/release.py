@@ -63,8 +63,14 @@ which you write the library.
 {start}
 
 `make mine` tries what you have written in all notebooks, each answer in a process of its
-own, and ends with "Error 1" until all pass. Without make:
-`.venv/bin/python -m lib.course.grading --mine notebooks`.
+own, and ends with "Error 1" until all pass.
+
+## Without make
+
+{without_make}
+
+What you have written is tried by `python -m lib.course.grading --mine notebooks`, in that
+environment.
 
 ## Chapters
 
@@ -237,13 +243,14 @@ def _odd_number(value):
 
 def _readme(text: str, chapter: int, last: int, stubs: dict[int, list[Marked]]) -> str:
     """The bundle's README: how to start, and the chapters, are those of the course's."""
-    start = text.split("## Start\n\n")[1].split("\n\n| command |")[0]
-    start = start.replace("\ngit and make", "\nand make")
-    rows = text.split("## Chapters\n\n")[1].split("\n\n")[0].split("\n")
+    sections = dict(part.split("\n\n", 1) for part in text.split("\n## ")[1:])
+    start = sections["Start"].replace("\ngit and make", "\nand make")
+    rows = sections["Chapters"].split("\n\n")[0].split("\n")
     names = ", ".join(f"`{mark.exercise}`" for mark in stubs[chapter])
     return README.format(
         chapter=chapter,
-        start=start,
+        start=start.strip("\n"),
+        without_make=sections["Without make"].strip("\n"),
         chapters="\n".join(rows[: 2 + last]),
         later=" and of all later ones" if len(stubs) > 1 else "",
         names=names,
