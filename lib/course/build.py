@@ -12,7 +12,8 @@ come two notebooks:
 An exercise is an import of its answer, marked: `# %% exercise="decode"`, or, if it is a
 method, an assignment, `allocate = BlockManager.allocate`. It becomes a stub in the first
 notebook and the library's source in the second. A second mark, `given="1"`, keeps parts
-of the body in the stub: see lib/course/stubs.py.
+of the body in the stub: see lib/course/stubs.py. A cell that draws says in words what is
+to be seen, for those who cannot see it: `# %% alt="A line that rises."`.
 
 The same text gives the same notebook, to the byte but for what running it measured.
 """
@@ -96,7 +97,8 @@ def _notebook(text: Path, is_solved: bool) -> nbformat.NotebookNode:
         seen[digest] = seen.get(digest, 0) + 1
         cell.id = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
         exercise, given = cell.metadata.get("exercise"), cell.metadata.get("given", "")
-        cell.metadata = {}
+        alt = cell.metadata.get("alt")
+        cell.metadata = {"alt": alt} if alt else {}
         if exercise:
             _expand(cell, exercise, given.split(), bound, is_solved)
         elif check := re.fullmatch(r"check\((\w+)\)", cell.source):
@@ -263,6 +265,13 @@ def check_executed(notebook: nbformat.NotebookNode, path: Path):
         output.output_type == "error" for cell in code_cells for output in cell.outputs
     ):
         raise BuildError(f"{path}: expected no cell to fail: run `make notebooks`")
+    for cell in code_cells:
+        has_figure = any("image/png" in output.get("data", {}) for output in cell.outputs)
+        if has_figure != bool(cell.metadata.get("alt")):
+            raise BuildError(
+                f'{path}: expected alt="..." at cells with a figure, and at no others, '
+                f"but not so at this one:\n{cell.source}"
+            )
 
 
 def without_outputs(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
