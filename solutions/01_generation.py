@@ -95,7 +95,7 @@ milliseconds = [
     for length in lengths
 ]
 
-# %%
+# %% alt="A line over the length of the text so far, from 32 to 512 tokens: the time for one more token, in milliseconds. It rises with every doubling of the text."
 ratio = milliseconds[-1] / milliseconds[0]
 plotting.plot_measured(
     {"": (lengths, milliseconds)},
@@ -243,7 +243,7 @@ t = torch.arange(6)
 is_future = t > t[:, None]  # (6, 6): the key's column after the query's row
 weights = scores.masked_fill(is_future, -math.inf).softmax(dim=-1)
 
-# %%
+# %% alt="A table of weights: the query tokens w, h, a, l, e, s downwards, the key tokens w, h, a, l, e, s to the right. There are weights on the diagonal and in the triangle below it; row a has 0.25, 0.25 and 0.50. All cells above the diagonal, the future, are hatched."
 drawing.draw_attention(
     weights, tokens, title="Each token averages over itself and the past"
 );
@@ -416,7 +416,7 @@ print(f"largest difference: {difference.abs().max():.1e}")
 # step of the loop, and a square is one token that goes through the model. (The
 # last token has no square: nobody asks what follows it.)
 
-# %%
+# %% alt="A grid: steps 1 to 16 downwards, positions 0 to 22 of the text to the right. Step 1 computes the 8 tokens of the prompt for the first time. Each row below is one square longer: its last square is new, and all others are hatched, computed again; in all 225 of 248."
 drawing.draw_generation(prompt_len=8, num_new_tokens=16);
 
 # %% [markdown]
@@ -431,7 +431,7 @@ drawing.draw_generation(prompt_len=8, num_new_tokens=16);
 # only the last one is, for it speaks about the token that is not there yet.
 # `softmax` turns it into probabilities.
 
-# %%
+# %% alt="Bars, the probabilities of the next byte. The eight most probable bytes stand in order, longest bar first: t, a, i, w, h, o, f, s. A ninth bar, hatched, is for the other 248 bytes together; it is nearly as long as the first."
 logits = one_step(30)[-1]
 print(text.decode(book_ids[:30]))
 plotting.plot_next_token(
@@ -662,7 +662,7 @@ measured = [cost.flops["attention"] for cost in costs]
 predicted = [generate.attention_flops(lm.config, 1, N) for N in Ns]
 measured == predicted
 
-# %%
+# %% alt="Log-log plot: FLOPs in attention over the tokens generated, N, from 32 to 256. The measured points lie on the dashed prediction, a straight line of slope 3."
 plotting.plot_measured(
     {"measured": (Ns, measured)},
     predicted={"predicted": (Ns, predicted)},
@@ -738,7 +738,7 @@ for N in Ns:
     totals.append(meter.measure(run).flops.total())
 totals == [predicted_total(narrow, N) for N in Ns]
 
-# %%
+# %% alt="Log-log plot: FLOPs in all over the tokens generated, N, from 16 to 4,096. Two dashed predictions rise and steepen, from a slope near 2 towards 3: our model above, the narrow model below, which bends sooner. Measured points, up to 512 tokens, lie on the lower one."
 far = [16 * 2**i for i in range(9)]  # to 4096: too slow to run, easy to predict
 plotting.plot_measured(
     {"measured": (Ns, totals)},
@@ -807,7 +807,7 @@ def peak_bytes(num_tokens, attend):
 stored = [peak_bytes(T, model.attend_causal) for T in lengths]
 fused = [peak_bytes(T, model.attend_fused) for T in lengths]
 
-# %%
+# %% alt="Log-log plot: bytes of one step's tensors at their peak over the text so far, T, from 32 to 512 tokens. Two lines begin as one. Then stored scores bend upwards, towards the dashed 8·H·T² of slope 2, while fused attention goes on with slope 1."
 prediction = [8 * lm.config.num_heads * T**2 for T in lengths]
 times = stored[-1] / fused[-1]
 plotting.plot_measured(
@@ -868,7 +868,7 @@ sweep = table.sweep("recompute")
 cells = table.fit(sweep)
 Markdown(table.render(cells))
 
-# %%
+# %% alt="Log-log plot: times as much as at 64 tokens, over the tokens generated, N, up to 256. Three straight lines from one point: peak memory with slope 1, projection FLOPs with slope 2, attention FLOPs with slope 3."
 growth = {}
 for quantity in ["peak memory", "projection FLOPs", "attention FLOPs"]:
     Ns, values = sweep.along("N", quantity)

@@ -95,7 +95,7 @@ print(f"peak of one step {step_cost.peak_bytes:,} bytes")
 # %% [markdown]
 # The memory over time, operation by operation:
 
-# %%
+# %% alt="Memory alive, in bytes, over the operations of one step: a mountain. It climbs in four steps to a peak near the middle, and comes down in four steps, jagged ones."
 plotting.plot_timelines(
     {"one step": step_cost.timeline},
     title="Memory climbs through the forward pass, and falls again backward",
@@ -190,7 +190,7 @@ show_source(training.Trainer.step)
 # changes on the way. It warms up, since the running means know nothing at
 # first, and then falls along half a cosine, so that the last steps are small.
 
-# %%
+# %% alt="A line: the learning rate over training steps 0 to 500. It climbs straight to 0.003 at step 100, then falls along half a cosine, slowly at first and at the end, to 0 at step 500."
 small = ModelConfig(
     vocab_size=256, num_layers=2, num_heads=4, num_kv_heads=2,
     d_model=96, d_ff=256, max_seq_len=128,
@@ -231,7 +231,7 @@ for _ in tqdm(range(settings.num_steps), file=sys.stdout, mininterval=1):
     trainer.step()
 seconds = time.perf_counter() - start
 
-# %%
+# %% alt="Training loss, in nats per byte, over 500 training steps: a jagged line that falls fast, then slowly; what is above 3 is cut off. At its end, close to it, a single point: the loss on text from the end of the book."
 some_ids = held_out_ids[:20_000]
 held_out = training.held_out_loss(trainer.model, some_ids, seq_len=128)
 curve = {
@@ -254,7 +254,7 @@ print("after: ", repr(sample()))
 # the course ships was trained by the same loop, for longer, by `python -m
 # lib.training`. Its curve:
 
-# %%
+# %% alt="Loss of the shipped model, in nats per byte, over 5,000 training steps: training, and with markers held out. Both fall fast, then slowly, at first nearly together; from about step 1,500 on held out flattens above training, and the gap grows."
 result = json.loads((text.DATA / "results" / "training.json").read_text())
 plotting.plot_loss_curve(result);
 
@@ -433,7 +433,7 @@ for kind, num_bytes in in_all.items():
 print(f"{sum(in_all.values()):12,}  predicted in all")
 print(f"{run_cost.peak_bytes:12,}  measured")
 
-# %%
+# %% alt="Memory alive, in bytes, over the operations of two steps from nothing: two mountains, each with a level stretch behind it. The first stands on the weights. The second stands on a higher level, weights and optimizer, and has the higher peak."
 plotting.plot_timelines(
     {"two steps from nothing": run_cost.timeline},
     title="Weights at the bottom, and from the first update on the optimizer",
@@ -452,7 +452,7 @@ plotting.plot_timelines(
 # Now that the account is right, we may believe it for sizes that are tedious to
 # measure:
 
-# %%
+# %% alt="Three stacked bars, bytes of memory with batches of 2, 4 and 16. Weights and optimizer, at the bottom, are as thick in each. Activations are the largest part of each bar and grow with the batch, as do the bands above them: dropout masks, last norm, logits and loss."
 def at_the_peak(B):
     kinds = training.training_bytes(MOBY, B, 256)
     lasting = {kind: kinds[kind] for kind in ("weights", "optimizer")}
@@ -720,7 +720,7 @@ for k in (1, 4, 16):
 # And the memory? From here on the deep model runs without dropout, whose masks
 # would only blur the picture.
 
-# %%
+# %% alt="Memory alive, in bytes, over operations. Keep all is one high mountain. With 4 segments a line stays low, then makes four equal hills, far lower than the mountain. With 16 segments it climbs slowly, then makes sixteen hills, lower still. The lines with segments are longer."
 keep_all = meter.measure(lambda: deep_step(run_blocks))
 four = meter.measure(lambda: deep_step(in_segments, 4))
 sixteen = meter.measure(lambda: deep_step(in_segments, 16))
@@ -777,7 +777,7 @@ print([peak - guess for peak, guess in zip(peaks, predicted)], "bytes more")
 # %%
 2 * 4 * 128 * deep.d_ff * 4 + 8
 
-# %%
+# %% alt="Peak memory of one step, in bytes, over segments, k, from 1 to 16. It falls steeply up to 4 segments, then slowly; at 12 it is a little higher than at 8, and at 16 it is lowest. The dashed prediction, k·b + ⌈L/k⌉·A, runs in parallel just below."
 plotting.plot_measured(
     {"measured": (ks, peaks)},
     predicted={"k·b + ⌈L/k⌉·A": (ks, predicted)},
@@ -927,7 +927,7 @@ for n in (0, 1, kept, kept + 1, 16):
 # the first half of the blocks as one piece, go into the second half, and treat
 # each half the same way. Here are eight blocks, in the order in which they run:
 
-# %%
+# %% alt="A schedule: blocks 1 to 8 upwards, time to the right. Forward calls climb from 1 to 8; backward calls come down from 8 to 1, each right after a forward call that keeps the inside. Between them 5, then 1 to 3, then 1 run again, inside thrown away. Lines are edges that wait: after 4, after 6, later after 2."
 drawing.draw_schedule(
     checkpointing.checkpoint_recursive,
     num_blocks=8,
@@ -994,7 +994,7 @@ for L in Ls:
         cost = meter.measure(lambda: step().sum().backward())
         peaks[name].append(cost.peak_bytes)
 
-# %%
+# %% alt="Log-log plot: peak memory of one step, in bytes, over layers, L: 4, 16 and 64. Keep all rises with slope 1, √L segments with slope ½, and recursive, the lowest line, is nearly flat."
 plotting.plot_measured(
     {name: (Ls, values) for name, values in peaks.items()},
     xlabel="layers, L",

@@ -133,7 +133,7 @@ print(f"largest difference: {difference.abs().max():.1e}")
 # the model, and the keys and values of all earlier tokens are read from a **KV
 # cache**.
 
-# %%
+# %% alt="A grid: steps 1 to 16 downwards, positions 0 to 22 of the text to the right. Step 1 computes 8 tokens, dark squares. Each row below is one square longer: only its last square is dark, computed for the first time; all others are light, their keys and values read from the cache."
 drawing.draw_generation(prompt_len=8, num_new_tokens=16, is_cached=True);
 
 # %% [markdown]
@@ -457,7 +457,7 @@ measured = [measured_flops(N)["attention"] for N in Ns]
 predicted = [cached_attention_flops(lm.config, N) for N in Ns]
 measured == predicted
 
-# %%
+# %% alt="Log-log plot: FLOPs in attention over the tokens generated, N, from 32 to 256. Recompute is a dashed line of slope 3; with a cache the measured points lie far below it, on their dashed prediction of slope 2."
 recomputed = [generate.attention_flops(lm.config, 1, N) for N in Ns]
 plotting.plot_measured(
     {"with a cache": (Ns, measured)},
@@ -511,7 +511,7 @@ for n in lengths:
     recompute_ms.append(1000 * seconds["recompute"])
     decode_ms.append(1000 * seconds["cache"])
 
-# %%
+# %% alt="Log-log plot: the time for one more token, in milliseconds, over the text so far, from 16 to 480 tokens. At short texts the lines run together; from 64 tokens on recompute climbs, and the line with a cache, below it, stays nearly flat."
 plotting.plot_measured(
     {
         "recompute": (lengths, recompute_ms),
@@ -577,7 +577,7 @@ print(f"peak memory grows like N^{table.growth_exponent(at_once, 2):.2f}")
 # %%
 print(inspect.getsource(generate.prefill_in_chunks).split('"""')[2])
 
-# %%
+# %% alt="Log-log plot: peak memory of prefill, in bytes, over the tokens of the prompt, N: 128, 256 and 512. All at once is the upper line, and twice the prompt takes about three times the memory; in chunks of 64, the lower line, less than twice."
 in_chunks = [prefill_peak(N, chunk_size=64) for N in Ns]
 print(f"in chunks of 64: N^{table.growth_exponent(in_chunks, 2):.2f}")
 plotting.plot_measured(
@@ -688,7 +688,7 @@ bytes_ms = [1000 * weight_bytes / bandwidth] * len(Ts)
 flops_ms = [1000 * flops_of_step[T] / peak_flops for T in Ts]
 crossing = bytes_ms[0] / flops_ms[0]  # the T at which both take as long
 
-# %%
+# %% alt="Log-log plot: the time of a step, in milliseconds, over its new tokens, T, from 1 to 256. Two dashed lines cross at a grey vertical one: reading the weights is level, doing the arithmetic has slope 1. The measured line begins with a plateau, bends later, and then climbs along the arithmetic."
 ax = plotting.plot_measured(
     {"measured": (Ts, step_ms)},
     predicted={
@@ -833,7 +833,7 @@ for context in (64, 2048):
         B / meter.median_seconds(wide_step(B, context)) for B in batch_sizes
     ]
 
-# %%
+# %% alt="Tokens per second over the requests in one step, from 1 to 8: a line for 64 tokens per request, and one for 2,048. Both end higher than they begin; with eight requests the long texts are far below the short ones."
 (_, short), (_, long) = tokens_per_s.values()
 plotting.plot_measured(
     tokens_per_s,
@@ -904,7 +904,7 @@ check(kv_utilization)
 #
 # </details>
 
-# %%
+# %% alt="Eight bars, one for each request, all as long as the 512 tokens that are reserved. The blue part, at the left, holds tokens and is of another length in each: the shortest is a sixth of the bar, the longest nine tenths. The rest is hatched, about half of all."
 share = kv_cache.kv_utilization(batch.seq_lens, 512)
 drawing.draw_contiguous(
     batch, title=f"{share:.0%} of what is reserved holds a token"

@@ -167,7 +167,7 @@ check(allocate)
 # We keep a record of what we do with a manager, with a copy of it after each
 # call.
 
-# %%
+# %% alt="Blocks of four places, tinted where a token is. Above, the tables: a has blocks 0 and 1, the last half full; b has 2, 3 and 4, with one token in the last. Below, the pool of ten: blocks 0 to 4 belong to a and b, with a ref_count of 1, and 5 to 9 are free, with 0."
 manager = block_manager.BlockManager(num_blocks=10, block_size=4)
 history = []
 
@@ -247,7 +247,7 @@ check(free)
 #
 # </details>
 
-# %%
+# %% alt="The pool of ten blocks after each of six calls, one row per call. Request a takes blocks 0 and 1, b takes 2 to 4, a grows into 5; b is freed; c takes 4 and one place of 3; a fills 5 and grows into 2. Blocks 6 to 9 stay empty."
 call("free", "b")
 call("allocate", "c", 5)
 call("append", "a", 4)
@@ -455,7 +455,7 @@ contiguous = kv_cache.kv_utilization(batch.seq_lens, 512)
 print(f"paged {measured:.1%}, predicted {predicted:.1%}; ", end="")
 print(f"contiguous {contiguous:.1%}")
 
-# %%
+# %% alt="A line: places that hold a token, in percent, over block sizes of 1 to 256 tokens, on a logarithmic axis. It falls, slowly from 100% at 1 to 97% at 16, then faster, to 68% at 256."
 sizes = [1, 2, 4, 8, 16, 32, 64, 128, 256]
 shares = [
     100 * paged_kv_cache.paged_utilization(batch.seq_lens, size)
@@ -513,7 +513,7 @@ usages = {
     for name, manager in managers.items()
 }
 
-# %%
+# %% alt="Six bars, shares of the pool. Tokens: under a fifth with the maximum, then more with a power of two, half with an oracle, nearly all with blocks of 16, less with 64 and 256. Internal fragmentation (hatched) is most of the maximum; reservation (dotted) and external fragmentation (white) are the rest of the oracle."
 plotting.plot_usage(
     usages,
     title=f"With blocks of 16, {usages['blocks of 16'].tokens:.1%} of the pool "
@@ -553,7 +553,7 @@ for name, buddy in buddies.items():
     print(f"{name:12} first gap {usages[name].tokens:.1%}, ", end="")
     print(f"buddies {buddy.tokens:.1%}, paper {paper[name][0]}%")
 
-# %%
+# %% alt="Four bars, shares of the pool with buddies, each above a thin bar of the paper's. Maximum, power of two and oracle look like the paper's, part by part: tokens, reservation, internal and external fragmentation. With blocks of 16 tokens fill nearly all, here and there."
 of_buddies = {**buddies, "blocks of 16": usages["blocks of 16"]}
 parts = ("tokens", "reservation", "internal", "external")
 largest_gap = max(
@@ -656,7 +656,7 @@ print(f"  ratio        {min(ratios):.1f} to {max(ratios):.1f}, paper 4.3")
 # prompt and 58 of answer. (At any moment the pool holds longer requests than
 # these means say, since long ones stay longer.)
 
-# %%
+# %% alt="Five bars, shares of the pool of short requests, with blocks of 1, 8, 16, 32 and 64. Tokens fill nearly all with blocks of 1, and less the larger the blocks are, three quarters with 64. Reservation (dotted) takes most of the rest; internal fragmentation (hatched) shows with large blocks."
 short = simulation.draw_requests(8000, 19.3, 58.5)
 short_usages = {
     f"blocks of {size}": simulation.simulate(
@@ -704,7 +704,7 @@ check(fork)
 #
 # </details>
 
-# %%
+# %% alt="Above, the tables of a and b: both have blocks 0, 1 and 2, all hatched, the last half full. Below, the pool of ten: blocks 0 to 2 belong to a+b, with a ref_count of 2; 3 to 9 are free."
 manager = block_manager.BlockManager(num_blocks=10, block_size=4)
 history = []
 call("allocate", "a", 10)
@@ -749,7 +749,7 @@ check(copy_on_write)
 #
 # </details>
 
-# %%
+# %% alt="Above, the tables: blocks 0 and 1 are in both, hatched. The third block of a is 2, with two tokens; that of b is 3, with three; neither is hatched. Below, the pool of ten: blocks 0 and 1 belong to a+b, with a ref_count of 2, block 2 to a, block 3 to b; 4 to 9 are free."
 call("append", "b", 1)
 drawing.draw_blocks(manager, title="The write gave b a block of its own");
 
@@ -758,7 +758,7 @@ drawing.draw_blocks(manager, title="The write gave b a block of its own");
 # tokens and a third of its own.* Whoever writes last need not copy: now a may
 # write into block 2.
 
-# %%
+# %% alt="The pool after each of eight calls, one row per call; shared blocks are hatched. A fork to b hatches 0 to 2; a write of b takes block 3, one of a takes none; a fork to c hatches 2 again. When a is freed no block becomes free; c grows into 4; when b is freed only block 3 does."
 call("append", "a", 1)
 call("fork", "a", "c")
 call("free", "a")
@@ -843,7 +843,7 @@ all(torch.equal(a[-20:], b[-20:]) for a, b in zip(texts, own_texts))
 # How much is saved depends on the length of the answers. Of c blocks per
 # request, 12 are the prompt's and are there once instead of eight times.
 
-# %%
+# %% alt="Memory saved by sharing, in percent, over the tokens of each of eight answers, from 1 to 160. The dashed prediction falls in steps, large ones first, from about 80% to under half. The measured points lie on it."
 def saved_percent(n):
     c = math.ceil((199 + n) / 16)
     return 100 * (1 - (12 + 8 * (c - 12)) / (8 * c))

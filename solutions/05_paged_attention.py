@@ -384,7 +384,7 @@ if HAS_TRITON:
 # text may also be shared among several programs, each with its own part of the
 # keys. We come to that below; here is a picture of it.
 
-# %%
+# %% alt="Above, the seven blocks of request b in order: 2, 3, 0, 7, 8, 9 and 10, the last half full. Program 0 reads the first four, as tiles 0 and 1; program 1 the other three, as tiles 2 and 3. Below, the pool of 14, where lines lead to the same blocks; all others are blank."
 manager = BlockManager(num_blocks=14, block_size=4)
 for name, num_tokens in (("a", 5), ("b", 7), ("c", 9)):
     manager.allocate(name, num_tokens)
@@ -862,7 +862,7 @@ for name, numbers in counted.items() if is_counted else []:
 if not is_counted:
     print("not counted here: nobody interprets the kernels on this machine")
 
-# %%
+# %% alt="Bytes moved in one step and one layer over the tokens in the cache, from 8 to 64. Two straight lines of markers, both on their dashed predictions: gather rises three times as steeply as in place."
 plotting.plot_measured(
     {name: (contexts, y) for name, y in counted.items() if y} or predicted,
     predicted={f"{name}: predicted": xy for name, xy in predicted.items()},
@@ -907,7 +907,7 @@ print(f"Llama 3 8B in bf16: {flops_per_byte(LLAMA3_8B, 2):.1f} FLOPs per byte")
 # 512 tokens, which is the other half of a step. Dashed are two GPUs, as NVIDIA
 # publishes them.
 
-# %%
+# %% alt="Log-log plot: FLOPs per second over FLOPs for each byte moved. Each machine is a line of slope 1 up to a corner, then flat: dashed H100 and A100, and far below them this machine, a CPU, with its corner further left. Of the points near its line, W @ 1, attention and W @ 8 are at the left, W @ 512 on the flat part."
 dtype = bench_attention.DTYPES[device]
 here = bench_attention.one_layer(**bench_attention.SIZES[device])
 points = {"attention": (
@@ -1098,7 +1098,7 @@ for prompt_ids, token_ids in zip(prompts, texts):
 # and then how fast it is, beside torch's own attention, with what a launch
 # costs. Here is what is in data/results, and the machine that it came from:
 
-# %%
+# %% alt="Two plots of bandwidth, in percent of a copy's, over the tokens of each of 8 requests, on a logarithmic axis. The first is of a CPU: contiguous is highest, gather lower, and in place flat near 0. The second is of an H200: torch, contiguous and in place rise close together to about 100, and gather stays below a third of that."
 def plot_bench(path, batch_size=8):
     result = json.loads(path.read_text())
     attention, machine = result["attention"], result["machine"]
@@ -1280,7 +1280,7 @@ def linear(layer, q, k, v):
     return out.transpose(-3, -2)
 
 
-# %%
+# %% alt="Loss, in nats per byte, over bytes kept per layer, on a logarithmic axis. Everything is a dashed level. Last tokens are a line close above it, with a bump where 32 tokens are kept, and on it from 128 tokens on. Coded keys are one point a little above; one KV head and the state are points far above."
 G, D = lm.config.num_kv_heads, lm.config.head_dim
 token_bytes, state_bytes = 2 * G * D * 4, G * (D * D + D) * 4  # in a layer
 sizes = [8, 16, 32, 64, 128, 256, 512]

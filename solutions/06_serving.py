@@ -352,7 +352,7 @@ print(f"the pool {len(steps)}, with {sent_back} sent back")
 # (The longest answer has 111 tokens, so fewer steps are impossible. How
 # `predict_steps` knows steps that nobody has made, we shall see below.)
 
-# %%
+# %% alt="A row for each of sixteen requests over 111 steps: a short prompt (blue), then decode (orange). Request 0 takes all steps. Request 10 is sent back once and 11 twice (crosses); they wait (grey lines) and are computed again (hatched). Requests 12 to 15 begin only after that."
 drawing.draw_gantt(
     steps, title=f"Sixteen requests in {len(steps)} steps"
 );
@@ -363,7 +363,7 @@ drawing.draw_gantt(
 # waited (grey line). Request 10 is sent back once and 11 twice; 12 to 15 have
 # not begun by then, and wait for both.*
 
-# %%
+# %% alt="Two plots over 111 steps. Above, blocks in use: they climb in a few steps to all 28, where three crosses mark requests sent back; later they are fewer, under ten at the end. Below, requests: those in the batch climb to 12 and fall in steps to 1; those that wait fall, rise again as some are sent back, and fall to 0."
 peak = 28 - min(step.num_free_blocks for step in steps)
 plotting.plot_pool(
     steps, num_blocks=28,
@@ -643,7 +643,7 @@ curves = {
     for name, manager in kinds.items()
 }
 
-# %%
+# %% alt="Normalized latency, in seconds per token on a logarithmic axis, over requests per second, up to 6. Four curves begin as one, low, and bend upwards one after the other: maximum first, then power of two, oracle, and last blocks of 16, the lowest at every rate from there on."
 LIMIT = 0.1  # # seconds per token: twice as fast as one reads
 sustained = {
     name: max(rate for rate, wait in zip(*curve) if wait < LIMIT)

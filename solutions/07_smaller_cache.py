@@ -221,7 +221,7 @@ print(f"notes: {notes_plain.accuracy:.0%} right, "
 # one (Ainslie and others, 2023). Llama 3 8B has groups of four, our book model
 # has groups of three.
 
-# %%
+# %% alt="Three drawings, each of six query heads (orange) joined by lines to the KV heads (key blue, value green) that they read. Multi-head: six KV heads, one each. Grouped-query: two, each read by three. Multi-query: one, read by all six."
 drawing.draw_head_groups(
     6, [6, 2, 1],
     names=["multi-head", "grouped-query", "multi-query"],
@@ -297,7 +297,7 @@ print(f"book, 2 heads pooled into 1: {book_pooled.mean_nats:.2f} nats per byte")
 # heads had in common. The notes model was trained for 3,000 steps. We train on
 # for 5% of that, 150 steps, which takes some seconds:
 
-# %%
+# %% alt="Share of answers that are right over 150 steps of training after pooling. Both lines begin near 0. Pooled into 2 rises at once and is high and flat from step 50 on; pooled into 1 rises only after step 25, and ends lower."
 settings = TrainingConfig(
     num_steps=150, batch_size=32, learning_rate=1e-3, warmup_steps=20
 )
@@ -622,7 +622,7 @@ for name, (k_way, v_way) in {
 # which numbers share a scale. What is it about the channels of keys?
 # `record_kv` collects keys and values as they occur in a model:
 
-# %%
+# %% alt="The largest number in each of 64 channels, sorted. Keys and values rise slowly and together for most of the way; at the right end the last channels of keys shoot up, to more than twice the largest of values."
 keys, values = record_kv(book_lm, book[0].token_ids)  # (L, N, G, D) each
 num_channels = keys.shape[2] * keys.shape[3]
 largest = {
@@ -1061,7 +1061,7 @@ print(f"{R + D_rope} numbers per token; keys have {H * (D + D_rope)}")
 # can be compared. One more is there for the notes: two KV heads *and* 4 bits,
 # since the methods do not exclude each other.
 
-# %%
+# %% alt="Two plots over bytes per token, on a logarithmic axis. Book, nats lost: fewer bits lose little with the fewest bytes; keys in 2 bits lose most; codes lose more the shorter they are, those of keys most. Notes, share right: fewer bits and codes of keys stay high; one head, the shortest codes of values and of both, and lowest keys in 2 bits fall off."
 bits = [(8, 8), (8, 4), (4, 4), (4, 2)]
 two_and_4_bits = measure_quality(
     pooled[2], notes, make_cache=contiguous(QuantizedFormat(4))

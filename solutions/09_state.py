@@ -474,7 +474,7 @@ print(f"delta rule, step by step and at once: {off.abs().max():.0e}")
 # asked for. (Softmax attention keeps everything, and its keys and queries are
 # not shortened to length 1.)
 
-# %%
+# %% alt="Two plots: error of an answer over pairs told to a state, from 1 to 64. Told once: all rise from 0, softmax least, the sum most. Told twice: the sum is highest and rises steeply; decay 0.97 stays near 1, softmax near a half; the delta rule begins at 0, lowest, and crosses softmax after 16 pairs."
 def tell_and_ask(rule, num_pairs, again, seed, D=32):
     """Mean error of P answers."""
     keys, first, new = torch.randn(
@@ -675,7 +675,7 @@ for place, found in ("here", here), ("H200", on_gpu["microseconds"]):
 # them. In the first layer each sees the newest four tokens (below we ask why);
 # in the second it has
 
-# %%
+# %% alt="Share of answers that are right over pairs in the text, from 2 to 32, on a logarithmic axis. All begin at 1. All tokens stay there, or nearly; sum, decay 0.97 and delta rule fall from 8 pairs on, to less than half at 32; newest 16 falls from 4 pairs on, nearly to 0."
 names = {
     "all tokens": "pairs",
     "sum": "pairs_sum",
@@ -951,7 +951,7 @@ Markdown("\n\n".join(
 # fewer bits, fewer numbers and fewer tokens (chapters 7 and 8) belong to the
 # model with attention to all tokens; the others are models of this chapter.
 
-# %%
+# %% alt="Two plots over bytes of a text, on a logarithmic axis. Pairs recalled: all tokens, fewer bits and fewer numbers are at the top; newest tokens, heavy hitters and snap fall steeply with the bytes; delta in 8 and 4 bits, furthest left, is high. Book, nats: windows, states and pruned caches are low at the left; fewest bits and numbers are highest."
 pairs_text = draws_of(recall.draw_pairs, 16, num_texts=8)
 book_text = book[256]
 tasks = {"pairs": pairs_text, "book": book_text}

@@ -243,7 +243,7 @@ for row in found["seen"]:
 #
 # Seconds of one more token, behind texts of growing length:
 
-# %%
+# %% alt="Log-log plot: seconds for one token over the tokens of text before it, from 64 to 1,024. Recompute rises with the length of the text. Contiguous and paged, one upon the other, lie far below it and are nearly flat."
 speed = real.measure("speed")
 lines = {
     name: [row for row in speed if row["name"] == name]
@@ -386,7 +386,7 @@ for row in rank:
     when = "" if row["is_rotated"] else ", before rotation"
     show(f"keys {k_rank}, values {v_rank}{when}", row)
 
-# %%
+# %% alt="Two plots over bytes per token, on a logarithmic axis. Nats of the book: fewer bits stay low far to the left, and shoot up at the last point; fewer numbers rise sooner, those of keys before rotation least. Share said again: fewer bits stay high, then fall nearly to 0; fewer numbers fall sooner, and again least where keys are coded before rotation."
 def qualities(rows, task):
     return [Quality(**row[task]) for row in rows]
 
@@ -518,7 +518,7 @@ for name, shares in (
 # Not every layer needs every token. Which needs which? As in chapter 8, each is
 # cut alone, and all others keep everything:
 
-# %%
+# %% alt="Two rows of bars, one bar for each layer, 0 to 29: nats per token lost when that layer alone is cut. Book: nothing to be seen. Again: layer 18 stands high above all others; 17, 20 and 23 are small bars, a few others hardly any, and most none."
 layers = real.measure("layers")
 lost = {
     task: [nats - layers[task]["whole"] for nats in layers[task]["cut"]]

@@ -1,6 +1,7 @@
 import base64
 import inspect
 import io
+import re
 import shutil
 
 import nbformat
@@ -112,14 +113,57 @@ def test_a_notebook_that_somebody_worked_in_is_not_overwritten(chapter):
         build.build(chapter)
 
 
+SEEN = "A line of slope 1: y = x, 99 points, it's {50%} # full; √x·½ is not drawn."
+MARK = f'# %% alt="{SEEN}"'
+DRAW = "import matplotlib.pyplot as plt\nplt.plot(range(99));\n"
+FIGURE = f"\n{MARK}\n{DRAW}"
+
+
 def test_figures_are_kept_small_and_readable(chapter):
-    code = "import matplotlib.pyplot as plt\nplt.plot(range(99));"
-    chapter.write_text(CHAPTER + f"\n# %%\n{code}\n")
+    chapter.write_text(CHAPTER + FIGURE)
     build.build(chapter)
     executed = nbformat.read(notebook_paths(chapter)[1], as_version=4)
     (png,) = [o.data["image/png"] for o in executed.cells[-1].outputs if "data" in o]
     picture = Image.open(io.BytesIO(base64.b64decode(png)))
     assert picture.mode == "P" and picture.width > 300
+
+
+def test_both_notebooks_say_in_words_what_is_to_be_seen_in_a_figure(chapter):
+    chapter.write_text(CHAPTER + FIGURE)
+    build.build(chapter)
+    for path in notebook_paths(chapter):
+        cells = nbformat.read(path, as_version=4).cells
+        assert [cell.metadata for cell in cells] == [{}, {}, {}, {"alt": SEEN}]
+        assert cells[-1].source == DRAW.strip()
+    check(chapter)
+
+
+UNSEEN = [
+    FIGURE.replace(MARK, "# %%"),  # a figure without words
+    f"\n{MARK}\n6 * 7\n",  # words without a figure
+]
+
+
+@pytest.mark.parametrize("cell", UNSEEN, ids=["a figure", "words"])
+def test_a_figure_without_words_or_words_without_one_are_not_built(chapter, cell):
+    before = [path.read_bytes() for path in notebook_paths(chapter)]
+    chapter.write_text(CHAPTER + cell)
+    source = re.escape(cell.strip().split("\n", 1)[1])
+    with pytest.raises(BuildError, match=rf"09_small.py: expected alt=.*\n{source}"):
+        build.build(chapter)
+    assert [path.read_bytes() for path in notebook_paths(chapter)] == before
+
+
+@pytest.mark.parametrize("cell", UNSEEN, ids=["a figure", "words"])
+def test_a_figure_without_words_or_words_without_one_are_found(
+    chapter, cell, monkeypatch
+):
+    chapter.write_text(CHAPTER + cell)
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "check_executed", lambda notebook, path: None)
+        build.build(chapter)
+    with pytest.raises(BuildError, match="09_small.ipynb: expected alt="):
+        check(chapter)
 
 
 EXERCISE = """# %%

@@ -145,7 +145,7 @@ def cells_of(chapter):
     """The solved notebook's imports, answers and checks."""
     cells = [c for c in solved_notebook(CHAPTERS[chapter]).cells if c.cell_type == "code"]
     imports = cells[0].source.split("\n\nplotting.")[0]
-    return [imports, *(cell.source for cell in cells if cell.metadata)]
+    return [imports, *(cell.source for cell in cells if "nbgrader" in cell.metadata)]
 
 
 def run(bundle, cells, then=""):

@@ -227,6 +227,7 @@ def build(text: Path):
             raise BuildError(f"{path}: somebody worked in it; move it away, then build")
     student = student_notebook(text)
     executed = execute(solved_notebook(text), text.stem)
+    check_executed(executed, text)
     for path, notebook in zip(notebook_paths(text), (student, executed)):
         partial = path.with_suffix(".partial")
         partial.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
@@ -251,8 +252,8 @@ def check(text: Path):
 
 
 def check_executed(notebook: nbformat.NotebookNode, path: Path):
-    """Raise BuildError unless every code cell was run once, in order, and none
-    failed.
+    """Raise BuildError unless every code cell was run once, in order, none failed, and
+    those with a figure, and no others, say what is to be seen.
     """
     code_cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     if [cell.execution_count for cell in code_cells] != list(
