@@ -21,8 +21,9 @@ def build(out: Path) -> list[str]:
         sources, doctrees = Path(folder, "sources"), Path(folder, "doctrees")
         write_sources(sources)
         here = str(Path(__file__).parent)
-        options = ["-q", "-W", "--keep-going", "-c", here, "-d", str(doctrees)]
-        if build_main([*options, "-b", "html", str(sources), str(out)]):
+        strict = ["-W", "--keep-going", "-q", "-j", "auto"]
+        folders = ["-c", here, "-d", str(doctrees), str(sources), str(out)]
+        if build_main([*strict, "-b", "html", *folders]):
             return ["Sphinx warned of what is written above"]
     return list(faults(out))
 

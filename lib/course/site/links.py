@@ -64,7 +64,7 @@ def faults(site: Path) -> Iterator[str]:
             there = (path.parent / unquote(parts.path)).resolve() if parts.path else path
             if not there.is_file():
                 yield f"{name}: leads nowhere: {target}"
-            elif there in pages and parts.fragment:
-                # As a browser looks: as it is written, then decoded.
-                if not pages[there].ids & {parts.fragment, unquote(parts.fragment)}:
-                    yield f"{name}: leads to no place of that page: {target}"
+            # As a browser looks: for what is written, then for what it stands for.
+            places = {parts.fragment, unquote(parts.fragment)} - {""}
+            if there in pages and places and not places & pages[there].ids:
+                yield f"{name}: leads to no place of that page: {target}"
