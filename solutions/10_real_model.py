@@ -420,10 +420,10 @@ plotting.plot_quality(
 
 # %% [markdown]
 # *Two panels over bytes per token: nats of the book, and the share said again.
-# The line of fewer bits is lowest, or highest, at the left; fewer numbers lose
-# more, but for those of keys before rotation.* (Bytes are those of a token in
-# 32 bits. Codes need their bases besides, 6.6 MB if all have 144 numbers, once
-# for all texts.)
+# Fewer bits lose least for their bytes, down to 4 bits; with 2, hardly anything
+# is left. Fewer numbers lose more, but for those of keys before rotation.*
+# (Bytes are those of a token in 32 bits. Codes need their bases besides, 6.6 MB
+# if all have 144 numbers, once for all texts.)
 #
 # - **8 bits cost nothing.** 4 bits cost little of the book, and a tenth of what
 #   is to be said again. As in chapter 7, but there 4 bits were free.
