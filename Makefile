@@ -54,7 +54,7 @@ slides: .venv/site
 	@$(BIN)/python -m lib.course.slides $(ARGS)
 
 notebooks: .venv/dev
-	@$(BIN)/python -m lib.course.build $(ARGS)
+	@$(BIN)/python -m lib.course.build $(if $(REPO),--repo "$(REPO)") $(if $(TAG),--tag "$(TAG)") $(ARGS)
 
 mine: .venv/course
 	@$(BIN)/python -m lib.course.grading --mine notebooks $(ARGS)

@@ -2,6 +2,7 @@
 
     python -m lib.course.build            # every chapter, or those that are named
     python -m lib.course.build --check    # exits 1 where a notebook is stale
+    python -m lib.course.build --repo https://github.com/OWNER/NAME    # see colab.py
 
 A chapter is one text file, solutions/NN_name.py, in jupytext's percent format. From it
 come two notebooks:
@@ -26,7 +27,7 @@ import io
 import re
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import jupytext
@@ -41,6 +42,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from lib.course import ROOT
+from lib.course.colab import Address
 from lib.course.exercises import exercises
 from lib.course.stubs import answer, bound_names, free_names, stub
 
@@ -67,9 +69,10 @@ def notebook_paths(text: Path) -> tuple[Path, Path]:
     return student, text.with_suffix(".ipynb")
 
 
-def student_notebook(text: Path) -> nbformat.NotebookNode:
-    """The chapter as students get it: a stub for each exercise, no outputs."""
-    return _notebook(text, is_solved=False)
+def student_notebook(text: Path, address: Address | None = None) -> nbformat.NotebookNode:
+    """The chapter as students get it: a stub for each exercise, no outputs. With an
+    address it begins with the cells that fetch the course from there."""
+    return _notebook(text, is_solved=False, address=address)
 
 
 def solved_notebook(text: Path) -> nbformat.NotebookNode:
@@ -77,7 +80,9 @@ def solved_notebook(text: Path) -> nbformat.NotebookNode:
     return _notebook(text, is_solved=True)
 
 
-def _notebook(text: Path, is_solved: bool) -> nbformat.NotebookNode:
+def _notebook(
+    text: Path, is_solved: bool, address: Address | None = None
+) -> nbformat.NotebookNode:
     notebook = jupytext.reads(text.read_text(encoding="utf-8"), fmt="py:percent")
     notebook.metadata = {
         "kernelspec": {
@@ -87,6 +92,11 @@ def _notebook(text: Path, is_solved: bool) -> nbformat.NotebookNode:
         },
         "language_info": {"name": "python"},
     }
+    if address:
+        notebook.metadata["course"] = asdict(address)
+        links, code = address.first_cells(f"notebooks/{text.stem}.ipynb")
+        first = nbformat.v4.new_markdown_cell(links), nbformat.v4.new_code_cell(code)
+        notebook.cells = [*first, *notebook.cells]
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     seen, bound = {}, set()
     for cell in notebook.cells:
@@ -215,39 +225,84 @@ def _shrink_png(encoded: str) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def build(text: Path):
-    """Write both notebooks of one chapter, whole or not at all.
+def build(text: Path, address: Address | None = None):
+    """Write both notebooks of one chapter, whole or not at all. With an address, which is
+    for students alone, the executed one is left as it is where it is up to date.
 
     Raises BuildError, before anything else, where somebody has worked in the student's.
     """
-    path = notebook_paths(text)[0]
-    if path.exists():
-        cells = nbformat.read(path, as_version=4).cells
-        if any(cell.get("execution_count") for cell in cells):
-            raise BuildError(f"{path}: somebody worked in it; move it away, then build")
-    student = student_notebook(text)
-    executed = execute(solved_notebook(text), text.stem)
-    check_executed(executed, text)
-    for path, notebook in zip(notebook_paths(text), (student, executed)):
+    student_path, executed_path = notebook_paths(text)
+    if student_path.exists() and _is_worked_in(nbformat.read(student_path, as_version=4)):
+        raise BuildError(
+            f"{student_path}: somebody worked in it; move it away, then build"
+        )
+    built = {student_path: student_notebook(text, address)}
+    if not (address and _is_up_to_date(text)):
+        built[executed_path] = execute(solved_notebook(text), text.stem)
+        check_executed(built[executed_path], text)
+    for path, notebook in built.items():
         partial = path.with_suffix(".partial")
         partial.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
         partial.replace(path)
 
 
+def _is_worked_in(notebook: nbformat.NotebookNode) -> bool:
+    """Whether a cell was run, or a front end has saved it with a kernel at hand, without
+    outputs maybe: JupyterLab and VS Code note its version, Colab itself."""
+    is_run = any(cell.get("execution_count") for cell in notebook.cells)
+    language = notebook.metadata.get("language_info", {})
+    return is_run or "version" in language or "colab" in notebook.metadata
+
+
+def _is_up_to_date(text: Path) -> bool:
+    """Whether the executed notebook is what the text gives."""
+    try:
+        _check_one(notebook_paths(text)[1], solved_notebook(text), text)
+    except BuildError:
+        return False
+    return True
+
+
 def check(text: Path):
     """Raise BuildError unless both notebooks of a chapter are what its text gives, the
     second one executed."""
-    expected = student_notebook(text), solved_notebook(text)
-    for path, wanted in zip(notebook_paths(text), expected):
-        if not path.exists():
-            raise BuildError(f"expected {path}, found nothing: run `make notebooks`")
-        notebook = nbformat.read(path, as_version=4)
-        if path.parent == text.parent:
-            check_executed(notebook, path)
-            notebook = without_outputs(notebook)
-        if notebook != wanted:
+    student_path, executed_path = notebook_paths(text)
+    _check_one(student_path, student_notebook(text, address_in(student_path)), text)
+    _check_one(executed_path, solved_notebook(text), text)
+
+
+def _check_one(path: Path, wanted: nbformat.NotebookNode, text: Path):
+    if not path.exists():
+        raise BuildError(f"expected {path}, found nothing: run `make notebooks`")
+    notebook = nbformat.read(path, as_version=4)
+    if path.parent == text.parent:
+        check_executed(notebook, path)
+        notebook = without_outputs(notebook)
+    if notebook != wanted:
+        raise BuildError(f"{path} is not what {text.name} gives: run `make notebooks`")
+
+
+def address_in(path: Path) -> Address | None:
+    """What the notebook at `path` was built with; None also where there is none."""
+    if not path.exists():
+        return None
+    metadata = nbformat.read(path, as_version=4).metadata.get("course")
+    try:
+        return metadata and Address(**metadata)
+    except (TypeError, ValueError) as error:
+        raise BuildError(f"{path}: {error}: run `make notebooks`") from None
+
+
+def check_one_address(texts: list[Path]):
+    """Raise BuildError unless all students' notebooks were built with the same address,
+    or all without."""
+    paths = [notebook_paths(text)[0] for text in texts]
+    addresses = [address_in(path) for path in paths]
+    for path, address in zip(paths, addresses):
+        if address != addresses[0]:
             raise BuildError(
-                f"{path} is not what {text.name} gives: run `make notebooks`"
+                f"expected one address in all notebooks, got {address} in {path.name} "
+                f"and {addresses[0]} in {paths[0].name}: run `make notebooks`"
             )
 
 
@@ -283,6 +338,20 @@ def without_outputs(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return notebook
 
 
+def _address(repo: str, tag: str) -> Address | None:
+    """Of what the command line says; by default the tag is that of pyproject.toml."""
+    if not repo:
+        if tag:
+            raise BuildError("REPO: expected an address beside the TAG, got none")
+        return None
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    version = re.search(r'^version = "(.+)"$', project, re.MULTILINE)[1]
+    try:
+        return Address(repo, tag or f"v{version}")
+    except ValueError as error:
+        raise BuildError(str(error)) from None
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m lib.course.build",
@@ -299,17 +368,28 @@ def main() -> int:
         action="store_true",
         help="change nothing; exit 1 where a notebook is stale",
     )
+    parser.add_argument(
+        "--repo",
+        default="",
+        metavar="URL",
+        help="for Colab: https://github.com/OWNER/NAME",
+    )
+    parser.add_argument(
+        "--tag", default="", help="of that repository (default: that of this version)"
+    )
     args = parser.parse_args()
     try:
+        address = _address(args.repo, args.tag)
         texts = [path.resolve() for path in args.chapters] or chapter_texts()
         if args.check:
             for text in texts:
                 check(text)
+            check_one_address(texts)
             print(f"{len(texts)} chapter(s) checked: their notebooks are up to date")
             return 0
         for text in tqdm(texts, unit="chapter", file=sys.stdout, disable=None):
             start = time.perf_counter()
-            build(text)
+            build(text, address)
             print(f"{text.stem}: built in {time.perf_counter() - start:.0f} s")
     except BuildError as error:
         print(error)
