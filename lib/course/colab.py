@@ -33,7 +33,8 @@ def fetch_course():
         repo = "{repo}"
         folder = "{name}-{tag}"
         if not os.path.isdir(folder):
-            clone = f"git clone --quiet --depth 1 --branch {tag} {{repo}} {{folder}}"
+            git = "git -c advice.detachedHead=false clone --quiet --depth 1"
+            clone = f"{{git}} --branch {tag} {{repo}} {{folder}}"
             subprocess.run(clone.split(), check=True)
         os.chdir(f"{{folder}}/notebooks")
         sys.path.insert(0, os.path.abspath(".."))
