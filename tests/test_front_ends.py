@@ -283,13 +283,17 @@ def environment(tmp_path, bare):
 
 
 def publish(tree, bare, env):
-    """The files in `tree`, in a bare repository, under the tag of ADDRESS."""
+    """The files in `tree`, in a bare repository, under the tag of ADDRESS. What comes
+    later there is of no use."""
     author = ("-c", "user.name=Ada", "-c", "user.email=ada@example.org")
+    commit = (*author, "commit", "--quiet", "--message", "The course")
     for arguments in (
         ("init", "--quiet"),
         ("add", "--all"),
-        (*author, "commit", "--quiet", "--message", "The course"),
+        commit,
         ("tag", ADDRESS.tag),
+        ("rm", "--quiet", "-r", "lib"),
+        commit,
         ("clone", "--quiet", "--bare", ".", bare),
     ):
         subprocess.run(["git", *arguments], cwd=tree, env=env, check=True)
@@ -648,3 +652,19 @@ def test_a_fresh_notebook_has_what_front_ends_ask_for(chapter):
     assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
     assert all(cell.id for cell in notebook.cells)
     build.build(chapter, ADDRESS)  # and nobody is taken to have worked in it
+
+
+@pytest.mark.parametrize("text", chapter_texts(), ids=lambda path: path.stem)
+def test_what_a_chapter_shows_needs_no_widgets_no_html_and_no_colours(text):
+    """So that every front end shows it, and a terminal reads it out."""
+    notebook = nbformat.read(text.with_suffix(".ipynb"), as_version=4)
+    for cell in notebook.cells:
+        outputs = cell.get("outputs", [])
+        if cell.source.startswith("check("):
+            assert [output.get("name") for output in outputs] == ["stdout"], cell.source
+            assert outputs[0].text.count("\n") == 1
+        for output in outputs:
+            plain = {"text/plain", "text/markdown", "image/png"}
+            assert set(output.get("data", {})) <= plain, cell.source
+            said = output.get("text", output.get("data", {}).get("text/plain", ""))
+            assert not set(said) & set("\r\x1b"), cell.source
