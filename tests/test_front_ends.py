@@ -6,7 +6,6 @@ import shutil
 import site
 import subprocess
 import sys
-import types
 
 import nbformat
 import pytest
@@ -423,23 +422,28 @@ def test_a_runtime_that_has_all_is_not_spoken_of(monkeypatch, capsys):
     assert found == ["expected numpy>=2.0, got 1.26.4"]
 
 
-def test_no_answer_needs_the_cell_even_where_colab_is(monkeypatch):
-    """Chapters collect answers in the kernel itself, which may be Colab's."""
-    monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
-    tail = "\n\nimport os, sys, subprocess\nsys.path.append(folder)\nfolder = repo = 1"
+USES_THE_SAME_NAMES = """
+import os, sys, subprocess
+folder = "whales"
+sys.path.append(folder)
+def mine():
+    return os, sys, subprocess, folder, repo, say_what_differs
+"""
+
+
+def test_no_answer_needs_the_cell():
+    """Nor is it executed where a chapter collects answers, which may be on Colab."""
     for text in chapter_texts():
         notebook = student_notebook(text, ADDRESS)
         cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+        cells.append(USES_THE_SAME_NAMES)
         assert cells[0] == FETCH
-        cells[1] += tail
-        for name in (mark.exercise for mark in marked_exercises(text)):
-            uses = f"\n\n_ = {name}(os, sys, subprocess, repo, folder)"
-            ours, plain = (
-                collect.Notebook([*first, *cells[1:], uses], "x").needed(name)
-                for first in ([FETCH], [])
-            )
-            assert [s.source for s in ours] == [s.source for s in plain], name
-            assert not [s for s in ours if s.place[0] == 0]
+        ours, plain = (collect.Notebook(of_one, "x") for of_one in (cells, cells[1:]))
+        for name in ("mine", *(mark.exercise for mark in marked_exercises(text))):
+            needed = ours.needed(name)
+            assert not [s for s in needed if s.place[0] == 0], name
+            sources = [s.source for s in needed]
+            assert sources == [s.source for s in plain.needed(name)] != [], name
 
 
 def test_a_notebook_with_the_cell_is_graded_as_one_without(no_hurry):
