@@ -14,6 +14,7 @@
 #   make site                      make the site: chapters, teacher's page, reference
 #   make test                      run every test
 #   make notebooks                 rebuild the notebooks from the chapter texts
+#   make notebooks REPO=URL        the same, for Colab: with a cell that fetches the course
 #   make help                      say this
 
 PYTHON ?= python3

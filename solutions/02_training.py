@@ -227,7 +227,7 @@ before = sample()
 
 # %%
 start = time.perf_counter()
-for _ in tqdm(range(settings.num_steps), file=sys.stdout, mininterval=1):
+for _ in tqdm(range(settings.num_steps), file=sys.stdout, mininterval=3):
     trainer.step()
 seconds = time.perf_counter() - start
 

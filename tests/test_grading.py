@@ -1529,6 +1529,8 @@ def test_what_is_the_courses_own_does_not_score(worker, tmp_path):
     blank = (ROOT / "notebooks" / "01_generation.ipynb").read_bytes()
     executed = nbformat.reads(solved.decode(), 4)
     executed.cells[1].outputs = []
+    opened = nbformat.from_dict(executed)  # on Colab, or with a word on top
+    opened.cells.insert(0, nbformat.v4.new_code_cell("name = 'Dee'"))
     hand_in(
         tmp_path,
         {
@@ -1536,13 +1538,14 @@ def test_what_is_the_courses_own_does_not_score(worker, tmp_path):
             "bob/solutions/01_generation.ipynb": notebook(IMPORTS, DECODE, APPEND),
             "bob/notebooks/01_generation.ipynb": blank,
             "cy.ipynb": blank,
+            "dee.ipynb": nbformat.writes(opened).encode(),
         },
     )
-    ada, bob, cy = (grade(one, NAMES, SECRET, worker) for one in find(tmp_path)[0])
-    assert (ada.points, bob.points, cy.points) == (0, 0, 0)
-    assert ada.notes == [
-        "ada.ipynb: left out: is the course's own solution, cell for cell"
-    ]
+    ada, bob, cy, dee = (grade(one, NAMES, SECRET, worker) for one in find(tmp_path)[0])
+    assert (ada.points, bob.points, cy.points, dee.points) == (0, 0, 0, 0)
+    for name, one in {"ada": ada, "dee": dee}.items():
+        says = "left out: is the course's own solution, cell for cell"
+        assert one.notes == [f"{name}.ipynb: {says}"]
     assert "in folders called solutions: bob/solutions" in bob.notes[0]
     assert (bob.status, cy.status, cy.notes) == ("partial", "ok", [])
 

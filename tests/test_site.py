@@ -12,15 +12,21 @@ import pytest
 from docutils.core import publish_doctree
 
 from lib.course import ROOT, slides
-from lib.course.build import chapter_texts, marked_exercises, notebook_paths
+from lib.course.build import (
+    chapter_texts,
+    marked_exercises,
+    notebook_paths,
+    student_notebook,
+)
 from lib.course.site import conf, links, pages
 
 CHAPTERS = pytest.mark.parametrize("text", chapter_texts(), ids=lambda path: path.stem)
 
 
 def read(text):
-    """A chapter's student's and executed notebook."""
-    return [nbformat.read(path, as_version=4) for path in notebook_paths(text)]
+    """A chapter's student's notebook, without an address, and the executed one."""
+    executed = nbformat.read(notebook_paths(text)[1], as_version=4)
+    return student_notebook(text), executed
 
 
 def pictures(notebook):

@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 
 from lib.course import ROOT
-from lib.course.build import chapter_texts, notebook_paths
+from lib.course.build import chapter_texts, notebook_paths, student_notebook
 
 # The pages in Markdown, in the order of the menu, and what they are called there.
 PAGES = {"README.md": "index.md", "TEACHING.md": "TEACHING.md", "AGENTS.md": "AGENTS.md"}
@@ -34,7 +34,8 @@ def write_sources(folder: Path):
     chapters = chapter_texts()
     (folder / "chapters").mkdir(parents=True)
     for text in chapters:
-        page = chapter_page(*(nbformat.read(p, 4) for p in notebook_paths(text)))
+        solved = nbformat.read(notebook_paths(text)[1], as_version=4)
+        page = chapter_page(student_notebook(text), solved)
         nbformat.write(page, folder / "chapters" / f"{text.stem}.ipynb")
     shutil.copytree(ROOT / "data/results", folder / "data/results")
     for source, name in {**PAGES, DATA: DATA}.items():
