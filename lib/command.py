@@ -28,10 +28,12 @@ from lib.model import Transformer, attend_fused, load_model
 from lib.paged_attention_triton import fastest_settings
 from lib.paged_kv_cache import PagedKVCache
 from lib.quantized_kv_cache import QuantizedFormat
+from lib.text import print_any_letter
 from lib.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 
 def main() -> int:
+    print_any_letter()
     try:
         return _write(_parse_args())
     except BrokenPipeError:  # whoever reads has read enough

@@ -414,10 +414,14 @@ def main():
         bar.write(f"{name}, seed {seed}: {result['accuracy'][-1][1]:.3f}")
         if seed == 0:
             save_model(model, args.out / f"{name}.pt")
-        found = json.loads(args.results.read_text()) if args.results.exists() else {}
+        found = (
+            json.loads(args.results.read_text(encoding="utf-8"))
+            if args.results.exists()
+            else {}
+        )
         runs = [r for r in found.get(name, []) if r["seed"] != seed]
         found[name] = sorted([*runs, result], key=lambda r: r["seed"])
-        args.results.write_text(json.dumps(found) + "\n")
+        args.results.write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 
 def train_recipe(

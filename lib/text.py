@@ -5,6 +5,7 @@ train. The price: a character may be cut in half, and `decode` must not crash on
 half.
 """
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,14 @@ def decode(token_ids: torch.Tensor) -> str:
         raise ValueError(f"token_ids: expected (T,), got {tuple(token_ids.shape)}")
 
     return bytes(token_ids.tolist()).decode("utf-8", errors="replace")
+
+
+def print_any_letter():
+    """For a command that prints what others have written: a pipe of Windows knows 256
+    letters, and UTF-8 all."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not where a notebook has put its own
+            stream.reconfigure(encoding="utf-8", errors=stream.errors)
 
 
 def load_book(path: Path = BOOK) -> str:

@@ -367,7 +367,7 @@ def train(config: TrainingConfig, num_threads: int, out: Path, results: Path):
         "train_nats_per_byte": [round(loss, 4) for loss in trainer.losses],
     }
     results.mkdir(parents=True, exist_ok=True)
-    (results / "training.json").write_text(json.dumps(result) + "\n")
+    (results / "training.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
     plotting.use_course_style()
     plotting.plot_loss_curve(result).figure.savefig(results / "training.png")
     state_path.unlink(missing_ok=True)

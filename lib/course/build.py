@@ -45,6 +45,7 @@ from lib.course import ROOT
 from lib.course.colab import Address
 from lib.course.exercises import exercises
 from lib.course.stubs import answer, bound_names, free_names, stub
+from lib.text import print_any_letter
 
 MAX_BYTES = 500_000  # of an executed notebook: it is read online
 
@@ -378,6 +379,7 @@ def main() -> int:
         "--tag", default="", help="of that repository (default: that of this version)"
     )
     args = parser.parse_args()
+    print_any_letter()  # of a cell that fails
     try:
         address = _address(args.repo, args.tag)
         texts = [path.resolve() for path in args.chapters] or chapter_texts()

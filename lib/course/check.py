@@ -240,7 +240,8 @@ def judge_elsewhere(exercise: Exercise, kernel: Callable, seed: int) -> Result:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         cwd=ROOT,
         env={**os.environ, **WITHOUT_GPU},
         start_new_session=True,  # a group, to be ended with all that it has started

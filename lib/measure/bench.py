@@ -433,6 +433,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> int:
+    text.print_any_letter()
     args = parse_args()
     torch.set_num_threads(args.threads)
     triton_version = getattr(interpreter.triton, "__version__", None)
@@ -468,7 +469,7 @@ def main() -> int:
             "attention": attention,
             "serving": serving,
         }
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 1 if attention["errors"] else 0
 
 

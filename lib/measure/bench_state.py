@@ -149,7 +149,7 @@ def main():
             "device": args.device,
             "microseconds": found,
         }
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

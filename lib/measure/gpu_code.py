@@ -262,7 +262,8 @@ def _compile_in_child(job: str) -> subprocess.CompletedProcess:
         ],
         input=job,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         cwd=Path(__file__).parents[2],
         env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONWARNINGS": "ignore"},
         timeout=120,
@@ -294,7 +295,7 @@ def _compile_here(
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.py"  # Triton reads the source from its file
-        path.write_text(source)
+        path.write_text(source, encoding="utf-8")
         spec = importlib.util.spec_from_file_location("kernel", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -350,7 +351,8 @@ def _read_cubin(cubin: bytes, triton_folder: Path, facts: dict) -> GpuCode:
         path.write_bytes(cubin)
 
         def run(*command: str | Path) -> str:
-            result = subprocess.run([*command, path], capture_output=True, text=True)
+            command = [*command, path]
+            result = subprocess.run(command, capture_output=True, encoding="utf-8")
             if result.returncode != 0:
                 raise RuntimeError(result.stderr)
             return result.stdout
@@ -391,13 +393,16 @@ def main() -> int:
     parser.add_argument("--group-size", type=int, default=4, help="query heads a KV head")
     parser.add_argument("--num-splits", type=int, default=8)
     args = parser.parse_args()
-    code = compile_decode(
-        args.gpu,
-        args.dtype,
-        head_dim=args.head_dim,
-        group_size=args.group_size,
-        num_splits=args.num_splits,
-    )
+    try:
+        code = compile_decode(
+            args.gpu,
+            args.dtype,
+            head_dim=args.head_dim,
+            group_size=args.group_size,
+            num_splits=args.num_splits,
+        )
+    except (ValueError, CompileError) as error:
+        sys.exit(str(error))
     print(f"{code.gpu}, {args.dtype}: {code.registers} registers, ", end="")
     print(f"{code.spilled_bytes} bytes spilled, {code.shared_bytes} shared; ", end="")
     print(", ".join(code.tensor_core_instructions) or "no tensor cores")

@@ -95,7 +95,7 @@ def main():
         "machine": machine_facts(),
         "seconds": round(time.perf_counter() - start),
     }
-    RESULTS.write_text(json.dumps(facts | found) + "\n")
+    RESULTS.write_text(json.dumps(facts | found) + "\n", encoding="utf-8")
     for name, runs in found.items():
         for run in runs:
             shares = [f"{mean(layer):.0%}" for layer in run["cut to 8"]]

@@ -200,7 +200,7 @@ def last_level_cache_bytes() -> int | None:
     units, sizes = {"K": 2**10, "M": 2**20}, []
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         with contextlib.suppress(OSError, ValueError, KeyError):
-            size = path.read_text().strip()  # 32768K
+            size = path.read_text(encoding="utf-8").strip()  # 32768K
             sizes.append(int(size[:-1]) * units[size[-1]])
     return max(sizes, default=None)
 
@@ -220,7 +220,7 @@ def machine_facts() -> dict:
 
 def _processor_name() -> str:
     try:
-        with open("/proc/cpuinfo") as file:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
             return next(
                 line.split(":")[1].strip()
                 for line in file

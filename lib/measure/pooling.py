@@ -52,7 +52,7 @@ def main():
         "nats_per_byte_unpooled": before.nats,
         "step_and_nats_per_byte": [[round(x, 4) for x in row] for row in found],
     }
-    RESULTS.write_text(json.dumps(result) + "\n")
+    RESULTS.write_text(json.dumps(result) + "\n", encoding="utf-8")
     for step, *nats in found:
         print(f"{step:4} steps: {' '.join(f'{x:.3f}' for x in nats)} nats per byte")
 

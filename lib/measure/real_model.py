@@ -633,7 +633,7 @@ def main():
         real.measure(part)
         seconds = round(time.perf_counter() - start, 1)
         result["seconds"][part] = seconds
-        args.json.write_text(json.dumps(result) + "\n")
+        args.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
         print(f"{part:8} {seconds:7.1f} s", flush=True)
 
 

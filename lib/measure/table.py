@@ -29,6 +29,7 @@ from lib.figures import plotting
 from lib.measure import columns
 from lib.measure.columns import COLUMNS
 from lib.measure.meter import Cost, machine_facts, measure, median_seconds
+from lib.text import print_any_letter
 
 TOLERANCE = 0.1  # of an exponent
 # Sizes (N, L) along each axis. The depths are squares, so that √L segments come out even.
@@ -226,8 +227,7 @@ def main() -> int:
         "--figure", type=Path, metavar="PATH", help="draw the growth there"
     )
     args = parser.parse_args()
-    if hasattr(sys.stdout, "reconfigure"):  # a Windows pipe may not know √
-        sys.stdout.reconfigure(encoding="utf-8")
+    print_any_letter()  # √
     torch.set_num_threads(1)  # faster than two for a model this small
 
     num_sizes = len(SIZES["N"] + SIZES["L"]) * len(args.columns)
@@ -240,7 +240,7 @@ def main() -> int:
         command = shlex.join(["python", "-m", "lib.measure.table", *sys.argv[1:]])
         facts = {"command": command, "machine": machine_facts()}
         result = {**facts, "cells": [asdict(cell) for cell in cells]}
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if args.figure:
         plotting.use_course_style()
         plotting.plot_table(sweeps).savefig(args.figure)

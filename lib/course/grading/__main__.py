@@ -25,6 +25,7 @@ from lib.course import interpreted  # noqa: F401  first: kernels are tried here
 from lib.course.check import SEED, check
 from lib.course.exercises import names_of
 from lib.course.grading.submissions import find, in_one_folder, listed
+from lib.text import print_any_letter
 
 HAS_FORK = hasattr(
     os, "fork"
@@ -42,6 +43,7 @@ if HAS_FORK:
 
 
 def main() -> int:
+    print_any_letter()
     args = _arguments()
     torch.set_num_threads(1)  # beside the workers
     names = names_of(args.chapters)

@@ -31,6 +31,8 @@ from lib.course.grading.files import plain
 from lib.course.grading.grader import CRASHED, TIMEOUT, Grade, Score
 from lib.course.grading.submissions import by_name
 
+# Of Windows, whatever stands behind a dot.
+DEVICE = re.compile(r"con|prn|aux|nul|(com|lpt)[0-9¹²³]", re.IGNORECASE)
 MAX_NOTES = 5_000  # characters of a row's: a spreadsheet's cell holds 32,767
 
 
@@ -71,10 +73,13 @@ class Results:
         self.settings = hash_of(salt, self.seed, self.version, *names)[:16]
 
     def path(self, student: str, suffix: str = ".json") -> Path:
-        """Where a student's file is; a name too long for a file is cut."""
-        name = student
-        if len(name.encode()) > 200:
-            name = f"{name[:40]}-{hash_of(student)[:10]}"
+        """Where a student's file is. A name that some system refuses is changed: one that
+        is too long, and on Windows a device's, or one with these characters."""
+        name = re.sub(r'[<>:"/\\|?*]', "_", student)
+        is_device = DEVICE.fullmatch(name.partition(".")[0].rstrip())
+        if name != student or is_device or len(name.encode()) > 200:
+            start = name[:40].replace(".", "_")  # else nul.x is a device all the same
+            name = f"{start}-{hash_of(student)[:10]}"
         return self.out / "students" / (name + suffix)
 
     def kept(self, student: str, sha256: str) -> Grade | None:

@@ -131,11 +131,11 @@ def environment() -> dict[str, str]:
     return known | WITHOUT_GPU
 
 
-def in_words(layers: Collection[str]) -> str:
+def in_words(layers: Collection[str], has_memory_limits: bool = True) -> str:
     """For the table of grades: what this machine refuses of a sandbox."""
     missing = [name for name in (NAMESPACES, LANDLOCK, SECCOMP) if name not in layers]
     if not layers:
-        return "limits only"
+        return f"limits only{'' if has_memory_limits else ', none of memory'}"
     return f"without {', '.join(missing)}" if missing else "full"
 
 
@@ -248,7 +248,7 @@ def virtual_bytes() -> int:
 
 def _memory_bytes(pid: int | str) -> tuple[int, int]:
     """That a process has asked for, and that it holds."""
-    pages = Path(f"/proc/{pid}/statm").read_text().split()
+    pages = Path(f"/proc/{pid}/statm").read_bytes().split()
     size = os.sysconf("SC_PAGE_SIZE")
     return int(pages[0]) * size, int(pages[1]) * size
 
@@ -272,6 +272,14 @@ def _is_full(folder: str) -> bool:
     except (OSError, RecursionError):
         return True
     return False
+
+
+def has_ended(child: int) -> bool:
+    """A job: the copy. Its number stays its own until `end`, where the system can do
+    that; macOS can from Python 3.13 on."""
+    if not hasattr(os, "waitid"):
+        return os.waitpid(child, os.WNOHANG)[0] != 0
+    return bool(os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT))
 
 
 def end(child: int) -> bool:
@@ -311,7 +319,7 @@ def _descendants(pid: int) -> list[int]:
     while ask:
         for path in Path(f"/proc/{ask.pop()}/task").glob("*/children"):
             with contextlib.suppress(OSError):
-                children = [int(child) for child in path.read_text().split()]
+                children = [int(child) for child in path.read_bytes().split()]
                 found += children
                 ask += children
     return found
@@ -342,7 +350,7 @@ def state() -> list:
         sorted(os.listdir("/dev/fd")),
     ]
     if sys.platform == "linux":
-        score = Path("/proc/self/oom_score_adj").read_text()
+        score = Path("/proc/self/oom_score_adj").read_bytes()
         found += [os.sched_getscheduler(0), os.sched_getaffinity(0), score]
     return found
 

@@ -150,16 +150,19 @@ def find(path: Path) -> tuple[list[Submission], list[str]]:
         else:
             ignored.append(file)
     ignored.sort(key=lambda file: not file.words)  # what may be work is named first
-    num_alike = Counter(student for student, _ in handed_in)
-    found = []
+    # Ann and ann too: their pages would be one file, where case is nothing to a system.
+    num_alike = Counter(student.casefold() for student, _ in handed_in)
+    num_as_given = Counter(s.casefold() for s, whose in handed_in if s == whose)
+    names, found = {student for student, _ in handed_in}, []
     for (student, whose), parts in handed_in.items():
-        is_alone = num_alike[student] == 1
-        name = student if is_alone or whose == student else _marked(student, whose)
+        is_alone = num_alike[student.casefold()] == 1
+        is_as_given = whose == student and num_as_given[student.casefold()] == 1
+        name = student if is_alone or is_as_given else _marked(student, whose)
         found.append(_submission(name, parts))
         if not is_alone:
             found[-1].notes.append(f"its name looks like another's, {student}: whose?")
         first = re.sub(r"\s?\(\d+\)$", "", student)
-        if first != student and first in num_alike:
+        if first != student and first in names:
             found[-1].notes.append(f"a second download of {first}'s?")
     return sorted(found, key=by_name), [file.name for file in ignored]
 

@@ -79,7 +79,10 @@ def main(folder: str, layers: list[str]):
         os.dup2(nowhere, descriptor)
     tempfile.tempdir = folder  # no other can be written to; torch asks for one
     held = sandbox.enter(folder, layers)
-    _say(grader, {"sandbox": sandbox.in_words(held)})
+    has_memory_limits = all(
+        _limit(kind, limit, for_good=False) for kind, limit in _memory(VIRTUAL_BYTES)
+    )
+    _say(grader, {"sandbox": sandbox.in_words(held, has_memory_limits)})
     warm: set[str] = set()
     while True:
         name, pipes, *_ = socket.recv_fds(grader, MESSAGE_BYTES, 2)
@@ -139,7 +142,7 @@ def run(
     _say(grader, {"group": None if sandbox.NAMESPACES in held else child})
     while not words and not select.select([grader], [], [], 0.05)[0]:
         words = sandbox.too_much(folder, virtual_limit)
-        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        if sandbox.has_ended(child):
             break  # whatever it has left holds its pipes
     is_ended = sandbox.end(child)
     if sandbox.NAMESPACES not in held:  # with them, it had another there
@@ -163,25 +166,48 @@ def _prepare(
     for kept in (*sorted((inbox, outbox)), resource.getrlimit(resource.RLIMIT_NOFILE)[0]):
         os.closerange(first, kept)
         first = kept + 1
-    sys.stdin = open(os.devnull)  # noqa: SIM115  for as long as the copy lives
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  as long as the copy lives
+    sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for name in ("HOME", "TMPDIR", "PYTHONPATH"):
         os.environ[name] = folder
     for kind, limit in (
-        (resource.RLIMIT_DATA, _data_bytes() + MEMORY_BYTES),
-        # And of what is shared, or empty and mapped all the same.
-        (resource.RLIMIT_AS, sandbox.virtual_bytes() + virtual_limit),
+        *_memory(virtual_limit),
         (resource.RLIMIT_NOFILE, MOST_DESCRIPTORS),
         (resource.RLIMIT_FSIZE, FILE_BYTES),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_NPROC, MOST_PROCESSES),
     ):
-        hard = resource.getrlimit(kind)[1]
-        if hard != resource.RLIM_INFINITY:  # it may be lowered, and not raised
-            limit = min(limit, hard)
-        resource.setrlimit(kind, (limit, limit))
+        _limit(kind, limit)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     sandbox.confine(folder, held)
+
+
+def _memory(virtual_limit: int) -> list[tuple[int, int]]:
+    """The limits on a job's memory: what is limited, and the bytes."""
+    import resource
+
+    return [
+        (resource.RLIMIT_DATA, _data_bytes() + MEMORY_BYTES),
+        # And of what is shared, or empty and mapped all the same.
+        (resource.RLIMIT_AS, sandbox.virtual_bytes() + virtual_limit),
+    ]
+
+
+def _limit(kind: int, limit: int, for_good: bool = True) -> bool:
+    """Whether this process can have that limit, as it has from now on if it is for good.
+    macOS refuses those of memory that are below what a process begins with."""
+    import resource
+
+    soft, hard = resource.getrlimit(kind)
+    if hard != resource.RLIM_INFINITY:  # it may be lowered, and not raised
+        limit = min(limit, hard)
+    try:
+        resource.setrlimit(kind, (limit, limit if for_good else hard))
+    except (ValueError, OSError):
+        return False
+    if not for_good:
+        resource.setrlimit(kind, (soft, hard))
+    return True
 
 
 class TooLateError(BaseException):
@@ -217,7 +243,7 @@ def _at_most(seconds: float) -> Iterator[None]:
 def _seconds_waited() -> float:
     """That this process was ready and had no processor; 0 where nobody can tell."""
     try:
-        return int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9
+        return int(Path("/proc/self/schedstat").read_bytes().split()[1]) / 1e9
     except (OSError, IndexError, ValueError):
         return 0.0
 
@@ -333,7 +359,7 @@ def remove(exercise: Exercise):
 def _data_bytes() -> int:
     """What RLIMIT_DATA counts of this process."""
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[5])
+        pages = int(Path("/proc/self/statm").read_bytes().split()[5])
     except OSError:  # no Linux
         return 0
     return pages * os.sysconf("SC_PAGE_SIZE")
