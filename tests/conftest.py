@@ -21,6 +21,9 @@ from compiler import Compiler  # noqa: E402
 
 from lib.measure import gpu_code  # noqa: E402
 
+# For a process with Triton of its own. Doctests are looked for everywhere else.
+collect_ignore = ["fake_gpu.py"]
+
 # Small models: more threads are slower, and far slower beside other work.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of what tests start
