@@ -1,11 +1,13 @@
 """What several tests share: tolerances, small models, and a pool to attend over."""
 
 import math
+import os
 import random
 import sys
 from collections.abc import Callable, Collection, Hashable
 from types import FrameType, ModuleType
 
+import pytest
 import torch
 
 from lib.config import ModelConfig
@@ -17,6 +19,13 @@ from lib.quantized_kv_cache import QuantizedFormat
 
 # Largest difference that rounding explains, by dtype: absolute, for values of about 1.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}
+
+only_linux = pytest.mark.skipif(
+    sys.platform != "linux", reason="asks what Linux alone has: /proc, its sandboxes"
+)
+needs_interrupts = pytest.mark.skipif(
+    not hasattr(os, "fork"), reason="no process can be sent an interrupt here"
+)
 
 NOWHERE = 2147480000  # a block id behind the end of a table
 

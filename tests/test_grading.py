@@ -22,6 +22,7 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+from helpers import only_linux
 
 from lib.course import ROOT, collect
 from lib.course.check import SEED
@@ -771,6 +772,7 @@ REACHES = {
 }
 
 
+@only_linux
 def test_a_job_reaches_nothing_outside_its_folder(boxed, tmp_path):
     target = tmp_path / "grades.csv"
     target.write_text("safe")
@@ -914,6 +916,7 @@ def test_a_worker_that_does_not_start_is_tried_again(monkeypatch, tmp_path):
     assert len(calls) == 3 and not list(tmp_path.glob("grading-*"))
 
 
+@only_linux
 def test_a_worker_that_was_changed_is_another_for_the_next(boxed):
     points(boxed, notebook(IMPORTS, DECODE, APPEND))
     before = boxed.process
@@ -950,6 +953,7 @@ def test_what_a_job_leaves_behind_is_gone_when_the_next_begins(boxed):
     assert not is_running(mark)
 
 
+@only_linux
 def test_a_job_sees_no_environment_no_later_input_and_no_other_student(
     boxed, monkeypatch
 ):

@@ -20,6 +20,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from distributed import Client, LocalCluster
+from helpers import only_linux
 
 from lib.course import ROOT
 from lib.course.build import chapter_texts, solved_notebook, student_notebook
@@ -353,6 +354,7 @@ def test_names_too_long_for_a_file_do_not_meet(tmp_path):
         results.Results(tmp_path, ["append"], "2")
 
 
+@only_linux
 def test_half_a_character_in_a_name_or_a_message_is_written_all_the_same(tmp_path):
     kept = results.Results(tmp_path, ["decode"], "1")
     kept.keep(graded("wrong: \ud83d", student="ada"))
