@@ -118,14 +118,13 @@ def write(out: Path) -> list[Path]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    argparse.ArgumentParser(
         prog="python -m lib.course.slides",
-        description="Make slides of each chapter's figures and closing sentences.",
-    )
-    parser.add_argument("--out", type=Path, default=ROOT / "build/slides")
-    out = parser.parse_args().out
+        description="Make slides of each chapter's figures and closing sentences, in "
+        "build/slides.",
+    ).parse_args()
     try:
-        for path in write(out):
+        for path in write(ROOT / "build/slides"):
             print(path)
     except ModuleNotFoundError as error:
         print(f"expected {error.name}, found none: pip install -e '.[site]'")

@@ -8,45 +8,50 @@ import time
 from pathlib import Path
 
 from lib.course import ROOT
+from lib.course.build import BuildError
 from lib.course.site.links import faults
 from lib.course.site.pages import write_sources
 
+SITE = ROOT / "build/site"
 
-def build(out: Path) -> list[str]:
-    """Make the site in `out`, which is replaced; what is wrong with it, line by line."""
+
+def build(out: Path):
+    """Make the site in `out`, which is replaced, once the new one is whole.
+
+    Raises BuildError where Sphinx warns, and with each fault that links finds.
+    """
     from sphinx.cmd.build import build_main
 
-    shutil.rmtree(out, ignore_errors=True)
     with tempfile.TemporaryDirectory() as folder:
-        sources, doctrees = Path(folder, "sources"), Path(folder, "doctrees")
+        sources, doctrees, made = (Path(folder, name) for name in ("in", "trees", "out"))
         write_sources(sources)
-        here = str(Path(__file__).parent)
         strict = ["-W", "--keep-going", "-q", "-j", "auto"]
-        folders = ["-c", here, "-d", str(doctrees), str(sources), str(out)]
-        if build_main([*strict, "-b", "html", *folders]):
-            return ["Sphinx warned of what is written above"]
-    return list(faults(out))
+        folders = ["-c", str(Path(__file__).parent), "-d", str(doctrees)]
+        if build_main([*strict, "-b", "html", *folders, str(sources), str(made)]):
+            raise BuildError("expected no warning from Sphinx, got those above")
+        if found := list(faults(made)):
+            raise BuildError("\n".join(found))
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.move(made, out)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    argparse.ArgumentParser(
         prog="python -m lib.course.site",
-        description="Make the course's site: chapters, pages, reference. Offline; "
-        "nothing is executed.",
-    )
-    parser.add_argument("--out", type=Path, default=ROOT / "build/site")
-    out = parser.parse_args().out
+        description=f"Make the course's site, in {SITE.relative_to(ROOT).as_posix()}: "
+        "chapters, pages, reference. Offline; nothing is executed.",
+    ).parse_args()
     start = time.perf_counter()
     try:
-        found = build(out)
+        build(SITE)
     except ModuleNotFoundError as error:
         print(f"expected {error.name}, found none: pip install -e '.[site]'")
         return 1
-    print(*found, sep="\n", end="\n" if found else "")
-    if found:
+    except BuildError as error:
+        print(error)
         return 1
-    pages = len(list(out.rglob("*.html")))
-    print(f"{pages} pages in {time.perf_counter() - start:.0f} s: {out / 'index.html'}")
+    num_pages = len(list(SITE.rglob("*.html")))
+    print(f"{num_pages} pages in {time.perf_counter() - start:.0f} s: {SITE}/index.html")
     return 0
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 
 from lib.course import ROOT
-from lib.course.build import chapter_texts, notebook_paths, student_notebook
+from lib.course.build import chapter_texts, check, notebook_paths, student_notebook
 
 # The pages in Markdown, in the order of the menu, and what they are called there.
 PAGES = {"README.md": "index.md", "TEACHING.md": "TEACHING.md", "AGENTS.md": "AGENTS.md"}
@@ -30,10 +30,14 @@ TOCTREE = """
 
 
 def write_sources(folder: Path):
-    """Everything that Sphinx needs, into a folder that is new or empty."""
+    """Everything that Sphinx needs, into a folder that is new or empty.
+
+    Raises BuildError where a chapter's notebook is not what its text gives.
+    """
     chapters = chapter_texts()
     (folder / "chapters").mkdir(parents=True)
     for text in chapters:
+        check(text)
         solved = nbformat.read(notebook_paths(text)[1], as_version=4)
         page = chapter_page(student_notebook(text), solved)
         nbformat.write(page, folder / "chapters" / f"{text.stem}.ipynb")
