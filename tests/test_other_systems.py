@@ -168,6 +168,8 @@ def test_letters_that_a_pipe_does_not_know_are_printed(monkeypatch):
     "module",
     [
         "measure.real_model",
+        "measure.pooling",
+        "measure.layer_needs",
         *(pytest.param(f"{name}", marks=pytest.mark.nightly) for name in LONG),
     ],
 )

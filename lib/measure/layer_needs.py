@@ -6,6 +6,7 @@ The models of lib/recall.py with two and with four layers, each trained from sev
 seeds: with four layers it is not the same layer in all of them.
 """
 
+import argparse
 import json
 import shlex
 import sys
@@ -72,6 +73,11 @@ def cut_alone(
 
 
 def main():
+    """Measure each model of notes with the cache of one layer cut at a time, and write
+    down how many of its answers stay right."""
+    argparse.ArgumentParser(
+        prog="python -m lib.measure.layer_needs", description=main.__doc__
+    ).parse_args()
     torch.set_num_threads(1)
     generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
     draws = [recall.first_question(draw_task("notes", 64, g)) for g in generators]

@@ -6,6 +6,7 @@ Ainslie and others (https://arxiv.org/abs/2305.13245) train a pooled model on fo
 the steps that made it. So does this, and measures what held-out passages cost meanwhile.
 """
 
+import argparse
 import json
 import shlex
 import sys
@@ -28,6 +29,9 @@ RESULTS = DATA / "results" / "pooling.json"
 def main():
     """Pool the model of data/ to one KV head, train it on for a twentieth of the steps
     that made it, and write down what it costs to predict held-out passages meanwhile."""
+    argparse.ArgumentParser(
+        prog="python -m lib.measure.pooling", description=main.__doc__
+    ).parse_args()
     torch.set_num_threads(1)
     config = TrainingConfig(
         num_steps=TrainingConfig.num_steps // 20, learning_rate=1e-3, warmup_steps=20
