@@ -46,7 +46,7 @@ plotting.use_course_style()
 torch.set_num_threads(1)  # steadier timings
 
 # %% [markdown]
-# ## Four fifths of the memory hold nothing
+# ## Four fifths of the memory holds nothing
 #
 # In chapter 3 we looked at one batch at one moment. Now let us look at a
 # server. Requests wait in a queue, and begin as soon as there is room: a prompt

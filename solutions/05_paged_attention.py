@@ -1129,8 +1129,9 @@ for path in sorted((text.DATA / "results").glob("bench*.json")):
 
 # %% [markdown]
 # *Every way is credited with the fewest bytes that could do. So the extra
-# traffic of a gather shows as lost bandwidth.* (*paged*, above the figure, is
-# chapter 4's cache, with a gather.)
+# traffic of a gather shows as lost bandwidth. On a CPU "in place" is a twin in
+# torch, the slowest of all; on a GPU it is the kernel.* (*paged*, above the
+# figure, is chapter 4's cache, with a gather.)
 #
 # On a CPU, *in place* is the torch twin, a dozen calls of torch for each
 # block of sixteen tokens. Those calls take longer than copying the block, so

@@ -49,12 +49,15 @@ def test_a_chapters_page_has_each_stub_with_its_answer_folded_below(text):
     for i in folded:
         assert page.cells[i].metadata.tags == ["hide-input"]
         assert "raise NotImplementedError" not in page.cells[i].source
-        stub = page.cells[i - 1]
+        stub, hints, answer, checked = page.cells[i - 2 : i + 2]
         assert "raise NotImplementedError" in stub.source and not stub.outputs
-        assert stub.source.split("(")[0] == page.cells[i].source.split("(")[0]
-    stubs = [i - 1 for i in folded]
-    rest = [cell.source for i, cell in enumerate(page.cells) if i not in stubs]
-    assert rest == sources
+        assert stub.source.split("(")[0] == answer.source.split("(")[0]
+        assert hints.source.startswith("<details><summary>Hint 1")
+        assert checked.source.startswith("check(") and checked.outputs
+    stubs = [i - 2 for i in folded]
+    first, *rest = (cell.source for i, cell in enumerate(page.cells) if i not in stubs)
+    assert first.replace(f"\n\n{pages.SOLVED}\n", "\n") == sources[0] != first
+    assert sorted(rest) == sorted(sources[1:])
 
 
 @CHAPTERS
@@ -183,6 +186,10 @@ def test_slides_have_the_title_each_figure_and_the_closing_sentences(text):
         cell.source for cell in chapter.cells if "markdown" in cell.values()
     )
     assert last.source in closing and "## " not in last.source[3:]
+    words = [cell.source for cell in shown.cells if cell.source.startswith("*")]
+    assert len(words) == len(pictures(chapter))
+    for said in words:
+        assert said.count("*") % 2 == 0 and said[-2:-1] in ".?)" and said.endswith("*")
     starts = [cell for cell in shown.cells if "slideshow" in cell.metadata]
     assert len(starts) == 2 + len(pictures(chapter))
     assert not any("Exercise" in cell.source for cell in starts)
@@ -193,6 +200,9 @@ def test_captions_are_what_stands_in_italics_below_a_figure():
     assert (
         slides._caption(cell("*Up\n`a*b`, and down.* Why?")) == "*Up\n`a*b`, and down.*"
     )
+    assert slides._caption(cell("*This is\n**it**, so.* B")) == "*This is\n**it**, so.*"
+    assert slides._caption(cell("*It rises. Their\nslopes:*")) == "*It rises.*"
+    assert slides._caption(cell("*Their slopes:*")) == ""
     assert slides._caption(cell("**Bold** is *none*.")) == ""
     assert slides._caption(cell("Text, *then* italics.")) == ""
     assert (

@@ -24,10 +24,12 @@ TEMPLATE = """{% extends 'index.html.j2' %}
 {% block html_head_js %}{% endblock %}
 {% block html_head_js_mathjax %}{% endblock %}
 {% block html_head_css %}<style>
-:root { --r-heading-text-transform: none }
+.reveal h1, .reveal h2 { text-transform: none !important }
 .reveal h1 { font-size: 56px !important }
 .reveal h2 { font-size: 38px !important }
-.reveal img { display: block; margin: auto; max-height: 420px !important }
+.reveal img { display: block; margin: auto !important; height: 430px !important }
+.reveal img { max-width: 1080px !important; object-fit: contain }
+.reveal .jp-OutputPrompt, .reveal .jp-InputPrompt { display: none }
 .reveal p { font-size: 20px !important; line-height: 1.35 !important }
 .reveal li { font-size: 27px !important; line-height: 1.35 !important; margin: 0.4em 0 }
 .reveal .anchor-link { display: none }
@@ -39,7 +41,7 @@ src="data:image/png;base64,{{ output.data['image/png'] }}">{% endblock %}
 <script src="reveal.js/plugin/notes/notes.js"></script>
 <script>
 Reveal.initialize({
-  plugins: [RevealNotes], slideNumber: true, hash: true, width: 1100, height: 760
+  plugins: [RevealNotes], slideNumber: "c/t", hash: true, width: 1100, height: 760
 });
 </script>
 {% endblock %}"""
@@ -50,8 +52,8 @@ REVEAL += ["dist/theme/fonts/source-sans-pro/*"]
 
 
 def slides(chapter: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Of an executed chapter: its title, its figures with their captions, and what it
-    says in five sentences."""
+    """Of an executed chapter: its title, its figures with their captions, or else the
+    words for those who cannot see them, and what it says in five sentences."""
     cells = [*_slide(re.match(r"# .*", chapter.cells[0].source)[0])]
     heading = ""
     for cell, after in zip(chapter.cells, [*chapter.cells[1:], None]):
@@ -64,7 +66,8 @@ def slides(chapter: nbformat.NotebookNode) -> nbformat.NotebookNode:
                 cells += _slide(closing[0].strip())
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):
-                cells += _slide(f"## {heading}", cell, output, _caption(after))
+                words = _caption(after) or f"*{cell.metadata.get('alt', '')}*"
+                cells += _slide(f"## {heading}", cell, output, words)
     return nbformat.v4.new_notebook(cells=cells, metadata=chapter.metadata)
 
 
@@ -81,11 +84,13 @@ def _slide(text: str, cell=None, output=None, caption: str = "") -> Iterator:
 
 
 def _caption(cell) -> str:
-    """What a cell says first, in italics, of the figure above it."""
+    """What a cell says first, in italics, of the figure above it, but for a last sentence
+    that leads to what follows."""
     if cell is None or cell.cell_type != "markdown":
         return ""
-    found = re.match(r"\*(?:`[^`]*`|[^*`])+\*", cell.source)
-    return found[0] if found else ""
+    found = re.match(r"\*((?:`[^`]*`|\*\*[^*]+\*\*|[^*`])+)\*", cell.source)
+    words = re.sub(r"\s*[^.]*:$", "", found[1]) if found else ""
+    return f"*{words}*" if words else ""
 
 
 def write(out: Path) -> list[Path]:

@@ -19,6 +19,19 @@ DATA = "data/README.md"
 PACKAGES = {"lib": "What the course teaches", "lib.measure": "The instruments"}
 PACKAGES |= {"lib.figures": "The pictures", "lib.course": "How it is taught"}
 
+SOLVED = """
+```{note}
+Here the chapter is solved, and its answers are folded. To write them yourself, and run
+everything on your machine: [start](/index.md#start).
+```
+"""
+FOLDED = {
+    "tags": ["hide-input"],
+    "mystnb": {
+        "code_prompt_show": "Show the answer",
+        "code_prompt_hide": "Hide the answer",
+    },
+}
 TOCTREE = """
 ```{{toctree}}
 :hidden:
@@ -74,22 +87,23 @@ def write(path: Path, text: str):
 def chapter_page(
     student: nbformat.NotebookNode, solved: nbformat.NotebookNode
 ) -> nbformat.NotebookNode:
-    """A chapter as it is read: outputs of the solved notebook, and at each exercise the
-    stub that students get, with the answer folded below it."""
+    """A chapter as it is read: outputs of the solved notebook, and of each exercise the
+    stub that students get, the hints, the answer, folded, and what its check says."""
     page = nbformat.from_dict({**solved, "cells": []})
-    for stub, cell in zip(student.cells, solved.cells):
-        cell.metadata = options = nbformat.from_dict({"mystnb": {}, "tags": []})
+    title, text = solved.cells[0].source.split("\n", 1)
+    solved.cells[0].source = f"{title}\n\n{SOLVED}\n{text}"
+    pairs = zip(student.cells, solved.cells)
+    for stub, cell in pairs:
+        cell.metadata = {}
         if alt := stub.metadata.get("alt"):
-            options.mystnb.image = {"alt": alt}
-        if stub.source != cell.source:
-            stub.metadata = {}
-            page.cells.append(stub)
-            options.tags.append("hide-input")
-            options.mystnb.update(
-                code_prompt_show="Show the answer", code_prompt_hide="Hide the answer"
-            )
-            cell.id += "-answer"
-        page.cells.append(cell)
+            cell.metadata = {"mystnb": {"image": {"alt": alt}}}
+        if stub.source == cell.source or cell.cell_type == "markdown":
+            page.cells.append(cell)
+            continue
+        stub.metadata, cell.metadata = {}, nbformat.from_dict(FOLDED)
+        cell.id += "-answer"
+        (_, check), (_, hints) = next(pairs), next(pairs)
+        page.cells += [stub, hints, cell, check]
     return page
 
 
