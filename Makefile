@@ -1,25 +1,27 @@
-# Each command sets up what it needs: the first takes a few minutes, the next ones seconds.
+# Each command installs what it needs, which takes minutes the first time, and a network.
 # Flags go in ARGS: make lab ARGS="--port 9000".
 #
 #   make lab                       open the course at chapter 1
 #   make lab MODEL=folder          the same, with a real model for chapter 10
 #   make mine                      try what is written in notebooks/, each answer by itself
-#   make table                     measure the table on this machine
+#   make table                     measure memory and work of each way to run the model
 #   make bench                     measure tokens per second, and the bandwidth of attention
 #   make bench MODEL=folder        measure how fast a real model writes
 #   make grade SUBMISSIONS=folder  grade a class
-#   make gradescope CHAPTERS=3     make the zip of an assignment on Gradescope
-#   make release THROUGH=3         make a zip without the answers of chapter 3 and later ones
-#   make slides                    make slides of figures and closing sentences, a page for each chapter
-#   make site                      make the site: chapters, teacher's page, reference
-#   make test                      run every test
+#   make gradescope CHAPTERS=3     make the zip of an assignment for Gradescope
+#   make release THROUGH=3         make a zip of chapters 1 to 3, without the answers of 3
+#   make slides                    make a page of slides for each chapter, in build/slides
+#   make site                      make a site to read, in build/site
+#   make test                      run the tests
 #   make notebooks                 rebuild the notebooks from the chapter texts
 #   make notebooks REPO=URL        the same, for Colab: with a cell that fetches the course
-#   make help                      say this
+#   make help                      list these commands
 
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
+# Whether a variable comes with this command, and not from the environment.
+given = $(findstring command,$(origin $(1)))
 # A real model, a folder or a GGUF file: make lab MODEL=folder tells chapter 10.
 export MODEL
 
@@ -55,7 +57,7 @@ slides: .venv/site
 	@$(BIN)/python -m lib.course.slides $(ARGS)
 
 notebooks: .venv/dev
-	@$(BIN)/python -m lib.course.build $(if $(REPO),--repo "$(REPO)") $(if $(TAG),--tag "$(TAG)") $(ARGS)
+	@$(BIN)/python -m lib.course.build $(if $(call given,REPO),--repo='$(REPO)') $(if $(call given,TAG),--tag='$(TAG)') $(ARGS)
 
 mine: .venv/course
 	@$(BIN)/python -m lib.course.grading --mine notebooks $(ARGS)

@@ -254,7 +254,7 @@ print("after: ", repr(sample()))
 # the course ships was trained by the same loop, for longer, by `python -m
 # lib.training`. Its curve:
 
-# %% alt="Loss of the shipped model, in nats per byte, over 5,000 training steps: training, and with markers held out. Both fall fast, then slowly, at first nearly together; from about step 1,500 on held out flattens above training, and the gap grows."
+# %% alt="Loss of the shipped model, in nats per byte, over 5,000 training steps: training, and with markers held out. Both fall fast, then slowly, and from step 250 on nearly together; from about step 1,500 on held out flattens above training, and the gap grows."
 result = json.loads((text.DATA / "results" / "training.json").read_text())
 plotting.plot_loss_curve(result);
 

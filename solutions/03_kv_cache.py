@@ -511,7 +511,7 @@ for n in lengths:
     recompute_ms.append(1000 * seconds["recompute"])
     decode_ms.append(1000 * seconds["cache"])
 
-# %% alt="Log-log plot: the time for one more token, in milliseconds, over the text so far, from 16 to 480 tokens. At short texts the lines run together; from 64 tokens on recompute climbs, and the line with a cache, below it, stays nearly flat."
+# %% alt="Log-log plot: the time for one more token, in milliseconds, over the text so far, from 16 to 480 tokens. Over short texts the lines run together; then recompute climbs, and the line with a cache stays far below it."
 plotting.plot_measured(
     {
         "recompute": (lengths, recompute_ms),
@@ -833,7 +833,7 @@ for context in (64, 2048):
         B / meter.median_seconds(wide_step(B, context)) for B in batch_sizes
     ]
 
-# %% alt="Tokens per second over the requests in one step, from 1 to 8: a line for 64 tokens per request, and one for 2,048. Both end higher than they begin; with eight requests the long texts are far below the short ones."
+# %% alt="Tokens per second over the requests in one step, from 1 to 8: a line for 64 tokens per request, and one for 2,048. Both end higher than they begin. Long texts gain less: with eight requests they are far below the short ones."
 (_, short), (_, long) = tokens_per_s.values()
 plotting.plot_measured(
     tokens_per_s,

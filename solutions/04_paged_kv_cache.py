@@ -553,7 +553,7 @@ for name, buddy in buddies.items():
     print(f"{name:12} first gap {usages[name].tokens:.1%}, ", end="")
     print(f"buddies {buddy.tokens:.1%}, paper {paper[name][0]}%")
 
-# %% alt="Four bars, shares of the pool with buddies, each above a thin bar of the paper's. Maximum, power of two and oracle look like the paper's, part by part: tokens, reservation, internal and external fragmentation. With blocks of 16 tokens fill nearly all, here and there."
+# %% alt="Four bars, shares of the pool with buddies, each above a thin bar of the paper's. Maximum, power of two and oracle look like the paper's, part by part: tokens, reservation, internal and external fragmentation. With blocks of 16, tokens fill nearly all, here and there."
 of_buddies = {**buddies, "blocks of 16": usages["blocks of 16"]}
 parts = ("tokens", "reservation", "internal", "external")
 largest_gap = max(
@@ -758,7 +758,7 @@ drawing.draw_blocks(manager, title="The write gave b a block of its own");
 # tokens and a third of its own.* Whoever writes last need not copy: now a may
 # write into block 2.
 
-# %% alt="The pool after each of eight calls, one row per call; shared blocks are hatched. A fork to b hatches 0 to 2; a write of b takes block 3, one of a takes none; a fork to c hatches 2 again. When a is freed no block becomes free; c grows into 4; when b is freed only block 3 does."
+# %% alt="The pool after each of eight calls, one row per call; shared blocks are hatched. A fork to b hatches 0 to 2; a write of b takes block 3, one of a takes none; a fork to c hatches 2 again. When a is freed no block becomes free; c grows into 4; when b is freed only block 3 becomes free."
 call("append", "a", 1)
 call("fork", "a", "c")
 call("free", "a")

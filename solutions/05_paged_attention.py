@@ -907,7 +907,7 @@ print(f"Llama 3 8B in bf16: {flops_per_byte(LLAMA3_8B, 2):.1f} FLOPs per byte")
 # 512 tokens, which is the other half of a step. Dashed are two GPUs, as NVIDIA
 # publishes them.
 
-# %% alt="Log-log plot: FLOPs per second over FLOPs for each byte moved. Each machine is a line of slope 1 up to a corner, then flat: dashed H100 and A100, and far below them this machine, a CPU, with its corner further left. Of the points near its line, W @ 1, attention and W @ 8 are at the left, W @ 512 on the flat part."
+# %% alt="Log-log plot: FLOPs per second over FLOPs for each byte moved. Each machine is a line of slope 1 up to a corner, then flat: dashed H100 and A100, and this machine, on a CPU far below them and with its corner further left. Of the points below its line, W @ 1, attention and W @ 8 are at the left, W @ 512 under the flat part."
 dtype = bench_attention.DTYPES[device]
 here = bench_attention.one_layer(**bench_attention.SIZES[device])
 points = {"attention": (

@@ -1061,7 +1061,7 @@ print(f"{R + D_rope} numbers per token; keys have {H * (D + D_rope)}")
 # can be compared. One more is there for the notes: two KV heads *and* 4 bits,
 # since the methods do not exclude each other.
 
-# %% alt="Two plots over bytes per token, on a logarithmic axis. Book, nats lost: fewer bits lose little with the fewest bytes; keys in 2 bits lose most; codes lose more the shorter they are, those of keys most. Notes, share right: fewer bits and codes of keys stay high; one head, the shortest codes of values and of both, and lowest keys in 2 bits fall off."
+# %% alt="Two plots over bytes per token, on a logarithmic axis. Book, nats lost: fewer bits lose little with the fewest bytes; keys in 2 bits lose most; codes lose more the shorter they are, those of keys most, unless they are made before rotation. Notes, share right: fewer bits and codes of keys stay high; one head, the shortest codes of values and of both, and lowest keys in 2 bits fall off."
 bits = [(8, 8), (8, 4), (4, 4), (4, 2)]
 two_and_4_bits = measure_quality(
     pooled[2], notes, make_cache=contiguous(QuantizedFormat(4))

@@ -503,7 +503,7 @@ for budget in (4096, 2048, 1024):
 # cut it to 32 of its 105 tokens. Which ones did they keep, in each layer and KV
 # head?
 
-# %% alt="A text of 105 tokens, the note asked for in orange; below, what three policies keep, a row per layer and KV head. First 4 and newest: the ends, nothing of that note. Heavy hitters: much of the beginning, scraps of that note. Snap: the newest, and in one row of layer 0 and both of layer 1 that note but for its last value."
+# %% alt="A text of 105 tokens, the note asked for in orange; below, what three policies keep, a row per layer and KV head. First 4 and newest: the ends, nothing of that note. Heavy hitters: much of the beginning and of the end, of that note at most four tokens per row. Snap: the newest, and in one row of layer 0 and both of layer 1 that note but for its last value."
 four_lm = notes_lms["four layers"]
 prompt = told[5]
 asked_for = (prompt[:-1] == prompt[-1]).nonzero().item()  # the place of its key
@@ -761,7 +761,7 @@ check(spread_budgets)
 # Another need is what we just measured: what is lost when this layer alone is
 # cut. (We measure both on texts of their own, seed 3, and use them for others.)
 
-# %% alt="Two plots: share of right answers over tokens per layer and KV head, on average. Two layers: by what is lost and pyramid upside down nearly coincide at the top, then by spread, then the same for each; pyramid is far below. Four layers: by what is lost is far above, then pyramid, the same for each, pyramid upside down, and by spread lowest."
+# %% alt="Two plots: share of right answers over tokens per layer and KV head, on average. Two layers: by what is lost and pyramid upside down nearly coincide at the top, then by spread, then the same for each; pyramid is far below. Four layers: by what is lost is far above up to 24 tokens, then pyramid, the same for each, pyramid upside down, and by spread lowest."
 others = [recall.first_question(recall.draw_task("notes", 32, seeded(3)))]
 rules = {}
 for name, lm in notes_lms.items():

@@ -518,7 +518,7 @@ for name, shares in (
 # Not every layer needs every token. Which needs which? As in chapter 8, each is
 # cut alone, and all others keep everything:
 
-# %% alt="Two rows of bars, one bar for each layer, 0 to 29: nats per token lost when that layer alone is cut. Book: nothing to be seen. Again: layer 18 stands high above all others; 17, 20 and 23 are small bars, a few others hardly any, and most none."
+# %% alt="Two rows of bars, one bar for each layer, 0 to 29: nats per token lost when that layer alone is cut. Book: hardly anything to be seen. Again: layer 18 stands high above all others; 17, 20 and 23 are small bars, a few others hardly any, and most none."
 layers = real.measure("layers")
 lost = {
     task: [nats - layers[task]["whole"] for nats in layers[task]["cut"]]

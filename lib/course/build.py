@@ -70,6 +70,19 @@ def notebook_paths(text: Path) -> tuple[Path, Path]:
     return student, text.with_suffix(".ipynb")
 
 
+def read(path: Path) -> nbformat.NotebookNode:
+    """The notebook at `path`. BuildError where there is none, or what is no notebook."""
+    if not path.exists():
+        raise BuildError(f"expected {path}, found nothing: run `make notebooks`")
+    try:
+        return nbformat.read(path, as_version=4)
+    except Exception as error:  # whatever is wrong with a file
+        raise BuildError(
+            f"{path}: expected a notebook, got {type(error).__name__}: move it away, "
+            "then run `make notebooks`"
+        ) from None
+
+
 def student_notebook(text: Path, address: Address | None = None) -> nbformat.NotebookNode:
     """The chapter as students get it: a stub for each exercise, no outputs. With an
     address it begins with the cells that fetch the course from there."""
@@ -230,10 +243,11 @@ def build(text: Path, address: Address | None = None):
     """Write both notebooks of one chapter, whole or not at all. With an address, which is
     for students alone, the executed one is left as it is where it is up to date.
 
-    Raises BuildError, before anything else, where somebody has worked in the student's.
+    Raises BuildError, before anything else, where somebody has worked in the student's:
+    has run a cell of it, or saved it with a kernel at hand.
     """
     student_path, executed_path = notebook_paths(text)
-    if student_path.exists() and _is_worked_in(nbformat.read(student_path, as_version=4)):
+    if student_path.exists() and _is_worked_in(read(student_path)):
         raise BuildError(
             f"{student_path}: somebody worked in it; move it away, then build"
         )
@@ -273,9 +287,7 @@ def check(text: Path):
 
 
 def _check_one(path: Path, wanted: nbformat.NotebookNode, text: Path):
-    if not path.exists():
-        raise BuildError(f"expected {path}, found nothing: run `make notebooks`")
-    notebook = nbformat.read(path, as_version=4)
+    notebook = read(path)
     if path.parent == text.parent:
         check_executed(notebook, path)
         notebook = without_outputs(notebook)
@@ -287,7 +299,7 @@ def address_in(path: Path) -> Address | None:
     """What the notebook at `path` was built with; None also where there is none."""
     if not path.exists():
         return None
-    metadata = nbformat.read(path, as_version=4).metadata.get("course")
+    metadata = read(path).metadata.get("course")
     try:
         return metadata and Address(**metadata)
     except (TypeError, ValueError) as error:
@@ -324,7 +336,7 @@ def check_executed(notebook: nbformat.NotebookNode, path: Path):
         raise BuildError(f"{path}: expected no cell to fail: run `make notebooks`")
     for cell in code_cells:
         has_figure = any("image/png" in output.get("data", {}) for output in cell.outputs)
-        if has_figure != bool(cell.metadata.get("alt")):
+        if has_figure != bool(str(cell.metadata.get("alt", "")).strip()):
             raise BuildError(
                 f'{path}: expected alt="..." at cells with a figure, and at no others, '
                 f"but not so at this one:\n{cell.source}"

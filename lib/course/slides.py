@@ -16,7 +16,14 @@ from pathlib import Path
 import nbformat
 
 from lib.course import ROOT
-from lib.course.build import BuildError, chapter_texts, notebook_paths
+
+try:
+    import sphinx_revealjs  # for the copy of reveal.js that it carries
+    from nbconvert import SlidesExporter
+
+    from lib.course.build import BuildError, chapter_texts, notebook_paths, read
+except ModuleNotFoundError as error:
+    sys.exit(f"expected {error.name}, found none: pip install -e '.[site]'")
 
 # nbconvert's page, without what it would load from elsewhere: of its scripts reveal.js is
 # enough, and that is here.
@@ -53,7 +60,7 @@ REVEAL += ["dist/theme/fonts/source-sans-pro/*"]
 
 def slides(chapter: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """Of an executed chapter: its title, its figures with their captions, or else the
-    words for those who cannot see them, and what it says in five sentences."""
+    words for those who cannot see them, and the sentences that close it."""
     cells = [*_slide(re.match(r"# .*", chapter.cells[0].source)[0])]
     heading = ""
     for cell, after in zip(chapter.cells, [*chapter.cells[1:], None]):
@@ -95,9 +102,6 @@ def _caption(cell) -> str:
 
 def write(out: Path) -> list[Path]:
     """A page of slides for each chapter, and reveal.js, into `out`, which is replaced."""
-    import sphinx_revealjs  # for the copy of reveal.js that it carries
-    from nbconvert import SlidesExporter
-
     shutil.rmtree(out, ignore_errors=True)
     carried = Path(sphinx_revealjs.__file__).parent / "_static/revealjs"
     for pattern in REVEAL:
@@ -114,7 +118,7 @@ def write(out: Path) -> list[Path]:
     )
     written = []
     for text in chapter_texts():
-        chapter = nbformat.read(notebook_paths(text)[1], as_version=4)
+        chapter = read(notebook_paths(text)[1])
         title = {"metadata": {"name": text.stem}}
         page, _ = exporter.from_notebook_node(slides(chapter), title)
         written.append(out / f"{text.stem}.html")
@@ -131,9 +135,6 @@ def main() -> int:
     try:
         for path in write(ROOT / "build/slides"):
             print(path)
-    except ModuleNotFoundError as error:
-        print(f"expected {error.name}, found none: pip install -e '.[site]'")
-        return 1
     except BuildError as error:
         print(error)
         return 1

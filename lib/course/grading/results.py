@@ -32,7 +32,7 @@ from lib.course.grading.grader import CRASHED, TIMEOUT, Grade, Score
 from lib.course.grading.submissions import by_name
 
 # Of Windows, whatever stands behind a dot.
-DEVICE = re.compile(r"con|prn|aux|nul|(com|lpt)[0-9¹²³]", re.IGNORECASE)
+DEVICE = re.compile(r"con(in\$|out\$)?|prn|aux|nul|(com|lpt)[0-9¹²³]", re.IGNORECASE)
 MAX_NOTES = 5_000  # characters of a row's: a spreadsheet's cell holds 32,767
 
 
@@ -75,7 +75,7 @@ class Results:
     def path(self, student: str, suffix: str = ".json") -> Path:
         """Where a student's file is. A name that some system refuses is changed: one that
         is too long, and on Windows a device's, or one with these characters."""
-        name = re.sub(r'[<>:"/\\|?*]', "_", student)
+        name = re.sub(r'[\x00-\x1f<>:"/\\|?*]', "_", student)
         is_device = DEVICE.fullmatch(name.partition(".")[0].rstrip())
         if name != student or is_device or len(name.encode()) > 200:
             start = name[:40].replace(".", "_")  # else nul.x is a device all the same

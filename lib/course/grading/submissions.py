@@ -436,9 +436,11 @@ def _is_of_the_course(name: str) -> bool:
 
 @functools.cache
 def _solutions() -> frozenset[tuple[str, ...]]:
-    """The code cells of each chapter, solved; none in a release."""
-    paths = (ROOT / "solutions").glob("*.ipynb")
-    return frozenset(tuple(sources(path.read_bytes())) for path in paths)
+    """The code cells of each chapter with exercises, solved; none in a release."""
+    notebooks = [path.read_bytes() for path in (ROOT / "solutions").glob("*.ipynb")]
+    return frozenset(
+        tuple(sources(content)) for content in notebooks if b'"nbgrader"' in content
+    )
 
 
 def _at_most(limit: int, number: int, of_what: str):

@@ -8,9 +8,18 @@ import time
 from pathlib import Path
 
 from lib.course import ROOT
-from lib.course.build import BuildError
-from lib.course.site.links import faults
-from lib.course.site.pages import write_sources
+
+try:
+    import furo  # noqa: F401  what Sphinx loads by name
+    import myst_nb  # noqa: F401
+    import sphinx_copybutton  # noqa: F401
+    from sphinx.cmd.build import build_main
+
+    from lib.course.build import BuildError
+    from lib.course.site.links import faults
+    from lib.course.site.pages import write_sources
+except ModuleNotFoundError as error:
+    sys.exit(f"expected {error.name}, found none: pip install -e '.[site]'")
 
 SITE = ROOT / "build/site"
 
@@ -20,8 +29,6 @@ def build(out: Path):
 
     Raises BuildError where Sphinx warns, and with each fault that links finds.
     """
-    from sphinx.cmd.build import build_main
-
     with tempfile.TemporaryDirectory() as folder:
         sources, doctrees, made = (Path(folder, name) for name in ("in", "trees", "out"))
         write_sources(sources)
@@ -39,14 +46,11 @@ def main() -> int:
     argparse.ArgumentParser(
         prog="python -m lib.course.site",
         description=f"Make the course's site, in {SITE.relative_to(ROOT).as_posix()}: "
-        "chapters, pages, reference. Offline; nothing is executed.",
+        "chapters, pages, reference. Offline; no notebook is run.",
     ).parse_args()
     start = time.perf_counter()
     try:
         build(SITE)
-    except ModuleNotFoundError as error:
-        print(f"expected {error.name}, found none: pip install -e '.[site]'")
-        return 1
     except BuildError as error:
         print(error)
         return 1

@@ -1,4 +1,4 @@
-"""How Sphinx sets the site. It is read by Sphinx, and is imported by nobody else."""
+"""How Sphinx sets the site."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Every link of a built site, followed, and every picture, asked for its words."""
+"""The links between a site's pages, followed, and its pictures, asked for words."""
 
 import re
 from collections.abc import Iterator
@@ -35,8 +35,8 @@ class Page(HTMLParser):
 
 
 def faults(site: Path) -> Iterator[str]:
-    """One line for each link that leads nowhere, each picture without alt text, and each
-    file that a page would load from elsewhere.
+    """One line for each link to no page or place of the site, each picture without alt
+    text, and each script, style, picture or frame from elsewhere.
 
     Links to other sites are not followed: the build is offline.
     """

@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 
 from lib.course import ROOT
-from lib.course.build import chapter_texts, check, notebook_paths, student_notebook
+from lib.course.build import chapter_texts, check, notebook_paths, read, student_notebook
 
 # The pages in Markdown, in the order of the menu, and what they are called there.
 PAGES = {"README.md": "index.md", "TEACHING.md": "TEACHING.md", "AGENTS.md": "AGENTS.md"}
@@ -51,7 +51,7 @@ def write_sources(folder: Path):
     (folder / "chapters").mkdir(parents=True)
     for text in chapters:
         check(text)
-        solved = nbformat.read(notebook_paths(text)[1], as_version=4)
+        solved = read(notebook_paths(text)[1])
         page = chapter_page(student_notebook(text), solved)
         nbformat.write(page, folder / "chapters" / f"{text.stem}.ipynb")
     shutil.copytree(ROOT / "data/results", folder / "data/results")
@@ -92,7 +92,7 @@ def chapter_page(
     page = nbformat.from_dict({**solved, "cells": []})
     title, text = solved.cells[0].source.split("\n", 1)
     solved.cells[0].source = f"{title}\n\n{SOLVED}\n{text}"
-    pairs = zip(student.cells, solved.cells)
+    pairs = zip(student.cells, solved.cells, strict=True)
     for stub, cell in pairs:
         cell.metadata = {}
         if alt := stub.metadata.get("alt"):
@@ -118,12 +118,12 @@ def with_links_of_the_site(text: str, folder: Path) -> str:
         label, target = match.groups()
         if re.match(r"\w+:|#", target):
             return match[0]
+        target, hash_mark, place = target.partition("#")
         path = posixpath.normpath((folder / target).as_posix())
-        if chapter := re.fullmatch(r"(?:notebooks|solutions)/(\w+\.ipynb)", path):
-            return f"[{label}](/chapters/{chapter[1]})"
         if (ROOT / path).is_dir():
             return label
-        return f"[{label}](/{PAGES.get(path, path)})"
+        path = re.sub(r"^(notebooks|solutions)/(?=\w+\.ipynb$)", "chapters/", path)
+        return f"[{label}](/{PAGES.get(path, path)}{hash_mark}{place})"
 
     return re.sub(r"(?<!`)\[([^\[\]]*)\]\(([^()\s]+)\)", link, text)
 
