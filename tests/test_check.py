@@ -552,7 +552,12 @@ class Calls(torch.nn.Module):
 def imported(line, expression):
     """The function, from a cell that imports it before anything is forbidden."""
     cell = {"Calls": Calls}
-    exec(f"{line}\nfunction = {expression}\n", cell)
+    try:
+        exec(f"{line}\nfunction = {expression}\n", cell)
+    except ImportError:
+        if "_composable" not in line:
+            raise
+        pytest.skip("from 2.15 on torch has it no more")
     exec("def helper(*args, **kwargs):\n    return function(*args, **kwargs)", cell)
     return cell
 
@@ -778,7 +783,11 @@ ODD_ANSWERS = {
     "a builtin": (sorted, ""),
     "a number": (3, "not callable"),
     "nothing": (None, "not callable"),
-    "without an end": (lambda *args: ODD_ANSWERS["without an end"][0](), "Recursion"),
+    # With its arguments: Python 3.13.0 counts no calls without any.
+    "without an end": (
+        lambda *args: ODD_ANSWERS["without an end"][0](*args),
+        "Recursion",
+    ),
 }
 
 
