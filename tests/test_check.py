@@ -552,12 +552,7 @@ class Calls(torch.nn.Module):
 def imported(line, expression):
     """The function, from a cell that imports it before anything is forbidden."""
     cell = {"Calls": Calls}
-    try:
-        exec(f"{line}\nfunction = {expression}\n", cell)
-    except ImportError:
-        if "_composable" not in line:
-            raise
-        pytest.skip("from 2.15 on torch has it no more")
+    exec(f"{line}\nfunction = {expression}\n", cell)
     exec("def helper(*args, **kwargs):\n    return function(*args, **kwargs)", cell)
     return cell
 

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import torch.utils.checkpoint
 
 from lib.course.cases.ch01 import _reproduced
 from lib.course.exercises import Case, Exercise
@@ -13,13 +14,16 @@ RANDOM = 6000  # bytes of a random state of torch, and some more
 # block, in edges: 4, and one more for a mask of dropout.
 EDGE = 2 * 8 * 32 * 8
 INSIDE = 5
-# The public one, and what others in torch that call a function again are made of.
+# The public one, and what others in torch that call a function again are made of; the
+# last is of torch 2.15.
 TORCHS_CHECKPOINTS = tuple(
     f"torch.utils.checkpoint.{name}"
     for name in (
         *("checkpoint", "CheckpointFunction.forward"),
         "_checkpoint_without_reentrant_generator",
+        "_checkpoint_without_reentrant_generator_impl",
     )
+    if hasattr(torch.utils.checkpoint, name.partition(".")[0])
 )
 ORDER = "Gradients come in the order of forward's inputs, each of its input's shape"
 
