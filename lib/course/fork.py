@@ -11,6 +11,7 @@ import pickle
 import select
 import signal
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +34,10 @@ def in_fork(function: Callable[[], Any], timeout_s: float = 120) -> Any:
     num_threads = torch.get_num_threads()
     read_end, write_end = os.pipe()
     torch.set_num_threads(1)
-    child = os.fork()
+    with warnings.catch_warnings():
+        # From Python 3.12 on: a copy of a process with threads may hang. Hence timeout_s.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
     if child == 0:
         status = 1
         faulthandler.disable()  # a crash is expected here, and told by the parent
