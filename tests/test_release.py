@@ -348,7 +348,11 @@ def test_a_bundle_is_written_whole_and_starts(tmp_path, no_outputs):
     }
     notebooks = [path for path in files if path.endswith(".ipynb")]
     assert notebooks == ["notebooks/01_generation.ipynb", "notebooks/02_training.ipynb"]
-    assert not [path for path in files if path.startswith(("solutions/", "tests/"))]
+    not_given = ("solutions/", "tests/", "lib/course/site/", "lib/course/slides.py")
+    assert not [path for path in files if path.startswith(not_given)]
+    start = files["README.md"].decode().split("\n## Chapters")[0]
+    assert "\n    make lab\n" in start and "and make. No GPU." in start
+    assert "python3 -m venv .venv" in start and "git and make" not in start
     assert {"LICENSE", "requirements.txt", "data/moby_dick.pt"} <= files.keys()
     weights = {f"data/recall/{name}.pt" for name in RECIPES}
     assert weights == {path for path in files if path.startswith("data/recall/")}

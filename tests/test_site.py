@@ -90,6 +90,32 @@ def test_links_of_a_page_lead_to_pages_of_the_site(folder, text, expected):
     assert pages.with_links_of_the_site(text, Path(folder)) == expected
 
 
+def test_sphinx_gets_every_chapter_page_and_module(tmp_path, monkeypatch):
+    checked = []
+    monkeypatch.setattr(pages, "check", checked.append)
+    pages.write_sources(tmp_path)
+    assert checked == chapter_texts()
+    index = (tmp_path / "index.md").read_text(encoding="utf-8")
+    named = re.findall(r"^(?:chapters|reference|data)/\S+$|^[A-Z]+$", index, re.M)
+    chapters = [f"chapters/{text.stem}" for text in chapter_texts()]
+    packages = [f"reference/{name}" for name in pages.PACKAGES]
+    assert named == [*chapters, "TEACHING", "AGENTS", *packages, "data/README"]
+    for name in named:
+        assert [*tmp_path.glob(f"{name}.*")], name
+    package = (tmp_path / "reference/lib.md").read_text(encoding="utf-8")
+    row = "| [`lib.config`](lib.config.md) | The shape of a model: one frozen dataclass,"
+    assert row in package and "__init__" not in package
+    module = (tmp_path / "reference/lib.config.md").read_text(encoding="utf-8")
+    assert ".. automodule:: lib.config\n   :members:" in module
+
+
+def test_a_chapter_whose_notebooks_do_not_fit_is_refused():
+    student, solved = read(chapter_texts()[0])
+    del solved.cells[5]
+    with pytest.raises((ValueError, StopIteration)):
+        pages.chapter_page(student, solved)
+
+
 GOOD = '<html id="top"><img src="a.png" alt="A line."><a href="b.html#x">b</a></html>'
 
 
