@@ -1061,6 +1061,7 @@ NO_TENSOR = (
 KERNEL_ERRORS = {  # what Triton says, and the interpreter
     "object is not iterable": f"{NO_TENSOR}, numbers)",
     "0-dimensional arrays": f"{NO_TENSOR}, numbers)",
+    "length-1 arrays": f"{NO_TENSOR}, numbers)",  # numpy 2.0
     "cannot cast": NO_NUMBER,
     "> and triton.language.int": NO_NUMBER,
     "> and pointer<": NO_NUMBER,
