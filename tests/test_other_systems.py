@@ -386,10 +386,10 @@ def test_hosted_tests_are_those_of_make_on_every_python_that_the_course_takes():
     index = re.search("PIP_EXTRA_INDEX_URL=(https://[^`]+)`", readme)[1]
     assert f"'{index}'" in job["env"]["PIP_EXTRA_INDEX_URL"]
     steps = [step["run"] for step in job["steps"] if "run" in step]
-    assert steps[0] == "make test"
+    assert steps[:2] == ["make test", "make site"]
     recipe = re.search(r"^test:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)[1]
     commands = re.split(r" && |\n", recipe.replace("\t@", "").replace(" $(ARGS)", ""))
-    here = [step.removeprefix(r".venv\Scripts" + "\\") for step in steps[3:]]
+    here = [step.removeprefix(r".venv\Scripts" + "\\") for step in steps[4:]]
     assert here == [c.removeprefix("$(BIN)/") for c in commands if c]
 
 
@@ -400,3 +400,20 @@ def test_torch_of_a_fresh_machine_is_one_that_the_course_takes():
         taken = re.search(rf'"{name}([<>=][^"]+)"', project)[1]
         for version in re.findall(rf"^{name}==([\d.]+)", fresh, re.MULTILINE):
             assert SpecifierSet(taken).contains(version)
+
+
+def test_the_oldest_versions_taken_are_the_oldest_that_were_tried():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    tried = json.loads((ROOT / "data/results/versions.json").read_text(encoding="utf-8"))
+    oldest, newest = (
+        run for run in tried["runs"] if run["which"] in ("oldest", "newest")
+    )
+    for name in ("torch", "triton", "numpy", "matplotlib", "jupyterlab", "tqdm"):
+        low, _, high = re.search(rf'"{name}>=([\d.]+)(,<([\d.]+))?', project).groups()
+        assert oldest[name].removesuffix(".0") == low, name
+        assert SpecifierSet(f">={low}" + (f",<{high}" if high else "")).contains(
+            newest[name]
+        )
+        above = SpecifierSet(f">={high}" if high else "<0")
+        major, minor, *_ = newest[name].split(".")
+        assert not high or above.contains(f"{major}.{int(minor) + 1}"), name
