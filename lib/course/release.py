@@ -49,7 +49,8 @@ FILES = (
     *("data/recall/*.pt", "data/results/*.*"),
 )
 NOT_FOR_STUDENTS = [
-    f"lib/course/{name}" for name in ("build.py", "release.py", "slides.py", "site/*")
+    f"lib/course/{name}"
+    for name in ("build.py", "colab.py", "release.py", "slides.py", "site/*")
 ]
 TARGETS = ("lab", "mine", "help")  # of the Makefile, that work without the answers
 

@@ -90,20 +90,21 @@ def chapter_page(
     """A chapter as it is read: outputs of the solved notebook, and of each exercise the
     stub that students get, the hints, the answer, folded, and what its check says."""
     page = nbformat.from_dict({**solved, "cells": []})
-    title, text = solved.cells[0].source.split("\n", 1)
-    solved.cells[0].source = f"{title}\n\n{SOLVED}\n{text}"
     pairs = zip(student.cells, solved.cells, strict=True)
     for stub, cell in pairs:
+        is_exercise = stub.metadata.get("nbgrader", {}).get("solution")
         cell.metadata = {}
         if alt := stub.metadata.get("alt"):
             cell.metadata = {"mystnb": {"image": {"alt": alt}}}
-        if stub.source == cell.source or cell.cell_type == "markdown":
+        if not is_exercise:
             page.cells.append(cell)
             continue
         stub.metadata, cell.metadata = {}, nbformat.from_dict(FOLDED)
         cell.id += "-answer"
         (_, check), (_, hints) = next(pairs), next(pairs)
         page.cells += [stub, hints, cell, check]
+    title, text = page.cells[0].source.split("\n", 1)
+    page.cells[0].source = f"{title}\n\n{SOLVED}\n{text}"
     return page
 
 
